@@ -1,0 +1,179 @@
+"""Calibration profiles: the scores of ordinary prompts for one setting, and p-values from them.
+
+Split-conformal p-value (Vovk et al., 2005): p = (1 + #{null >= s}) / (n + 1). If the prompt at hand is
+exchangeable with the nulls, P(p <= alpha) <= alpha at any n. The smallest possible p is 1 / (n + 1),
+so a flag at alpha needs n >= 1 / alpha - 1 nulls.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from ..conditioning import Unconditional
+from ..denoiser import PredictionType
+from ..verdict import BandStep
+
+SCHEMA_VERSION = 1
+ALPHA_DEFAULT = 0.01
+
+ScoreKind = Literal["first step", "first 5 steps", "all steps"]
+EVALUATIONS: dict[ScoreKind, int | None] = {"first step": 1, "first 5 steps": 5, "all steps": None}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a score depends on besides the prompt. Two scores compare only when all of this agrees."""
+
+    model: str
+    prediction_type: PredictionType
+    latent_shape: tuple[int, ...]
+    steps: int
+    sigma: float
+    guidance_scale: float
+    without: Unconditional
+    negative_prompt: str = ""
+
+    def mismatch(self, other: Setting, kind: ScoreKind) -> str | None:
+        """A sentence naming the first difference that matters for scores of this kind, or None."""
+        for name in (f.name for f in fields(self)):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if name == "sigma":
+                same = math.isclose(mine, theirs, rel_tol=1e-3)
+            elif name in ("steps", "guidance_scale"):
+                same = kind == "first step" or mine == theirs
+            else:
+                same = mine == theirs
+            if not same:
+                return f"{name.replace('_', ' ')} is {theirs!r} here but was {mine!r} when the profile was made"
+        return None
+
+
+@dataclass(frozen=True)
+class Null:
+    """One ordinary prompt: its style, and for each kind of score one value an image."""
+
+    style: str
+    scores: dict[ScoreKind, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class PValue:
+    """``p`` from ``nulls`` ordinary prompts; ``style`` is None where all styles were taken together."""
+
+    p: float
+    nulls: int
+    style: str | None
+
+
+def conformal_p(score: float, nulls: Sequence[float]) -> float:
+    """(1 + #{null >= score}) / (n + 1)."""
+    return (1 + sum(n >= score for n in nulls)) / (len(nulls) + 1)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Null scores (L2) for one setting, and the null band of each step for charts."""
+
+    setting: Setting
+    nulls: tuple[Null, ...]
+    band: tuple[BandStep, ...] = ()
+
+    def null_scores(self, kind: ScoreKind, images: int, style: str | None = None) -> list[float]:
+        """Mean over the first ``images`` values of each null that has as many, of one style or of all."""
+        chosen = (n.scores.get(kind, ()) for n in self.nulls if style in (None, n.style))
+        return [sum(values[:images]) / images for values in chosen if len(values) >= images]
+
+    def p_value(
+        self,
+        score: float,
+        setting: Setting,
+        kind: ScoreKind = "first step",
+        images: int = 1,
+        style: str | None = None,
+        alpha: float = ALPHA_DEFAULT,
+    ) -> PValue:
+        """The p-value of one score, among nulls of the same style if there are enough of them for ``alpha``.
+
+        Raises ValueError with a sentence when the profile was made for another setting, or holds too
+        few nulls for this number of images to ever reach ``alpha``.
+        """
+        if why := self.setting.mismatch(setting, kind):
+            raise ValueError(f"this calibration profile is for another setting: {why}; calibrate for this setting")
+        needed = math.ceil(1 / alpha - 1e-9) - 1
+        for chosen in (style, None) if style else (None,):
+            nulls = self.null_scores(kind, images, chosen)
+            if len(nulls) >= needed:
+                return PValue(conformal_p(score, nulls), len(nulls), chosen)
+        raise ValueError(
+            f"the profile has {len(nulls)} ordinary prompts for the {kind} with {images} images, and alpha = {alpha:g} "
+            f"needs at least {needed}: raise alpha, or calibrate with more prompts or images"
+        )
+
+    def quantile(self, q: float, kind: ScoreKind = "first step", images: int = 1) -> float:
+        """The q-quantile (0..1, linear interpolation) of the null scores."""
+        nulls = sorted(self.null_scores(kind, images))
+        if not nulls:
+            raise ValueError(f"the profile has no ordinary prompts for the {kind} with {images} images")
+        place = q * (len(nulls) - 1)
+        low, high = math.floor(place), math.ceil(place)
+        return nulls[low] + (nulls[high] - nulls[low]) * (place - low)
+
+    # ------------------------------------------------------------------------------------ file
+
+    def save(self, path: Path) -> None:
+        document: dict[str, Any] = {
+            "format": "dejavu-calibration",
+            "schema_version": SCHEMA_VERSION,
+            "setting": asdict(self.setting),
+            "band": [asdict(step) for step in self.band],
+            "nulls": [{"style": n.style, "scores": {k: _rounded(v) for k, v in n.scores.items()}} for n in self.nulls],
+        }
+        # One null a line: readable, and small differences show as small differences.
+        rows = ",\n  ".join(json.dumps(row) for row in document.pop("nulls"))
+        head = json.dumps(document, indent=1)[:-2]
+        path.write_text(f'{head},\n "nulls": [\n  {rows}\n ]\n}}\n', encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Profile:
+        """Raises ValueError with a sentence for anything that is not a profile of this version."""
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"the calibration profile {path} cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise ValueError(f"the calibration profile {path} is not valid JSON: {error}") from error
+        if not isinstance(document, dict) or document.get("format") != "dejavu-calibration":
+            raise ValueError(f"{path} is not a Déjà Vu calibration profile")
+        version = document.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise ValueError(
+                f"the calibration profile {path} has schema version {version!r}, this program reads {SCHEMA_VERSION}: "
+                "calibrate again"
+            )
+        try:
+            raw = document["setting"]
+            setting = Setting(**{**raw, "latent_shape": tuple(int(v) for v in raw["latent_shape"])})
+            nulls = tuple(Null(str(n["style"]), {k: _finite(n["scores"][k]) for k in n["scores"]}) for n in document["nulls"])
+            band = tuple(BandStep(**step) for step in document["band"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"the calibration profile {path} is damaged ({error!r}): calibrate again") from error
+        unknown = {k for n in nulls for k in n.scores} - set(get_args(ScoreKind))
+        if unknown:
+            raise ValueError(f"the calibration profile {path} has unknown kinds of score: {', '.join(sorted(unknown))}")
+        return cls(setting, nulls, band)
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [float(f"{v:.7g}") for v in values]
+
+
+def _finite(values: Sequence[Any]) -> tuple[float, ...]:
+    numbers = tuple(float(v) for v in values)
+    if not all(math.isfinite(v) for v in numbers):
+        raise ValueError("a null score is not finite")
+    return numbers

@@ -1,0 +1,176 @@
+"""Conditioning: what the text encoder hands to the model, and the words it came from.
+
+A prompt is split into words as the user typed them, each word into tokens, and every token gives one
+row of the conditioning. Gradients and attention arrive per row; people read words. This module keeps
+the way back: rows -> tokens -> words -> characters of the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Role = Literal["start", "word", "end"]  # 'end' is the end token and all padding behind it
+Unconditional = Literal["empty prompt", "negative prompt"]
+
+
+@dataclass(frozen=True)
+class Word:
+    """One word of the prompt: its text as typed and its place ``prompt[start:end]``."""
+
+    text: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """What one row of a conditioning stands for; ``word`` indexes the words of the prompt."""
+
+    text: str
+    role: Role
+    word: int | None = None
+
+
+@dataclass(frozen=True)
+class EncoderInput:
+    """The input token embeddings [T, d] of one text encoder, and what each of the T tokens stands for."""
+
+    embeddings: Tensor
+    tokens: tuple[TokenRow, ...]
+
+
+@dataclass(frozen=True)
+class Reencoding:
+    """A differentiable way from input token embeddings to the conditioning.
+
+    ``inputs`` holds one entry a text encoder. ``encode`` takes tensors in their place (same order and
+    shapes, any of them requiring gradients) and returns the conditioning's rows [1, N, D] and extras.
+    """
+
+    inputs: tuple[EncoderInput, ...]
+    encode: Callable[[Sequence[Tensor]], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Embedding rows [B, N, D] with B = 1 for a single prompt, or one entry a picture of a batch.
+
+    ``extras`` are further tensors the model takes with the rows ([B, ...]: pooled vector, size
+    numbers). ``tokens`` has N entries where the tokens are known and is empty where they are not.
+    """
+
+    rows: Tensor
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    prompt: str = ""
+    words: tuple[Word, ...] = ()
+    tokens: tuple[TokenRow, ...] = ()
+    reencoding: Reencoding | None = None
+
+    def __post_init__(self) -> None:
+        if self.rows.ndim != 3:
+            raise ValueError(f"conditioning rows must have shape [batch, tokens, width], not {list(self.rows.shape)}")
+        if self.tokens and len(self.tokens) != self.rows.shape[1]:
+            raise ValueError(f"{len(self.tokens)} tokens were given for {self.rows.shape[1]} conditioning rows")
+
+    def with_rows(self, rows: Tensor, extras: Mapping[str, Tensor] | None = None) -> Conditioning:
+        """The same prompt with other rows; the way back through the encoder no longer holds and is dropped."""
+        return replace(self, rows=rows, extras=self.extras if extras is None else extras, reencoding=None)
+
+    def repeat(self, count: int) -> Conditioning:
+        """Each entry ``count`` times in a row: [B, N, D] -> [B * count, N, D]."""
+        extras = {k: v.repeat_interleave(count, 0) for k, v in self.extras.items()}
+        return replace(self, rows=self.rows.repeat_interleave(count, 0), extras=extras)
+
+    def row_mask(self, *roles: Role) -> Tensor:
+        """[N] booleans: rows whose role is one of ``roles``. Raises ValueError when the tokens are unknown."""
+        if not self.tokens:
+            raise ValueError("the tokens of this conditioning are not known, so its rows cannot be told apart")
+        return torch.tensor([t.role in roles for t in self.tokens], device=self.rows.device)
+
+
+def stack(conditionings: Sequence[Conditioning]) -> Conditioning:
+    """One batch from several prompts of equal length; words and tokens do not survive."""
+    lengths = {c.rows.shape[1] for c in conditionings}
+    if len(lengths) != 1:
+        raise ValueError(f"conditionings of different lengths cannot share a batch: {sorted(lengths)} rows")
+    extras = {k: torch.cat([c.extras[k] for c in conditionings]) for k in conditionings[0].extras}
+    return Conditioning(torch.cat([c.rows for c in conditionings]), extras)
+
+
+# --------------------------------------------------------------------- tokens back to words
+
+
+@cache
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's and CLIP's printable stand-ins for bytes, read backwards (Radford et al., 2019)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    table = {chr(b): b for b in printable}
+    hidden = (b for b in range(256) if b not in set(printable))
+    return table | {chr(256 + i): b for i, b in enumerate(hidden)}
+
+
+def token_bytes(token: str) -> bytes:
+    """The bytes a byte-level token stands for, without its end-of-word mark: 'caf', 'Ã©</w>' -> b'caf', b'\\xc3\\xa9'."""
+    table = _byte_of_character()
+    text = token.removesuffix("</w>")
+    if all(c in table for c in text):
+        return bytes(table[c] for c in text)
+    return text.encode()
+
+
+def split_words(prompt: str) -> tuple[Word, ...]:
+    """Words at white space; punctuation stays with its word ('river,' is one word)."""
+    words, start = [], None
+    for i, character in enumerate(prompt + " "):
+        if character.isspace():
+            if start is not None:
+                words.append(Word(prompt[start:i], start, i))
+                start = None
+        elif start is None:
+            start = i
+    return tuple(words)
+
+
+def align(prompt: str, tokens: Sequence[str]) -> tuple[tuple[Word, ...], tuple[int | None, ...]]:
+    """Words as typed, and for each byte-level token the word it belongs to.
+
+    The tokens' bytes are matched in order with the prompt's, letter case and white space aside. A
+    tokenizer may drop or change characters (unicode normalisation): what cannot be matched any more
+    is counted to the word reached last, so that no token is lost. None only for an empty prompt.
+    """
+    words = split_words(prompt)
+    if not words:
+        return words, tuple(None for _ in tokens)
+    # For each byte of the lower-cased prompt without white space, the word it lies in.
+    flat = bytearray()
+    owner: list[int] = []
+    for number, word in enumerate(words):
+        encoded = word.text.lower().encode()
+        flat += encoded
+        owner += [number] * len(encoded)
+    position, found = 0, []
+    for token in tokens:
+        piece = token_bytes(token).lower()
+        at = flat.find(piece, position, position + len(piece) + 24) if piece else -1
+        if at >= 0:
+            found.append(owner[at])
+            position = at + len(piece)
+        else:
+            found.append(owner[min(position, len(owner) - 1)])
+            position = min(position + len(piece), len(owner) - 1)
+    return words, tuple(found)
+
+
+def merge_by_word(values: Tensor, tokens: Sequence[TokenRow], words: Sequence[Word]) -> Tensor:
+    """Token values [N] summed over each word's real tokens: [number of words]."""
+    merged = torch.zeros(len(words), dtype=values.dtype)
+    for value, token in zip(values.detach().cpu(), tokens, strict=True):
+        if token.role == "word" and token.word is not None:
+            merged[token.word] += value
+    return merged

@@ -1,0 +1,77 @@
+"""The one thing every host provides: a denoiser, (x, sigma, conditioning) -> x0 prediction.
+
+``x`` is the noisy latent in the scale x = x0 + sigma * noise (Karras et al., 2022) for epsilon- and
+v-models, and x = (1 - sigma) * x0 + sigma * noise for rectified flow. Samplers, detectors and
+mitigations see nothing else of a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from .conditioning import Conditioning, Unconditional
+
+PredictionType = Literal["epsilon", "v_prediction", "flow"]
+
+
+class Denoiser(Protocol):
+    """A model bound to its weights; differentiable in ``x`` and in the conditioning's rows and extras."""
+
+    prediction_type: PredictionType
+
+    def __call__(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """x [B, C, H, W], sigma [B], conditioning of batch 1 or B -> denoised [B, C, H, W] in fp32."""
+        ...
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Both predictions of one guidance step: denoised [B, C, H, W] with and without the prompt, sigma [B]."""
+
+    conditional: Tensor
+    unconditional: Tensor
+    sigma: Tensor
+    without: Unconditional = "empty prompt"
+
+
+def over_pixels(sigma: Tensor) -> Tensor:
+    """sigma [B] -> [B, 1, 1, 1] in fp32."""
+    return sigma.float().reshape(-1, 1, 1, 1)
+
+
+def model_input(x: Tensor, sigma: Tensor) -> Tensor:
+    """The unit-variance input of an epsilon- or v-model: x / sqrt(1 + sigma^2)."""
+    return x / (1 + over_pixels(sigma) ** 2).sqrt()
+
+
+def denoised_from_output(output: Tensor, x: Tensor, sigma: Tensor, prediction_type: PredictionType) -> Tensor:
+    """The x0 prediction from what the network put out, in fp32.
+
+    epsilon: x - sigma * eps. v (Salimans & Ho, 2022, in this scale): x / (1 + sigma^2)
+    - v * sigma / sqrt(1 + sigma^2). flow: x - sigma * velocity.
+    """
+    s, output, x = over_pixels(sigma), output.float(), x.float()
+    match prediction_type:
+        case "epsilon" | "flow":
+            return x - s * output
+        case "v_prediction":
+            return x / (1 + s**2) - output * s / (1 + s**2).sqrt()
+        case _:
+            raise ValueError(f"prediction type {prediction_type!r} is unknown: use epsilon, v_prediction or flow")
+
+
+def initial_latent(noise: Tensor, sigma: float, prediction_type: PredictionType) -> Tensor:
+    """x_T of a run that starts from nothing but noise: unit-variance noise in the model's own scale."""
+    return noise if prediction_type == "flow" else noise * (1 + sigma**2) ** 0.5
+
+
+def seeded_noise(shape: tuple[int, ...], seed: int, images: int) -> Tensor:
+    """Standard normal noise [images, *shape] from one generator on the CPU.
+
+    The first pictures are the same however many are asked for, as in the hosts.
+    """
+    return torch.randn((images, *shape), generator=torch.Generator().manual_seed(seed))

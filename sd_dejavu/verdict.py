@@ -1,0 +1,80 @@
+"""The verdict on one prompt: what was measured, what it means, and which words brought it about."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from .conditioning import Unconditional
+from .trace import Unit
+
+View = Literal["input gradient", "output gradient", "leave one out"]
+
+
+@dataclass(frozen=True)
+class WordSignificance:
+    """One word ``prompt[start:end]``: its raw value, and ``significance`` = the same in 0..1 for display."""
+
+    text: str
+    start: int
+    end: int
+    raw: float
+    significance: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Significance of every word, in the order typed. ``view`` says how it was found, ``raw_unit`` what raw is."""
+
+    view: View
+    words: tuple[WordSignificance, ...]
+    raw_unit: str
+
+    @property
+    def top(self) -> WordSignificance:
+        return max(self.words, key=lambda w: w.raw)
+
+
+@dataclass(frozen=True)
+class BandStep:
+    """What ordinary prompts give at one noise level: quantiles of their magnitude."""
+
+    sigma: float
+    q05: float
+    q50: float
+    q95: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``flagged`` is None when there is no verdict; ``why`` then says why in one sentence.
+
+    ``score`` is the mean over the images; ``p_value`` comes from ``nulls`` ordinary prompts, of the
+    style ``null_style`` where the profile held enough of it. ``score_per_step`` holds (sigma, mean
+    magnitude or None where not measured).
+    """
+
+    prompt: str
+    score: float | None
+    p_value: float | None
+    flagged: bool | None
+    alpha: float
+    score_kind: str = "first step"
+    unit: Unit = "l2"
+    images: int = 1
+    without: Unconditional = "empty prompt"
+    score_per_step: tuple[tuple[float, float | None], ...] = ()
+    nulls: int = 0
+    null_style: str | None = None
+    why: str | None = None
+    explanation: Explanation | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values for ``json.dumps``; ``words`` is flat and empty where nothing was explained."""
+        values = asdict(self)
+        explanation = values.pop("explanation")
+        values["words"] = explanation["words"] if explanation else []
+        values["view"] = explanation["view"] if explanation else None
+        values["score_per_step"] = [value for _, value in self.score_per_step]
+        values["sigmas"] = [sigma for sigma, _ in self.score_per_step]
+        return values
