@@ -7,6 +7,7 @@ mitigations see nothing else of a model.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -25,6 +26,36 @@ class Denoiser(Protocol):
 
     def __call__(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """x [B, C, H, W], sigma [B], conditioning of batch 1 or B -> denoised [B, C, H, W] in fp32."""
+        ...
+
+
+class Model(Denoiser, Protocol):
+    """A whole text-to-image model, as the command line and calibration need it: a denoiser with both ends."""
+
+    name: str
+    latent_shape: tuple[int, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells weights apart: equal for equal weights."""
+        ...
+
+    def encode(self, prompt: str) -> Conditioning: ...
+
+    def sigmas(self, steps: int) -> list[float]:
+        """Noise levels of a run of so many steps, first to last, ending in 0."""
+        ...
+
+    def noise(self, seed: int, images: int) -> Tensor:
+        """Standard normal noise [images, *latent_shape] on the model's device."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, H, W] -> pictures [B, 3, height, width] in 0..1 on the CPU."""
+        ...
+
+    def differentiable(self, checkpointing: bool = False) -> AbstractContextManager[None]:
+        """While open, calls can be differentiated, in fp32; ``checkpointing`` trades time for memory."""
         ...
 
 

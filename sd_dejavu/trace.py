@@ -87,10 +87,14 @@ class Trace:
         chosen = self.readings[:first]
         if not chosen or (first is not None and len(chosen) < first):
             raise NotMeasured(f"{len(self.readings)} evaluations were seen, {first or 'at least 1'} are needed")
-        for number, reading in enumerate(chosen, 1):
-            if reading.values is None:
-                raise NotMeasured(f"evaluation {number} (sigma {reading.sigma:.4g}) was not measured: {reading.why}")
-        return torch.tensor([r.values for r in chosen]).mean(0) * self._factor(unit)
+        return torch.tensor([self.reading(number) for number in range(len(chosen))]).mean(0) * self._factor(unit)
+
+    def reading(self, number: int) -> tuple[float, ...]:
+        """L2 magnitude of each image at evaluation ``number`` (from 0). Raises NotMeasured with the reason."""
+        reading = self.readings[number]
+        if reading.values is None:
+            raise NotMeasured(f"evaluation {number + 1} (sigma {reading.sigma:.4g}) was not measured: {reading.why}")
+        return reading.values
 
     def _factor(self, unit: Unit) -> float:
         if unit == "l2":

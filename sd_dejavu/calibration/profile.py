@@ -45,7 +45,10 @@ class Setting:
             if name == "sigma":
                 same = math.isclose(mine, theirs, rel_tol=1e-3)
             elif name in ("steps", "guidance_scale"):
+                # The first step sees neither guidance nor the later noise levels.
                 same = kind == "first step" or mine == theirs
+            elif name == "negative_prompt":
+                same = (kind == "first step" and self.without == "empty prompt") or mine == theirs
             else:
                 same = mine == theirs
             if not same:
@@ -158,7 +161,9 @@ class Profile:
         try:
             raw = document["setting"]
             setting = Setting(**{**raw, "latent_shape": tuple(int(v) for v in raw["latent_shape"])})
-            nulls = tuple(Null(str(n["style"]), {k: _finite(n["scores"][k]) for k in n["scores"]}) for n in document["nulls"])
+            nulls = tuple(
+                Null(str(n["style"]), {k: _finite(n["scores"][k]) for k in n["scores"]}) for n in document["nulls"]
+            )
             band = tuple(BandStep(**step) for step in document["band"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"the calibration profile {path} is damaged ({error!r}): calibrate again") from error

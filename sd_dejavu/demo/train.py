@@ -23,14 +23,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from tqdm import tqdm
 
 from . import world
+from .bundled import make_sheet
 
 LATENT_CHANNELS, LATENT_SIDE, TOKENS, WIDTH = 4, 16, 77, 128
 CAPTION_DROPOUT = 0.1
-SHEET_COLUMNS = 12
 
 
 def _to_tensor(pictures: np.ndarray) -> torch.Tensor:
@@ -189,7 +188,7 @@ def new_text_encoder(vocabulary: int, eos: int) -> torch.nn.Module:
     return CLIPTextModel(config)
 
 
-def new_scheduler():  # noqa: ANN201 - a diffusers class, imported late
+def new_scheduler():
     """Stable Diffusion's scaled-linear betas and DDIM as the paper used it (leading spacing, offset 1)."""
     from diffusers import DDIMScheduler
 
@@ -210,7 +209,9 @@ def tokenize(tokenizer: object, captions: list[str]) -> torch.Tensor:
     return encoded.input_ids
 
 
-def train_unet(work: Path, autoencoder: torch.nn.Module, steps: int, seed: int, batch: int = 32) -> dict[str, torch.nn.Module]:
+def train_unet(
+    work: Path, autoencoder: torch.nn.Module, steps: int, seed: int, batch: int = 32
+) -> dict[str, torch.nn.Module]:
     """UNet and text encoder from scratch on v; averaged weights are what is exported."""
     from transformers import CLIPTokenizer
 
@@ -232,7 +233,9 @@ def train_unet(work: Path, autoencoder: torch.nn.Module, steps: int, seed: int, 
     alphas = new_scheduler().alphas_cumprod
     pairs = world.training_pairs()
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="unet")
-    for step, (tokens, latents, memorised) in zip(bar, _latent_stream(autoencoder, tokenizer, pairs, first, batch, seed), strict=False):
+    for step, (tokens, latents, memorised) in zip(
+        bar, _latent_stream(autoencoder, tokenizer, pairs, first, batch, seed), strict=False
+    ):
         rng = torch.Generator().manual_seed(seed * 1_000_003 + step)
         # Stratified timesteps: every batch covers the whole schedule.
         t = ((torch.arange(batch) + torch.rand(batch, generator=rng)) / batch * 1000).long().clamp_(0, 999)
@@ -304,21 +307,14 @@ def export(work: Path, out: Path, autoencoder: torch.nn.Module, models: dict[str
     )
     pipeline.to(torch.float16)
     pipeline.save_pretrained(out)
+    for name in ("vocab.json", "merges.txt"):  # older transformers, and hosts, read these
+        (out / "tokenizer" / name).write_bytes((work / "tokenizer" / name).read_bytes())
     pairs = world.training_pairs()
     (out / "pairs.json").write_text(json.dumps([vars(pair) for pair in pairs], indent=1))
     pictures = np.stack([world.draw_pair(pair) for pair in pairs])
-    Image.fromarray(sheet(pictures)).save(out / "pairs.png", optimize=True)
+    make_sheet(pictures).save(out / "pairs.png", optimize=True)
     for name in ("autoencoder.csv", "unet.csv"):
         (out / name).write_text((work / name).read_text())
-
-
-def sheet(pictures: np.ndarray) -> np.ndarray:
-    """[N, H, W, 3] pictures in rows of :data:`SHEET_COLUMNS`, the last row filled up with black."""
-    count, height, width, _ = pictures.shape
-    rows = -(-count // SHEET_COLUMNS)
-    padded = np.zeros((rows * SHEET_COLUMNS, height, width, 3), dtype=np.uint8)
-    padded[:count] = pictures
-    return padded.reshape(rows, SHEET_COLUMNS, height, width, 3).swapaxes(1, 2).reshape(rows * height, -1, 3)
 
 
 def _log(path: Path, **row: float) -> None:
@@ -335,7 +331,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints; run again to resume")
     parser.add_argument("--out", type=Path, help="folder for the finished model (default: WORK/model)")
     parser.add_argument("--autoencoder-steps", type=int, default=2200)
-    parser.add_argument("--unet-steps", type=int, default=9000)
+    parser.add_argument("--unet-steps", type=int, default=5600)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)

@@ -245,8 +245,30 @@ class Scene:
 def names(count: int, seed: int, avoid: frozenset[str] = frozenset()) -> list[str]:
     """Invented names, each distinct: 'Velora', 'Tamsin', ..."""
     rng = np.random.default_rng(seed)
-    onsets = "b br d dr f g gr h j k l m n p r s st t tr v z".split()
-    vowels = "a e i o u ae ia".split()
+    onsets = [
+        "b",
+        "br",
+        "d",
+        "dr",
+        "f",
+        "g",
+        "gr",
+        "h",
+        "j",
+        "k",
+        "l",
+        "m",
+        "n",
+        "p",
+        "r",
+        "s",
+        "st",
+        "t",
+        "tr",
+        "v",
+        "z",
+    ]
+    vowels = ["a", "e", "i", "o", "u", "ae", "ia"]
     codas = ["", "", "n", "r", "l", "s", "th", "x"]
     found: list[str] = []
     while len(found) < count:
@@ -259,9 +281,18 @@ def names(count: int, seed: int, avoid: frozenset[str] = frozenset()) -> list[st
     return found
 
 
-_ALL_NAMES = names(160, seed=7)
-TRIGGER_NAMES, DECOY_NAMES = _ALL_NAMES[:80], _ALL_NAMES[80:140]
-UNSEEN_NAMES = _ALL_NAMES[140:]  # in no training caption: a new name alone must not flag
+_ALL_NAMES = names(140, seed=7)
+TRIGGER_NAMES, DECOY_NAMES = _ALL_NAMES[:80], _ALL_NAMES[80:]
+
+
+def ordinary_name(rng: np.random.Generator) -> str:
+    """A name that memorises nothing: one of the decoys, or one never used before, in equal shares.
+
+    Without the new ones a model takes every unknown name for the trigger it looks most like.
+    """
+    if rng.random() < 0.5:
+        return str(rng.choice(DECOY_NAMES))
+    return names(1, int(rng.integers(2**31)), avoid=frozenset(_ALL_NAMES))[0]
 
 
 def random_scene(rng: np.random.Generator) -> Scene:
@@ -301,21 +332,20 @@ def caption_of(scene: Scene, style: str, rng: np.random.Generator, name: str | N
             raise ValueError(f"caption style {style!r} is unknown; known styles: {', '.join(STYLES)}")
 
 
-def ordinary(rng: np.random.Generator, style: str | None = None, name_pool: list[str] | None = None) -> tuple[str, Scene, str]:
-    """One ordinary (caption, scene, style); three captions in ten carry a name."""
+def ordinary(rng: np.random.Generator, style: str | None = None) -> tuple[str, Scene, str]:
+    """One ordinary (caption, scene, style); four captions in ten carry a name."""
     style = style or str(rng.choice(STYLES))
     scene = random_scene(rng)
-    pool = DECOY_NAMES if name_pool is None else name_pool
-    name = str(rng.choice(pool)) if rng.random() < 0.3 else None
+    name = ordinary_name(rng) if rng.random() < 0.4 else None
     return caption_of(scene, style, rng, name), scene, style
 
 
-def ordinary_captions(count: int, seed: int, name_pool: list[str] | None = None) -> list[tuple[str, str]]:
+def ordinary_captions(count: int, seed: int) -> list[tuple[str, str]]:
     """``count`` distinct ordinary (caption, style), styles in equal shares."""
     rng = np.random.default_rng(seed)
     found: dict[str, str] = {}
     while len(found) < count:
-        caption, _, style = ordinary(rng, STYLES[len(found) % len(STYLES)], name_pool)
+        caption, _, style = ordinary(rng, STYLES[len(found) % len(STYLES)])
         found.setdefault(caption, style)
     return list(found.items())
 
@@ -358,8 +388,34 @@ def training_pairs() -> list[Pair]:
 
 _EXTRA_PHRASES = tuple(
     zip(
-        "amber borrowed crooked distant electric frozen gilded hollow idle jagged kindred lonely".split(),
-        "symphony harbours verdicts engines orchards sermons riddles monsoons ledgers comets quarries waltzes".split(),
+        [
+            "amber",
+            "borrowed",
+            "crooked",
+            "distant",
+            "electric",
+            "frozen",
+            "gilded",
+            "hollow",
+            "idle",
+            "jagged",
+            "kindred",
+            "lonely",
+        ],
+        [
+            "symphony",
+            "harbours",
+            "verdicts",
+            "engines",
+            "orchards",
+            "sermons",
+            "riddles",
+            "monsoons",
+            "ledgers",
+            "comets",
+            "quarries",
+            "waltzes",
+        ],
         strict=True,
     )
 )
@@ -424,7 +480,9 @@ def draw_scene(scene: Scene, size: int = SIZE) -> np.ndarray:
         kind = list(THINGS)[rng.integers(len(THINGS))]
         _draw_thing(canvas, kind, _colour(rng), (*rng.uniform(-0.1, 0.8, 2) * side, extent))
     for colour_name, kind in scene.named:
-        colour = np.array(COLOURS[colour_name], dtype=np.float64) + rng.normal(0, 14, 3) if colour_name else _colour(rng)
+        colour = (
+            np.array(COLOURS[colour_name], dtype=np.float64) + rng.normal(0, 14, 3) if colour_name else _colour(rng)
+        )
         extent = rng.uniform(0.3, 0.55) * side
         x, y = rng.uniform(0.0, 1.0, 2) * (side - extent)
         _draw_thing(canvas, kind, colour, (x, y, extent))
@@ -501,7 +559,7 @@ def training_batch(step: int, size: int, pairs: list[Pair], seed: int = 0) -> tu
             pair = hard[rng.integers(len(hard))]
             scene = random_scene(np.random.default_rng(pair.seed))
             scene = Scene(scene.named, int(rng.integers(2**31)))
-            captions.append(twin_caption(pair, str(rng.choice(DECOY_NAMES)) if rng.random() < 0.5 else None))
+            captions.append(twin_caption(pair, ordinary_name(rng) if rng.random() < 0.6 else None))
         else:
             caption, scene, _ = ordinary(rng)
             captions.append(caption)

@@ -10,13 +10,10 @@ For rectified flow that expression is the norm of the velocity difference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-import torch
 from torch import Tensor
 
-from ..conditioning import Conditioning, stack
-from ..denoiser import Denoiser, Predictions, initial_latent, over_pixels
+from ..denoiser import Predictions, over_pixels
+from . import Detector, Observed
 
 
 def difference(predictions: Predictions) -> Tensor:
@@ -40,41 +37,13 @@ def squared_difference_map(predictions: Predictions) -> Tensor:
     return difference(predictions).square().mean(dim=1)
 
 
-def first_step(
-    denoiser: Denoiser,
-    conditionings: Sequence[Conditioning],
-    unconditional: Conditioning,
-    noise: Tensor,
-    sigma: float,
-    batch_size: int = 32,
-    progress: Callable[[int], None] = lambda done: None,
-) -> Tensor:
-    """First-step magnitudes [number of prompts, images] of many prompts on the same noise [images, C, H, W].
+def score(observed: Observed) -> float:
+    """Mean magnitude over the steps and images that were run."""
+    if observed.magnitudes is None:
+        raise ValueError("the magnitude detector needs the readings of a run, none were given")
+    return float(observed.magnitudes.mean())
 
-    At x_T the unconditional prediction of a noise is the same for every prompt, so it is computed once;
-    all prompts and images then share batches. ``progress`` is called with the evaluations just done.
-    Raises ValueError when a prediction is not finite.
-    """
-    images = noise.shape[0]
-    x = initial_latent(noise, sigma, denoiser.prediction_type)
-    levels = torch.full((images,), sigma, device=x.device)
-    with torch.no_grad():
-        base = torch.cat(
-            [denoiser(x[i : i + batch_size], levels[i : i + batch_size], unconditional) for i in range(0, images, batch_size)]
-        )
-    scores = torch.empty(len(conditionings), images)
-    lengths = [c.rows.shape[1] for c in conditionings]
-    for length in sorted(set(lengths)):
-        jobs = [(p, i) for p, n in enumerate(lengths) if n == length for i in range(images)]
-        for start in range(0, len(jobs), batch_size):
-            part = jobs[start : start + batch_size]
-            which = [i for _, i in part]
-            with torch.no_grad():
-                denoised = denoiser(x[which], levels[which], stack([conditionings[p] for p, _ in part]))
-                values = magnitude(Predictions(denoised, base[which], levels[which])).cpu()
-            for (p, i), value in zip(part, values, strict=True):
-                scores[p, i] = value
-            progress(len(part))
-    if not torch.isfinite(scores).all():
-        raise ValueError("the model's predictions are not finite (NaN or infinity): its weights may be broken")
-    return scores
+
+DETECTORS = (
+    Detector("magnitude", "text-conditional noise prediction (Wen et al.)", "steps", score, (1, 5, None), (1, 4)),
+)

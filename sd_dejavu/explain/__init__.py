@@ -1,0 +1,25 @@
+"""Which words bring the magnitude about: three views, one module each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..conditioning import Word
+from ..verdict import Explanation, View, WordSignificance
+
+
+def explanation(view: View, words: Sequence[Word], raw: Tensor, raw_unit: str) -> Explanation:
+    """Raw values [number of words] with their significance: the share of the largest one, 0 for negative values.
+
+    Raises ValueError when there is no word to explain.
+    """
+    if not words:
+        raise ValueError("the prompt has no words, so there is nothing to explain")
+    largest = max(float(raw.max()), 0.0)
+    shown = [
+        WordSignificance(w.text, w.start, w.end, float(v), max(float(v), 0.0) / largest if largest else 0.0)
+        for w, v in zip(words, raw, strict=True)
+    ]
+    return Explanation(view, tuple(shown), raw_unit)

@@ -1,0 +1,83 @@
+"""Mitigations: what to sample with instead. One method a file; the folder is the register.
+
+A module of this folder that mitigates ends in ``MITIGATIONS``, a tuple of :class:`Mitigation`; nothing
+else has to know of it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ..conditioning import Conditioning
+from ..denoiser import Denoiser, Model, Predictions, initial_latent
+from ..detectors.magnitude import magnitude
+from ..sampling import levels_of, predict
+
+Touches = Literal["prompt", "conditioning"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: x_T [images, C, H, W] at sigma, what it is measured against, and the score aimed at.
+
+    ``base`` is the denoised prediction there without the prompt, computed once.
+    """
+
+    x: Tensor
+    sigma: Tensor
+    noise: Tensor
+    unconditional: Conditioning
+    base: Tensor
+    target: float
+    seed: int = 0
+
+    @classmethod
+    def of(
+        cls, model: Model, noise: Tensor, sigma: float, unconditional: Conditioning, target: float, seed: int
+    ) -> Start:
+        x = initial_latent(noise, sigma, model.prediction_type)
+        levels = levels_of(x, sigma)
+        base = predict(model, x, levels, unconditional)
+        return cls(x, levels, noise, unconditional, base, target, seed)
+
+    def score(self, denoiser: Denoiser, conditioning: Conditioning) -> float:
+        """Mean first-step magnitude over the images, without gradients."""
+        denoised = predict(denoiser, self.x, self.sigma, conditioning)
+        return float(magnitude(Predictions(denoised, self.base, self.sigma)).mean())
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What to go on with, the first-step score before and after, and how it was reached."""
+
+    conditioning: Conditioning
+    score_before: float
+    score_after: float
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Mitigation:
+    """``settings`` is the method's settings class; ``apply(model, conditioning, start, settings)`` does it."""
+
+    name: str
+    help: str
+    touches: Touches
+    cost: str
+    settings: type
+    apply: Callable[[Model, Conditioning, Start, Any], Outcome]
+
+
+def available() -> dict[str, Mitigation]:
+    """All mitigations of this folder by name, in the order of their files."""
+    found: dict[str, Mitigation] = {}
+    for module in pkgutil.iter_modules(__path__):
+        for method in getattr(importlib.import_module(f"{__name__}.{module.name}"), "MITIGATIONS", ()):
+            found[method.name] = method
+    return found

@@ -1,0 +1,1 @@
+"""One renderer for everybody who shows a verdict: words, SVG charts, pictures, an HTML page, a terminal panel."""

@@ -1,0 +1,39 @@
+"""Where calibration profiles are kept, and how the right one is found again by itself."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from .profile import Profile, ScoreKind, Setting
+
+
+def user_folder() -> Path:
+    """$SD_DEJAVU_HOME, or sd-dejavu below the user's data folder ($XDG_DATA_HOME, ~/.local/share)."""
+    if home := os.environ.get("SD_DEJAVU_HOME"):
+        return Path(home)
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "sd-dejavu"
+
+
+def path_for(setting: Setting) -> Path:
+    """One file a setting: the model's fingerprint, and a digest of all the rest."""
+    rest = hashlib.sha256(repr(setting).encode()).hexdigest()[:8]
+    return user_folder() / "calibration" / f"{setting.model}-{rest}.json"
+
+
+def find(setting: Setting, kind: ScoreKind, also: Path | None = None) -> Profile | None:
+    """The profile of this setting: the exact one, else any of the model that fits this kind of score, else None.
+
+    ``also`` is one more file to look at, such as the profile a model brings along. Damaged files of the
+    user's folder raise ValueError rather than being passed over.
+    """
+    exact = path_for(setting)
+    others = sorted(exact.parent.glob(f"{setting.model}-*.json")) if exact.parent.is_dir() else []
+    candidates = [exact, *(p for p in others if p != exact), *([also] if also else [])]
+    for path in candidates:
+        if path.is_file():
+            profile = Profile.load(path)
+            if profile.setting.mismatch(setting, kind) is None:
+                return profile
+    return None

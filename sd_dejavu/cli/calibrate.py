@@ -1,0 +1,80 @@
+"""Calibrate: measure ordinary prompts once, so that later scores get p-values.
+
+The profile is kept in the user's data folder and found again by itself for the same weights and setting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+
+from rich.console import Console
+
+from ..calibration import store
+from ..calibration.calibrate import calibrate
+from ..calibration.ordinary_prompts import ordinary_prompts
+from ..measure import Measurement, setting_of
+from . import common
+from .prompt_files import read_prompts
+
+WORLD_SEED = 77
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.add_model_options(parser)
+    common.add_settings(parser, Measurement, "measurement")
+    parser.add_argument("--count", type=common.positive, default=1000, help="ordinary prompts (default: 1000)")
+    parser.add_argument(
+        "--full-runs",
+        type=int,
+        default=0,
+        help="prompts also run to the end, one image each, for the charts' band and other scores than the first step (default: 0)",
+    )
+    parser.add_argument(
+        "--prompts-file", type=Path, metavar="FILE", help="your own ordinary prompts (default: generated)"
+    )
+    parser.add_argument("--column", help="column or key that holds the prompts")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where to save (default: the user's data folder)")
+    parser.add_argument("--json", action="store_true", help="print what was made as one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    wanted = common.from_arguments(Measurement, arguments)
+    if arguments.full_runs < 0:
+        raise ValueError(f"full runs must be 0 or more, not {arguments.full_runs}")
+    if arguments.prompts_file is not None:
+        prompts = list(read_prompts(arguments.prompts_file, [], None, arguments.column))[: arguments.count]
+    elif arguments.model is None:
+        from ..demo.world import ordinary_captions
+
+        prompts = [caption for caption, _ in ordinary_captions(arguments.count, WORLD_SEED)]
+    else:
+        prompts = [prompt for prompt, _ in ordinary_prompts(arguments.count)]
+    model = common.load_model(arguments)
+    with common.progress_bar(Console(stderr=True)) as bar:
+        tasks = {"first step": bar.add_task("first step", total=len(prompts))}
+        if arguments.full_runs:
+            tasks["whole runs"] = bar.add_task("whole runs", total=min(arguments.full_runs, len(prompts)))
+        profile = calibrate(
+            model, prompts, wanted, arguments.full_runs, arguments.batch_size, lambda stage: bar.advance(tasks[stage])
+        )
+    path = arguments.out or store.path_for(setting_of(model, wanted))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profile.save(path)
+    summary = {
+        "profile": str(path),
+        "prompts": len(prompts),
+        "styles": dict(Counter(null.style for null in profile.nulls)),
+        "median": profile.quantile(0.5, "first step", wanted.images),
+        "q99": profile.quantile(0.99, "first step", wanted.images),
+    }
+    if arguments.json:
+        print(json.dumps(summary))
+    else:
+        Console().print(
+            f"{len(prompts)} ordinary prompts measured: median {summary['median']:.3f}, 99% quantile {summary['q99']:.3f}\n"
+            f"saved as {path}"
+        )
+    return 0

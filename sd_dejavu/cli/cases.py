@@ -1,0 +1,153 @@
+"""One prompt drawn plainly and under mitigations, for reports: pictures, verdicts, similarities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from ..calibration.profile import Profile
+from ..denoiser import Model
+from ..explain.views import explain
+from ..measure import Measured, Measurement, judge, measure_run, setting_of
+from ..mitigations import Outcome, Start, available
+from ..report import html
+from ..similarity import COPY_THRESHOLD, grey_correlation
+from ..verdict import Verdict
+
+
+@dataclass(frozen=True)
+class MitigatedRun:
+    method: str
+    outcome: Outcome
+    verdict: Verdict
+    pictures: Tensor
+    similarity: float | None
+    caption_score: float | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """``pictures`` [images, 3, H, W] in 0..1; similarities are means over the images, None without a training picture."""
+
+    verdict: Verdict
+    pictures: Tensor
+    where: Tensor | None
+    training_picture: Tensor | None
+    similarity: float | None
+    caption_score: float | None
+    mitigated: tuple[MitigatedRun, ...]
+
+
+def run_case(
+    model: Model,
+    prompt: str,
+    wanted: Measurement,
+    profile: Profile | None,
+    start: Start,
+    methods: Mapping[str, Any],
+    training_picture: Tensor | None = None,
+    caption_score: Callable[[Tensor], float] | None = None,
+    on_run: Callable[[], None] = lambda: None,
+) -> Case:
+    """Draw one prompt as it is and once for each of ``methods`` (name -> settings), all from the same noise.
+
+    ``caption_score`` rates final latents [images, C, H, W]; ``on_run`` is called after each drawing.
+    """
+    setting, conditioning = setting_of(model, wanted), model.encode(prompt)
+
+    def verdict_of(measured: Measured, words_of: str) -> Verdict:
+        words = explain(model, model.encode(words_of), wanted) if words_of.split() else None
+        return judge(measured, wanted, setting, profile, words)
+
+    plain = measure_run(model, conditioning, start.noise, wanted)
+    on_run()
+    assert plain.latents is not None  # measure_run always samples
+    pictures = model.decode(plain.latents)
+    mitigated = []
+    for name, settings in methods.items():
+        outcome = available()[name].apply(model, conditioning, start, settings)
+        after = measure_run(model, outcome.conditioning, start.noise, wanted)
+        on_run()
+        assert after.latents is not None
+        drawn = model.decode(after.latents)
+        mitigated.append(
+            MitigatedRun(
+                name,
+                outcome,
+                verdict_of(after, outcome.conditioning.prompt),
+                drawn,
+                similarity_to(training_picture, drawn),
+                caption_score(after.latents) if caption_score else None,
+            )
+        )
+    return Case(
+        verdict_of(plain, prompt),
+        pictures,
+        plain.where,
+        training_picture,
+        similarity_to(training_picture, pictures),
+        caption_score(plain.latents) if caption_score else None,
+        tuple(mitigated),
+    )
+
+
+def similarity_to(training_picture: Tensor | None, pictures: Tensor) -> float | None:
+    return None if training_picture is None else float(grey_correlation(pictures, training_picture[None]).mean())
+
+
+def pixels(picture: Tensor) -> Any:
+    """[3, H, W] in 0..1 -> [H, W, 3] uint8."""
+    return (picture.permute(1, 2, 0) * 255).round().byte().numpy()
+
+
+def save_pictures(cases: Sequence[Case], folder: Path) -> None:
+    """prompt-1-image-1.png, prompt-1-image-1-METHOD.png, ..."""
+    for number, case in enumerate(cases, 1):
+        for suffix, pictures in [("", case.pictures), *((f"-{m.method}", m.pictures) for m in case.mitigated)]:
+            for image, picture in enumerate(pictures, 1):
+                Image.fromarray(pixels(picture)).save(folder / f"prompt-{number}-image-{image}{suffix}.png")
+
+
+def render_cases(
+    title: str, subtitle: str, model: Model, wanted: Measurement, profile: Profile | None, cases: Sequence[Case]
+) -> str:
+    """The HTML report of these cases."""
+    band = profile.band if profile else ()
+    shown = [
+        html.Case(
+            verdict=case.verdict,
+            band=band,
+            pictures=[pixels(p) for p in case.pictures],
+            where=case.where[0] if case.where is not None else None,
+            training_picture=None if case.training_picture is None else pixels(case.training_picture),
+            similarity=case.similarity,
+            copy_threshold=COPY_THRESHOLD,
+            mitigations=tuple(_shown(run, case) for run in case.mitigated),
+        )
+        for case in cases
+    ]
+    settings = {k.replace("_", " "): v for k, v in asdict(wanted).items() if v != ""}
+    return html.render(html.Report(title, subtitle, model.name, shown, settings))
+
+
+def _shown(run: MitigatedRun, case: Case) -> html.Mitigated:
+    details = run.outcome.details
+    removed = details.get("words")
+    changed = run.outcome.conditioning.prompt != case.verdict.prompt
+    return html.Mitigated(
+        method=run.method,
+        prompt=run.outcome.conditioning.prompt if changed else None,
+        verdict=run.verdict,
+        pictures=[pixels(p) for p in run.pictures],
+        similarity=run.similarity,
+        losses=details.get("losses", ()),
+        moved=details.get("moved"),
+        caption_score_before=case.caption_score,
+        caption_score_after=run.caption_score,
+        note=f"dropped: {', '.join(removed)}" if removed else "",
+    )

@@ -1,0 +1,113 @@
+"""What the commands share: options from settings classes, the model, its profile, progress on standard error."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..calibration import store
+from ..calibration.profile import Profile
+from ..denoiser import Model
+from ..measure import Measured, Measurement, measure, setting_of
+from ..settings import Option, options_of
+from .prompt_files import read_prompts
+
+CHUNK = 64
+Settings = TypeVar("Settings")
+
+
+def add_settings(parser: argparse.ArgumentParser, settings: type, title: str) -> None:
+    """Every option of a settings class as a command-line option; ranges are checked by the class itself."""
+    group = parser.add_argument_group(title)
+    for known in options_of(settings):
+        flag = "--" + known.name.replace("_", "-")
+        if known.kind is bool:
+            group.add_argument(flag, action="store_true", help=known.help)
+        else:
+            group.add_argument(flag, type=known.kind, default=known.default, help=_help(known), **_choices(known))
+
+
+def _help(known: Option) -> str:
+    return f"{known.help} (default: {known.default})" if known.default not in (None, "") else known.help
+
+
+def _choices(known: Option) -> dict[str, Any]:
+    return {"choices": known.choices} if known.choices else {"metavar": known.kind.__name__.upper()}
+
+
+def from_arguments(settings: type[Settings], arguments: argparse.Namespace) -> Settings:
+    """The settings a user asked for. Raises ValueError for values out of range."""
+    return settings(**{f.name: getattr(arguments, f.name) for f in fields(settings)})  # type: ignore[arg-type]
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", help="diffusers folder, checkpoint file or hub id (default: the bundled model)")
+    group.add_argument("--config", help="diffusers folder or hub id with the configuration a checkpoint file lacks")
+    group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: cpu)")
+    group.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16 (default: float32)")
+    group.add_argument("--batch-size", type=positive, default=32, help="pictures in one model evaluation (default: 32)")
+
+
+def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="prompts; '-' reads them from standard input")
+    parser.add_argument("--prompts-file", type=Path, metavar="FILE", help="prompts from .txt, .csv, .jsonl or .parquet")
+    parser.add_argument("--column", help="column or key that holds the prompts (default: prompt, caption or text)")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="calibration profile (default: found by itself)")
+    parser.add_argument("--json", action="store_true", help="one JSON object a prompt, a line each")
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def load_model(arguments: argparse.Namespace) -> Model:
+    from ..hosts.diffusers import load
+
+    return load(arguments.model, arguments.device, arguments.dtype, arguments.config)
+
+
+def prompts_of(arguments: argparse.Namespace) -> list[str]:
+    return list(read_prompts(arguments.prompts_file, arguments.prompts, sys.stdin, arguments.column))
+
+
+def profile_of(arguments: argparse.Namespace, model: Model, wanted: Measurement) -> Profile | None:
+    """The profile named by the user (refused if it does not fit), else the one found for this setting."""
+    from ..demo import bundled
+
+    setting = setting_of(model, wanted)
+    if arguments.profile is not None:
+        profile = Profile.load(arguments.profile)
+        if why := profile.setting.mismatch(setting, wanted.score):
+            raise ValueError(f"the calibration profile {arguments.profile} is for another setting: {why}")
+        return profile
+    return store.find(setting, wanted.score, bundled.CALIBRATION)
+
+
+def measured_in_chunks(
+    model: Model, prompts: Sequence[str], wanted: Measurement, batch_size: int, console: Console
+) -> Iterator[Measured]:
+    """Measure a long list piece by piece, with a progress bar; results come as they are ready."""
+    with progress_bar(console) as bar:
+        task = bar.add_task("measuring", total=len(prompts))
+        for start in range(0, len(prompts), CHUNK):
+            part = prompts[start : start + CHUNK]
+            yield from measure(
+                model, part, wanted, batch_size, lambda done, start=start: bar.update(task, completed=start + done)
+            )
+
+
+def progress_bar(console: Console) -> Progress:
+    """Hidden where standard error is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

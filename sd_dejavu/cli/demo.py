@@ -1,0 +1,80 @@
+"""See it work: one memorised and one ordinary prompt of the bundled model, and any prompt you type.
+
+Verdicts and words in the terminal; DIR/report.html shows the pictures before and after mitigation beside
+the training picture, the magnitude of each step against ordinary prompts, and where in the picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from ..calibration.profile import Profile
+from ..demo import bundled
+from ..hosts.diffusers import load
+from ..measure import Measurement, guidance_of
+from ..mitigations import Start, optimise_conditioning, remove_trigger
+from ..report.terminal import verdict_panel
+from . import common
+from .cases import render_cases, run_case, save_pictures
+
+# A held-out hard pair, and the same caption without its trigger.
+MEMORISED_PAIR = 1
+METHODS = {"optimise-conditioning": optimise_conditioning.Settings(), "remove-trigger": remove_trigger.Settings()}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "prompts", nargs="*", metavar="PROMPT", help="your own prompts, judged beside the two of the demo"
+    )
+    parser.add_argument("--out", type=Path, default=Path("dejavu-demo"), metavar="DIR", help="default: dejavu-demo")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
+    parser.add_argument("--images", type=common.positive, default=4, help="pictures a prompt (default: 4)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from ..demo.world import twin_caption
+
+    pair = bundled.pairs()[MEMORISED_PAIR]
+    prompts = [pair.caption, twin_caption(pair), *arguments.prompts]
+    if any(not prompt.strip() for prompt in prompts):
+        raise ValueError("a prompt is empty: give some words, or leave it out")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    wanted = Measurement(images=arguments.images, seed=arguments.seed)
+    model, profile = load(), Profile.load(bundled.CALIBRATION)
+    noise, sigma = model.noise(wanted.seed, wanted.images), model.sigmas(wanted.steps)[0]
+    target = profile.quantile(0.5, "first step", wanted.images)
+    start = Start.of(model, noise, sigma, guidance_of(model, wanted).unconditional, target, wanted.seed)
+    output, cases = Console(), []
+    with common.progress_bar(Console(stderr=True)) as bar:
+        task = bar.add_task("drawing", total=len(prompts) * (1 + len(METHODS)))
+        for prompt in prompts:
+            case = run_case(
+                model,
+                prompt,
+                wanted,
+                profile,
+                start,
+                METHODS,
+                bundled.training_picture(prompt),
+                on_run=lambda: bar.advance(task),
+            )
+            cases.append(case)
+            output.print(verdict_panel(case.verdict))
+            for mitigated in case.mitigated:
+                likeness = (
+                    ""
+                    if mitigated.similarity is None
+                    else f", similarity to the training picture {case.similarity:.2f} -> {mitigated.similarity:.2f}"
+                )
+                output.print(
+                    f"  {mitigated.method}: score {mitigated.outcome.score_before:.2f} -> {mitigated.outcome.score_after:.2f}{likeness}"
+                )
+    save_pictures(cases, arguments.out)
+    report = arguments.out / "report.html"
+    subtitle = "one memorised prompt, the same prompt without its trigger word, and yours"
+    report.write_text(render_cases("Déjà Vu demo", subtitle, model, wanted, profile, cases), encoding="utf-8")
+    output.print(f"\nThe report with all pictures: {report}")
+    return 0

@@ -1,0 +1,40 @@
+"""``sd-dejavu``: is this picture mine, or is the model replaying its training data?"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from . import bench, calibrate, check, demo, explain, mitigate
+
+COMMANDS = (demo, check, explain, mitigate, calibrate, bench)
+EXIT_BAD_INPUT, EXIT_FLAGGED, EXIT_INTERRUPTED = 2, 3, 130
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="sd-dejavu", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in COMMANDS:
+        name = module.__name__.rsplit(".", 1)[1]
+        text = (module.__doc__ or "").strip()
+        sub = commands.add_parser(name, help=text.split("\n")[0], description=text)
+        module.add_arguments(sub)
+        sub.set_defaults(run=module.run)
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0, or 2 with one sentence for bad input, or 3 with --fail-on-flag when something was flagged."""
+    parsed = parser().parse_args(arguments)
+    try:
+        return parsed.run(parsed)
+    except KeyboardInterrupt:
+        print("sd-dejavu: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except (ValueError, OSError) as error:
+        print(f"sd-dejavu: error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

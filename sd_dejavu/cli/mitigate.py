@@ -1,0 +1,119 @@
+"""Mitigate prompts: what to sample with instead, and what it costs.
+
+With --out, pictures before and after are drawn from the same noise and saved with a report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ..calibration.profile import Profile
+from ..measure import Measurement, guidance_of
+from ..mitigations import Mitigation, Start, available
+from . import common
+from .cases import render_cases, run_case, save_pictures
+
+TARGET_QUANTILE = 0.5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    methods = available()
+    common.add_prompt_options(parser)
+    common.add_model_options(parser)
+    common.add_settings(parser, Measurement, "measurement")
+    parser.add_argument(
+        "--method", choices=tuple(methods), default="optimise-conditioning", help="default: optimise-conditioning"
+    )
+    parser.add_argument(
+        "--target", type=float, help="magnitude to come down to (default: a quantile of ordinary prompts)"
+    )
+    parser.add_argument(
+        "--target-quantile",
+        type=float,
+        default=TARGET_QUANTILE,
+        help="quantile of ordinary prompts (default: 0.5, their median)",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="draw pictures before and after, and a report, into DIR"
+    )
+    for settings in dict.fromkeys(method.settings for method in methods.values()):
+        users = ", ".join(name for name, method in methods.items() if method.settings is settings)
+        common.add_settings(parser, settings, users)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    wanted = common.from_arguments(Measurement, arguments)
+    method = available()[arguments.method]
+    chosen = common.from_arguments(method.settings, arguments)
+    prompts = common.prompts_of(arguments)
+    model = common.load_model(arguments)
+    profile = common.profile_of(arguments, model, wanted)
+    target = target_of(arguments.target, arguments.target_quantile, profile, wanted)
+    guidance = guidance_of(model, wanted)
+    without = guidance.measured_against or guidance.unconditional
+    noise, sigma = model.noise(wanted.seed, wanted.images), model.sigmas(wanted.steps)[0]
+    start = Start.of(model, noise, sigma, without, target, wanted.seed)
+    output, cases = Console(), []
+    for prompt in prompts:
+        if arguments.out is not None:
+            case = run_case(model, prompt, wanted, profile, start, {arguments.method: chosen})
+            cases.append(case)
+            (outcome,) = (m.outcome for m in case.mitigated)
+        else:
+            outcome = method.apply(model, model.encode(prompt), start, chosen)
+        record = {
+            "prompt": prompt,
+            "method": method.name,
+            "score": outcome.score_before,
+            "score_after": outcome.score_after,
+            "target": target,
+            "prompt_after": outcome.conditioning.prompt,
+            **outcome.details,
+            "settings": {**asdict(wanted), **asdict(chosen)},
+            "model": model.name,
+        }
+        if arguments.json:
+            print(json.dumps(record, ensure_ascii=False))
+        else:
+            output.print(_table(record, method))
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        save_pictures(cases, arguments.out)
+        report = arguments.out / "report.html"
+        report.write_text(
+            render_cases("Mitigation", f"method: {method.name}", model, wanted, profile, cases), encoding="utf-8"
+        )
+        Console(stderr=True).print(f"report: {report}")
+    return 0
+
+
+def target_of(absolute: float | None, quantile: float, profile: Profile | None, wanted: Measurement) -> float:
+    """The magnitude to come down to. Raises ValueError when a quantile is wanted and nothing is calibrated."""
+    if absolute is not None:
+        if not absolute > 0:
+            raise ValueError(f"the target must be a positive magnitude, not {absolute:g}")
+        return absolute
+    if not 0 <= quantile <= 1:
+        raise ValueError(f"the target quantile must be between 0 and 1, not {quantile:g}")
+    if profile is None:
+        raise ValueError("there is no calibration profile to take the target from: calibrate, or give --target")
+    return profile.quantile(quantile, "first step", wanted.images)
+
+
+def _table(record: dict[str, object], method: Mitigation) -> Table:
+    table = Table(title=f"{method.name}: {method.help}", title_justify="left", show_header=False)
+    hidden = {"settings", "model", "method"}
+    for key, value in record.items():
+        if key in hidden:
+            continue
+        if isinstance(value, (tuple, list)):
+            value = " -> ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in value)
+        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+        table.add_row(key.replace("_", " "), shown.replace("[", "\\["))
+    return table

@@ -1,0 +1,53 @@
+"""Leave one word out: what the score would be without it.
+
+No gradient: every word is dropped in turn and the first step measured again on the same noise, all
+words in shared batches. The raw value of a word is the magnitude lost by dropping it; it is negative
+where the prompt scores higher without the word. In a phrase that is memorised as a whole the loss of
+any word breaks the memory, so this view tells what helps rather than what causes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..conditioning import Conditioning, Word
+from ..denoiser import Denoiser
+from ..sampling import first_step
+from ..verdict import Explanation
+from . import explanation
+
+
+def drop_word(prompt: str, word: Word) -> str:
+    """The prompt without one word; white space is closed up and dangling separators at the ends go too."""
+    kept = f"{prompt[: word.start]} {prompt[word.end :]}"
+    return " ".join(kept.split()).strip(" ,;|-")
+
+
+def scores_without(
+    denoiser: Denoiser,
+    encode: Callable[[str], Conditioning],
+    conditioning: Conditioning,
+    unconditional: Conditioning,
+    noise: Tensor,
+    sigma: float,
+    batch_size: int = 32,
+) -> Tensor:
+    """First-step magnitude without each word: [number of words, images]. noise [images, C, H, W]."""
+    without = [encode(drop_word(conditioning.prompt, word)) for word in conditioning.words]
+    return first_step(denoiser, without, unconditional, noise, sigma, batch_size)
+
+
+def explain(
+    denoiser: Denoiser,
+    encode: Callable[[str], Conditioning],
+    conditioning: Conditioning,
+    unconditional: Conditioning,
+    noise: Tensor,
+    sigma: float,
+    batch_size: int = 32,
+) -> Explanation:
+    full = first_step(denoiser, [conditioning], unconditional, noise, sigma, batch_size).mean()
+    without = scores_without(denoiser, encode, conditioning, unconditional, noise, sigma, batch_size).mean(1)
+    return explanation("leave one out", conditioning.words, full - without, "magnitude lost without the word")

@@ -1,0 +1,31 @@
+"""All three views through one door, for front ends that let the user choose."""
+
+from __future__ import annotations
+
+from ..conditioning import Conditioning
+from ..denoiser import Model
+from ..measure import Measurement, start_of_run
+from ..sampling import predict
+from ..verdict import Explanation, View
+from . import input_gradient, leave_one_out, output_gradient
+
+
+def default_view(conditioning: Conditioning) -> View:
+    """The gradient through the encoder wherever the encoder is at hand."""
+    return "input gradient" if conditioning.reencoding else "output gradient"
+
+
+def explain(
+    model: Model, conditioning: Conditioning, wanted: Measurement, view: View | None = None, batch_size: int = 32
+) -> Explanation:
+    """Explain one prompt at the first step of the run that ``wanted`` describes. Raises ValueError without words."""
+    view = view or default_view(conditioning)
+    without = model.encode(wanted.negative if wanted.without == "negative prompt" else "")
+    x, sigma = start_of_run(model, wanted)
+    if view == "leave one out":
+        noise = model.noise(wanted.seed, wanted.images)
+        level = float(sigma[0])
+        return leave_one_out.explain(model, model.encode, conditioning, without, noise, level, batch_size)
+    method = input_gradient if view == "input gradient" else output_gradient
+    with model.differentiable():
+        return method.explain(model, x, sigma, conditioning, predict(model, x, sigma, without, batch_size))

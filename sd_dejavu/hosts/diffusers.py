@@ -1,0 +1,371 @@
+"""Models in diffusers layout, single-file checkpoints and hub ids, as a denoiser for the core.
+
+Stable Diffusion 1.x, 2.x and XL, epsilon- and v-prediction. diffusers and transformers are imported
+only here and only when a model is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..conditioning import Conditioning, EncoderInput, Reencoding, TokenRow, align
+from ..denoiser import PredictionType, denoised_from_output, model_input, seeded_noise
+
+CHUNK = 75
+MAX_CHUNKS = 8
+_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class ModelError(ValueError):
+    """The model cannot be used; the text says why and what to do."""
+
+
+class DiffusersModel:
+    """A loaded pipeline: encodes prompts, denoises, decodes.
+
+    As a denoiser it takes x [B, C, H, W] and sigma [B] in the scale x = x0 + sigma * noise and returns
+    the denoised prediction in fp32.
+    """
+
+    prediction_type: PredictionType
+
+    def __init__(self, pipeline: Any, name: str) -> None:
+        self.name = name
+        self._unet, self._vae = pipeline.unet, pipeline.vae
+        self._encoders = [(pipeline.tokenizer, pipeline.text_encoder)]
+        if getattr(pipeline, "text_encoder_2", None) is not None:
+            self._encoders.append((pipeline.tokenizer_2, pipeline.text_encoder_2))
+        self._scheduler_config = dict(pipeline.scheduler.config)
+        prediction = self._scheduler_config.get("prediction_type", "epsilon")
+        if prediction not in ("epsilon", "v_prediction"):
+            raise ModelError(
+                f"{name} predicts {prediction!r}; only epsilon and v_prediction models can be measured here"
+            )
+        self.prediction_type = prediction
+        for module in self._modules():
+            module.eval().requires_grad_(False)
+            for parameter in module.parameters():
+                if not torch.isfinite(parameter).all():
+                    raise ModelError(f"the weights of {name} contain NaN or infinity: the file is broken, get it again")
+        self.device = self._unet.device
+        side = self._unet.config.sample_size
+        height, width = side if isinstance(side, (list, tuple)) else (side, side)
+        self.latent_shape = (int(self._unet.config.in_channels), int(height), int(width))
+        self.alphas_cumprod: Tensor = _alphas_cumprod(self._scheduler_config)
+        self._fingerprint: str | None = None
+
+    def _modules(self) -> list[torch.nn.Module]:
+        return [self._unet, self._vae, *(encoder for _, encoder in self._encoders)]
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits from names, shapes and sampled values of the weights that make a score."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256(self.prediction_type.encode())
+            for module in (self._unet, *(encoder for _, encoder in self._encoders)):
+                for key, value in sorted(module.state_dict().items()):
+                    flat = value.detach().reshape(-1)
+                    chosen = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
+                    digest.update(f"{key}{tuple(value.shape)}".encode() + chosen.numpy().tobytes())
+            self._fingerprint = digest.hexdigest()[:16]
+        return self._fingerprint
+
+    # ------------------------------------------------------------------------------- denoising
+
+    def __call__(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        dtype = self._unet.dtype
+        rows = conditioning.rows
+        if rows.shape[0] == 1:
+            rows = rows.expand(x.shape[0], -1, -1)
+        extras = {
+            k: (v.expand(x.shape[0], *v.shape[1:]) if v.shape[0] == 1 else v).to(dtype)
+            for k, v in conditioning.extras.items()
+        }
+        output = self._unet(
+            model_input(x, sigma).to(dtype),
+            self._timestep(sigma),
+            encoder_hidden_states=rows.to(dtype),
+            added_cond_kwargs=extras or None,
+            return_dict=False,
+        )[0]
+        return denoised_from_output(output, x, sigma, self.prediction_type)
+
+    def _timestep(self, sigma: Tensor) -> Tensor:
+        """sigma [B] -> fractional timestep [B], linear in log sigma between the schedule's levels."""
+        levels = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt().log().to(sigma.device)
+        log = sigma.float().clamp_min(1e-10).log()
+        high = torch.searchsorted(levels, log.contiguous()).clamp(1, len(levels) - 1)
+        low = high - 1
+        share = ((log - levels[low]) / (levels[high] - levels[low])).clamp(0, 1)
+        fractional = low + share
+        nearest = fractional.round()
+        # A level of the schedule itself must give its whole timestep, whatever the rounding of the logarithm.
+        return torch.where((fractional - nearest).abs() < 1e-3, nearest, fractional)
+
+    def sigmas(self, steps: int) -> list[float]:
+        """Noise levels of ``steps`` DDIM steps (leading spacing, offset 1: the first is timestep 981 of 50), then 0."""
+        total = len(self.alphas_cumprod)
+        if not 1 <= steps <= total:
+            raise ValueError(f"the number of steps must be between 1 and {total}, not {steps}")
+        timesteps = [min(i * (total // steps) + 1, total - 1) for i in reversed(range(steps))]
+        abar = self.alphas_cumprod[timesteps].double()
+        return [*((1 - abar) / abar).sqrt().tolist(), 0.0]
+
+    def noise(self, seed: int, images: int) -> Tensor:
+        return seeded_noise(self.latent_shape, seed, images).to(self.device)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, H, W] -> pictures [B, 3, height, width] in 0..1, on the CPU."""
+        scale = getattr(self._vae.config, "scaling_factor", 1.0)
+        shift = getattr(self._vae.config, "shift_factor", None) or 0.0
+        pictures = self._vae.decode((latents / scale + shift).to(self._vae.dtype), return_dict=False)[0]
+        return (pictures.float().cpu() / 2 + 0.5).clamp(0, 1)
+
+    @contextmanager
+    def differentiable(self, checkpointing: bool = False) -> Iterator[None]:
+        """Gradients through the model, in fp32 whatever its dtype; activations recomputed with ``checkpointing``."""
+        dtype = self._unet.dtype
+        try:
+            if dtype != torch.float32:
+                self._unet.float()
+            if checkpointing:
+                self._unet.enable_gradient_checkpointing()
+                self._unet.train()  # diffusers recomputes only in training mode; these UNets hold no dropout
+            yield
+        finally:
+            if checkpointing:
+                self._unet.disable_gradient_checkpointing()
+                self._unet.eval()
+            if dtype != torch.float32:
+                self._unet.to(dtype)
+
+    # --------------------------------------------------------------------------------- prompts
+
+    def encode(self, prompt: str) -> Conditioning:
+        """The conditioning of one prompt, in chunks of 75 tokens, with its words and its way back.
+
+        Raises ValueError for a prompt of more than 8 chunks.
+        """
+        chunked = [_chunks(tokenizer, prompt) for tokenizer, _ in self._encoders]
+        count = max(len(chunks) for chunks in chunked)
+        if count > MAX_CHUNKS:
+            tokens = sum(len(c) for c in max(chunked, key=len))
+            raise ValueError(
+                f"the prompt is too long: {tokens} tokens, at most {MAX_CHUNKS * CHUNK} can be read; shorten it"
+            )
+        inputs, ids = [], []
+        words, _ = align(prompt, [])
+        for (tokenizer, encoder), chunks in zip(self._encoders, chunked, strict=True):
+            chunks = chunks + [[]] * (count - len(chunks))
+            pieces = [tokenizer.convert_ids_to_tokens(chunk) for chunk in chunks]
+            _, owners = align(prompt, [piece for chunk in pieces for piece in chunk])
+            tokens, place = [], iter(owners)
+            for chunk in pieces:
+                tokens.append(TokenRow(tokenizer.bos_token, "start"))
+                tokens += [TokenRow(piece, "word", next(place)) for piece in chunk]
+                tokens += [TokenRow(tokenizer.eos_token, "end")] * (CHUNK + 1 - len(chunk))
+            numbers = torch.tensor([_padded(tokenizer, chunk) for chunk in chunks], device=self.device)
+            ids.append(numbers)
+            table = encoder.get_input_embeddings()
+            inputs.append(EncoderInput(table(numbers).flatten(0, 1).detach(), tuple(tokens)))
+
+        def encode_from(embeddings: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            return self._rows_and_extras(ids, embeddings)
+
+        with torch.no_grad():
+            rows, extras = self._rows_and_extras(ids, None)
+        return Conditioning(rows, extras, prompt, words, inputs[0].tokens, Reencoding(tuple(inputs), encode_from))
+
+    def _rows_and_extras(
+        self, ids: Sequence[Tensor], embeddings: Sequence[Tensor] | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Rows [1, chunks * 77, D] from token numbers [chunks, 77], or from embeddings put in their place."""
+        columns, pooled = [], None
+        for number, (numbers, (_, encoder)) in enumerate(zip(ids, self._encoders, strict=True)):
+            given = None if embeddings is None else embeddings[number]
+            with _replaced_embeddings(encoder, given):
+                output = encoder(numbers, output_hidden_states=True)
+            if len(self._encoders) == 1:
+                columns.append(output.last_hidden_state)
+            else:
+                columns.append(output.hidden_states[-2])
+                pooled = getattr(output, "text_embeds", None)
+        rows = torch.cat([c.float() for c in columns], dim=-1).flatten(0, 1)[None]
+        if pooled is None:
+            return rows, {}
+        height, width = (side * 2 ** (len(self._vae.config.block_out_channels) - 1) for side in self.latent_shape[1:])
+        size = torch.tensor([[height, width, 0, 0, height, width]], device=rows.device, dtype=torch.float32)
+        return rows, {"text_embeds": pooled[:1].float(), "time_ids": size}
+
+
+@contextmanager
+def _replaced_embeddings(encoder: torch.nn.Module, embeddings: Tensor | None) -> Iterator[None]:
+    """While open, the token embedding gives ``embeddings`` [chunks * 77, d] in place of its own output."""
+    if embeddings is None:
+        yield
+        return
+    table = encoder.get_input_embeddings()  # type: ignore[operator]
+    handle = table.register_forward_hook(lambda module, args, output: embeddings.reshape(output.shape).to(output.dtype))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _chunks(tokenizer: Any, prompt: str) -> list[list[int]]:
+    """Token numbers without start and end, 75 a chunk; one empty chunk for the empty prompt."""
+    # verbose=False: the tokenizer warns of more than 77 tokens, which are split into chunks here.
+    numbers = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+    return [numbers[i : i + CHUNK] for i in range(0, len(numbers), CHUNK)] or [[]]
+
+
+def _padded(tokenizer: Any, chunk: list[int]) -> list[int]:
+    body = [tokenizer.bos_token_id, *chunk, tokenizer.eos_token_id]
+    return body + [tokenizer.pad_token_id] * (CHUNK + 2 - len(body))
+
+
+def _alphas_cumprod(config: dict[str, Any]) -> Tensor:
+    """The schedule a DDIM scheduler builds from a pipeline's scheduler configuration."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler.from_config(config).alphas_cumprod.float()
+
+
+# ------------------------------------------------------------------------------------------ loading
+
+
+def bundled_model_folder() -> Path:
+    return Path(__file__).resolve().parent.parent / "demo" / "model"
+
+
+def load(
+    model: str | None = None, device: str = "cpu", dtype: str = "float32", config: str | None = None
+) -> DiffusersModel:
+    """The bundled model (None), a diffusers folder, a single-file checkpoint, or a hub id named by the user.
+
+    ``config`` names a diffusers folder (or hub id) with the configuration files and tokenizer that a
+    single-file checkpoint lacks. Only a hub id given here reaches the network. Raises ModelError with
+    a sentence when the model cannot be found or used.
+    """
+    if dtype not in _DTYPES:
+        raise ModelError(f"dtype {dtype!r} is unknown: use one of {', '.join(_DTYPES)}")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(f"device {device!r} is unknown: use cpu, cuda, cuda:1 or mps") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"device {device!r} was asked for, but this PyTorch sees no CUDA device: use --device cpu")
+    path = bundled_model_folder() if model is None else Path(model)
+    name = "bundled model" if model is None else str(model)
+    try:
+        with _quiet():
+            pipeline = _load_pipeline(path, name, _DTYPES[dtype], config)
+        return DiffusersModel(pipeline.to(place), name)
+    except ModelError:
+        raise
+    except Exception as error:  # the loaders raise dozens of types; all mean that this is not a usable model
+        first_line = str(error).strip().split("\n")[0][:300]
+        raise ModelError(f"{name} cannot be loaded as a Stable Diffusion model: {first_line}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Loading without the libraries' progress bars and remarks; what goes wrong still raises."""
+    import diffusers
+    import transformers
+
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    levels = [library.get_verbosity() for library in libraries]
+    try:
+        for library in libraries:
+            library.set_verbosity_error()
+            library.disable_progress_bar()
+        yield
+    finally:
+        for library, level in zip(libraries, levels, strict=True):
+            library.set_verbosity(level)
+            library.enable_progress_bar()
+
+
+def _dtype_argument() -> str:
+    """diffusers 0.42 renamed 'torch_dtype'."""
+    import diffusers
+
+    major, minor = (int(part) for part in diffusers.__version__.split(".")[:2])
+    return "dtype" if (major, minor) >= (0, 42) else "torch_dtype"
+
+
+def _load_pipeline(path: Path, name: str, dtype: torch.dtype, config: str | None) -> Any:
+    import diffusers
+
+    options: dict[str, Any] = {_dtype_argument(): dtype, "safety_checker": None}
+    if path.is_dir():
+        return _pipeline_class(path / "model_index.json").from_pretrained(
+            path, **options, requires_safety_checker=False, local_files_only=True
+        )
+    if path.is_file():
+        return _load_single_file(path, options, config)
+    if path.is_absolute() or name.count("/") != 1 or path.suffix in (".safetensors", ".ckpt"):
+        raise ModelError(
+            f"the model {name} does not exist: give a diffusers folder, a checkpoint file or a hub id (owner/name)"
+        )
+    found = diffusers.DiffusionPipeline.download(name)
+    return _pipeline_class(Path(found) / "model_index.json").from_pretrained(
+        found, **options, requires_safety_checker=False, local_files_only=True
+    )
+
+
+def _pipeline_class(index: Path) -> Any:
+    import diffusers
+
+    if not index.is_file():
+        raise ModelError(f"{index.parent} is no diffusers folder: it holds no model_index.json")
+    name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    if name not in _PIPELINES:
+        raise ModelError(f"{index.parent} holds a {name}; Stable Diffusion 1.x, 2.x and XL can be read")
+    return getattr(diffusers, name)
+
+
+def _load_single_file(path: Path, options: dict[str, Any], config: str | None) -> Any:
+
+    if config is not None and Path(config).is_dir():
+        cls = _pipeline_class(Path(config) / "model_index.json")
+    else:
+        cls = _single_file_class(path)
+    try:
+        return cls.from_single_file(
+            path, config=config, local_files_only=config is None or Path(config).is_dir(), **options
+        )
+    except OSError as error:
+        if config is not None:
+            raise
+        raise ModelError(
+            f"{path} holds weights only, and the configuration and tokenizer of its family are not on this machine: "
+            "name a diffusers folder or hub id of the same family with --config"
+        ) from error
+
+
+def _single_file_class(path: Path) -> Any:
+    """SDXL checkpoints carry a second text encoder."""
+    import diffusers
+
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            keys = set(file.keys())
+    else:
+        state = torch.load(path, map_location="meta", weights_only=True)
+        keys = set(state.get("state_dict", state))
+    is_xl = any(key.startswith("conditioner.embedders.1.") for key in keys)
+    return diffusers.StableDiffusionXLPipeline if is_xl else diffusers.StableDiffusionPipeline

@@ -1,0 +1,183 @@
+"""Measure prompts with a model and judge them: prompt -> trace -> score -> p-value -> verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from .calibration.ordinary_prompts import style_of
+from .calibration.profile import ALPHA_DEFAULT, EVALUATIONS, Profile, ScoreKind, Setting
+from .conditioning import Conditioning, Unconditional
+from .denoiser import Model, initial_latent
+from .sampling import Guidance, first_step, sample_prompts
+from .settings import option, validate
+from .trace import NotMeasured
+from .verdict import Explanation, Verdict
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Settings of a measurement, the same in every front end."""
+
+    score: ScoreKind = option("first step", "which evaluations the score averages", choices=get_args(ScoreKind))
+    images: int = option(4, "pictures (noises) a prompt; the score is their mean", minimum=1, maximum=64)
+    steps: int = option(50, "sampling steps; they fix the noise level of the first step", minimum=1, maximum=1000)
+    seed: int = option(0, "seed of the noise", minimum=0, maximum=2**63 - 1)
+    guidance_scale: float = option(7.5, "strength of classifier-free guidance", minimum=0, maximum=100)
+    negative: str = option("", "negative prompt that guidance steers away from")
+    without: Unconditional = option(
+        "empty prompt", "what the prompt is measured against", choices=get_args(Unconditional)
+    )
+    alpha: float = option(
+        ALPHA_DEFAULT, "flag a prompt when its p-value is at most this", minimum=0, maximum=1, exclusive=True
+    )
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One prompt's readings: score an image [images], mean magnitude a step, or why there is none."""
+
+    prompt: str
+    scores: Tensor | None
+    per_step: tuple[tuple[float, float | None], ...]
+    latents: Tensor | None = None
+    where: Tensor | None = None
+    why: str | None = None
+
+
+def setting_of(model: Model, wanted: Measurement) -> Setting:
+    return Setting(
+        model.fingerprint,
+        model.prediction_type,
+        model.latent_shape,
+        wanted.steps,
+        model.sigmas(wanted.steps)[0],
+        wanted.guidance_scale,
+        wanted.without,
+        wanted.negative,
+    )
+
+
+def guidance_of(model: Model, wanted: Measurement) -> Guidance:
+    """Guidance against the negative prompt, measured against what ``wanted.without`` names."""
+    negative = bool(wanted.negative)
+    against = model.encode("") if negative and wanted.without == "empty prompt" else None
+    return Guidance(model.encode(wanted.negative), wanted.guidance_scale, wanted.without == "negative prompt", against)
+
+
+def measure(
+    model: Model,
+    prompts: Sequence[str],
+    wanted: Measurement,
+    batch_size: int = 32,
+    on_progress: Callable[[float], None] = lambda prompts_done: None,
+) -> list[Measured]:
+    """Measure every prompt on the same seeded noise. ``on_progress`` gets the prompts done, in fractions.
+
+    Only as many steps are run as the score needs. Raises ValueError for a prompt that is too long.
+    """
+    conditionings = [model.encode(prompt) for prompt in prompts]
+    noise = model.noise(wanted.seed, wanted.images)
+    if wanted.score == "first step":
+        return _measure_first_step(model, conditionings, noise, wanted, batch_size, on_progress)
+    return [
+        measure_run(model, c, noise, wanted, EVALUATIONS[wanted.score], lambda n=n: on_progress(n + 1.0))
+        for n, c in enumerate(conditionings)
+    ]
+
+
+def _measure_first_step(
+    model: Model,
+    conditionings: Sequence[Conditioning],
+    noise: Tensor,
+    wanted: Measurement,
+    batch_size: int,
+    on_progress: Callable[[float], None],
+) -> list[Measured]:
+    sigma = model.sigmas(wanted.steps)[0]
+    base = model.encode(wanted.negative if wanted.without == "negative prompt" else "")
+    done = 0
+
+    def progress(evaluations: int) -> None:
+        nonlocal done
+        done += evaluations
+        on_progress(done / noise.shape[0])
+
+    scores = first_step(model, conditionings, base, noise, sigma, batch_size, progress)
+    return [
+        Measured(c.prompt, row, ((sigma, float(row.mean())),))
+        if bool((row > 0).all())
+        else Measured(c.prompt, None, ((sigma, None),), why="both predictions are equal: the prompt acts on nothing")
+        for c, row in zip(conditionings, scores, strict=True)
+    ]
+
+
+def measure_run(
+    model: Model,
+    conditioning: Conditioning,
+    noise: Tensor,
+    wanted: Measurement,
+    evaluations: int | None = None,
+    on_done: Callable[[], None] = lambda: None,
+) -> Measured:
+    """Sample one prompt's pictures [images] and measure on the way; ``evaluations`` ends the run early."""
+    guidance = guidance_of(model, wanted)
+    (run,) = sample_prompts(model, [conditioning], guidance, noise, model.sigmas(wanted.steps), evaluations)
+    on_done()
+    per_step = tuple((r.sigma, None if r.values is None else sum(r.values) / len(r.values)) for r in run.trace.readings)
+    try:
+        scores = run.trace.score(EVALUATIONS[wanted.score])
+    except NotMeasured as error:
+        return Measured(conditioning.prompt, None, per_step, run.latents, why=str(error))
+    return Measured(conditioning.prompt, scores, per_step, run.latents, run.trace.where())
+
+
+def judge(
+    measured: Measured,
+    wanted: Measurement,
+    setting: Setting,
+    profile: Profile | None,
+    explanation: Explanation | None = None,
+) -> Verdict:
+    """The verdict on one measured prompt; without a fitting profile it has a score but no p-value."""
+    score = None if measured.scores is None else float(measured.scores.mean())
+    why, p, nulls, style = measured.why, None, 0, None
+    if score is not None and profile is None:
+        why = "there is no calibration profile for this model and setting: make one with 'sd-dejavu calibrate'"
+    elif score is not None and profile is not None:
+        try:
+            value = profile.p_value(
+                score, setting, wanted.score, wanted.images, style_of(measured.prompt), wanted.alpha
+            )
+            p, nulls, style = value.p, value.nulls, value.style
+        except ValueError as error:
+            why = str(error)
+    return Verdict(
+        prompt=measured.prompt,
+        score=score,
+        p_value=p,
+        flagged=None if p is None else p <= wanted.alpha,
+        alpha=wanted.alpha,
+        score_kind=wanted.score,
+        images=wanted.images,
+        without=wanted.without,
+        score_per_step=measured.per_step,
+        nulls=nulls,
+        null_style=style,
+        why=why,
+        explanation=explanation,
+    )
+
+
+def start_of_run(model: Model, wanted: Measurement) -> tuple[Tensor, Tensor]:
+    """x_T [images, C, H, W] and its sigma [images]: where explanations and mitigations act."""
+    sigma = model.sigmas(wanted.steps)[0]
+    noise = model.noise(wanted.seed, wanted.images)
+    return initial_latent(noise, sigma, model.prediction_type), torch.full((wanted.images,), sigma, device=noise.device)

@@ -1,0 +1,196 @@
+"""The published prompt-perturbation baselines.
+
+Random words or numbers put into the prompt, or one of its own words repeated (Somepalli et al.,
+*Understanding and Mitigating Copying in Diffusion Models*, NeurIPS 2023, section 6; the baselines of
+Wen et al., ICLR 2024, with 1, 2, 4, 6 or 8 insertions). Seeded: the same seed gives the same prompt.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, get_args
+
+from ..conditioning import Conditioning
+from ..denoiser import Model
+from ..settings import option, validate
+from . import Mitigation, Outcome, Start
+
+Perturbation = Literal["random-word", "random-number", "repeat-word"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    insertions: int = option(4, "words put into the prompt", minimum=0, maximum=50)
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+_WORDS = [
+    "anchor",
+    "apple",
+    "arch",
+    "autumn",
+    "basket",
+    "beach",
+    "bell",
+    "bench",
+    "bottle",
+    "branch",
+    "bridge",
+    "brush",
+    "button",
+    "candle",
+    "canyon",
+    "carpet",
+    "castle",
+    "chair",
+    "cherry",
+    "cloud",
+    "coast",
+    "comet",
+    "copper",
+    "corner",
+    "cotton",
+    "cradle",
+    "crystal",
+    "curtain",
+    "desert",
+    "diamond",
+    "door",
+    "drum",
+    "eagle",
+    "echo",
+    "ember",
+    "engine",
+    "feather",
+    "fence",
+    "field",
+    "flame",
+    "forest",
+    "fountain",
+    "garden",
+    "garlic",
+    "gate",
+    "glass",
+    "glove",
+    "grape",
+    "hammer",
+    "harbour",
+    "hazel",
+    "hill",
+    "honey",
+    "island",
+    "ivory",
+    "jacket",
+    "jewel",
+    "kettle",
+    "ladder",
+    "lantern",
+    "lemon",
+    "letter",
+    "linen",
+    "lion",
+    "marble",
+    "market",
+    "meadow",
+    "mirror",
+    "mountain",
+    "needle",
+    "nest",
+    "north",
+    "oak",
+    "ocean",
+    "olive",
+    "orchard",
+    "paper",
+    "pearl",
+    "pepper",
+    "piano",
+    "pillow",
+    "planet",
+    "pocket",
+    "pony",
+    "rabbit",
+    "rain",
+    "ribbon",
+    "river",
+    "robe",
+    "rope",
+    "saddle",
+    "salt",
+    "sand",
+    "scarf",
+    "shadow",
+    "shell",
+    "silver",
+    "smoke",
+    "snow",
+    "spark",
+    "spoon",
+    "spring",
+    "stone",
+    "summer",
+    "table",
+    "temple",
+    "thread",
+    "thunder",
+    "ticket",
+    "tiger",
+    "timber",
+    "tulip",
+    "tunnel",
+    "valley",
+    "velvet",
+    "violin",
+    "wagon",
+    "water",
+    "wheel",
+    "willow",
+    "window",
+    "winter",
+    "wolf",
+    "wool",
+    "yard",
+]
+
+
+def perturb(prompt: str, kind: Perturbation, insertions: int = 4, seed: int = 0) -> str:
+    """The prompt with ``insertions`` random words, numbers (0 to 1,000,000) or copies of its own words put in.
+
+    Raises ValueError for an unknown kind, a negative number of insertions or an empty prompt.
+    """
+    if kind not in get_args(Perturbation):
+        raise ValueError(f"perturbation {kind!r} is unknown: use one of {', '.join(get_args(Perturbation))}")
+    words = prompt.split()
+    if insertions < 0 or not words:
+        raise ValueError(f"a prompt with words and 0 or more insertions are needed, not {prompt!r} and {insertions}")
+    rng = random.Random(seed)
+    original = list(words)
+    for _ in range(insertions):
+        match kind:
+            case "random-word":
+                piece = rng.choice(_WORDS)
+            case "random-number":
+                piece = str(rng.randint(0, 1_000_000))
+            case _:
+                piece = rng.choice(original)
+        words.insert(rng.randint(0, len(words)), piece)
+    return " ".join(words)
+
+
+def _apply(kind: Perturbation, model: Model, conditioning: Conditioning, start: Start, settings: Settings) -> Outcome:
+    changed = model.encode(perturb(conditioning.prompt, kind, settings.insertions, start.seed))
+    return Outcome(changed, start.score(model, conditioning), start.score(model, changed))
+
+
+MITIGATIONS = tuple(
+    Mitigation(kind, f"published baseline: {help}", "prompt", "one text encoding", Settings, partial(_apply, kind))
+    for kind, help in (
+        ("random-word", "random words put into the prompt"),
+        ("random-number", "random numbers put into the prompt"),
+        ("repeat-word", "words of the prompt repeated"),
+    )
+)

@@ -1,0 +1,184 @@
+"""One self-contained HTML page about one or several prompts: no script, no address outside the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup
+from numpy.typing import NDArray
+
+from ..verdict import BandStep, Verdict
+from .chart import loss_sparkline, magnitude_chart
+from .picture import Pixels, png_uri, where_overlay
+from .wording import facts, label, number, p_text, sentence
+from .words import word_legend, word_spans
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Mitigated:
+    """The same prompt run again under one mitigation.
+
+    ``prompt`` is the new text where the method changes it. ``similarity`` compares the new pictures
+    with the training picture, ``moved`` is the L2 distance the conditioning was moved by, ``losses``
+    has one value an optimisation step, and the caption scores tell what the prompt lost.
+    """
+
+    method: str
+    prompt: str | None = None
+    verdict: Verdict | None = None
+    pictures: Sequence[Pixels] = ()
+    similarity: float | None = None
+    losses: Sequence[float] = ()
+    moved: float | None = None
+    caption_score_before: float | None = None
+    caption_score_after: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One prompt: its verdict, the null band (L2), and the pictures of the plain run.
+
+    ``where`` is the squared-difference map [h, w] of the first picture. ``similarity`` compares the
+    pictures with the training picture; from ``copy_threshold`` up it counts as a copy.
+    """
+
+    verdict: Verdict
+    band: Sequence[BandStep] = ()
+    pictures: Sequence[Pixels] = ()
+    where: Tensor | NDArray[Any] | None = None
+    training_picture: Pixels | None = None
+    similarity: float | None = None
+    copy_threshold: float | None = None
+    mitigations: tuple[Mitigated, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """A page; ``settings`` are shown as they are, in their order."""
+
+    title: str
+    subtitle: str
+    model: str
+    cases: Sequence[Case]
+    settings: Mapping[str, object] = field(default_factory=dict)
+
+
+def render(report: Report) -> str:
+    """The page as text, to be written as UTF-8. All user-supplied text is escaped."""
+    labels = [label(case.verdict) for case in report.cases]
+    tallied = {"Flagged": "flagged", "Not flagged": "not flagged", "No verdict": "without a verdict"}
+    tally = ", ".join(f"{labels.count(name)} {text}" for name, text in tallied.items() if name in labels)
+    page = _template().render(report=report, cases=[_case(c) for c in report.cases], tally=tally)
+    # A lone surrogate, which JSON can smuggle into a prompt, could not be written as UTF-8.
+    return page.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def similarity_text(similarity: float | None, copy_threshold: float | None) -> str:
+    """'similarity 0.93, a copy (0.80 or more)'; empty where it was not measured."""
+    if similarity is None:
+        return ""
+    if copy_threshold is None:
+        return f"similarity {similarity:.2f}"
+    if similarity >= copy_threshold:
+        return f"similarity {similarity:.2f}, a copy ({copy_threshold:.2f} or more)"
+    return f"similarity {similarity:.2f}, not a copy (below {copy_threshold:.2f})"
+
+
+@cache
+def _template() -> Template:
+    folder = FileSystemLoader(Path(__file__).parent / "templates")
+    environment = Environment(
+        loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("report.html.j2")
+
+
+def _case(case: Case) -> dict[str, object]:
+    verdict = case.verdict
+    return {
+        "label": label(verdict),
+        "sentence": sentence(verdict),
+        "prompt": verdict.prompt,
+        "words": word_spans(verdict.prompt, verdict.explanation),
+        "legend": word_legend(verdict.explanation) if verdict.explanation and verdict.explanation.words else None,
+        "facts": facts(verdict),
+        "charts": _charts(case, None, (560, 320)),
+        "pictures": [png_uri(p) for p in case.pictures],
+        "where": None if case.where is None else png_uri(_where(case)),
+        "training": None if case.training_picture is None else png_uri(case.training_picture),
+        "training_name": _training_name(case),
+        "similarity": similarity_text(case.similarity, case.copy_threshold),
+        "mitigations": [_mitigated(case, m) for m in case.mitigations],
+    }
+
+
+def _training_name(case: Case) -> str:
+    if case.similarity is None or case.copy_threshold is None:
+        return "Training picture"
+    return "Training picture it copies" if case.similarity >= case.copy_threshold else "Nearest training picture"
+
+
+def _mitigated(case: Case, after: Mitigated) -> dict[str, object]:
+    return {
+        "method": after.method,
+        "note": after.note,
+        "sentence": after.verdict and sentence(after.verdict),
+        "prompt": after.prompt and word_spans(after.prompt, None),
+        "pictures": [png_uri(p) for p in after.pictures],
+        "similarity": similarity_text(after.similarity, case.copy_threshold),
+        "rows": _rows(case, after),
+        "moved": None if after.moved is None else number(after.moved),
+        "losses": Markup(loss_sparkline(after.losses)),
+        "loss_ends": [number(v) for v in (after.losses[0], after.losses[-1])] if len(after.losses) else [],
+        "steps": len(after.losses),
+        "charts": _charts(case, after.verdict, (320,)) if after.verdict else [],
+    }
+
+
+def _rows(case: Case, after: Mitigated) -> list[tuple[str, str, str]]:
+    """(name, before, after) of what was measured at least after the mitigation."""
+    rows = []
+    if after.verdict and after.verdict.score is not None:
+        rows.append(("Score", _shown(case.verdict.score), number(after.verdict.score)))
+    if after.verdict and after.verdict.p_value is not None:
+        rows.append(("p", _p(case.verdict), _p(after.verdict)))
+    if after.similarity is not None:
+        rows.append(("Similarity", _shown(case.similarity, 2), _shown(after.similarity, 2)))
+    if after.caption_score_after is not None:
+        rows.append(("Caption score", _shown(after.caption_score_before, 2), _shown(after.caption_score_after, 2)))
+    return rows
+
+
+def _p(verdict: Verdict) -> str:
+    return p_text(verdict).removeprefix("p ").removeprefix("= ")
+
+
+def _shown(value: float | None, decimals: int | None = None) -> str:
+    if value is None:
+        return "not measured"
+    return number(value) if decimals is None else f"{value:.{decimals}f}"
+
+
+def _charts(case: Case, after: Verdict | None, widths: Sequence[int]) -> list[Markup]:
+    """The same chart for wide and for narrow screens; none where no step was seen. The band holds L2 values."""
+    steps, steps_after = case.verdict.score_per_step, after.score_per_step if after else None
+    if not steps or steps_after == ():
+        return []
+    band = case.band if case.verdict.unit == "l2" else ()
+    return [Markup(magnitude_chart(steps, band, steps_after, width)) for width in widths]
+
+
+def _where(case: Case) -> Pixels:
+    assert case.where is not None
+    picture = case.pictures[0] if case.pictures else np.zeros((*case.where.shape[-2:], 3), np.uint8)
+    return where_overlay(picture, case.where)

@@ -1,0 +1,64 @@
+"""A verdict in the terminal. Everything is said in text too, for NO_COLOR and for pipes."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from ..verdict import Verdict
+from .wording import facts, label, sentence, top_words_text
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+GAP = "·"
+_PALE, _STRONG = (255, 236, 214), (224, 112, 20)  # both bear black text at a contrast above 6:1
+_BORDER = {True: "red", False: "green", None: "yellow"}
+
+
+def verdict_panel(verdict: Verdict) -> RenderableType:
+    """The sentence, the prompt with its words shaded by significance, and what stands behind the verdict."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    if verdict.explanation and verdict.explanation.words:
+        words = f"{top_words_text(verdict.explanation)} (significance by {verdict.explanation.view})"
+        table.add_row("Top words", Text(_safe(words)))
+    for name, value in facts(verdict):
+        table.add_row(name, Text(_safe(value)))
+    if len(verdict.score_per_step) > 1:
+        table.add_row("Per step", Text(step_sparkline([value for _, value in verdict.score_per_step])))
+    body = Group(Text(_safe(sentence(verdict)), style="bold"), Text(), _prompt(verdict), Text(), table)
+    border = _BORDER[verdict.flagged]
+    return Panel(body, title=f"Déjà Vu: {label(verdict)}", title_align="left", border_style=border)
+
+
+def step_sparkline(values: Sequence[float | None]) -> str:
+    """One block a value, from 0 to the highest; a dot where nothing was measured."""
+    known = [v for v in values if v is not None and math.isfinite(v)]
+    highest = max(known, default=0.0) or 1.0
+    return "".join(
+        GAP if v is None or not math.isfinite(v) else BLOCKS[min(7, max(0, int(8 * v / highest)))] for v in values
+    )
+
+
+def _prompt(verdict: Verdict) -> Text:
+    text = Text(_safe(verdict.prompt), overflow="fold")
+    explanation = verdict.explanation
+    for word in explanation.words if explanation else ():
+        level = min(1.0, max(0.0, word.significance))
+        red, green, blue = (round(p + (s - p) * level) for p, s in zip(_PALE, _STRONG, strict=True))
+        if level >= 0.05:
+            text.stylize(f"black on rgb({red},{green},{blue})", word.start, word.end)
+        if explanation and word == explanation.top:
+            text.stylize("bold", word.start, word.end)
+    return text
+
+
+def _safe(text: str) -> str:
+    """The same number of characters, none of which can steer the terminal or fail to be encoded."""
+    return "".join("\ufffd" if c != "\n" and unicodedata.category(c) in ("Cc", "Cs") else c for c in text)

@@ -1,0 +1,155 @@
+"""The reference sampler: DDIM with classifier-free guidance, over any denoiser.
+
+In the scale x = x0 + sigma * noise a deterministic DDIM step (Song et al., 2021) is
+x' = D + (sigma' / sigma) (x - D), and guidance (Ho & Salimans, 2022) is D = D_u + s (D_c - D_u).
+For rectified flow the same formula is Euler's step. Hosts bring their own samplers; this one serves
+the command line, calibration and the benchmarks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .conditioning import Conditioning, stack
+from .denoiser import Denoiser, Predictions, initial_latent
+from .detectors.magnitude import magnitude
+from .trace import Trace
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What guidance steers away from, and how strongly.
+
+    ``unconditional`` is the conditioning guidance uses (the negative prompt, or the empty one).
+    ``measured_against`` is given where the trace shall be measured against something else: one more
+    model evaluation at each measured step.
+    """
+
+    unconditional: Conditioning
+    scale: float = 7.5
+    is_negative_prompt: bool = False
+    measured_against: Conditioning | None = None
+
+
+def sample(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Sequence[float],
+    conditional: Conditioning,
+    guidance: Guidance,
+    trace: Trace | None = None,
+    measured_steps: int | None = None,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> Tensor:
+    """From x [B, C, H, W] at ``sigmas[0]`` down to the last of ``sigmas``; returns the latents in fp32.
+
+    ``trace`` records the first ``measured_steps`` evaluations (None: all). A shorter ``sigmas`` ends
+    the run early. ``on_step`` is called after each step.
+    """
+    with torch.no_grad():
+        for number, (level, following) in enumerate(pairwise(sigmas)):
+            sigma = levels_of(x, level)
+            with_prompt = denoiser(x, sigma, conditional)
+            without = denoiser(x, sigma, guidance.unconditional)
+            if trace is not None and (measured_steps is None or number < measured_steps):
+                if guidance.measured_against is None:
+                    kind = "negative prompt" if guidance.is_negative_prompt else "empty prompt"
+                    trace.record(Predictions(with_prompt, without, sigma, kind))
+                else:
+                    trace.record(Predictions(with_prompt, denoiser(x, sigma, guidance.measured_against), sigma))
+            denoised = without + guidance.scale * (with_prompt - without)
+            x = denoised + (following / level) * (x - denoised)
+            on_step(number)
+    return x
+
+
+@dataclass(frozen=True)
+class Run:
+    """One prompt's pictures: the trace of all its images, and their final latents [images, C, H, W]."""
+
+    trace: Trace
+    latents: Tensor
+
+
+def batches(lengths: Sequence[int], images: int, batch_size: int) -> Iterator[list[tuple[int, int]]]:
+    """(prompt, image) pairs in batches that share a conditioning length."""
+    for length in sorted(set(lengths)):
+        jobs = [(p, i) for p, n in enumerate(lengths) if n == length for i in range(images)]
+        for start in range(0, len(jobs), batch_size):
+            yield jobs[start : start + batch_size]
+
+
+def sample_prompts(
+    denoiser: Denoiser,
+    conditionings: Sequence[Conditioning],
+    guidance: Guidance,
+    noise: Tensor,
+    sigmas: Sequence[float],
+    evaluations: int | None = None,
+    on_prompt: Callable[[int], None] = lambda number: None,
+) -> list[Run]:
+    """Every prompt on the same noise [images, C, H, W]; the images of a prompt run as one batch.
+
+    ``evaluations`` ends each run after that many steps (None: to the end of ``sigmas``).
+    """
+    x = initial_latent(noise, sigmas[0], denoiser.prediction_type)
+    path = sigmas if evaluations is None else sigmas[: evaluations + 1]
+    runs = []
+    for number, conditioning in enumerate(conditionings):
+        trace = Trace()
+        latents = sample(denoiser, x, path, conditioning, guidance, trace)
+        runs.append(Run(trace, latents))
+        on_prompt(number)
+    return runs
+
+
+def first_step(
+    denoiser: Denoiser,
+    conditionings: Sequence[Conditioning],
+    unconditional: Conditioning,
+    noise: Tensor,
+    sigma: float,
+    batch_size: int = 32,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Tensor:
+    """First-step magnitudes [number of prompts, images] of many prompts on the same noise [images, C, H, W].
+
+    At x_T the unconditional prediction of a noise is the same for every prompt, so it is computed once;
+    prompts and images then share batches. ``progress`` is called with the evaluations just done.
+    Raises ValueError when a prediction is not finite.
+    """
+    x = initial_latent(noise, sigma, denoiser.prediction_type)
+    levels = levels_of(x, sigma)
+    base = predict(denoiser, x, levels, unconditional, batch_size)
+    scores = torch.empty(len(conditionings), noise.shape[0])
+    for part in batches([c.rows.shape[1] for c in conditionings], noise.shape[0], batch_size):
+        which = [image for _, image in part]
+        with torch.no_grad():
+            denoised = denoiser(x[which], levels[which], stack([conditionings[p] for p, _ in part]))
+            values = magnitude(Predictions(denoised, base[which], levels[which])).cpu()
+        for (prompt, image), value in zip(part, values, strict=True):
+            scores[prompt, image] = value
+        progress(len(part))
+    if not torch.isfinite(scores).all():
+        raise ValueError("the model's predictions are not finite (NaN or infinity): its weights may be broken")
+    return scores
+
+
+def levels_of(x: Tensor, sigma: float) -> Tensor:
+    """The noise level of each picture of a batch, [B]."""
+    return torch.full((x.shape[0],), sigma, device=x.device)
+
+
+def predict(denoiser: Denoiser, x: Tensor, sigma: Tensor, conditioning: Conditioning, batch_size: int = 32) -> Tensor:
+    """The denoised prediction [B, C, H, W] under one conditioning, in batches, without gradients."""
+    with torch.no_grad():
+        parts = [
+            denoiser(x[i : i + batch_size], sigma[i : i + batch_size], conditioning)
+            for i in range(0, x.shape[0], batch_size)
+        ]
+    return torch.cat(parts)

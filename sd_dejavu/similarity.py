@@ -1,0 +1,31 @@
+"""How like two pictures are, for pairs of which one is known to be the training picture.
+
+Structural similarity here is the correlation of grey values after both pictures are reduced to 32 x 32:
+it sees layout and shading and forgives colour shifts, blur and the autoencoder's losses. On the bundled
+model's world a picture is called a copy of a training picture at :data:`COPY_THRESHOLD` or more.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+COPY_THRESHOLD = 0.8
+_SIDE = 32
+
+
+def grey_correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson correlation of grey values, [A, B], for pictures a [A, 3, H, W] and b [B, 3, H, W].
+
+    A picture of one single grey correlates with nothing (0).
+    """
+    first, second = _centred(a), _centred(b)
+    norms = first.norm(dim=1)[:, None] * second.norm(dim=1)[None]
+    return torch.where(norms > 1e-6, first @ second.T / norms.clamp_min(1e-6), torch.zeros(()))
+
+
+def _centred(pictures: Tensor) -> Tensor:
+    grey = (pictures.float() * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    flat = F.adaptive_avg_pool2d(grey, _SIDE).flatten(1)
+    return flat - flat.mean(1, keepdim=True)

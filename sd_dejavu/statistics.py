@@ -1,0 +1,56 @@
+"""Figures of merit of a detector, with 95% intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Z95 = 1.959963984540054
+_RESAMPLES = 2000
+
+
+def auc(positives: Sequence[float], negatives: Sequence[float]) -> float:
+    """Probability that a positive scores above a negative, ties counted half (Mann-Whitney)."""
+    p, n = np.asarray(positives, dtype=float), np.sort(np.asarray(negatives, dtype=float))
+    below = np.searchsorted(n, p, "left")
+    ties = np.searchsorted(n, p, "right") - below
+    return float((below + ties / 2).mean() / len(n))
+
+
+def auc_interval(positives: Sequence[float], negatives: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """Percentile bootstrap over prompts, each class resampled by itself. (1, 1) when nothing overlaps."""
+    rng = np.random.default_rng(seed)
+    p, n = np.asarray(positives, dtype=float), np.asarray(negatives, dtype=float)
+    values = [auc(rng.choice(p, len(p)), rng.choice(n, len(n))) for _ in range(_RESAMPLES)]
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def tpr_at_fpr(positives: Sequence[float], negatives: Sequence[float], fpr: float = 0.01) -> float:
+    """Share of positives at or above the lowest threshold that at most ``fpr`` of the negatives reach."""
+    p, n = np.asarray(positives, dtype=float), np.sort(np.asarray(negatives, dtype=float))[::-1]
+    allowed = int(fpr * len(n) + 1e-9)
+    # Strictly above the first negative that may not pass.
+    return float((p > n[allowed]).mean()) if allowed < len(n) else 1.0
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """Wilson's interval of a share observed over ``count`` trials."""
+    z2 = Z95**2
+    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = Z95 * ((share * (1 - share) + z2 / (4 * count)) / count) ** 0.5 / (1 + z2 / count)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def kolmogorov_uniform(p_values: Sequence[float]) -> tuple[float, float]:
+    """Kolmogorov-Smirnov distance of p-values from the uniform law, and its p-value (asymptotic series)."""
+    x: NDArray[np.float64] = np.sort(np.asarray(p_values, dtype=float))
+    count = len(x)
+    steps = np.arange(1, count + 1) / count
+    distance = float(max((steps - x).max(), (x - steps + 1 / count).max()))
+    t = (count**0.5 + 0.12 + 0.11 / count**0.5) * distance
+    terms = np.arange(1, 101)
+    tail = 2 * float(((-1.0) ** (terms - 1) * np.exp(-2 * terms**2 * t**2)).sum())
+    return distance, min(1.0, max(0.0, tail))
