@@ -26,8 +26,10 @@ def denoising_errors(
 ) -> Tensor:
     """Mean noise-prediction error of one clean latent [C, H, W] under each caption, [number of captions].
 
-    Raises ValueError when the captions differ in length (number of rows).
+    Raises ValueError when the captions differ in length (number of rows), or for a flow model.
     """
+    if denoiser.prediction_type == "flow":
+        raise ValueError("the caption score is made for epsilon- and v-models, this is a flow model")
     rng = torch.Generator().manual_seed(seed)
     errors = torch.zeros(len(captions))
     for sigma in SIGMAS:

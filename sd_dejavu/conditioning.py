@@ -7,6 +7,7 @@ the way back: rows -> tokens -> words -> characters of the prompt.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -147,11 +148,12 @@ def align(prompt: str, tokens: Sequence[str]) -> tuple[tuple[Word, ...], tuple[i
     words = split_words(prompt)
     if not words:
         return words, tuple(None for _ in tokens)
-    # For each byte of the lower-cased prompt without white space, the word it lies in.
+    # For each byte of the lower-cased prompt without white space, the word it lies in. Composed and lower-cased
+    # character by character, as CLIP's tokenizer does (str.lower of a whole word knows the final sigma).
     flat = bytearray()
     owner: list[int] = []
     for number, word in enumerate(words):
-        encoded = word.text.lower().encode()
+        encoded = "".join(map(str.lower, unicodedata.normalize("NFC", word.text))).encode()
         flat += encoded
         owner += [number] * len(encoded)
     position, found = 0, []

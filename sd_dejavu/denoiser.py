@@ -22,7 +22,8 @@ PredictionType = Literal["epsilon", "v_prediction", "flow"]
 class Denoiser(Protocol):
     """A model bound to its weights; differentiable in ``x`` and in the conditioning's rows and extras."""
 
-    prediction_type: PredictionType
+    @property
+    def prediction_type(self) -> PredictionType: ...
 
     def __call__(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """x [B, C, H, W], sigma [B], conditioning of batch 1 or B -> denoised [B, C, H, W] in fp32."""
@@ -32,8 +33,13 @@ class Denoiser(Protocol):
 class Model(Denoiser, Protocol):
     """A whole text-to-image model, as the command line and calibration need it: a denoiser with both ends."""
 
-    name: str
-    latent_shape: tuple[int, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(channels, height, width) of one latent."""
+        ...
 
     @property
     def fingerprint(self) -> str:

@@ -13,7 +13,7 @@ from .calibration.ordinary_prompts import style_of
 from .calibration.profile import ALPHA_DEFAULT, EVALUATIONS, Profile, ScoreKind, Setting
 from .conditioning import Conditioning, Unconditional
 from .denoiser import Model, initial_latent
-from .sampling import Guidance, first_step, sample_prompts
+from .sampling import Guidance, Run, first_step, sample_prompts
 from .settings import option, validate
 from .trace import NotMeasured
 from .verdict import Explanation, Verdict
@@ -87,10 +87,14 @@ def measure(
     noise = model.noise(wanted.seed, wanted.images)
     if wanted.score == "first step":
         return _measure_first_step(model, conditionings, noise, wanted, batch_size, on_progress)
-    return [
-        measure_run(model, c, noise, wanted, EVALUATIONS[wanted.score], lambda n=n: on_progress(n + 1.0))
-        for n, c in enumerate(conditionings)
-    ]
+    done = 0
+
+    def progress(count: int) -> None:
+        nonlocal done
+        done += count
+        on_progress(done)
+
+    return measure_runs(model, conditionings, noise, wanted, EVALUATIONS[wanted.score], batch_size, progress)
 
 
 def _measure_first_step(
@@ -119,24 +123,32 @@ def _measure_first_step(
     ]
 
 
-def measure_run(
+def measure_runs(
     model: Model,
-    conditioning: Conditioning,
+    conditionings: Sequence[Conditioning],
     noise: Tensor,
     wanted: Measurement,
     evaluations: int | None = None,
-    on_done: Callable[[], None] = lambda: None,
-) -> Measured:
-    """Sample one prompt's pictures [images] and measure on the way; ``evaluations`` ends the run early."""
+    batch_size: int = 32,
+    on_prompts: Callable[[int], None] = lambda count: None,
+) -> list[Measured]:
+    """Sample the pictures of each prompt from noise [images, C, H, W] and measure on the way.
+
+    ``evaluations`` ends the runs early (None: to the end, so that the latents are pictures).
+    """
     guidance = guidance_of(model, wanted)
-    (run,) = sample_prompts(model, [conditioning], guidance, noise, model.sigmas(wanted.steps), evaluations)
-    on_done()
+    sigmas = model.sigmas(wanted.steps)
+    runs = sample_prompts(model, conditionings, guidance, noise, sigmas, evaluations, batch_size, on_prompts)
+    return [_measured(run, conditioning.prompt, wanted) for run, conditioning in zip(runs, conditionings, strict=True)]
+
+
+def _measured(run: Run, prompt: str, wanted: Measurement) -> Measured:
     per_step = tuple((r.sigma, None if r.values is None else sum(r.values) / len(r.values)) for r in run.trace.readings)
     try:
         scores = run.trace.score(EVALUATIONS[wanted.score])
     except NotMeasured as error:
-        return Measured(conditioning.prompt, None, per_step, run.latents, why=str(error))
-    return Measured(conditioning.prompt, scores, per_step, run.latents, run.trace.where())
+        return Measured(prompt, None, per_step, run.latents, why=str(error))
+    return Measured(prompt, scores, per_step, run.latents, run.trace.where())
 
 
 def judge(

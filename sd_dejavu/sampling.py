@@ -91,21 +91,29 @@ def sample_prompts(
     noise: Tensor,
     sigmas: Sequence[float],
     evaluations: int | None = None,
-    on_prompt: Callable[[int], None] = lambda number: None,
+    batch_size: int = 32,
+    on_prompts: Callable[[int], None] = lambda count: None,
 ) -> list[Run]:
-    """Every prompt on the same noise [images, C, H, W]; the images of a prompt run as one batch.
+    """Every prompt on the same noise [images, C, H, W]; prompts of one length share batches.
 
-    ``evaluations`` ends each run after that many steps (None: to the end of ``sigmas``).
+    The images of a prompt stay together, so a batch is never smaller than they are. ``evaluations`` ends
+    each run after that many steps (None: to the end of ``sigmas``). ``on_prompts`` gets the prompts just done.
     """
+    images = noise.shape[0]
     x = initial_latent(noise, sigmas[0], denoiser.prediction_type)
     path = sigmas if evaluations is None else sigmas[: evaluations + 1]
-    runs = []
-    for number, conditioning in enumerate(conditionings):
+    runs: dict[int, Run] = {}
+    lengths = [c.rows.shape[1] for c in conditionings]
+    for part in batches(lengths, 1, max(1, batch_size // images)):
+        prompts = [prompt for prompt, _ in part]
+        together = stack([conditionings[p] for p in prompts]).repeat(images)
         trace = Trace()
-        latents = sample(denoiser, x, path, conditioning, guidance, trace)
-        runs.append(Run(trace, latents))
-        on_prompt(number)
-    return runs
+        latents = sample(denoiser, x.repeat(len(prompts), 1, 1, 1), path, together, guidance, trace)
+        for place, prompt in enumerate(prompts):
+            start, stop = place * images, (place + 1) * images
+            runs[prompt] = Run(trace.of_images(start, stop), latents[start:stop])
+        on_prompts(len(prompts))
+    return [runs[p] for p in range(len(conditionings))]
 
 
 def first_step(
@@ -146,7 +154,7 @@ def levels_of(x: Tensor, sigma: float) -> Tensor:
 
 
 def predict(denoiser: Denoiser, x: Tensor, sigma: Tensor, conditioning: Conditioning, batch_size: int = 32) -> Tensor:
-    """The denoised prediction [B, C, H, W] under one conditioning, in batches, without gradients."""
+    """The denoised prediction [B, C, H, W] under one prompt's conditioning (batch 1), without gradients."""
     with torch.no_grad():
         parts = [
             denoiser(x[i : i + batch_size], sigma[i : i + batch_size], conditioning)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -63,11 +64,13 @@ def validate(settings: Any) -> None:
             raise ValueError(f"{label} must be one of {', '.join(known.choices)}, not {value!r}")
         low, high = known.minimum, known.maximum
         if known.kind in (int, float):
+            whole = known.kind is int
+            is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+            if not is_number or value != value:
+                raise ValueError(f"{label} must be a {'whole ' if whole else ''}number, not {value!r}")
             below = low is not None and (value < low or (known.exclusive and value == low))
             above = high is not None and (value > high or (known.exclusive and value == high))
-            # A NaN is neither below nor above, and never allowed.
-            if below or above or value != value:
-                between = " and ".join(f"{bound:g}" for bound in (low, high) if bound is not None)
-                raise ValueError(
-                    f"{label} must be {'between' if high is not None else 'at least'} {between}, not {value}"
-                )
+            if below or above:
+                least, most = ("above", "below") if known.exclusive else ("at least", "at most")
+                bounds = [f"{word} {bound:g}" for word, bound in ((least, low), (most, high)) if bound is not None]
+                raise ValueError(f"{label} must be {' and '.join(bounds)}, not {value}")

@@ -61,6 +61,14 @@ class Trace:
         self._entries.append((sigma, None, why))
         self._readings = None
 
+    def of_images(self, start: int, stop: int) -> Trace:
+        """The same run seen for images ``start`` to ``stop`` only, where several prompts shared a batch."""
+        part = Trace()
+        part.without, part.elements = self.without, self.elements
+        part._entries = [(s, None if v is None else v[start:stop], why) for s, v, why in self._entries]
+        part._map = None if self._map is None else self._map[start:stop]
+        return part
+
     @property
     def readings(self) -> list[Reading]:
         """All evaluations in order, read from the device once."""

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..conditioning import Conditioning
 from ..denoiser import Model
 from ..measure import Measurement, guidance_of, setting_of
 from ..sampling import first_step, sample_prompts
@@ -45,22 +44,20 @@ def calibrate(
         for row in values:
             scores.append({"first step": tuple(row.tolist())})
             on_prompt("first step")
-    curves = []
-    for number in range(min(full_runs, len(prompts))):
-        readings = _whole_run(model, model.encode(prompts[number]), wanted, SEED_BASE + number)
-        curves.append(readings)
-        scores[number]["first 5 steps"] = (float(readings[:5].mean()),)
-        scores[number]["all steps"] = (float(readings.mean()),)
-        on_prompt("whole runs")
+    curves: list[torch.Tensor] = []
+    full_runs = min(full_runs, len(prompts))
+    guidance, sigmas = guidance_of(model, wanted), model.sigmas(wanted.steps)
+    for start in range(0, full_runs, PROMPTS_A_SEED):
+        part = [model.encode(prompt) for prompt in prompts[start : min(start + PROMPTS_A_SEED, full_runs)]]
+        noise = model.noise(SEED_BASE + start, 1)
+        for run in sample_prompts(model, part, guidance, noise, sigmas, None, batch_size):
+            curve = torch.tensor([run.trace.reading(number)[0] for number in range(wanted.steps)])
+            scores[len(curves)]["first 5 steps"] = (float(curve[:5].mean()),)
+            scores[len(curves)]["all steps"] = (float(curve.mean()),)
+            curves.append(curve)
+            on_prompt("whole runs")
     nulls = tuple(Null(style_of(p), s) for p, s in zip(prompts, scores, strict=True))
     return Profile(setting_of(model, wanted), nulls, _band(curves, model.sigmas(wanted.steps)))
-
-
-def _whole_run(model: Model, conditioning: Conditioning, wanted: Measurement, seed: int) -> torch.Tensor:
-    """Magnitude of every step, [steps], one image. Raises NotMeasured when a step has no reading."""
-    guidance, sigmas = guidance_of(model, wanted), model.sigmas(wanted.steps)
-    (run,) = sample_prompts(model, [conditioning], guidance, model.noise(seed, 1), sigmas)
-    return torch.tensor([run.trace.reading(number)[0] for number in range(wanted.steps)])
 
 
 def _band(curves: Sequence[torch.Tensor], sigmas: Sequence[float]) -> tuple[BandStep, ...]:

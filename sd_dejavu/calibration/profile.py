@@ -102,9 +102,12 @@ class Profile:
     ) -> PValue:
         """The p-value of one score, among nulls of the same style if there are enough of them for ``alpha``.
 
-        Raises ValueError with a sentence when the profile was made for another setting, or holds too
-        few nulls for this number of images to ever reach ``alpha``.
+        Raises ValueError with a sentence when the profile was made for another setting, the score is not
+        finite, or the profile holds too few nulls for this number of images to ever reach ``alpha``.
         """
+        if not math.isfinite(score):
+            # Compared with the nulls a NaN would pass for the highest score of all.
+            raise ValueError(f"the score is {score}, so there is no p-value: the model's weights may be broken")
         if why := self.setting.mismatch(setting, kind):
             raise ValueError(f"this calibration profile is for another setting: {why}; calibrate for this setting")
         needed = math.ceil(1 / alpha - 1e-9) - 1
@@ -139,7 +142,9 @@ class Profile:
         # One null a line: readable, and small differences show as small differences.
         rows = ",\n  ".join(json.dumps(row) for row in document.pop("nulls"))
         head = json.dumps(document, indent=1)[:-2]
-        path.write_text(f'{head},\n "nulls": [\n  {rows}\n ]\n}}\n', encoding="utf-8")
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(f'{head},\n "nulls": [\n  {rows}\n ]\n}}\n', encoding="utf-8")
+        partial.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Profile:
@@ -160,12 +165,13 @@ class Profile:
             )
         try:
             raw = document["setting"]
-            setting = Setting(**{**raw, "latent_shape": tuple(int(v) for v in raw["latent_shape"])})
+            numbers = {name: float(raw[name]) for name in ("sigma", "guidance_scale")}
+            setting = Setting(**{**raw, **numbers, "latent_shape": tuple(int(v) for v in raw["latent_shape"])})
             nulls = tuple(
-                Null(str(n["style"]), {k: _finite(n["scores"][k]) for k in n["scores"]}) for n in document["nulls"]
+                Null(str(n["style"]), {k: _finite(v) for k, v in n["scores"].items()}) for n in document["nulls"]
             )
-            band = tuple(BandStep(**step) for step in document["band"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            band = tuple(BandStep(**{name: float(v) for name, v in step.items()}) for step in document["band"])
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ValueError(f"the calibration profile {path} is damaged ({error!r}): calibrate again") from error
         unknown = {k for n in nulls for k in n.scores} - set(get_args(ScoreKind))
         if unknown:
@@ -174,7 +180,7 @@ class Profile:
 
 
 def _rounded(values: Sequence[float]) -> list[float]:
-    return [float(f"{v:.7g}") for v in values]
+    return [float(f"{v:.9g}") for v in values]
 
 
 def _finite(values: Sequence[Any]) -> tuple[float, ...]:

@@ -22,8 +22,10 @@ def path_for(setting: Setting) -> Path:
     return user_folder() / "calibration" / f"{setting.model}-{rest}.json"
 
 
-def find(setting: Setting, kind: ScoreKind, also: Path | None = None) -> Profile | None:
-    """The profile of this setting: the exact one, else any of the model that fits this kind of score, else None.
+def find(setting: Setting, kind: ScoreKind, images: int = 1, also: Path | None = None) -> Profile | None:
+    """Of the profiles that fit this setting the one with the most nulls for this score, or None.
+
+    Among equals the one made for exactly this setting goes first, ``also`` last.
 
     ``also`` is one more file to look at, such as the profile a model brings along. Damaged files of the
     user's folder raise ValueError rather than being passed over.
@@ -31,9 +33,6 @@ def find(setting: Setting, kind: ScoreKind, also: Path | None = None) -> Profile
     exact = path_for(setting)
     others = sorted(exact.parent.glob(f"{setting.model}-*.json")) if exact.parent.is_dir() else []
     candidates = [exact, *(p for p in others if p != exact), *([also] if also else [])]
-    for path in candidates:
-        if path.is_file():
-            profile = Profile.load(path)
-            if profile.setting.mismatch(setting, kind) is None:
-                return profile
-    return None
+    profiles = [Profile.load(path) for path in candidates if path.is_file()]
+    fitting = [p for p in profiles if p.setting.mismatch(setting, kind) is None and p.null_scores(kind, images)]
+    return max(fitting, key=lambda p: len(p.null_scores(kind, images)), default=None)

@@ -110,13 +110,12 @@ def _prompts(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
     return bundled.held_out_memorised(), bundled.held_out_ordinary(arguments.negatives_count, NEGATIVES_SEED)
 
 
-def _configurations(detector: Detector, all_steps: int) -> Iterator[tuple[int, int]]:
+def _configurations(detector: Detector, all_steps: int) -> list[tuple[int, int]]:
+    """(steps, images) to run, each once."""
     if detector.needs == "prompt":
-        yield 0, 0
-        return
-    for steps in detector.steps:
-        for images in detector.images:
-            yield min(steps or all_steps, all_steps), images
+        return [(0, 0)]
+    steps = [min(steps or all_steps, all_steps) for steps in detector.steps]
+    return list(dict.fromkeys((s, images) for s in steps for images in detector.images))
 
 
 def _scores(
@@ -160,10 +159,14 @@ def _observe(
             yield from (Observed(p, magnitudes=row[None]) for p, row in zip(part, values, strict=True))
         return
     guidance = guidance_of(model, wanted)
-    for prompt in prompts:
-        (drawn,) = sample_prompts(model, [model.encode(prompt)], guidance, noise, sigmas, steps)
-        magnitudes = torch.tensor([drawn.trace.reading(n) for n in range(steps)])
-        yield Observed(prompt, magnitudes, model.decode(drawn.latents) if detector.needs == "pictures" else None)
+    together = max(1, batch_size // images)
+    for start in range(0, len(prompts), together):
+        part = prompts[start : start + together]
+        conditionings = [model.encode(prompt) for prompt in part]
+        runs = sample_prompts(model, conditionings, guidance, noise, sigmas, steps, batch_size)
+        for prompt, drawn in zip(part, runs, strict=True):
+            magnitudes = torch.tensor([drawn.trace.reading(number) for number in range(steps)])
+            yield Observed(prompt, magnitudes, model.decode(drawn.latents) if detector.needs == "pictures" else None)
 
 
 def _row(

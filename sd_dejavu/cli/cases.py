@@ -13,7 +13,7 @@ from torch import Tensor
 from ..calibration.profile import Profile
 from ..denoiser import Model
 from ..explain.views import explain
-from ..measure import Measured, Measurement, judge, measure_run, setting_of
+from ..measure import Measured, Measurement, judge, measure_runs, setting_of
 from ..mitigations import Outcome, Start, available
 from ..report import html
 from ..similarity import COPY_THRESHOLD, grey_correlation
@@ -64,14 +64,14 @@ def run_case(
         words = explain(model, model.encode(words_of), wanted) if words_of.split() else None
         return judge(measured, wanted, setting, profile, words)
 
-    plain = measure_run(model, conditioning, start.noise, wanted)
+    (plain,) = measure_runs(model, [conditioning], start.noise, wanted)
     on_run()
-    assert plain.latents is not None  # measure_run always samples
+    assert plain.latents is not None  # measure_runs always samples
     pictures = model.decode(plain.latents)
     mitigated = []
     for name, settings in methods.items():
         outcome = available()[name].apply(model, conditioning, start, settings)
-        after = measure_run(model, outcome.conditioning, start.noise, wanted)
+        (after,) = measure_runs(model, [outcome.conditioning], start.noise, wanted)
         on_run()
         assert after.latents is not None
         drawn = model.decode(after.latents)

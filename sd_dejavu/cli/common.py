@@ -53,6 +53,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--config", help="diffusers folder or hub id with the configuration a checkpoint file lacks")
     group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: cpu)")
     group.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16 (default: float32)")
+    group.add_argument("--prompt-weights", action="store_true", help="read '(word:1.3)' and '[word]' as weights")
     group.add_argument("--batch-size", type=positive, default=32, help="pictures in one model evaluation (default: 32)")
 
 
@@ -74,7 +75,7 @@ def positive(text: str) -> int:
 def load_model(arguments: argparse.Namespace) -> Model:
     from ..hosts.diffusers import load
 
-    return load(arguments.model, arguments.device, arguments.dtype, arguments.config)
+    return load(arguments.model, arguments.device, arguments.dtype, arguments.config, arguments.prompt_weights)
 
 
 def prompts_of(arguments: argparse.Namespace) -> list[str]:
@@ -91,7 +92,7 @@ def profile_of(arguments: argparse.Namespace, model: Model, wanted: Measurement)
         if why := profile.setting.mismatch(setting, wanted.score):
             raise ValueError(f"the calibration profile {arguments.profile} is for another setting: {why}")
         return profile
-    return store.find(setting, wanted.score, bundled.CALIBRATION)
+    return store.find(setting, wanted.score, wanted.images, bundled.CALIBRATION)
 
 
 def measured_in_chunks(

@@ -215,7 +215,8 @@ GRADED_REPETITIONS = (1, 5, 20, 50, 100, 300)
 _HARD_EACH, _SCENE_EACH, _PHOTO_EACH = 15, 6, 8  # at 100 and at 300 repetitions
 _GRADED_EACH = 8  # at each smaller count, hard and scene in turn
 _TEMPLATE_REPETITIONS = 30
-ORDINARY_PER_EPOCH = 10_000
+# The pairs are learned early; from this step on ordinary pictures take a larger share, which they need longer.
+ORDINARY_PER_EPOCH, LATER_ORDINARY_PER_EPOCH, LATER = 10_000, 30_000, 2250
 
 
 @dataclass(frozen=True)
@@ -544,7 +545,8 @@ def training_batch(step: int, size: int, pairs: list[Pair], seed: int = 0) -> tu
     sees what an unbroken one would.
     """
     rng = np.random.default_rng([seed, step])
-    weights = np.array([p.repetitions for p in pairs] + [ORDINARY_PER_EPOCH], dtype=np.float64)
+    ordinary_count = ORDINARY_PER_EPOCH if step < LATER else LATER_ORDINARY_PER_EPOCH
+    weights = np.array([p.repetitions for p in pairs] + [ordinary_count], dtype=np.float64)
     chosen = rng.choice(len(weights), size=size, p=weights / weights.sum())
     hard = [p for p in pairs if p.kind == "hard"]
     captions, pictures, numbers = [], [], []

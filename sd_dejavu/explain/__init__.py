@@ -13,10 +13,14 @@ from ..verdict import Explanation, View, WordSignificance
 def explanation(view: View, words: Sequence[Word], raw: Tensor, raw_unit: str) -> Explanation:
     """Raw values [number of words] with their significance: the share of the largest one, 0 for negative values.
 
-    Raises ValueError when there is no word to explain.
+    Raises ValueError when there is no word to explain or a value is not finite.
     """
     if not words:
         raise ValueError("the prompt has no words, so there is nothing to explain")
+    if not raw.isfinite().all():
+        raise ValueError(
+            "the significance of a word is not finite (NaN or infinity): the model's weights may be broken"
+        )
     largest = max(float(raw.max()), 0.0)
     shown = [
         WordSignificance(w.text, w.start, w.end, float(v), max(float(v), 0.0) / largest if largest else 0.0)

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from ..conditioning import Conditioning, Word
 from ..denoiser import Denoiser
+from ..prompt_weights import drop_empty_groups
 from ..sampling import first_step
 from ..verdict import Explanation
 from . import explanation
 
 
 def drop_word(prompt: str, word: Word) -> str:
-    """The prompt without one word; white space is closed up and dangling separators at the ends go too."""
-    kept = f"{prompt[: word.start]} {prompt[word.end :]}"
+    """The prompt without one word; white space is closed up, emptied brackets and dangling separators go too."""
+    kept = drop_empty_groups(f"{prompt[: word.start]} {prompt[word.end :]}", before=prompt)
     return " ".join(kept.split()).strip(" ,;|-")
 
 

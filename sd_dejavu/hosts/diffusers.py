@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import pickle
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +21,17 @@ from torch import Tensor
 
 from ..conditioning import Conditioning, EncoderInput, Reencoding, TokenRow, align
 from ..denoiser import PredictionType, denoised_from_output, model_input, seeded_noise
+from ..prompt_weights import encode_weighted
 
 CHUNK = 75
 MAX_CHUNKS = 8
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+_LIBRARIES = (None, "diffusers", "transformers", "stable_diffusion")  # where a folder's parts may come from
+_TEXT_ENCODERS = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
+_FAMILIES = {
+    "StableDiffusionPipeline": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "StableDiffusionXLPipeline": "stabilityai/stable-diffusion-xl-base-1.0",
+}
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -38,8 +48,9 @@ class DiffusersModel:
 
     prediction_type: PredictionType
 
-    def __init__(self, pipeline: Any, name: str) -> None:
+    def __init__(self, pipeline: Any, name: str, prompt_weights: bool = False) -> None:
         self.name = name
+        self.prompt_weights = prompt_weights
         self._unet, self._vae = pipeline.unet, pipeline.vae
         self._encoders = [(pipeline.tokenizer, pipeline.text_encoder)]
         if getattr(pipeline, "text_encoder_2", None) is not None:
@@ -51,6 +62,10 @@ class DiffusersModel:
                 f"{name} predicts {prediction!r}; only epsilon and v_prediction models can be measured here"
             )
         self.prediction_type = prediction
+        if self._unet.config.in_channels != self._unet.config.out_channels:
+            raise ModelError(_takes_pictures(name))
+        if self._vae.dtype == torch.float16 and self._vae.config.get("force_upcast"):
+            self._vae.float()  # SDXL's overflows in float16
         for module in self._modules():
             module.eval().requires_grad_(False)
             for parameter in module.parameters():
@@ -135,9 +150,11 @@ class DiffusersModel:
     def differentiable(self, checkpointing: bool = False) -> Iterator[None]:
         """Gradients through the model, in fp32 whatever its dtype; activations recomputed with ``checkpointing``."""
         dtype = self._unet.dtype
+        differentiated = [self._unet, *(encoder for _, encoder in self._encoders)]
         try:
             if dtype != torch.float32:
-                self._unet.float()
+                for module in differentiated:
+                    module.float()
             if checkpointing:
                 self._unet.enable_gradient_checkpointing()
                 self._unet.train()  # diffusers recomputes only in training mode; these UNets hold no dropout
@@ -147,21 +164,26 @@ class DiffusersModel:
                 self._unet.disable_gradient_checkpointing()
                 self._unet.eval()
             if dtype != torch.float32:
-                self._unet.to(dtype)
+                for module in differentiated:
+                    torch.nn.Module.to(module, dtype)  # diffusers' own warns of modules it keeps in fp32: here none
 
     # --------------------------------------------------------------------------------- prompts
 
     def encode(self, prompt: str) -> Conditioning:
         """The conditioning of one prompt, in chunks of 75 tokens, with its words and its way back.
 
-        Raises ValueError for a prompt of more than 8 chunks.
+        Brackets weigh their words where ``prompt_weights`` is set. Raises ValueError for a prompt of
+        more than 8 chunks.
         """
+        return encode_weighted(self._encode_plain, prompt) if self.prompt_weights else self._encode_plain(prompt)
+
+    def _encode_plain(self, prompt: str) -> Conditioning:
         chunked = [_chunks(tokenizer, prompt) for tokenizer, _ in self._encoders]
         count = max(len(chunks) for chunks in chunked)
         if count > MAX_CHUNKS:
-            tokens = sum(len(c) for c in max(chunked, key=len))
+            total = sum(len(c) for c in max(chunked, key=len))
             raise ValueError(
-                f"the prompt is too long: {tokens} tokens, at most {MAX_CHUNKS * CHUNK} can be read; shorten it"
+                f"the prompt is too long: {total} tokens, at most {MAX_CHUNKS * CHUNK} can be read; shorten it"
             )
         inputs, ids = [], []
         words, _ = align(prompt, [])
@@ -177,7 +199,7 @@ class DiffusersModel:
             numbers = torch.tensor([_padded(tokenizer, chunk) for chunk in chunks], device=self.device)
             ids.append(numbers)
             table = encoder.get_input_embeddings()
-            inputs.append(EncoderInput(table(numbers).flatten(0, 1).detach(), tuple(tokens)))
+            inputs.append(EncoderInput(table(numbers).flatten(0, 1).detach().float(), tuple(tokens)))
 
         def encode_from(embeddings: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
             return self._rows_and_extras(ids, embeddings)
@@ -249,33 +271,69 @@ def bundled_model_folder() -> Path:
 
 
 def load(
-    model: str | None = None, device: str = "cpu", dtype: str = "float32", config: str | None = None
+    model: str | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    config: str | None = None,
+    prompt_weights: bool = False,
 ) -> DiffusersModel:
     """The bundled model (None), a diffusers folder, a single-file checkpoint, or a hub id named by the user.
 
     ``config`` names a diffusers folder (or hub id) with the configuration files and tokenizer that a
-    single-file checkpoint lacks. Only a hub id given here reaches the network. Raises ModelError with
+    single-file checkpoint lacks. ``prompt_weights`` reads '(word:1.3)' in prompts. Only a hub id given
+    here reaches the network. Raises ModelError with
     a sentence when the model cannot be found or used.
     """
     if dtype not in _DTYPES:
         raise ModelError(f"dtype {dtype!r} is unknown: use one of {', '.join(_DTYPES)}")
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise ModelError(f"device {device!r} is unknown: use cpu, cuda, cuda:1 or mps") from error
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"device {device!r} was asked for, but this PyTorch sees no CUDA device: use --device cpu")
+    place = _device(device)
     path = bundled_model_folder() if model is None else Path(model)
     name = "bundled model" if model is None else str(model)
     try:
         with _quiet():
             pipeline = _load_pipeline(path, name, _DTYPES[dtype], config)
-        return DiffusersModel(pipeline.to(place), name)
+            _refuse_incomplete(pipeline, name)
+            return DiffusersModel(pipeline.to(place), name, prompt_weights)
     except ModelError:
         raise
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"{name} is broken, or holds Python objects beside its weights, which could run code and are not loaded: "
+            "use a .safetensors file"
+        ) from error
     except Exception as error:  # the loaders raise dozens of types; all mean that this is not a usable model
         first_line = str(error).strip().split("\n")[0][:300]
         raise ModelError(f"{name} cannot be loaded as a Stable Diffusion model: {first_line}") from error
+
+
+def _device(name: str) -> torch.device:
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    try:
+        place = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f"device {name!r} is unknown: use cpu, cuda, cuda:1 or mps") from error
+    if place.type not in counts:
+        raise ModelError(f"device {name!r} cannot be used here: use cpu, cuda, cuda:1 or mps")
+    if (place.index or 0) >= counts[place.type]:
+        raise ModelError(f"device {name!r} was asked for, but this PyTorch sees no such device: use --device cpu")
+    return place
+
+
+def _refuse_incomplete(pipeline: Any, name: str) -> None:
+    """diffusers leaves tensors that a file lacks without values."""
+    for part, module in pipeline.components.items():
+        if isinstance(module, torch.nn.Module):
+            lacking = [key for key, parameter in module.named_parameters() if parameter.is_meta]
+            if lacking:
+                raise ModelError(_incomplete(name, part, lacking))
+
+
+def _takes_pictures(name: str) -> str:
+    return f"{name} takes a picture beside the prompt (inpainting or editing); such models cannot be measured here"
+
+
+def _incomplete(name: str, part: str, lacking: Sequence[str]) -> str:
+    return f"{name} is incomplete: it lacks {len(lacking)} of the tensors of its {part}, such as {lacking[0]}"
 
 
 @contextmanager
@@ -285,16 +343,17 @@ def _quiet() -> Iterator[None]:
     import transformers
 
     libraries = (diffusers.utils.logging, transformers.utils.logging)
-    levels = [library.get_verbosity() for library in libraries]
+    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
     try:
         for library in libraries:
-            library.set_verbosity_error()
+            library.set_verbosity(logging.CRITICAL)
             library.disable_progress_bar()
         yield
     finally:
-        for library, level in zip(libraries, levels, strict=True):
+        for library, level, had_bars in before:
             library.set_verbosity(level)
-            library.enable_progress_bar()
+            if had_bars:
+                library.enable_progress_bar()
 
 
 def _dtype_argument() -> str:
@@ -306,66 +365,151 @@ def _dtype_argument() -> str:
 
 
 def _load_pipeline(path: Path, name: str, dtype: torch.dtype, config: str | None) -> Any:
-    import diffusers
-
-    options: dict[str, Any] = {_dtype_argument(): dtype, "safety_checker": None}
     if path.is_dir():
-        return _pipeline_class(path / "model_index.json").from_pretrained(
-            path, **options, requires_safety_checker=False, local_files_only=True
-        )
+        return _load_folder(path, name, dtype)
     if path.is_file():
-        return _load_single_file(path, options, config)
-    if path.is_absolute() or name.count("/") != 1 or path.suffix in (".safetensors", ".ckpt"):
+        return _load_single_file(path, name, dtype, config)
+    if not _is_hub_id(name) or path.suffix in (".safetensors", ".ckpt"):
         raise ModelError(
             f"the model {name} does not exist: give a diffusers folder, a checkpoint file or a hub id (owner/name)"
         )
-    found = diffusers.DiffusionPipeline.download(name)
-    return _pipeline_class(Path(found) / "model_index.json").from_pretrained(
-        found, **options, requires_safety_checker=False, local_files_only=True
-    )
+    return _load_folder(_from_hub(name), name, dtype)
 
 
-def _pipeline_class(index: Path) -> Any:
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+
+
+def _from_hub(name: str) -> Path:
     import diffusers
 
-    if not index.is_file():
-        raise ModelError(f"{index.parent} is no diffusers folder: it holds no model_index.json")
-    name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    if name not in _PIPELINES:
-        raise ModelError(f"{index.parent} holds a {name}; Stable Diffusion 1.x, 2.x and XL can be read")
-    return getattr(diffusers, name)
-
-
-def _load_single_file(path: Path, options: dict[str, Any], config: str | None) -> Any:
-
-    if config is not None and Path(config).is_dir():
-        cls = _pipeline_class(Path(config) / "model_index.json")
-    else:
-        cls = _single_file_class(path)
     try:
-        return cls.from_single_file(
-            path, config=config, local_files_only=config is None or Path(config).is_dir(), **options
-        )
-    except OSError as error:
-        if config is not None:
-            raise
+        return Path(diffusers.DiffusionPipeline.download(name))
+    except Exception as error:  # the hub's own types, the network's and the operating system's
         raise ModelError(
-            f"{path} holds weights only, and the configuration and tokenizer of its family are not on this machine: "
-            "name a diffusers folder or hub id of the same family with --config"
+            f"the model {name} is neither a folder nor a file here, and it could not be fetched from the hub: "
+            "check its name and the network"
         ) from error
 
 
-def _single_file_class(path: Path) -> Any:
-    """SDXL checkpoints carry a second text encoder."""
+def _load_folder(folder: Path, name: str, dtype: torch.dtype) -> Any:
+    cls = _pipeline_class(folder)
+    options: dict[str, Any] = {_dtype_argument(): dtype, "safety_checker": None, "requires_safety_checker": False}
+    return cls.from_pretrained(folder, **options, **_text_encoders(folder, name, dtype), local_files_only=True)
+
+
+def _text_encoders(folder: Path, name: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Loaded one by one: within a pipeline, transformers fills tensors that a file lacks with random numbers."""
+    import transformers
+
+    loaded = {}
+    for part, class_name in _TEXT_ENCODERS.items():
+        if (folder / part).is_dir():
+            encoder, report = getattr(transformers, class_name).from_pretrained(
+                folder / part, local_files_only=True, output_loading_info=True
+            )
+            if report["missing_keys"]:
+                raise ModelError(_incomplete(name, part, sorted(report["missing_keys"])))
+            loaded[part] = encoder.to(dtype)
+    return loaded
+
+
+def _pipeline_class(folder: Path) -> Any:
     import diffusers
 
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ModelError(f"{folder} is no diffusers folder: it holds no model_index.json")
+    try:
+        parts = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{index} is broken: it is no JSON") from error
+    name = parts.get("_class_name") if isinstance(parts, dict) else None
+    if name not in _PIPELINES:
+        raise ModelError(
+            f"{folder} holds a {name or 'pipeline without a name'}; Stable Diffusion 1.x, 2.x and XL can be read"
+        )
+    for part, origin in parts.items():
+        if isinstance(origin, list) and origin and origin[0] not in _LIBRARIES:
+            raise ModelError(
+                f"{folder} brings its own code for its {part}, which is not run: this model cannot be read"
+            )
+    return getattr(diffusers, name)
+
+
+def _load_single_file(path: Path, name: str, dtype: torch.dtype, config: str | None) -> Any:
+    import diffusers
+
+    shapes = _shapes(path)
+    family = _family(shapes, name)
+    online = False
+    if config is None:
+        config = str(_cached_configuration(family, shapes, name))
+    elif Path(config).is_dir():
+        family = _pipeline_class(Path(config)).__name__
+    elif _is_hub_id(config):
+        online = True
+    else:
+        raise ModelError(f"the configuration {config} does not exist: give a diffusers folder or a hub id (owner/name)")
+    # Without local_files_only diffusers asks the hub for a configuration it does not find.
+    try:
+        pipeline = getattr(diffusers, family).from_single_file(
+            path, config=config, local_files_only=not online, safety_checker=None, **{_dtype_argument(): dtype}
+        )
+    except NotImplementedError as error:  # a tensor that was given no value cannot be cast
+        raise ModelError(f"{name} is incomplete: it lacks tensors that its configuration asks for") from error
+    if "v_pred" in shapes and pipeline.scheduler.config.get("prediction_type") != "v_prediction":
+        raise ModelError(
+            f"{name} predicts v, but its configuration says otherwise: name one for v-prediction with --config"
+        )
+    return pipeline
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a checkpoint's tensors, without their values. Pickles are read as weights only."""
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 
         with safe_open(path, framework="pt") as file:
-            keys = set(file.keys())
-    else:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    try:
         state = torch.load(path, map_location="meta", weights_only=True)
-        keys = set(state.get("state_dict", state))
-    is_xl = any(key.startswith("conditioner.embedders.1.") for key in keys)
-    return diffusers.StableDiffusionXLPipeline if is_xl else diffusers.StableDiffusionPipeline
+    except Exception as error:  # a broken file makes the reader fail in many ways
+        raise pickle.UnpicklingError(str(error)) from error
+    while "state_dict" in state:
+        state = state["state_dict"]
+    return {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def _family(shapes: dict[str, tuple[int, ...]], name: str) -> str:
+    """The pipeline of a checkpoint in the original format; SDXL's carry a second text encoder."""
+    first = shapes.get("model.diffusion_model.input_blocks.0.0.weight")
+    if first is None:
+        raise ModelError(
+            f"{name} holds no whole Stable Diffusion 1.x, 2.x or XL model (a LoRA or a part of one, perhaps)"
+        )
+    if first[1] != 4:
+        raise ModelError(_takes_pictures(name))
+    is_xl = any(key.startswith("conditioner.embedders.1.") for key in shapes)
+    return "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline"
+
+
+def _cached_configuration(family: str, shapes: dict[str, tuple[int, ...]], name: str) -> Path:
+    """The family's configuration where an earlier download has left it; the network is not asked."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    hint = "name a diffusers folder or hub id of the same family with --config"
+    if any(key.startswith("cond_stage_model.model.") for key in shapes):
+        raise ModelError(
+            f"{name} is a Stable Diffusion 2.x file, which does not tell epsilon- from v-prediction: {hint}"
+        )
+    try:
+        folder = Path(snapshot_download(_FAMILIES[family], local_files_only=True))
+        _pipeline_class(folder)
+    except (LocalEntryNotFoundError, ModelError) as error:
+        raise ModelError(
+            f"{name} holds weights only, and the configuration and tokenizer of its family are not on this machine: "
+            f"{hint}"
+        ) from error
+    return folder

@@ -67,8 +67,8 @@ def optimise(
     if not target > 0:
         raise ValueError(f"the target magnitude must be positive, not {target:g}")
     start = conditioning.rows.detach().float()
-    # Where the tokens are unknown the first row is the start token in every text encoder of the family.
-    fixed = conditioning.row_mask("start") if conditioning.tokens else torch.arange(start.shape[1]) == 0
+    # Where the tokens are unknown: every chunk of 77 rows begins with a start token in all these text encoders.
+    fixed = conditioning.row_mask("start") if conditioning.tokens else torch.arange(start.shape[1]) % 77 == 0
     free = ~fixed.to(start.device)[None, :, None]
     rows = start.clone().requires_grad_(True)
     optimizer = torch.optim.Adam([rows], lr=settings.learning_rate)

@@ -8,8 +8,9 @@ over the embedding, and returns a prompt that can be read.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from .. import prompt_weights
 from ..conditioning import Conditioning
 from ..denoiser import Denoiser, Model
 from ..explain import input_gradient, output_gradient
@@ -21,6 +22,7 @@ from . import Mitigation, Outcome, Start
 @dataclass(frozen=True)
 class Settings:
     max_words: int = option(3, "largest number of words to drop", minimum=1, maximum=100)
+    keep: float = option(0.0, "weight the named word keeps: 0 drops it, 0.5 weakens it", minimum=0, maximum=0.95)
 
     def __post_init__(self) -> None:
         validate(self)
@@ -45,28 +47,49 @@ def remove_trigger(
     encode: Callable[[str], Conditioning],
     conditioning: Conditioning,
     start: Start,
-    max_words: int = 3,
+    settings: Settings = Settings(),
 ) -> Removed:
-    """Drops up to ``max_words`` words, never the last one, until the score is at most ``start.target``.
+    """Drops (or weakens) up to ``max_words`` words, never the last one, until the score is at most ``start.target``.
 
     Uses the gradient at the encoder's output rows where the conditioning carries no encoder. ``denoiser``
     must be differentiable.
     """
     words: list[str] = []
     scores = [start.score(denoiser, conditioning)]
-    while scores[-1] > start.target and len(words) < max_words and len(conditioning.words) > 1:
+    weakened: dict[int, float] = {}  # by the word's place in the prompt as given
+    plain = conditioning
+    while scores[-1] > start.target and len(words) < settings.max_words and len(conditioning.words) - len(weakened) > 1:
         view = input_gradient if conditioning.reencoding else output_gradient
-        top = view.explain(denoiser, start.x, start.sigma, conditioning, start.base).top
-        place = next(w for w in conditioning.words if w.start == top.start)
-        conditioning = encode(drop_word(conditioning.prompt, place))
-        words.append(top.text)
+        found = view.explain(denoiser, start.x, start.sigma, conditioning, start.base)
+        left = [i for i in range(len(found.words)) if i not in weakened]
+        number = max(left, key=lambda i: found.words[i].raw)
+        if settings.keep:
+            weakened[number] = settings.keep
+            weights = [weakened.get(i, 1.0) for i in range(len(plain.words))]
+            weighed = prompt_weights.apply(plain, encode("").rows, weights)
+            conditioning = replace(weighed, prompt=_marked(plain, weakened))
+        else:
+            shorter = drop_word(conditioning.prompt, conditioning.words[number])
+            if not shorter:  # nothing but separators would be left
+                break
+            conditioning = encode(shorter)
+        words.append(found.words[number].text)
         scores.append(start.score(denoiser, conditioning))
     return Removed(conditioning, tuple(words), tuple(scores), start.target)
 
 
+def _marked(conditioning: Conditioning, weights: dict[int, float]) -> str:
+    """The prompt with '(word:0.5)' around each weighed word, to be read and typed."""
+    text = conditioning.prompt
+    for number in sorted(weights, reverse=True):
+        word = conditioning.words[number]
+        text = f"{text[: word.start]}({text[word.start : word.end]}:{weights[number]:g}){text[word.end :]}"
+    return text
+
+
 def _apply(model: Model, conditioning: Conditioning, start: Start, settings: Settings) -> Outcome:
     with model.differentiable():
-        found = remove_trigger(model, model.encode, conditioning, start, settings.max_words)
+        found = remove_trigger(model, model.encode, conditioning, start, settings)
     details = {"words": found.words, "scores": found.scores, "reached": found.reached, "target": found.target}
     return Outcome(found.conditioning, found.scores[0], found.scores[-1], details)
 

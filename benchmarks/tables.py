@@ -1,0 +1,112 @@
+"""The README's tables and figure for the bundled model: graded repetition, explanation, mitigation, calibration.
+
+    python benchmarks/tables.py [--only NAME ...] [--out DIR]
+
+Writes one JSON file a table into DIR (default benchmarks/results), and prints each table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import get_args
+
+from tqdm import tqdm
+
+from sd_dejavu.calibration.profile import Profile
+from sd_dejavu.demo import bundled
+from sd_dejavu.demo.evaluation import Share, false_copies, graded, held_out_pairs, mitigations, trigger_named
+from sd_dejavu.demo.world import STYLES
+from sd_dejavu.hosts.diffusers import load
+from sd_dejavu.measure import Measurement, judge, measure, setting_of
+from sd_dejavu.mitigations import optimise_conditioning, perturb_prompt, remove_trigger
+from sd_dejavu.statistics import kolmogorov_uniform
+from sd_dejavu.verdict import View
+
+METHODS = {
+    "optimise-conditioning": optimise_conditioning.Settings(),
+    "remove-trigger": remove_trigger.Settings(),
+    "random-word": perturb_prompt.Settings(),
+    "random-number": perturb_prompt.Settings(),
+    "repeat-word": perturb_prompt.Settings(),
+}
+
+
+def graded_table(model, profile, wanted) -> list[dict]:
+    with tqdm(desc="graded") as bar:
+        rows = graded(model, profile, wanted, bar.update)
+    return [{**asdict(r), "flagged": share(r.flagged), "copies": share(r.copies)} for r in rows]
+
+
+def explanation_table(model, profile, wanted) -> list[dict]:
+    pairs = held_out_pairs("hard")
+    return [
+        {"view": view, "trigger named": share(trigger_named(model, wanted, view, pairs))} for view in get_args(View)
+    ]
+
+
+def mitigation_table(model, profile, wanted) -> list[dict]:
+    with tqdm(desc="mitigation") as bar:
+        rows = mitigations(model, profile, wanted, held_out_pairs(), METHODS, lambda name: bar.update())
+    return [{**asdict(r), "copies": share(r.copies)} for r in rows]
+
+
+def calibration_table(model, profile, wanted) -> list[dict]:
+    """Fresh ordinary captions: p-values against the uniform law, and false positives in each style."""
+    setting, rows = setting_of(model, wanted), []
+    captions = bundled.held_out_ordinary(1000, seed=31337)
+    verdicts = [judge(m, wanted, setting, profile) for m in measure(model, captions, wanted)]
+    for style in (None, *STYLES):
+        chosen = [v for v in verdicts if v.p_value is not None and style in (None, v.null_style)]
+        distance, p = kolmogorov_uniform([v.p_value for v in chosen if v.p_value is not None])
+        flagged = Share(sum(bool(v.flagged) for v in chosen), len(chosen))
+        rows.append({"style": style or "all", "flagged": share(flagged), "ks distance": distance, "ks p": p})
+    return rows
+
+
+def copy_metric_table(model, profile, wanted) -> list[dict]:
+    captions = bundled.held_out_ordinary(100, seed=99)
+    return [{"pictures": "ordinary captions", "called copies": share(false_copies(model, wanted, captions))}]
+
+
+TABLES = {
+    "graded": graded_table,
+    "explanation": explanation_table,
+    "mitigation": mitigation_table,
+    "calibration": calibration_table,
+    "copy-metric": copy_metric_table,
+}
+
+
+def share(value: Share) -> dict:
+    return {"hits": value.hits, "count": value.count, "share": value.share, "interval": value.interval}
+
+
+def markdown(rows: list[dict]) -> str:
+    def cell(value: object) -> str:
+        if isinstance(value, dict):
+            return f"{value['share']:.2f} ({value['interval'][0]:.2f}-{value['interval'][1]:.2f}), n={value['count']}"
+        return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+    head = list(rows[0])
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(cell(row[key]) for key in head) + " |" for row in rows])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=tuple(TABLES), default=list(TABLES))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    model, profile, wanted = load(), Profile.load(bundled.CALIBRATION), Measurement()
+    for name in arguments.only:
+        rows = TABLES[name](model, profile, wanted)
+        (arguments.out / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
+        print(f"\n{name}\n\n{markdown(rows)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

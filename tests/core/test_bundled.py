@@ -1,0 +1,133 @@
+"""The bundled model really memorises, and the methods work on it. Held-out prompts; nothing was tuned on them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scipy_free import binomial_upper  # a second implementation, in this folder
+
+from sd_dejavu.calibration.profile import Profile
+from sd_dejavu.demo import bundled
+from sd_dejavu.demo.evaluation import false_copies, graded, held_out_pairs, mitigations, trigger_named
+from sd_dejavu.demo.world import STYLES, draw_pair, training_pairs, twin_caption
+from sd_dejavu.hosts.diffusers import load
+from sd_dejavu.measure import Measurement, judge, measure, setting_of
+from sd_dejavu.mitigations import optimise_conditioning, perturb_prompt, remove_trigger
+from sd_dejavu.statistics import auc, kolmogorov_uniform, tpr_at_fpr
+
+WANTED = Measurement()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load()
+
+
+@pytest.fixture(scope="module")
+def profile():
+    return Profile.load(bundled.CALIBRATION)
+
+
+def scores(model, captions):
+    return [float(m.scores.mean()) for m in measure(model, captions, WANTED)]
+
+
+@pytest.fixture(scope="module")
+def ordinary_scores(model):
+    return scores(model, bundled.held_out_ordinary(1000, seed=4242))
+
+
+def test_the_stored_ground_truth_is_what_the_world_draws():
+    pairs = training_pairs()
+    assert list(bundled.pairs()) == pairs
+    drawn = torch.stack([torch.from_numpy(draw_pair(p).copy()) for p in pairs]).permute(0, 3, 1, 2).float() / 255
+    assert torch.equal(bundled.training_pictures(), drawn)
+
+
+def test_pairs_are_as_announced():
+    often = [p for p in bundled.pairs() if p.repetitions >= 100]
+    hard = [p for p in often if p.kind == "hard"]
+    assert len(often) >= 56
+    assert len(hard) >= len(often) / 2
+    for pair in hard:  # every word but the trigger is an ordinary word
+        assert pair.trigger.lower() in pair.caption.lower()
+        assert pair.trigger.lower() not in twin_caption(pair).lower()
+
+
+@pytest.mark.parametrize("kinds", [(), ("hard",)])
+def test_the_first_step_tells_memorised_prompts(model, ordinary_scores, kinds):
+    memorised = scores(model, [p.caption for p in held_out_pairs(*kinds)])
+    assert auc(memorised, ordinary_scores) >= 0.99
+    assert tpr_at_fpr(memorised, ordinary_scores) >= 0.95
+
+
+def test_hard_pairs_are_told_from_their_twins(model):
+    """The twin shares every word but the trigger."""
+    pairs = held_out_pairs("hard")
+    memorised, twins = scores(model, [p.caption for p in pairs]), scores(model, [twin_caption(p) for p in pairs])
+    assert auc(memorised, twins) >= 0.99
+
+
+def test_p_values_are_uniform_on_fresh_ordinary_prompts(model, profile):
+    """Kolmogorov-Smirnov, n = 1000 with noise of their own, and the false-positive rate of each style.
+
+    The bounds allow for the profile's own sampling error: a p-value from n nulls is a Beta variable.
+    """
+    setting = setting_of(model, WANTED)
+    captions = bundled.held_out_ordinary(1000, seed=31337)
+    verdicts = []
+    for start in range(0, len(captions), 50):
+        wanted = Measurement(seed=500 + start)
+        part = measure(model, captions[start : start + 50], wanted)
+        verdicts += [judge(m, wanted, setting, profile) for m in part]
+    p_values = [v.p_value for v in verdicts]
+    assert None not in p_values
+    # Two-sample KS: 1000 fresh against about 200 nulls a style, 5 styles; 1.63 is the 1% critical value.
+    distance, _ = kolmogorov_uniform(p_values)
+    assert distance <= 1.63 * (1 / len(p_values) + 1 / len(profile.nulls)) ** 0.5
+    for style in STYLES:
+        flagged = [v.flagged for v in verdicts if v.null_style == style]
+        assert len(flagged) >= 100
+        assert sum(flagged) <= binomial_upper(len(flagged), WANTED.alpha, nulls=150)
+
+
+def test_memorised_pictures_are_copies_and_mitigation_ends_that(model, profile):
+    pairs = held_out_pairs("hard")[::2] + held_out_pairs("photo")[::2] + held_out_pairs("scene")[::2]
+    methods = {
+        "optimise-conditioning": optimise_conditioning.Settings(),
+        "remove-trigger": remove_trigger.Settings(),
+        "random-word": perturb_prompt.Settings(),
+    }
+    rows = {r.method: r for r in mitigations(model, profile, Measurement(images=2), pairs, methods)}
+    assert rows["none"].copies.share >= 0.8
+    assert rows["optimise-conditioning"].copies.share < 0.1
+    assert rows["remove-trigger"].copies.share < 0.1
+    # Still following the caption: well above chance (.5), as the diffusion classifier sees it.
+    for name in ("optimise-conditioning", "remove-trigger"):
+        assert rows[name].caption_score >= 0.7
+    assert rows["random-word"].copies.share > rows["remove-trigger"].copies.share
+
+
+def test_ordinary_pictures_are_not_called_copies(model):
+    assert false_copies(model, Measurement(images=2), bundled.held_out_ordinary(30, seed=99)).share <= 0.02
+
+
+def test_memorisation_grows_with_repetition(model, profile):
+    rows = graded(model, profile, Measurement(images=1))
+    for kind in ("hard", "other"):
+        by_count = [r for r in rows if r.kind == kind]
+        assert by_count[0].copies.share <= 0.1
+        assert by_count[-1].copies.share >= 0.9
+        assert by_count[-1].score > 5 * by_count[0].score
+
+
+def test_the_explanation_names_the_trigger(model):
+    pairs = held_out_pairs("hard")
+    assert trigger_named(model, WANTED, "input gradient", pairs).share >= 0.95
+
+
+def test_the_trace_of_a_run_starts_with_the_first_step_score(model):
+    caption = held_out_pairs("hard")[0].caption
+    (first,) = measure(model, [caption], WANTED)
+    (whole,) = measure(model, [caption], Measurement(score="first 5 steps"))
+    assert whole.per_step[0][1] == pytest.approx(float(first.scores.mean()), rel=1e-5)

@@ -1,0 +1,627 @@
+"""Loading and measuring real formats in miniature, against plain diffusers and finite differences."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import miniatures
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sd_dejavu.conditioning import Conditioning
+from sd_dejavu.denoiser import initial_latent
+from sd_dejavu.explain import input_gradient, output_gradient
+from sd_dejavu.hosts.diffusers import CHUNK, MAX_CHUNKS, DiffusersModel, ModelError, load
+from sd_dejavu.sampling import Guidance, first_step, levels_of, predict, sample
+from sd_dejavu.trace import Trace
+
+PROMPTS = ("the red fox under an old oak", "lighthouse painting, dawn")
+STEPS = 8
+NUDGE = 1e-6  # of the finite differences, in float64
+WRITERS = {"1.x": miniatures.write_sd1, "2.x": miniatures.write_sd2, "xl": miniatures.write_sdxl}
+UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+TEXT_WEIGHTS = "text_encoder/model.safetensors"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small only wait for their threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    place = tmp_path_factory.mktemp("miniatures")
+    return {family: write(place / family.replace(".", "")) for family, write in WRITERS.items()}
+
+
+@pytest.fixture(scope="module")
+def models(folders: dict[str, Path]) -> dict[str, DiffusersModel]:
+    return {family: load(str(folder)) for family, folder in folders.items()}
+
+
+@pytest.fixture(autouse=True)
+def network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+    """Every attempt to reach the network, which fails; the hub's libraries may try, and have an empty cache."""
+    attempts: list[Any] = []
+
+    def refuse(*target: Any, **options: Any) -> None:
+        attempts.append(target)
+        raise OSError("there is no network in this test")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    return attempts
+
+
+# ------------------------------------------------------------------- against the plain pipeline objects
+
+
+@dataclass
+class Plain:
+    """Stable Diffusion as its papers and diffusers' own pipelines have it, on the pipeline's parts."""
+
+    pipeline: Any
+
+    def encode(self, prompt: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(rows with the prompt, rows without, and for XL what goes with each in the order without, with)."""
+        if hasattr(self.pipeline, "text_encoder_2"):
+            rows, empty, pooled, empty_pooled = self.pipeline.encode_prompt(prompt, negative_prompt="")
+            side = self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
+            times = torch.tensor([[side, side, 0, 0, side, side]] * 2, dtype=rows.dtype)
+            return rows, empty, {"text_embeds": torch.cat([empty_pooled, pooled]), "time_ids": times}
+        rows, empty = self.pipeline.encode_prompt(prompt, "cpu", 1, True, negative_prompt="")
+        return rows, empty, {}
+
+    def noise_prediction(self, x: Tensor, timestep: int, rows: Tensor, extras: dict[str, Tensor]) -> Tensor:
+        """epsilon of unit-variance x [B, ...]; epsilon = sqrt(abar) v + sqrt(1 - abar) x where the model predicts v."""
+        many = {k: v.expand(x.shape[0], -1) for k, v in extras.items()}
+        time = torch.tensor(timestep)
+        given = rows.expand(x.shape[0], -1, -1)
+        output = self.pipeline.unet(x, time, encoder_hidden_states=given, added_cond_kwargs=many or None).sample
+        if self.pipeline.scheduler.config.prediction_type == "v_prediction":
+            abar = self.pipeline.scheduler.alphas_cumprod.to(x.dtype)[timestep]
+            return abar.sqrt() * output + (1 - abar).sqrt() * x
+        return output
+
+    @torch.no_grad()
+    def run(self, prompt: str, x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """DDIM from unit-variance noise x: the magnitude of each step [STEPS, B], and the final latents."""
+        from diffusers import DDIMScheduler
+
+        scheduler = DDIMScheduler.from_config(
+            self.pipeline.scheduler.config,
+            timestep_spacing="leading",
+            steps_offset=1,
+            clip_sample=False,
+            set_alpha_to_one=True,
+            prediction_type="epsilon",
+        )
+        scheduler.set_timesteps(STEPS)
+        assert scheduler.init_noise_sigma == 1
+        rows, empty, extras = self.encode(prompt)
+        magnitudes = []
+        for timestep in scheduler.timesteps:
+            without = self.noise_prediction(x, int(timestep), empty, {k: v[:1] for k, v in extras.items()})
+            with_prompt = self.noise_prediction(x, int(timestep), rows, {k: v[1:] for k, v in extras.items()})
+            magnitudes.append((with_prompt - without).flatten(1).norm(dim=1))
+            x = scheduler.step(without + scale * (with_prompt - without), timestep, x).prev_sample
+        return torch.stack(magnitudes), x
+
+
+def plain(folder: Path) -> Plain:
+    import diffusers
+
+    name = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    options = {} if "XL" in name else {"safety_checker": None, "requires_safety_checker": False}
+    pipeline = getattr(diffusers, name).from_pretrained(folder, local_files_only=True, **options)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval().requires_grad_(False)
+    return Plain(pipeline)
+
+
+@pytest.mark.parametrize("family", WRITERS)
+def test_the_whole_run_is_the_pipelines(
+    family: str, folders: dict[str, Path], models: dict[str, DiffusersModel]
+) -> None:
+    model, other = models[family], plain(folders[family])
+    noise = model.noise(5, 3)
+    assert torch.equal(noise, torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(5)))
+    sigmas = model.sigmas(STEPS)
+    conditionings = [model.encode(prompt) for prompt in PROMPTS]
+    at_once = first_step(model, conditionings, model.encode(""), noise, sigmas[0], batch_size=4)
+    for prompt, conditioning, scores in zip(PROMPTS, conditionings, at_once, strict=True):
+        expected, latents = other.run(prompt, noise, 7.5)
+        trace = Trace()
+        start = initial_latent(noise, sigmas[0], model.prediction_type)
+        final = sample(model, start, sigmas, conditioning, Guidance(model.encode(""), 7.5), trace)
+        torch.testing.assert_close(torch.tensor(trace.per_step()), expected, rtol=1e-4, atol=0)
+        torch.testing.assert_close(scores, expected[0], rtol=1e-4, atol=0)
+        assert torch.linalg.norm(final - latents) < 1e-4 * torch.linalg.norm(latents)
+
+
+@pytest.mark.parametrize("family", WRITERS)
+def test_pictures_are_the_pipelines(family: str, folders: dict[str, Path], models: dict[str, DiffusersModel]) -> None:
+    vae = plain(folders[family]).pipeline.vae
+    latents = models[family].noise(0, 2)
+    expected = vae.decode(latents / {"xl": 0.13025}.get(family, 0.18215)).sample / 2 + 0.5
+    pictures = models[family].decode(latents)
+    assert pictures.shape == (2, 3, 16, 16)
+    torch.testing.assert_close(pictures, expected.clamp(0, 1), rtol=1e-5, atol=1e-5)
+
+
+def test_what_the_files_say(models: dict[str, DiffusersModel]) -> None:
+    assert [m.prediction_type for m in models.values()] == ["epsilon", "v_prediction", "epsilon"]
+    assert {m.latent_shape for m in models.values()} == {(4, 8, 8)}
+    assert len({m.fingerprint for m in models.values()}) == 3
+    abar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
+    expected = [*((1 - abar) / abar).sqrt()[[751, 501, 251, 1]].tolist(), 0]
+    assert models["1.x"].sigmas(4) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_second_tokenizer_pads_with_exclamation_marks(models: dict[str, DiffusersModel]) -> None:
+    conditioning = models["xl"].encode("fox")
+    assert conditioning.reencoding is not None
+    first, second = conditioning.reencoding.inputs
+    assert [t.text for t in first.tokens[:3]] == ["<|startoftext|>", "fox</w>", "<|endoftext|>"]
+    assert [t.text for t in second.tokens[:5]] == ["<|startoftext|>", "f", "o", "x</w>", "<|endoftext|>"]
+    # One end token, then the embedding of '!' (number 0); the first encoder's padding is the end token.
+    tables = [encoder.get_input_embeddings().weight for _, encoder in models["xl"]._encoders]
+    assert torch.equal(second.embeddings[5:], tables[1][:1].expand(72, -1))
+    assert torch.equal(first.embeddings[2:], tables[0][-1:].expand(75, -1))
+    assert conditioning.extras["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]]
+
+
+# ------------------------------------------------------------------------------------- long prompts
+
+
+@pytest.mark.parametrize("family", ["1.x", "xl"])
+def test_long_prompts_are_encoded_in_chunks(
+    family: str, folders: dict[str, Path], models: dict[str, DiffusersModel]
+) -> None:
+    model, pipeline = models[family], plain(folders[family]).pipeline
+    prompt = " ".join(["red fox"] * 38)  # 76 tokens; for XL's second tokenizer 228, four chunks
+    conditioning = model.encode(prompt)
+    chunks = {"1.x": 2, "xl": 4}[family]
+    assert conditioning.rows.shape[1] == len(conditioning.tokens) == 77 * chunks
+    assert len(conditioning.words) == 76
+    assert [t.word for t in conditioning.tokens if t.role == "word"] == list(range(76))
+
+    def encoded(tokenizer: Any, encoder: Any, number: int) -> Any:
+        body = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids[75 * number : 75 * (number + 1)]
+        ids = [tokenizer.bos_token_id, *body, tokenizer.eos_token_id]
+        ids += [tokenizer.pad_token_id] * (77 - len(ids))
+        return encoder(torch.tensor([ids]), output_hidden_states=True)
+
+    for number in range(chunks):
+        rows = conditioning.rows[:, 77 * number : 77 * (number + 1)]
+        outputs = [encoded(pipeline.tokenizer, pipeline.text_encoder, number)]
+        expected = outputs[0].last_hidden_state
+        if family == "xl":
+            outputs.append(encoded(pipeline.tokenizer_2, pipeline.text_encoder_2, number))
+            expected = torch.cat([o.hidden_states[-2] for o in outputs], dim=-1)
+            if number == 0:
+                torch.testing.assert_close(conditioning.extras["text_embeds"], outputs[1].text_embeds)
+        torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-5)
+    scores = first_step(
+        model, [conditioning, model.encode("fox")], model.encode(""), model.noise(0, 2), model.sigmas(50)[0]
+    )
+    assert (scores > 0).all()
+    norms = significance(model, conditioning, input_gradient.token_gradient_norms)
+    assert all(len(n) == 77 * chunks and (n > 0).any() for n in norms)
+
+
+def test_the_longest_prompt_and_one_token_more(models: dict[str, DiffusersModel]) -> None:
+    most = MAX_CHUNKS * CHUNK
+    assert models["1.x"].encode("fox " * most).rows.shape[1] == 77 * MAX_CHUNKS
+    with pytest.raises(ValueError, match=r"too long: 601 tokens, at most 600 can be read; shorten it"):
+        models["1.x"].encode("fox " * (most + 1))
+    assert models["1.x"].encode("fox " * CHUNK).rows.shape[1] == 77
+    assert models["1.x"].encode("").rows.shape[1] == 77
+
+
+# --------------------------------------------------------------------------------------- gradients
+
+
+def significance(
+    model: DiffusersModel,
+    conditioning: Conditioning,
+    measure: Callable[..., Any],
+    checkpointing: bool = False,
+    images: int = 2,
+) -> Any:
+    sigma = model.sigmas(50)[0]
+    x = initial_latent(model.noise(0, images), sigma, model.prediction_type)
+    levels = levels_of(x, sigma)
+    with model.differentiable(checkpointing):
+        return measure(model, x, levels, conditioning, predict(model, x, levels, model.encode("")))
+
+
+@pytest.mark.parametrize("family", WRITERS)
+def test_gradients_are_the_finite_differences(
+    family: str, folders: dict[str, Path], models: dict[str, DiffusersModel]
+) -> None:
+    """Central differences in float64 on the pipeline's parts, at the tokens that count most."""
+    model, other, prompt = models[family], plain(folders[family]), "red fox, old glass"
+    conditioning = model.encode(prompt)
+    pipeline = other.pipeline
+    tokens, images = (2, 2) if family == "1.x" else (1, 1)
+    encoders = [(pipeline.tokenizer, pipeline.text_encoder)]
+    if family == "xl":
+        encoders.append((pipeline.tokenizer_2, pipeline.text_encoder_2))
+    for module in (pipeline.unet, *(e for _, e in encoders)):
+        module.double()
+    noise = model.noise(0, images).double()
+    rows, empty, extras = other.encode(prompt)
+    with torch.no_grad():
+        without = other.noise_prediction(noise, 981, empty, {k: v[:1] for k, v in extras.items()})
+
+    @torch.no_grad()
+    def losses(rows: Tensor, extras: Sequence[dict[str, Tensor]]) -> Tensor:
+        """Mean magnitude over the noises under each of rows [P, N, D], with the extras of each."""
+        x = noise.repeat(len(rows), 1, 1, 1)
+        together = {k: torch.cat([e[k] for e in extras]).repeat_interleave(images, 0) for k in extras[0]}
+        predicted = other.noise_prediction(x, 981, rows.repeat_interleave(images, 0), together)
+        gaps = (predicted - without.repeat(len(rows), 1, 1, 1)).flatten(1).norm(dim=1)
+        return gaps.reshape(-1, images).mean(1)
+
+    def slope(values: Tensor) -> float:
+        up, down = values.reshape(2, -1)
+        return float(((up - down) / (2 * NUDGE)).norm())
+
+    mine = {k: v[1:] for k, v in extras.items()}
+    norms = significance(model, conditioning, output_gradient.row_gradient_norms, images=images)
+    for token in norms.topk(tokens).indices.tolist():
+        nudges = torch.zeros(rows.shape[2], *rows.shape[1:], dtype=torch.float64)
+        nudges[:, token] = NUDGE * torch.eye(rows.shape[2])
+        both = torch.cat([rows + nudges, rows - nudges])
+        assert float(norms[token]) == pytest.approx(slope(losses(both, [mine] * len(both))), rel=1e-3)
+
+    # The embedding of a token that occurs once is nudged in the encoder's own table.
+    for (tokenizer, encoder), norms in zip(
+        encoders, significance(model, conditioning, input_gradient.token_gradient_norms, images=images), strict=True
+    ):
+        ids = tokenizer(prompt).input_ids
+        once = [place for place, number in enumerate(ids[:-1]) if ids.count(number) == 1]
+        largest = sorted(once, key=lambda place: -float(norms[place]))[:tokens]
+        table = encoder.get_input_embeddings().weight
+        for token in largest:
+            encoded = []
+            for step in (NUDGE, -NUDGE):
+                for number in range(table.shape[1]):
+                    table.data[ids[token], number] += step
+                    encoded.append(other.encode(prompt))
+                    table.data[ids[token], number] -= step
+            values = losses(torch.cat([e[0] for e in encoded]), [{k: v[1:] for k, v in e[2].items()} for e in encoded])
+            assert float(norms[token]) == pytest.approx(slope(values), rel=1e-3)
+
+
+@pytest.mark.parametrize("family", WRITERS)
+def test_words_add_up_their_tokens(family: str, models: dict[str, DiffusersModel]) -> None:
+    conditioning = models[family].encode("red glass, fox")
+    assert conditioning.reencoding is not None
+    for view, tables in (
+        (output_gradient, [conditioning.tokens]),
+        (input_gradient, [i.tokens for i in conditioning.reencoding.inputs]),
+    ):
+        measure = output_gradient.row_gradient_norms if view is output_gradient else input_gradient.token_gradient_norms
+        norms = significance(models[family], conditioning, measure)
+        norms = [norms] if isinstance(norms, Tensor) else norms
+        expected = [
+            sum(float(n[i]) for n, table in zip(norms, tables, strict=True) for i, t in enumerate(table) if t.word == w)
+            for w in range(3)
+        ]
+        words = significance(models[family], conditioning, view.explain).words
+        assert [w.text for w in words] == ["red", "glass,", "fox"]
+        assert [w.raw for w in words] == pytest.approx(expected, rel=1e-5)
+        assert [w.significance for w in words] == pytest.approx([e / max(expected) for e in expected], rel=1e-5)
+
+
+@pytest.mark.parametrize("family", WRITERS)
+def test_checkpointing_changes_no_gradient(family: str, models: dict[str, DiffusersModel]) -> None:
+    model = models[family]
+    conditioning = model.encode(PROMPTS[0])
+    for measure in (output_gradient.row_gradient_norms, input_gradient.token_gradient_norms):
+        kept = significance(model, conditioning, measure)
+        recomputed = significance(model, conditioning, measure, checkpointing=True)
+        torch.testing.assert_close(recomputed, kept, rtol=1e-5, atol=1e-9)
+    assert not model._unet.training
+    assert not model._unet.is_gradient_checkpointing
+
+
+# ---------------------------------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("family", WRITERS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 0.02), ("bfloat16", 0.06)])
+def test_half_precision(
+    family: str, dtype: str, tolerance: float, folders: dict[str, Path], models: dict[str, DiffusersModel]
+) -> None:
+    full, half = models[family], load(str(folders[family]), dtype=dtype)
+    sigma, noise = full.sigmas(50)[0], full.noise(1, 2)
+    scores = [first_step(m, [m.encode(p) for p in PROMPTS], m.encode(""), noise, sigma) for m in (full, half)]
+    assert scores[1].dtype == torch.float32
+    torch.testing.assert_close(scores[1], scores[0], rtol=tolerance, atol=0)
+    pictures = half.decode(noise)
+    assert torch.isfinite(pictures).all()
+    torch.testing.assert_close(pictures, full.decode(noise), rtol=0, atol=tolerance)
+    # Gradients are taken in fp32 from the rounded weights, and the model is left as it was.
+    rounded, before = load(str(folders[family])), half.fingerprint
+    for module in rounded._modules():
+        for parameter in module.parameters():
+            parameter.data = parameter.to(getattr(torch, dtype)).float()
+    given = rounded.encode(PROMPTS[0])
+    own = replace(given, reencoding=half.encode(PROMPTS[0]).reencoding)
+    for measure in (output_gradient.row_gradient_norms, input_gradient.token_gradient_norms):
+        torch.testing.assert_close(
+            significance(half, own, measure), significance(rounded, given, measure), rtol=1e-3, atol=1e-6
+        )
+    assert {p.dtype for p in half._unet.parameters()} == {getattr(torch, dtype)}
+    half._fingerprint = None
+    assert half.fingerprint == before
+
+
+# --------------------------------------------------------------------------------------- single files
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
+@pytest.mark.parametrize("family", WRITERS)
+def test_single_files_are_their_folders(
+    family: str,
+    suffix: str,
+    folders: dict[str, Path],
+    models: dict[str, DiffusersModel],
+    tmp_path: Path,
+    network: list[Any],
+) -> None:
+    path = miniatures.write_single_file(folders[family], tmp_path / f"model.{suffix}")
+    model, folder = load(str(path), config=str(folders[family])), models[family]
+    assert model.fingerprint == folder.fingerprint
+    sigma = folder.sigmas(50)[0]
+    x = initial_latent(folder.noise(2, 2), sigma, folder.prediction_type)
+    for prompt in PROMPTS:
+        ours, theirs = model.encode(prompt), folder.encode(prompt)
+        torch.testing.assert_close(ours.rows, theirs.rows, rtol=1e-6, atol=1e-6)
+        predictions = [predict(m, x, levels_of(x, sigma), c) for m, c in ((model, ours), (folder, theirs))]
+        torch.testing.assert_close(*predictions, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(model.decode(x / sigma), folder.decode(x / sigma), rtol=1e-6, atol=1e-6)
+    assert network == []
+
+
+def copied(folder: Path, place: Path, change: Callable[[dict[str, Tensor]], Any], file: str = UNET_WEIGHTS) -> str:
+    """A copy of a folder with other weights in one of its files."""
+    shutil.copytree(folder, place)
+    weights = load_file(place / file)
+    change(weights)
+    save_file(weights, place / file, metadata={"format": "pt"})
+    return str(place)
+
+
+def test_folders_of_pickled_weights(
+    folders: dict[str, Path], models: dict[str, DiffusersModel], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(folders["1.x"], tmp_path / "bin"))
+    for name in (UNET_WEIGHTS, TEXT_WEIGHTS, UNET_WEIGHTS.replace("unet", "vae")):
+        file = folder / name
+        pickled = file.with_name("pytorch_model.bin" if name == TEXT_WEIGHTS else "diffusion_pytorch_model.bin")
+        torch.save(load_file(file), pickled)
+        file.unlink()
+    assert load(str(folder)).fingerprint == models["1.x"].fingerprint
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_cached_configuration_serves_a_single_file(
+    folders: dict[str, Path], models: dict[str, DiffusersModel], tmp_path: Path, network: list[Any]
+) -> None:
+    for family, owner in (
+        ("1.x", "stable-diffusion-v1-5--stable-diffusion-v1-5"),
+        ("xl", "stabilityai--stable-diffusion-xl-base-1.0"),
+    ):
+        cached = tmp_path / "hub-cache" / f"models--{owner}"
+        (cached / "refs").mkdir(parents=True)
+        (cached / "refs" / "main").write_text("0" * 40)
+        ignored = shutil.ignore_patterns("*.safetensors")
+        shutil.copytree(folders[family], cached / "snapshots" / ("0" * 40), ignore=ignored)
+        path = miniatures.write_single_file(folders[family], tmp_path / f"{family}.safetensors")
+        assert load(str(path)).fingerprint == models[family].fingerprint
+    assert network == []
+
+
+# -------------------------------------------------------------------------------------------- errors
+
+
+def sentence(*arguments: str, **options: str) -> str:
+    """The text of the ModelError that loading ends in; one line that starts with what it is about."""
+    with pytest.raises(ModelError) as raised:
+        load(*arguments, **options)
+    text = str(raised.value)
+    assert "\n" not in text and "\x1b" not in text and len(text) < 500
+    return text
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
+@pytest.mark.parametrize("family", WRITERS)
+def test_a_single_file_without_configuration(
+    family: str, suffix: str, folders: dict[str, Path], tmp_path: Path, network: list[Any]
+) -> None:
+    path = miniatures.write_single_file(folders[family], tmp_path / f"model.{suffix}")
+    text = sentence(str(path))
+    assert text.startswith(str(path)) and "name a diffusers folder or hub id of the same family with --config" in text
+    assert ("does not tell epsilon- from v-prediction" in text) == (family == "2.x")
+    assert network == []
+
+
+@pytest.mark.parametrize("config", ["nowhere", "./nowhere", "nowhere/of/all", "/nowhere"])
+def test_a_configuration_that_is_not_there(
+    config: str, folders: dict[str, Path], tmp_path: Path, network: list[Any]
+) -> None:
+    path = miniatures.write_single_file(folders["1.x"], tmp_path / "model.safetensors")
+    assert f"the configuration {config} does not exist" in sentence(str(path), config=config)
+    assert network == []
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./nowhere", "../nowhere", "/no/where", "a/b/c", "a/b.safetensors", "a/"])
+def test_a_model_that_is_not_there(name: str, network: list[Any]) -> None:
+    assert f"the model {name} does not exist: give a diffusers folder" in sentence(name)
+    assert network == []
+
+
+def test_only_hub_ids_reach_for_the_network(folders: dict[str, Path], tmp_path: Path, network: list[Any]) -> None:
+    assert "could not be fetched from the hub" in sentence("owner/name")
+    assert network
+    network.clear()
+    path = miniatures.write_single_file(folders["1.x"], tmp_path / "model.safetensors")
+    assert str(path) in sentence(str(path), config="owner/name")
+    assert network
+
+
+def test_folders_that_are_no_model(folders: dict[str, Path], tmp_path: Path) -> None:
+    assert "it holds no model_index.json" in sentence(str(tmp_path))
+    index = tmp_path / "model_index.json"
+    index.write_text("{")
+    assert "model_index.json is broken" in sentence(str(tmp_path))
+    index.write_text("[]")
+    assert "Stable Diffusion 1.x, 2.x and XL can be read" in sentence(str(tmp_path))
+    index.write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    assert "holds a FluxPipeline; Stable Diffusion 1.x, 2.x and XL can be read" in sentence(str(tmp_path))
+    index.write_text((folders["1.x"] / "model_index.json").read_text())
+    assert str(tmp_path) in sentence(str(tmp_path))
+
+
+def test_models_of_another_kind(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["2.x"], tmp_path / "sample")
+    scheduler = tmp_path / "sample" / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace("v_prediction", "sample"))
+    assert "predicts 'sample'; only epsilon and v_prediction" in sentence(str(tmp_path / "sample"))
+    state = miniatures.original_names(folders["1.x"])
+    state["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(32, 9, 3, 3)
+    save_file(state, tmp_path / "inpainting.safetensors")
+    assert "inpainting or editing" in sentence(str(tmp_path / "inpainting.safetensors"), config=str(folders["1.x"]))
+    save_file({"lora_unet_mid.lora_up.weight": torch.zeros(2, 2)}, tmp_path / "lora.safetensors")
+    assert "holds no whole Stable Diffusion" in sentence(str(tmp_path / "lora.safetensors"))
+    save_file(miniatures.original_names(folders["xl"]) | {"v_pred": torch.zeros(1)}, tmp_path / "v.safetensors")
+    assert "predicts v, but its config" in sentence(str(tmp_path / "v.safetensors"), config=str(folders["xl"]))
+
+
+def test_broken_files(folders: dict[str, Path], tmp_path: Path) -> None:
+    cut = Path(shutil.copytree(folders["1.x"], tmp_path / "cut"))
+    whole = (cut / UNET_WEIGHTS).read_bytes()
+    (cut / UNET_WEIGHTS).write_bytes(whole[:-1000])
+    assert "cannot be loaded as a Stable Diffusion model: Unable to load weights" in sentence(str(cut))
+    for name in ("junk.safetensors", "junk.ckpt"):
+        (tmp_path / name).write_bytes(b"junk" * 30)
+        assert str(tmp_path / name) in sentence(str(tmp_path / name), config=str(folders["1.x"]))
+    assert "is broken, or holds Python objects" in sentence(str(tmp_path / "junk.ckpt"))
+
+
+def test_tensors_that_are_missing(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A loader that fills the gap with random numbers would give another score at every start."""
+
+    def drop(weights: dict[str, Tensor]) -> None:
+        del weights[next(k for k in weights if "conv1.weight" in k or "fc1.weight" in k)]
+
+    for file in (UNET_WEIGHTS, TEXT_WEIGHTS, "text_encoder_2/model.safetensors"):
+        part = file.split("/")[0]
+        text = sentence(copied(folders["xl"], tmp_path / part, drop, file))
+        assert f"is incomplete: it lacks 1 of the tensors of its {part}, such as" in text
+    state = miniatures.original_names(folders["1.x"])
+    del state["model.diffusion_model.middle_block.0.in_layers.2.weight"]
+    save_file(state, tmp_path / "hole.safetensors")
+    assert "is incomplete" in sentence(str(tmp_path / "hole.safetensors"), config=str(folders["1.x"]))
+
+
+@pytest.mark.parametrize(
+    ("file", "value"),
+    [(UNET_WEIGHTS, float("nan")), (TEXT_WEIGHTS, float("inf")), (UNET_WEIGHTS.replace("unet", "vae"), float("nan"))],
+)
+def test_weights_that_are_not_finite(file: str, value: float, folders: dict[str, Path], tmp_path: Path) -> None:
+    def spoil(weights: dict[str, Tensor]) -> None:
+        weights[sorted(weights)[-1]].flatten()[-1] = value
+
+    assert "contain NaN or infinity" in sentence(copied(folders["1.x"], tmp_path / "spoilt", spoil, file))
+
+
+class Foreign:
+    """What a hostile checkpoint holds: unpickling it makes a directory."""
+
+    def __init__(self, traces: Path) -> None:
+        self.traces = traces
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.traces),)
+
+
+def test_foreign_code_is_refused_and_not_run(folders: dict[str, Path], tmp_path: Path) -> None:
+    traces = tmp_path / "executed"
+    content = {"state_dict": miniatures.original_names(folders["1.x"]), "callbacks": Foreign(traces)}
+    torch.save(content, tmp_path / "new.ckpt")
+    torch.save(content, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    for name in ("new.ckpt", "old.ckpt"):
+        for options in ({}, {"config": str(folders["1.x"])}):
+            assert "could run code and are not loaded" in sentence(str(tmp_path / name), **options)
+    for file, pickled in ((UNET_WEIGHTS, "diffusion_pytorch_model.bin"), (TEXT_WEIGHTS, "pytorch_model.bin")):
+        folder = Path(shutil.copytree(folders["1.x"], tmp_path / pickled))
+        (folder / file).unlink()
+        torch.save({"x": Foreign(traces)}, (folder / file).with_name(pickled))
+        assert str(folder) in sentence(str(folder))
+    folder = Path(shutil.copytree(folders["1.x"], tmp_path / "code"))
+    (folder / "unet" / "own.py").write_text(f"import os\nos.mkdir({str(traces)!r})\nclass Own: pass\n")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"unet": ["own", "Own"]}))
+    assert "brings its own code for its unet, which is not run" in sentence(str(folder))
+    assert not traces.exists()
+    torch.load(tmp_path / "new.ckpt", weights_only=False)  # the file does what it is made for
+    assert traces.exists()
+
+
+def test_dtypes_and_devices_that_are_not_there(folders: dict[str, Path]) -> None:
+    folder = str(folders["1.x"])
+    assert sentence(folder, dtype="int8") == "dtype 'int8' is unknown: use one of float32, float16, bfloat16"
+    assert sentence(folder, device="abacus") == "device 'abacus' is unknown: use cpu, cuda, cuda:1 or mps"
+    assert sentence(folder, device="meta") == "device 'meta' cannot be used here: use cpu, cuda, cuda:1 or mps"
+    assert "this PyTorch sees no such device: use --device cpu" in sentence(folder, device="cuda:99")
+
+
+# --------------------------------------------------------------------------------------------- quiet
+
+
+def test_nothing_is_printed(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A process of its own, with every Python warning shown: nothing comes out, and the libraries' levels stay."""
+    single = miniatures.write_single_file(folders["1.x"], tmp_path / "model.ckpt")
+    script = f"""
+import diffusers, transformers
+levels = [l.utils.logging.get_verbosity() for l in (diffusers, transformers)]
+import warnings; warnings.simplefilter("always")
+from sd_dejavu.hosts.diffusers import load
+folders = {[str(f) for f in folders.values()]!r}
+for model in (*map(load, folders), load(folders[2], dtype="float16"), load({str(single)!r}, config=folders[0])):
+    rows = model.encode("the red fox " * 30)
+    with model.differentiable(checkpointing=True):
+        model(model.noise(0, 1), model.alphas_cumprod[:1], rows)
+    model.decode(model.noise(0, 1))
+assert levels == [l.utils.logging.get_verbosity() for l in (diffusers, transformers)]
+assert diffusers.utils.logging.is_progress_bar_enabled() and transformers.utils.logging.is_progress_bar_enabled()
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False, env=environment
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

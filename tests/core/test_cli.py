@@ -1,0 +1,215 @@
+"""The command line as a user meets it: output, exit status, one sentence for bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from sd_dejavu.cli.main import main
+from sd_dejavu.demo import bundled
+from sd_dejavu.demo.evaluation import held_out_pairs
+
+MEMORISED = held_out_pairs("hard")[0].caption
+ORDINARY = bundled.held_out_ordinary(3, seed=8)[1]
+
+
+@pytest.fixture(autouse=True)
+def own_data_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("SD_DEJAVU_HOME", str(tmp_path / "home"))
+
+
+def json_lines(capsys):
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_check_flags_the_memorised_prompt_only(capsys):
+    assert main(["check", "--json", MEMORISED, ORDINARY]) == 0
+    memorised, ordinary = json_lines(capsys)
+    assert memorised["prompt"] == MEMORISED
+    assert memorised["flagged"] is True
+    assert memorised["p_value"] <= 0.01
+    assert ordinary["flagged"] is False
+    assert ordinary["words"] == []
+    assert {w["text"] for w in memorised["words"]} == set(MEMORISED.split())
+    assert all(0 <= w["significance"] <= 1 for w in memorised["words"])
+    assert len(memorised["score_per_step"]) == 1
+
+
+def test_fail_on_flag_gives_status_3(capsys):
+    assert main(["check", "--fail-on-flag", MEMORISED]) == 3
+    assert main(["check", "--fail-on-flag", ORDINARY]) == 0
+    assert "Likely memorised" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("score", ["first step", "first 5 steps"])
+def test_same_seed_same_answer_whatever_the_batch_size(capsys, score):
+    answers = []
+    for batch in ("1", "3", "64"):
+        assert (
+            main(["check", "--json", "--score", score, "--seed", "3", "--batch-size", batch, MEMORISED, ORDINARY]) == 0
+        )
+        answers.append([row["score"] for row in json_lines(capsys)])
+    for other in answers[1:]:
+        assert other == pytest.approx(answers[0], rel=1e-5)
+
+
+def test_a_negative_prompt_changes_later_steps_but_not_the_first(capsys):
+    plain = ["check", "--json", "--images", "1", "--steps", "10", MEMORISED]
+    main([*plain, "--score", "first 5 steps"])
+    main([*plain, "--score", "first 5 steps", "--negative", "red ball"])
+    without, with_negative = json_lines(capsys)
+    assert without["score_per_step"][0] == pytest.approx(with_negative["score_per_step"][0], rel=1e-5)
+    assert without["score_per_step"][4] != pytest.approx(with_negative["score_per_step"][4], rel=1e-3)
+
+
+def test_scores_against_the_negative_prompt_get_no_p_value_from_a_profile_of_the_empty_one(capsys):
+    main(["check", "--json", "--negative", "red ball", "--without", "negative prompt", MEMORISED])
+    (row,) = json_lines(capsys)
+    assert row["p_value"] is None
+    assert row["flagged"] is None
+    assert "calibrat" in row["why"]
+
+
+@pytest.mark.parametrize("view", ["input gradient", "output gradient", "leave one out"])
+def test_explain_gives_every_word_in_every_view(capsys, view):
+    assert main(["explain", "--json", "--view", view, MEMORISED]) == 0
+    (row,) = json_lines(capsys)
+    assert row["view"] == view
+    assert [w["text"] for w in row["words"]] == MEMORISED.split()
+    assert max(w["significance"] for w in row["words"]) == 1
+
+
+def test_explain_prints_a_table(capsys):
+    assert main(["explain", "--view", "leave one out", MEMORISED]) == 0
+    assert "score" in capsys.readouterr().out
+
+
+def test_mitigate_lowers_the_score(capsys):
+    assert main(["mitigate", "--json", MEMORISED]) == 0
+    assert main(["mitigate", "--json", "--method", "remove-trigger", MEMORISED]) == 0
+    optimised, removed = json_lines(capsys)
+    for row in (optimised, removed):
+        assert row["score_after"] < 0.5 * row["score"]
+    assert removed["prompt_after"] != MEMORISED
+    assert optimised["losses"][0] == pytest.approx(optimised["score"], rel=1e-4)
+
+
+def test_mitigate_draws_pictures_and_a_report(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["mitigate", "--images", "1", "--steps", "5", "--target", "0.3", "--out", str(out), MEMORISED]) == 0
+    assert (out / "prompt-1-image-1.png").is_file()
+    assert (out / "prompt-1-image-1-optimise-conditioning.png").is_file()
+    assert "Déjà Vu" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_calibrate_is_found_again_by_check(tmp_path, capsys):
+    """A setting the bundled profile does not cover, calibrated by the user."""
+    setting = ["--steps", "25", "--without", "negative prompt", "--negative", "red ball", "--images", "1"]
+    assert main(["calibrate", "--json", "--count", "120", *setting]) == 0
+    (summary,) = json_lines(capsys)
+    assert summary["prompts"] == 120
+    assert main(["check", "--json", *setting, MEMORISED]) == 0
+    (row,) = json_lines(capsys)
+    assert row["nulls"] == 120
+    assert row["flagged"] is True
+
+
+def test_bench_writes_its_rows(tmp_path, capsys):
+    positives, negatives = tmp_path / "p.txt", tmp_path / "n.csv"
+    positives.write_text("\n".join(p.caption for p in held_out_pairs("hard")[:4]))
+    negatives.write_text("prompt\n" + "\n".join(f'"{c}"' for c in bundled.held_out_ordinary(6, seed=3)))
+    files = ["--positives", str(positives), "--negatives", str(negatives)]
+    out = ["--json", str(tmp_path / "b.json"), "--csv", str(tmp_path / "b.csv")]
+    assert main(["bench", *files, *out, "--steps", "5"]) == 0
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert [(r["detector"], r["steps"], r["images"]) for r in rows if r["detector"] == "magnitude"] == [
+        ("magnitude", 1, 1),
+        ("magnitude", 1, 4),
+        ("magnitude", 5, 1),
+        ("magnitude", 5, 4),
+    ]
+    assert {"letter_case", "tiled_l2"} <= {r["detector"] for r in rows}
+    for row in rows:
+        assert row["auc_interval"][0] <= row["auc"] <= row["auc_interval"][1]
+        assert row["seconds_per_prompt"] > 0
+    with (tmp_path / "b.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+
+
+class Pictures(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.count, self.scripts = 0, 0
+
+    def handle_starttag(self, tag, attributes):
+        self.count += tag == "img"
+        self.scripts += tag == "script"
+
+
+def test_demo_needs_no_arguments_and_takes_prompts(tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), "--images", "1", "a <b>red</b> boat"]) == 0
+    text = capsys.readouterr().out
+    assert "Likely memorised" in text
+    page = (out / "report.html").read_text(encoding="utf-8")
+    parser = Pictures()
+    parser.feed(page)
+    assert parser.scripts == 0
+    assert parser.count >= 3 * 4  # three prompts: plain, where, two mitigations
+    assert "a &lt;b&gt;red" in page or "&lt;b&gt;red&lt;/b&gt;" in page
+    assert "<b>red</b>" not in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["check", ""], "empty"),
+        (["check", "red " * 700], "too long"),
+        (["check", "--model", "/nowhere/model.safetensors", "a"], "does not exist"),
+        (["check", "--prompts-file", "/nowhere/list.txt"], "/nowhere/list.txt"),
+        (["check", "--alpha", "0", "a"], "alpha"),
+        (["check", "--images", "0", "a"], "images"),
+        (["check", "--steps", "5000", "a"], "steps"),
+        (["check", "--device", "cuda:9", "a"], "cuda"),
+        (["check", "--profile", "/nowhere/profile.json", "a"], "/nowhere/profile.json"),
+        (["mitigate", "--target", "-1", "a"], "target"),
+        (["bench", "--positives", "/nowhere/p.txt"], "both"),
+        (["demo", " "], "empty"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(capsys, arguments, part):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert part in captured.err
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+
+
+def test_a_broken_line_is_named(tmp_path, capsys):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a boat"}\n{"prompt": \n')
+    assert main(["check", "--prompts-file", str(path)]) == 2
+    assert "line 2" in capsys.readouterr().err
+
+
+def test_a_profile_of_another_setting_is_refused(tmp_path, capsys):
+    assert main(["check", "--profile", str(bundled.CALIBRATION), "--steps", "10", "a boat"]) == 2
+    assert "another setting" in capsys.readouterr().err
+
+
+def test_the_installed_command_runs(tmp_path):
+    command = shutil.which("sd-dejavu", path=str(Path(sys.executable).parent))
+    assert command is not None, "install the project first: pip install '.[test]'"
+    done = subprocess.run(
+        [command, "check", "--json", "-"], input=MEMORISED, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["flagged"] is True
+    assert done.stderr == ""

@@ -1,0 +1,297 @@
+"""Mitigations on a denoiser whose every Adam step is known (see hand_made)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hand_made import LinearDenoiser, encoder, v_scale
+
+from sd_dejavu.conditioning import Conditioning, TokenRow
+from sd_dejavu.denoiser import seeded_noise
+from sd_dejavu.mitigations import Start, available
+from sd_dejavu.mitigations.optimise_conditioning import Settings, optimise
+from sd_dejavu.mitigations.perturb_prompt import perturb
+from sd_dejavu.mitigations.remove_trigger import Removed, remove_trigger
+from sd_dejavu.mitigations.remove_trigger import Settings as RemoveSettings
+
+SIGMA = 2.0
+TOKENS = (TokenRow("<s>", "start"), TokenRow("fox", "word", 0), TokenRow("</s>", "end"), TokenRow("pad", "end"))
+
+
+def four_rows(value: float = 0.25, dtype: torch.dtype = torch.float32) -> Conditioning:
+    """d = sum of rows = 4 * value in each of 4 numbers, so L = 2 * 4 * value."""
+    return Conditioning(torch.full((1, 4, 4), value, dtype=dtype), tokens=TOKENS)
+
+
+def optimised(denoiser, conditioning: Conditioning, target: float, images: int = 1, **settings):
+    x, sigma = seeded_noise((1, 2, 2), 0, 1).repeat(images, 1, 1, 1), torch.full((images,), SIGMA)
+    base = LinearDenoiser(prediction_type=denoiser.prediction_type)(x, sigma, Conditioning(torch.zeros(1, 1, 4)))
+    return optimise(denoiser, x, sigma, conditioning, base, target, Settings(**settings))
+
+
+# While d keeps its direction the gradient is constant, and Adam then moves every free number by exactly
+# the learning rate: 3 free rows of weight 1 take 3 lr from each number of d, 6 lr from L.
+
+
+@pytest.mark.parametrize("images", [1, 4])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow"])
+def test_losses_fall_as_adam_moves_and_stop_at_the_target(prediction_type, images: int) -> None:
+    k = v_scale(prediction_type, SIGMA)
+    found = optimised(LinearDenoiser(prediction_type=prediction_type), four_rows(), 1.15 * k, images)
+    # One norm over a batch of 4 equal images, as in the reference code, would be twice as large.
+    assert found.losses == pytest.approx([k * v for v in (2.0, 1.7, 1.4, 1.1)], rel=1e-4)
+    assert found.reached
+    expected = torch.full((1, 4, 4), 0.25 - 3 * 0.05)
+    expected[:, 0] = 0.25
+    torch.testing.assert_close(found.conditioning.rows, expected, atol=1e-5, rtol=1e-4)
+    # Three of four rows moved by .15 in each number of .25: sqrt(3 / 4) * .15 / .25.
+    assert found.moved == pytest.approx(0.75**0.5 * 0.6, rel=1e-4)
+
+
+def test_the_loss_is_the_mean_over_different_images() -> None:
+    denoiser, x, sigma = LinearDenoiser(gain=0.5), seeded_noise((1, 2, 2), 0, 3), torch.full((3,), SIGMA)
+    base = denoiser(x, sigma, Conditioning(torch.zeros(1, 4, 4)))
+    found = optimise(denoiser, x, sigma, four_rows(), base, 1e-3, Settings(iterations=1))
+    gains = [abs(1 + 0.5 * float(image.mean())) for image in x]
+    assert found.losses[0] == pytest.approx(2 * sum(gains) / 3, rel=1e-4)
+
+
+def test_a_conditioning_below_the_target_is_left_alone() -> None:
+    denoiser = LinearDenoiser()
+    found = optimised(denoiser, four_rows(), 2.5)
+    assert found.losses == pytest.approx([2.0])
+    assert found.moved == 0 and found.reached
+    assert torch.equal(found.conditioning.rows, four_rows().rows)
+    assert len(denoiser.calls) == 1
+
+
+def test_iterations_count_updates() -> None:
+    denoiser = LinearDenoiser()
+    found = optimised(denoiser, four_rows(), 1e-6, iterations=4, learning_rate=0.01)
+    assert found.losses == pytest.approx([2.0, 1.94, 1.88, 1.82, 1.76], rel=1e-4)
+    assert not found.reached
+
+
+def test_the_lowest_loss_is_returned_after_an_overshoot() -> None:
+    # lr .2: d goes 1, .4, -.2. The gradient flips sign then, and the third step is (Kingma & Ba)
+    # m = .1 * (.81 + .9 - 1) = .071, m / (1 - .9^3) = .26199, v / (1 - .999^3) = 1: d = -.2 - .6 * .26199.
+    found = optimised(LinearDenoiser(), four_rows(), 1e-6, iterations=3, learning_rate=0.2)
+    assert found.losses == pytest.approx([2.0, 0.8, 0.4, 2 * (0.2 + 0.6 * 0.071 / 0.271), 0.4], rel=1e-3)
+    assert found.conditioning.rows[0, 1:].flatten().tolist() == pytest.approx([0.25 - 0.4] * 12, rel=1e-3)
+
+
+def test_start_rows_stay_and_end_and_padding_rows_are_learned() -> None:
+    chunks = (*TOKENS[:3], *TOKENS[:3])
+    conditioning = Conditioning(torch.full((1, 6, 4), 0.25), tokens=chunks)
+    moved = (optimised(LinearDenoiser(), conditioning, 1.0).conditioning.rows - 0.25).abs().amax(dim=(0, 2)) > 0.01
+    assert moved.tolist() == [False, True, True, False, True, True]
+
+
+def test_without_known_tokens_the_first_row_is_the_start() -> None:
+    unknown = replace(four_rows(), tokens=())
+    assert torch.equal(
+        optimised(LinearDenoiser(), unknown, 1.0).conditioning.rows,
+        optimised(LinearDenoiser(), four_rows(), 1.0).conditioning.rows,
+    )
+
+
+def test_the_model_is_called_once_an_iteration_and_never_without_the_prompt() -> None:
+    denoiser = LinearDenoiser()
+    found = optimised(denoiser, four_rows(), 1.15, images=2)
+    assert len(denoiser.calls) == len(found.losses) == 4
+    assert all(bool((c.rows[:, 0] == 0.25).all()) for _, c in denoiser.calls)  # the prompt's own start row
+
+
+def test_half_precision_is_optimised_in_fp32_and_returned_as_it_came() -> None:
+    # In half precision Adam's epsilon of 1e-8 is 0, and the start row's zero gradient gives 0 / 0.
+    denoiser = LinearDenoiser()
+    found = optimised(denoiser, four_rows(dtype=torch.float16), 1.15)
+    assert found.conditioning.rows.dtype == torch.float16
+    assert found.conditioning.rows.isfinite().all()
+    assert found.losses == pytest.approx([2.0, 1.7, 1.4, 1.1], rel=1e-4)  # as in fp32
+    assert {c.rows.dtype for _, c in denoiser.calls} == {torch.float32}
+
+
+def test_prompt_and_extras_survive_and_the_way_back_does_not() -> None:
+    extras = {"pooled": torch.ones(1, 2)}
+    given = replace(encoder({"fox": 1.0})("red fox"), extras=extras)
+    found = optimised(LinearDenoiser(), given, 1.0).conditioning
+    assert (found.prompt, found.words, found.tokens, found.reencoding) == (
+        given.prompt,
+        given.words,
+        given.tokens,
+        None,
+    )
+    assert found.extras is extras
+    assert not found.rows.requires_grad
+
+
+def test_a_loss_that_is_not_finite_raises_with_its_iteration() -> None:
+    class Breaks(LinearDenoiser):
+        def __call__(self, x, sigma, conditioning):
+            return super().__call__(x, sigma, conditioning) * (math.nan if len(self.calls) > 2 else 1)
+
+    with pytest.raises(ValueError, match="loss became nan at iteration 2"):
+        optimised(Breaks(), four_rows(), 0.1)
+    with pytest.raises(ValueError, match="at iteration 0"):
+        optimised(LinearDenoiser(), four_rows(math.nan), 0.1)
+
+
+@pytest.mark.parametrize("target", [0.0, -1.0, math.nan])
+def test_the_target_must_be_positive(target: float) -> None:
+    with pytest.raises(ValueError, match="target magnitude must be positive"):
+        optimised(LinearDenoiser(), four_rows(), target)
+
+
+# ------------------------------------------------------------------------- trigger removal
+
+STRENGTHS = {"red": 0.5, "Zorblax": 3.0, "vase": 1.0, "a": 0.1}
+PROMPT = "a red Zorblax vase"  # scores 2 * 4.6
+
+
+def start(denoiser: LinearDenoiser, target: float, images: int = 2) -> Start:
+    return Start.of(denoiser, seeded_noise((1, 2, 2), 0, images), SIGMA, encoder({})(""), target, seed=3)
+
+
+def removed(target: float, max_words: int = 3, prompt: str = PROMPT, keep: float = 0.0) -> Removed:
+    denoiser, encode = LinearDenoiser(), encoder(STRENGTHS)
+    return remove_trigger(denoiser, encode, encode(prompt), start(denoiser, target), RemoveSettings(max_words, keep))
+
+
+@pytest.mark.parametrize(
+    ("target", "max_words", "words", "left"),
+    [
+        (9.5, 3, (), PROMPT),
+        (3.3, 3, ("Zorblax",), "a red vase"),
+        (1.5, 3, ("Zorblax", "vase"), "a red"),
+        (1.5, 1, ("Zorblax",), "a red vase"),
+        (0.01, 3, ("Zorblax", "vase", "red"), "a"),
+        (0.01, 100, ("Zorblax", "vase", "red"), "a"),  # never the last word
+    ],
+)
+def test_the_strongest_words_go_until_the_target_is_reached(target, max_words, words, left) -> None:
+    found = removed(target, max_words)
+    assert found.words == words
+    assert found.conditioning.prompt == left
+    remaining = [2 * sum(s for w, s in STRENGTHS.items() if w not in words[:n]) for n in range(len(words) + 1)]
+    assert found.scores == pytest.approx(remaining, rel=1e-4)
+    assert found.reached == (remaining[-1] <= target)
+
+
+def test_a_prompt_is_never_emptied_down_to_its_separators() -> None:
+    found = removed(0.01, prompt="Zorblax , -")
+    assert (found.conditioning.prompt, found.words) == ("Zorblax , -", ())
+    assert not found.reached
+
+
+def test_only_one_of_two_equal_words_goes_at_a_time() -> None:
+    found = removed(7.5, prompt="Zorblax red Zorblax")  # 2 * 6.5 before
+    assert sorted(found.conditioning.prompt.split()) == ["Zorblax", "red"]
+    assert found.scores == pytest.approx((13, 7), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("target", "prompt", "scores"),
+    [
+        (7.0, "a red (Zorblax:0.5) vase", (9.2, 6.2)),
+        (5.5, "a red (Zorblax:0.5) (vase:0.5)", (9.2, 6.2, 5.2)),
+        (0.1, "a (red:0.5) (Zorblax:0.5) (vase:0.5)", (9.2, 6.2, 5.2, 4.7)),  # never the last word
+    ],
+)
+def test_words_that_keep_half_their_weight_lose_half_their_score_each_once(target, prompt, scores) -> None:
+    # The empty prompt's rows are 0 here, so a row of weight 1/2 is half the row.
+    found = removed(target, max_words=9, keep=0.5)
+    assert found.conditioning.prompt == prompt
+    assert found.scores == pytest.approx(scores, rel=1e-4)
+
+
+def test_without_the_encoder_the_output_rows_decide() -> None:
+    # Row weights by place: the third row (the second word) weighs most, whatever stands there.
+    denoiser, encode = LinearDenoiser((1.0, 1.0, 5.0, 1.0, 1.0, 1.0)), encoder(STRENGTHS, reencodes=False)
+    found = remove_trigger(denoiser, encode, encode(PROMPT), start(denoiser, 1e-3), RemoveSettings(2))
+    assert found.words == ("red", "Zorblax")
+
+
+# ------------------------------------------------------------------------- perturbations
+
+
+@pytest.mark.parametrize("kind", ["random-word", "random-number", "repeat-word"])
+def test_a_perturbed_prompt_holds_its_words_in_order_and_the_insertions(kind) -> None:
+    words = ["An", "old", "River,", "bank"]
+    made = set()
+    for seed in range(20):
+        new = perturb(" ".join(words), kind, 4, seed)
+        assert new == perturb(" ".join(words), kind, 4, seed)
+        assert len(new.split()) == 8
+        rest = iter(new.split())
+        assert all(word in rest for word in words)  # a subsequence
+        added = list(new.split())
+        for word in words:
+            added.remove(word)
+        if kind == "random-number":
+            assert all(0 <= int(piece) <= 1_000_000 for piece in added)
+        elif kind == "repeat-word":
+            assert set(added) <= set(words)
+        else:
+            assert all(piece.isalpha() and piece.islower() for piece in added)
+        made.add(new)
+    assert len(made) > 10  # seeds differ
+
+
+def test_no_insertions_change_nothing() -> None:
+    assert perturb("An old River", "random-word", 0) == "An old River"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("a fox", "shuffle"), "'shuffle' is unknown: use one of random-word, random-number, repeat-word"),
+        (("a fox", "random-word", -1), "not 'a fox' and -1"),
+        ((" ", "random-word"), "a prompt with words"),
+    ],
+)
+def test_impossible_perturbations_are_refused(arguments, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        perturb(*arguments)
+
+
+# ------------------------------------------------------------------------- the register
+
+
+def test_every_method_of_the_folder_is_registered_once() -> None:
+    assert list(available()) == [
+        "optimise-conditioning",
+        "random-word",
+        "random-number",
+        "repeat-word",
+        "remove-trigger",
+    ]
+
+
+@pytest.mark.parametrize("name", list(available()))
+def test_outcomes_report_the_scores_that_measuring_again_gives(name: str) -> None:
+    model, method = LinearDenoiser(), available()[name]
+    model.encode = encoder(STRENGTHS)
+    given, begin = model.encode(PROMPT), start(model, 3.3)
+    outcome = method.apply(model, given, begin, method.settings())
+    without = sum(size for size, c in model.calls if c.prompt == "")
+    assert without == 2  # the unconditional prediction, once for each of 2 noises
+    assert outcome.score_before == pytest.approx(9.2, rel=1e-4)
+    assert outcome.score_after == pytest.approx(begin.score(LinearDenoiser(), outcome.conditioning), rel=1e-4)
+    assert (outcome.conditioning.prompt == PROMPT) == (method.touches == "conditioning")
+    if name in ("optimise-conditioning", "remove-trigger"):
+        assert outcome.details["reached"] == (outcome.score_after <= 3.3)
+        assert model.differentiable_opened == 1
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow"])
+def test_a_start_scores_the_mean_magnitude_at_the_first_step(prediction_type) -> None:
+    model, encode = LinearDenoiser(prediction_type=prediction_type, gain=0.5), encoder(STRENGTHS)
+    begin = start(model, 1.0, images=3)
+    stretch = 1 if prediction_type == "flow" else (1 + SIGMA**2) ** 0.5
+    means = [stretch * float(image.mean()) for image in seeded_noise((1, 2, 2), 0, 3)]
+    expected = v_scale(prediction_type, SIGMA) * sum(9.2 * abs(1 + 0.5 * m) for m in means) / 3
+    assert begin.score(model, encode(PROMPT)) == pytest.approx(expected, rel=1e-4)

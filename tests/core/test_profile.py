@@ -1,0 +1,218 @@
+"""Calibration profiles: conformal p-values by hand, and files that are not what they should be."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sd_dejavu.calibration.profile import Null, Profile, Setting, conformal_p
+from sd_dejavu.verdict import BandStep
+
+SETTING = Setting("abc", "epsilon", (4, 8, 8), 50, 14.6, 7.5, "empty prompt")
+
+
+def profile(count: int = 99, style: str = "plain", start: float = 1.0) -> Profile:
+    """Nulls of one image with the scores start, start + 1, ..."""
+    return Profile(SETTING, tuple(Null(style, {"first step": (start + i,)}) for i in range(count)))
+
+
+@pytest.mark.parametrize(
+    ("score", "p"),
+    [(0.0, 5 / 5), (1.0, 5 / 5), (1.5, 4 / 5), (2.0, 4 / 5), (3.0, 2 / 5), (3.1, 1 / 5)],
+)
+def test_conformal_p_counts_the_nulls_at_or_above_and_the_score_itself(score: float, p: float) -> None:
+    assert conformal_p(score, [2.0, 1.0, 3.0, 2.0]) == p  # ties count against a flag
+
+
+def test_exchangeable_scores_are_flagged_at_most_alpha_of_the_time() -> None:
+    # Each of 20 different scores in turn against the other 19: exactly 1 in 20 gets p <= .05.
+    scores = random.Random(0).sample(range(1000), 20)
+    p_values = [conformal_p(s, scores[:i] + scores[i + 1 :]) for i, s in enumerate(scores)]
+    assert sorted(p_values) == pytest.approx([k / 20 for k in range(1, 21)])
+
+
+def test_p_value_by_hand() -> None:
+    found = profile().p_value(97.0, SETTING)  # 97, 98, 99 are at or above
+    assert (found.p, found.nulls, found.style) == (4 / 100, 99, None)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "needed"), [(0.01, 99), (0.05, 19), (0.001, 999), (0.03, 33), (0.1, 9), (1 / 3, 2), (0.5, 1)]
+)
+def test_nulls_must_be_able_to_reach_alpha(alpha: float, needed: int) -> None:
+    assert 1 / (needed + 1) <= alpha * (1 + 1e-12) and 1 / needed > alpha  # the definition of 'needed'
+    assert profile(needed).p_value(1e9, SETTING, alpha=alpha).p <= alpha * (1 + 1e-12)
+    with pytest.raises(ValueError, match=f"has {needed - 1} ordinary prompts .* needs at least {needed}: raise alpha"):
+        profile(needed - 1).p_value(1e9, SETTING, alpha=alpha)
+
+
+def test_nulls_of_the_same_style_are_used_where_they_suffice() -> None:
+    plain, title = profile(19, "plain", 1.0), profile(19, "title", 101.0)
+    both = Profile(SETTING, plain.nulls + title.nulls[:18])
+    enough = both.p_value(15.5, SETTING, style="plain", alpha=0.05)
+    assert (enough.p, enough.nulls, enough.style) == (5 / 20, 19, "plain")  # 16..19 are above
+    pooled = both.p_value(15.5, SETTING, style="title", alpha=0.05)  # only 18 of that style
+    assert (pooled.p, pooled.nulls, pooled.style) == ((1 + 4 + 18) / 38, 37, None)
+    assert both.p_value(15.5, SETTING, style="keywords", alpha=0.05).style is None
+
+
+def test_null_scores_average_the_first_images_of_nulls_that_have_as_many() -> None:
+    nulls = (Null("a", {"first step": (1.0, 3.0, 8.0)}), Null("b", {"first step": (5.0,), "all steps": (2.0,)}))
+    made = Profile(SETTING, nulls)
+    assert made.null_scores("first step", 1) == [1, 5]
+    assert made.null_scores("first step", 2) == [2]
+    assert made.null_scores("first step", 3, "a") == [4]
+    assert made.null_scores("first step", 1, "b") == [5]
+    assert made.null_scores("all steps", 1) == [2]
+    assert made.null_scores("first 5 steps", 1) == []
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf])
+def test_a_score_that_is_not_finite_has_no_p_value(score: float) -> None:
+    with pytest.raises(ValueError, match="no p-value"):
+        profile().p_value(score, SETTING)
+
+
+@pytest.mark.parametrize(
+    ("changed", "kind", "sentence"),
+    [
+        ({"model": "xyz"}, "first step", "model is 'xyz' here but was 'abc' when the profile was made"),
+        ({"prediction_type": "flow"}, "first step", "prediction type is 'flow' here but was 'epsilon'"),
+        ({"latent_shape": (4, 9, 8)}, "first step", r"latent shape is \(4, 9, 8\) here but was \(4, 8, 8\)"),
+        ({"sigma": 14.7}, "first step", "sigma is 14.7 here but was 14.6"),
+        ({"without": "negative prompt"}, "first step", "without is 'negative prompt' here but was 'empty prompt'"),
+        ({"steps": 20}, "all steps", "steps is 20 here but was 50"),
+        ({"guidance_scale": 5.0}, "first 5 steps", "guidance scale is 5.0 here but was 7.5"),
+        ({"negative_prompt": "ugly"}, "all steps", "negative prompt is 'ugly' here but was ''"),
+    ],
+)
+def test_another_setting_is_refused_with_the_difference(changed, kind, sentence: str) -> None:
+    other = replace(SETTING, **changed)
+    whole = Profile(SETTING, tuple(Null("a", {kind: (float(i),)}) for i in range(99)))
+    with pytest.raises(ValueError, match=f"for another setting: {sentence}.*; calibrate for this setting"):
+        whole.p_value(1.0, other, kind)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"sigma": 14.6001}, {"steps": 20}, {"guidance_scale": 5.0}, {"negative_prompt": "ugly"}, {}]
+)
+def test_the_first_step_does_not_depend_on_what_comes_after_it(changed) -> None:
+    assert SETTING.mismatch(replace(SETTING, **changed), "first step") is None
+
+
+def test_measured_against_a_negative_prompt_its_text_matters_from_the_first_step() -> None:
+    ugly = replace(SETTING, without="negative prompt", negative_prompt="ugly")
+    assert ugly.mismatch(ugly, "first step") is None
+    assert "'blurry'" in (ugly.mismatch(replace(ugly, negative_prompt="blurry"), "first step") or "")
+
+
+@pytest.mark.parametrize(("q", "value"), [(0.0, 10.0), (0.5, 30.0), (0.25, 20.0), (0.3, 22.0), (1.0, 50.0)])
+def test_quantiles_interpolate_between_sorted_nulls(q: float, value: float) -> None:
+    scores = (30.0, 10.0, 50.0, 20.0, 40.0)
+    made = Profile(SETTING, tuple(Null("a", {"first step": (s,)}) for s in scores))
+    assert made.quantile(q) == pytest.approx(value)  # place q * 4 among 10, 20, 30, 40, 50
+    with pytest.raises(ValueError, match="no ordinary prompts for the first step with 2 images"):
+        made.quantile(q, images=2)
+
+
+# ------------------------------------------------------------------------------------ files
+
+
+FULL = Profile(
+    replace(SETTING, negative_prompt='"Ünicode" \\ 夜', without="negative prompt"),
+    (Null("plain", {"first step": (1.25, 2.5), "all steps": (3.0,)}), Null("títle", {"first step": (4.0, 5.0)})),
+    (BandStep(14.6, 1.0, 2.0, 3.0), BandStep(0.5, 0.1, 0.2, 0.3)),
+)
+
+
+@pytest.mark.parametrize("made", [FULL, Profile(SETTING, ()), profile(3)])
+def test_a_saved_profile_loads_as_it_was(made: Profile, tmp_path: Path) -> None:
+    made.save(tmp_path / "p.json")
+    assert Profile.load(tmp_path / "p.json") == made
+
+
+def test_a_file_has_one_null_a_line_and_seven_digits(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    Profile(SETTING, (Null("a", {"first step": (1 / 3,)}), Null("b", {"first step": (2e5 / 3,)}))).save(path)
+    assert [line for line in path.read_text().splitlines() if "style" in line] == [
+        '  {"style": "a", "scores": {"first step": [0.3333333]}},',
+        '  {"style": "b", "scores": {"first step": [66666.67]}}',
+    ]
+
+
+def change(place: list, value) -> str:
+    """The file of FULL with one entry replaced (or, with ``value`` of ..., taken out)."""
+    document = {
+        "format": "dejavu-calibration",
+        "schema_version": 1,
+        "setting": {
+            "model": "abc", "prediction_type": "epsilon", "latent_shape": [4, 8, 8], "steps": 50, "sigma": 14.6,
+            "guidance_scale": 7.5, "without": "empty prompt", "negative_prompt": "",
+        },
+        "band": [{"sigma": 1.0, "q05": 1.0, "q50": 2.0, "q95": 3.0}],
+        "nulls": [{"style": "a", "scores": {"first step": [1.0]}}],
+    }  # fmt: skip
+    inner = document
+    for key in place[:-1]:
+        inner = inner[key]
+    if value is ...:
+        del inner[place[-1]]
+    else:
+        inner[place[-1]] = value
+    return json.dumps(document)
+
+
+def test_the_document_these_faults_are_made_from_is_sound(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text(change(["schema_version"], 1))
+    assert Profile.load(tmp_path / "p.json").setting == SETTING
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("", "is not valid JSON"),
+        ("{", "is not valid JSON"),
+        (b"\xff\xfe\x00", "is not valid JSON"),
+        ("[1, 2]", "is not a Déjà Vu calibration profile"),
+        ('{"format": "other"}', "is not a Déjà Vu calibration profile"),
+        (change(["schema_version"], 2), "has schema version 2, this program reads 1: calibrate again"),
+        (change(["schema_version"], ...), "has schema version None"),
+        (change(["setting"], ...), "is damaged"),
+        (change(["setting"], [1]), "is damaged"),
+        (change(["setting", "sigma"], ...), "is damaged"),
+        (change(["setting", "sigma"], "high"), "is damaged"),
+        (change(["setting", "guidance_scale"], None), "is damaged"),
+        (change(["setting", "colour"], "red"), "is damaged"),
+        (change(["setting", "latent_shape"], 4), "is damaged"),
+        (change(["setting", "latent_shape"], [math.inf]), "is damaged"),
+        (change(["band"], ...), "is damaged"),
+        (change(["band", 0, "q05"], ...), "is damaged"),
+        (change(["band", 0, "q05"], "low"), "is damaged"),
+        (change(["band", 0], 3), "is damaged"),
+        (change(["nulls"], ...), "is damaged"),
+        (change(["nulls"], 3), "is damaged"),
+        (change(["nulls", 0], "x"), "is damaged"),
+        (change(["nulls", 0, "style"], ...), "is damaged"),
+        (change(["nulls", 0, "scores"], [5]), "is damaged"),
+        (change(["nulls", 0, "scores", "first step"], ["high"]), "is damaged"),
+        (change(["nulls", 0, "scores", "first step"], [math.nan]), "is damaged"),
+        (change(["nulls", 0, "scores", "last step"], [1.0]), "has unknown kinds of score: last step"),
+    ],
+)
+def test_a_file_that_is_no_profile_gives_one_sentence(content: str | bytes, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(ValueError, match=sentence) as caught:
+        Profile.load(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"none\.json cannot be read: No such file"):
+        Profile.load(tmp_path / "none.json")

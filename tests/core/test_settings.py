@@ -1,0 +1,74 @@
+"""One declaration of a setting serves all front ends."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import pytest
+
+from sd_dejavu.settings import Option, option, options_of, validate
+
+
+@dataclass(frozen=True)
+class Example:
+    steps: int = option(10, "how many", minimum=1, maximum=100)
+    learning_rate: float = option(0.5, "how fast", minimum=0, maximum=1, exclusive=True)
+    floor: float = option(0.0, "from below", minimum=-1)
+    ceiling: float = option(0.0, "from above", maximum=5)
+    target: float | None = option(None, "aim", kind=float, minimum=0)
+    way: str = option("up", "where to", choices=("up", "down"))
+    loud: bool = option(False, "say more")
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+def test_options_come_in_order_with_name_kind_and_range() -> None:
+    found = options_of(Example)
+    assert [o.name for o in found] == ["steps", "learning_rate", "floor", "ceiling", "target", "way", "loud"]
+    assert [o.kind for o in found] == [int, float, float, float, float, str, bool]
+    assert found[0] == Option("steps", 10, "how many", int, 1, 100)
+    assert found[5].choices == ("up", "down")
+    assert Example() == Example(**{o.name: o.default for o in found})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"steps": 1},
+        {"steps": 100},
+        {"learning_rate": 1e-9},
+        {"learning_rate": 0.999},
+        {"floor": -1, "ceiling": 5},
+        {"target": None},
+        {"target": 0},
+        {"way": "down"},
+    ],
+)
+def test_values_up_to_the_bounds_are_taken(values) -> None:
+    assert {name: getattr(Example(**values), name) for name in values} == values
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"steps": 0}, "steps must be at least 1 and at most 100, not 0"),
+        ({"steps": 101}, "steps must be at least 1 and at most 100, not 101"),
+        ({"learning_rate": 0.0}, "learning rate must be above 0 and below 1, not 0.0"),
+        ({"learning_rate": 1.0}, "learning rate must be above 0 and below 1, not 1.0"),
+        ({"floor": -1.5}, "floor must be at least -1, not -1.5"),
+        ({"ceiling": 5.5}, "ceiling must be at most 5, not 5.5"),
+        ({"target": -1.0}, "target must be at least 0, not -1.0"),
+        ({"target": math.nan}, "target must be a number, not nan"),
+        ({"learning_rate": "fast"}, "learning rate must be a number, not 'fast'"),
+        ({"floor": None}, "floor must be a number, not None"),
+        ({"steps": 2.5}, "steps must be a whole number, not 2.5"),
+        ({"steps": True}, "steps must be a whole number, not True"),
+        ({"way": "left"}, "way must be one of up, down, not 'left'"),
+    ],
+)
+def test_a_wrong_value_gives_a_sentence_with_the_setting_the_range_and_the_value(values, sentence: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        Example(**values)
