@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ def published(model, prompts: list[str], wanted: Measurement) -> list[float]:
         both = stack([empty, model.encode(prompt)]).repeat(wanted.images)
         x = initial_latent(noise, sigmas[0], model.prediction_type)
         norms = []
-        for level, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for level, following in pairwise(sigmas):
             sigma = torch.full((2 * wanted.images,), level)
             without, with_prompt = model(torch.cat([x, x]), sigma, both).chunk(2)
             norms.append(((with_prompt - without) / level).flatten(1).norm(dim=1).mean())

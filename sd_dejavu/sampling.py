@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .conditioning import Conditioning, stack
+from .conditioning import Conditioning, Unconditional, stack
 from .denoiser import Denoiser, Predictions, initial_latent
 from .detectors.magnitude import magnitude
 from .trace import Trace
@@ -58,7 +58,7 @@ def sample(
             without = denoiser(x, sigma, guidance.unconditional)
             if trace is not None and (measured_steps is None or number < measured_steps):
                 if guidance.measured_against is None:
-                    kind = "negative prompt" if guidance.is_negative_prompt else "empty prompt"
+                    kind: Unconditional = "negative prompt" if guidance.is_negative_prompt else "empty prompt"
                     trace.record(Predictions(with_prompt, without, sigma, kind))
                 else:
                     trace.record(Predictions(with_prompt, denoiser(x, sigma, guidance.measured_against), sigma))

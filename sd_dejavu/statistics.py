@@ -23,7 +23,7 @@ def auc_interval(positives: Sequence[float], negatives: Sequence[float], seed: i
     """Percentile bootstrap over prompts, each class resampled by itself. (1, 1) when nothing overlaps."""
     rng = np.random.default_rng(seed)
     p, n = np.asarray(positives, dtype=float), np.asarray(negatives, dtype=float)
-    values = [auc(rng.choice(p, len(p)), rng.choice(n, len(n))) for _ in range(_RESAMPLES)]
+    values = [auc(rng.choice(p, len(p)).tolist(), rng.choice(n, len(n)).tolist()) for _ in range(_RESAMPLES)]
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 

@@ -25,7 +25,7 @@ def calibrate(
     batch_size: int = 32,
     on_prompt: Callable[[str], None] = lambda stage: None,
 ) -> Profile:
-    """First-step scores of all prompts, and whole runs (one image) of the first ``full_runs`` of them.
+    """First-step scores of all prompts, and whole runs of the first ``full_runs`` of them.
 
     Every 25 prompts share a noise of their own, so that the nulls vary over noises as well as over
     prompts. The style of a null is what :func:`style_of` calls it, as with the prompts to be judged,
@@ -49,12 +49,12 @@ def calibrate(
     guidance, sigmas = guidance_of(model, wanted), model.sigmas(wanted.steps)
     for start in range(0, full_runs, PROMPTS_A_SEED):
         part = [model.encode(prompt) for prompt in prompts[start : min(start + PROMPTS_A_SEED, full_runs)]]
-        noise = model.noise(SEED_BASE + start, 1)
+        noise = model.noise(SEED_BASE + start, wanted.images)
         for run in sample_prompts(model, part, guidance, noise, sigmas, None, batch_size):
-            curve = torch.tensor([run.trace.reading(number)[0] for number in range(wanted.steps)])
-            scores[len(curves)]["first 5 steps"] = (float(curve[:5].mean()),)
-            scores[len(curves)]["all steps"] = (float(curve.mean()),)
-            curves.append(curve)
+            readings = torch.tensor([run.trace.reading(number) for number in range(wanted.steps)])
+            scores[len(curves)]["first 5 steps"] = tuple(readings[:5].mean(0).tolist())
+            scores[len(curves)]["all steps"] = tuple(readings.mean(0).tolist())
+            curves.append(readings.mean(1))
             on_prompt("whole runs")
     nulls = tuple(Null(style_of(p), s) for p, s in zip(prompts, scores, strict=True))
     return Profile(setting_of(model, wanted), nulls, _band(curves, model.sigmas(wanted.steps)))

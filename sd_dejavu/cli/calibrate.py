@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--full-runs",
         type=int,
         default=0,
-        help="prompts also run to the end, one image each, for the charts' band and other scores than the first step (default: 0)",
+        help="prompts also run to the end, for the charts' band and other scores than the first step (default: 0)",
     )
     parser.add_argument(
         "--prompts-file", type=Path, metavar="FILE", help="your own ordinary prompts (default: generated)"

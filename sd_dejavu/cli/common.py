@@ -6,11 +6,12 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from ..calibration import store
 from ..calibration.profile import Profile
@@ -103,9 +104,11 @@ def measured_in_chunks(
         task = bar.add_task("measuring", total=len(prompts))
         for start in range(0, len(prompts), CHUNK):
             part = prompts[start : start + CHUNK]
-            yield from measure(
-                model, part, wanted, batch_size, lambda done, start=start: bar.update(task, completed=start + done)
-            )
+            yield from measure(model, part, wanted, batch_size, partial(_advance, bar, task, start))
+
+
+def _advance(bar: Progress, task: TaskID, before: int, done: float) -> None:
+    bar.update(task, completed=before + done)
 
 
 def progress_bar(console: Console) -> Progress:

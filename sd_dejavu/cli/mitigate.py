@@ -9,6 +9,7 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     wanted = common.from_arguments(Measurement, arguments)
     method = available()[arguments.method]
-    chosen = common.from_arguments(method.settings, arguments)
+    chosen: Any = common.from_arguments(method.settings, arguments)
     prompts = common.prompts_of(arguments)
     model = common.load_model(arguments)
     profile = common.profile_of(arguments, model, wanted)

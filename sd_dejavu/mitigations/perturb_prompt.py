@@ -186,11 +186,13 @@ def _apply(kind: Perturbation, model: Model, conditioning: Conditioning, start: 
     return Outcome(changed, start.score(model, conditioning), start.score(model, changed))
 
 
+_HELP: dict[Perturbation, str] = {
+    "random-word": "random words put into the prompt",
+    "random-number": "random numbers put into the prompt",
+    "repeat-word": "words of the prompt repeated",
+}
+
 MITIGATIONS = tuple(
-    Mitigation(kind, f"published baseline: {help}", "prompt", "one text encoding", Settings, partial(_apply, kind))
-    for kind, help in (
-        ("random-word", "random words put into the prompt"),
-        ("random-number", "random numbers put into the prompt"),
-        ("repeat-word", "words of the prompt repeated"),
-    )
+    Mitigation(kind, f"published baseline: {text}", "prompt", "one text encoding", Settings, partial(_apply, kind))
+    for kind, text in _HELP.items()
 )

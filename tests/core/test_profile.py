@@ -136,12 +136,12 @@ def test_a_saved_profile_loads_as_it_was(made: Profile, tmp_path: Path) -> None:
     assert Profile.load(tmp_path / "p.json") == made
 
 
-def test_a_file_has_one_null_a_line_and_seven_digits(tmp_path: Path) -> None:
+def test_a_file_has_one_null_a_line_and_nine_digits(tmp_path: Path) -> None:
     path = tmp_path / "p.json"
     Profile(SETTING, (Null("a", {"first step": (1 / 3,)}), Null("b", {"first step": (2e5 / 3,)}))).save(path)
     assert [line for line in path.read_text().splitlines() if "style" in line] == [
-        '  {"style": "a", "scores": {"first step": [0.3333333]}},',
-        '  {"style": "b", "scores": {"first step": [66666.67]}}',
+        '  {"style": "a", "scores": {"first step": [0.333333333]}},',
+        '  {"style": "b", "scores": {"first step": [66666.6667]}}',
     ]
 
 
