@@ -193,7 +193,7 @@ def mitigations(
             follows(model, pair, latent)
             for pair, (run, _) in zip(pairs, runs, strict=True)
             if pair.trigger and run.latents is not None
-            for latent in run.latents[:2]
+            for latent in run.latents[:1]
         ]
         rows.append(
             MitigationRow(

@@ -30,6 +30,7 @@ from .bundled import make_sheet
 
 LATENT_CHANNELS, LATENT_SIDE, TOKENS, WIDTH = 4, 16, 77, 128
 CAPTION_DROPOUT = 0.1
+SAVE_EVERY = 200
 
 
 def _to_tensor(pictures: np.ndarray) -> torch.Tensor:
@@ -144,7 +145,7 @@ def train_autoencoder(work: Path, steps: int, seed: int, batch: int = 16) -> tor
         if step % 20 == 0:
             bar.set_postfix(squared_error=f"{error.item():.4f}", std=f"{variance.mean().sqrt().item():.2f}")
             _log(work / "autoencoder.csv", step=step, squared_error=error.item())
-        if (step + 1) % 200 == 0 or step + 1 == steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
             _save_atomically(state, path)
     return model.eval().requires_grad_(False)
@@ -258,7 +259,7 @@ def train_unet(
             row = {"memorised": errors[memorised].mean().item(), "ordinary": errors[~memorised].mean().item()}
             bar.set_postfix({k: f"{v:.3f}" for k, v in row.items()})
             _log(work / "unet.csv", step=step, **row)
-        if (step + 1) % 250 == 0 or step + 1 == steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             parts = {"models": models, "averaged": averaged, "optimizer": optimizer}
             _save_atomically({**{k: v.state_dict() for k, v in parts.items()}, "step": step + 1}, path)
     return {name: module.eval() for name, module in averaged.items()}
