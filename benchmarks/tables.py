@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import get_args
 
@@ -36,7 +36,7 @@ METHODS = {
 
 def graded_table(model, profile, wanted) -> list[dict]:
     with tqdm(desc="graded") as bar:
-        rows = graded(model, profile, wanted, bar.update)
+        rows = graded(model, profile, replace(wanted, images=2), bar.update)
     return [{**asdict(r), "flagged": share(r.flagged), "copies": share(r.copies)} for r in rows]
 
 
@@ -48,8 +48,9 @@ def explanation_table(model, profile, wanted) -> list[dict]:
 
 
 def mitigation_table(model, profile, wanted) -> list[dict]:
+    two = replace(wanted, images=2)
     with tqdm(desc="mitigation") as bar:
-        rows = mitigations(model, profile, wanted, held_out_pairs(), METHODS, lambda name: bar.update())
+        rows = mitigations(model, profile, two, held_out_pairs(), METHODS, lambda name: bar.update())
     return [{**asdict(r), "copies": share(r.copies)} for r in rows]
 
 
@@ -67,8 +68,13 @@ def calibration_table(model, profile, wanted) -> list[dict]:
 
 
 def copy_metric_table(model, profile, wanted) -> list[dict]:
-    captions = bundled.held_out_ordinary(100, seed=99)
-    return [{"pictures": "ordinary captions", "called copies": share(false_copies(model, wanted, captions))}]
+    captions = bundled.held_out_ordinary(60, seed=99)
+    return [
+        {
+            "pictures": "ordinary captions",
+            "called copies": share(false_copies(model, replace(wanted, images=2), captions)),
+        }
+    ]
 
 
 TABLES = {

@@ -11,13 +11,14 @@ import argparse
 import csv
 import json
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from ..denoiser import Model
 from ..detectors import Detector, Observed, available
@@ -69,14 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     wanted = common.from_arguments(Measurement, arguments)
     positives, negatives = _prompts(arguments)
     model = common.load_model(arguments)
-    console = Console(stderr=True)
-    rows = []
-    for detector in (available()[name] for name in arguments.detectors):
-        for steps, images in _configurations(detector, wanted.steps):
-            scores, seconds = _scores(
-                model, detector, [*positives, *negatives], wanted, steps, images, arguments.batch_size, console
-            )
-            rows.append(_row(detector, steps, images, scores[: len(positives)], scores[len(positives) :], seconds))
+    rows = _rows(model, [available()[name] for name in arguments.detectors], positives, negatives, wanted, arguments)
     records = [vars(row) for row in rows]
     if arguments.json is not None:
         text = json.dumps(
@@ -118,55 +112,65 @@ def _configurations(detector: Detector, all_steps: int) -> list[tuple[int, int]]
     return list(dict.fromkeys((s, images) for s in steps for images in detector.images))
 
 
-def _scores(
+def _rows(
     model: Model,
-    detector: Detector,
-    prompts: Sequence[str],
+    detectors: Sequence[Detector],
+    positives: Sequence[str],
+    negatives: Sequence[str],
     wanted: Measurement,
-    steps: int,
-    images: int,
-    batch_size: int,
-    console: Console,
-) -> tuple[list[float], float]:
-    """One score a prompt, and the seconds a prompt took, text encoding included."""
-    began = time.perf_counter()
-    scores: list[float] = []
-    with common.progress_bar(console) as bar:
-        task = bar.add_task(f"{detector.name}, {steps} steps, {images} images", total=len(prompts))
-        for observed in _observe(model, detector, prompts, wanted, steps, images, batch_size):
-            scores.append(detector.score(observed))
-            bar.advance(task)
-    return scores, (time.perf_counter() - began) / len(prompts)
+    arguments: argparse.Namespace,
+) -> list[Row]:
+    """Each configuration is run once, whatever the number of detectors that look at it.
+
+    The seconds of a detector are those of the run (text encoding included), of decoding where it looks
+    at pictures, and of its own scoring.
+    """
+    prompts, rows = [*positives, *negatives], []
+    chosen = {(d.name, c): d for d in detectors for c in _configurations(d, wanted.steps)}
+    for steps, images in dict.fromkeys(c for _, c in chosen):
+        users = [d for (_, c), d in chosen.items() if c == (steps, images)]
+        scores: dict[str, list[float]] = {d.name: [] for d in users}
+        seconds = dict.fromkeys(scores, 0.0)
+        with common.progress_bar(Console(stderr=True)) as bar:
+            task = bar.add_task(f"{steps} steps, {images} images", total=len(prompts))
+            together = common.CHUNK if steps <= 1 else max(1, arguments.batch_size // images)
+            for start in range(0, len(prompts), together):
+                part = prompts[start : start + together]
+                began = time.perf_counter()
+                observed, latents = _observe(model, part, wanted, steps, images, arguments.batch_size)
+                seconds_run = time.perf_counter() - began
+                began = time.perf_counter()
+                if latents and any(d.needs == "pictures" for d in users):
+                    observed = [replace(o, pictures=model.decode(z)) for o, z in zip(observed, latents, strict=True)]
+                seconds_decoding = time.perf_counter() - began
+                for d in users:
+                    began = time.perf_counter()
+                    scores[d.name] += [d.score(o) for o in observed]
+                    seconds[d.name] += time.perf_counter() - began + seconds_run
+                    seconds[d.name] += seconds_decoding if d.needs == "pictures" else 0.0
+                bar.advance(task, len(part))
+        for d in users:
+            found = scores[d.name]
+            split = found[: len(positives)], found[len(positives) :]
+            rows.append(_row(d, steps, images, *split, seconds[d.name] / len(prompts)))
+    return rows
 
 
 def _observe(
-    model: Model,
-    detector: Detector,
-    prompts: Sequence[str],
-    wanted: Measurement,
-    steps: int,
-    images: int,
-    batch_size: int,
-) -> Iterator[Observed]:
-    if detector.needs == "prompt":
-        yield from (Observed(prompt) for prompt in prompts)
-        return
+    model: Model, prompts: Sequence[str], wanted: Measurement, steps: int, images: int, batch_size: int
+) -> tuple[list[Observed], list[Tensor]]:
+    """Magnitudes of each prompt, and its final latents where a run went to the end."""
+    if steps == 0:
+        return [Observed(prompt) for prompt in prompts], []
+    conditionings = [model.encode(prompt) for prompt in prompts]
     noise, sigmas = model.noise(wanted.seed, images), model.sigmas(wanted.steps)
-    if detector.needs == "steps" and steps == 1:
-        for start in range(0, len(prompts), common.CHUNK):
-            part = prompts[start : start + common.CHUNK]
-            values = first_step(model, [model.encode(p) for p in part], model.encode(""), noise, sigmas[0], batch_size)
-            yield from (Observed(p, magnitudes=row[None]) for p, row in zip(part, values, strict=True))
-        return
-    guidance = guidance_of(model, wanted)
-    together = max(1, batch_size // images)
-    for start in range(0, len(prompts), together):
-        part = prompts[start : start + together]
-        conditionings = [model.encode(prompt) for prompt in part]
-        runs = sample_prompts(model, conditionings, guidance, noise, sigmas, steps, batch_size)
-        for prompt, drawn in zip(part, runs, strict=True):
-            magnitudes = torch.tensor([drawn.trace.reading(number) for number in range(steps)])
-            yield Observed(prompt, magnitudes, model.decode(drawn.latents) if detector.needs == "pictures" else None)
+    if steps == 1:
+        values = first_step(model, conditionings, model.encode(""), noise, sigmas[0], batch_size)
+        return [Observed(p, magnitudes=row[None]) for p, row in zip(prompts, values, strict=True)], []
+    runs = sample_prompts(model, conditionings, guidance_of(model, wanted), noise, sigmas, steps, batch_size)
+    readings = [torch.tensor([run.trace.reading(number) for number in range(steps)]) for run in runs]
+    observed = [Observed(p, magnitudes) for p, magnitudes in zip(prompts, readings, strict=True)]
+    return observed, [run.latents for run in runs] if steps == wanted.steps else []
 
 
 def _row(

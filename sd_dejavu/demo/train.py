@@ -332,7 +332,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints; run again to resume")
     parser.add_argument("--out", type=Path, help="folder for the finished model (default: WORK/model)")
     parser.add_argument("--autoencoder-steps", type=int, default=2200)
-    parser.add_argument("--unet-steps", type=int, default=5200)
+    parser.add_argument("--unet-steps", type=int, default=4600)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
