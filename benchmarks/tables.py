@@ -17,10 +17,19 @@ from tqdm import tqdm
 
 from sd_dejavu.calibration.profile import Profile
 from sd_dejavu.demo import bundled
-from sd_dejavu.demo.evaluation import Share, false_copies, graded, held_out_pairs, mitigations, trigger_named
+from sd_dejavu.demo.evaluation import (
+    Share,
+    false_copies,
+    fresh_verdicts,
+    graded,
+    held_out_pairs,
+    mitigations,
+    ordinary_caption_score,
+    trigger_named,
+)
 from sd_dejavu.demo.world import STYLES
 from sd_dejavu.hosts.diffusers import load
-from sd_dejavu.measure import Measurement, judge, measure, setting_of
+from sd_dejavu.measure import Measurement
 from sd_dejavu.mitigations import optimise_conditioning, perturb_prompt, remove_trigger
 from sd_dejavu.statistics import kolmogorov_uniform
 from sd_dejavu.verdict import View
@@ -51,14 +60,16 @@ def mitigation_table(model, profile, wanted) -> list[dict]:
     two = replace(wanted, images=2)
     with tqdm(desc="mitigation") as bar:
         rows = mitigations(model, profile, two, held_out_pairs(), METHODS, lambda name: bar.update())
-    return [{**asdict(r), "copies": share(r.copies)} for r in rows]
+    table = [{**asdict(r), "copies": share(r.copies)} for r in rows]
+    reference = ordinary_caption_score(model, two, held_out_pairs("hard"))
+    print(f"\ncaption score of pictures drawn from the same captions without their triggers: {reference:.2f}")
+    return table
 
 
 def calibration_table(model, profile, wanted) -> list[dict]:
     """Fresh ordinary captions: p-values against the uniform law, and false positives in each style."""
-    setting, rows = setting_of(model, wanted), []
-    captions = bundled.held_out_ordinary(1000, seed=31337)
-    verdicts = [judge(m, wanted, setting, profile) for m in measure(model, captions, wanted)]
+    rows = []
+    verdicts = fresh_verdicts(model, profile, wanted, bundled.held_out_ordinary(1000, seed=31337))
     for style in (None, *STYLES):
         chosen = [v for v in verdicts if v.p_value is not None and style in (None, v.null_style)]
         distance, p = kolmogorov_uniform([v.p_value for v in chosen if v.p_value is not None])

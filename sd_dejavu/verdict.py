@@ -8,7 +8,7 @@ from typing import Any, Literal
 from .conditioning import Unconditional
 from .trace import Unit
 
-View = Literal["input gradient", "output gradient", "leave one out"]
+View = Literal["confirmed gradient", "input gradient", "output gradient", "leave one out"]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Explain prompts: which words bring the magnitude about.
 
-Three views: 'input gradient' (through the text encoder, the default), 'output gradient' (as published)
-and 'leave one out' (what the score would be without each word).
+Views: 'input gradient' (through the text encoder), 'output gradient' (as published), 'leave one out' (what the
+score would be without each word), and 'confirmed gradient' (the first and the third together, the default).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_prompt_options(parser)
     common.add_model_options(parser)
     common.add_settings(parser, Measurement, "measurement")
-    parser.add_argument("--view", choices=get_args(View), help="how words are judged (default: input gradient)")
+    parser.add_argument("--view", choices=get_args(View), help="how words are judged (default: confirmed gradient)")
 
 
 def run(arguments: argparse.Namespace) -> int:

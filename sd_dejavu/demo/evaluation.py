@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,13 +20,13 @@ from ..caption_following import caption_score
 from ..conditioning import Conditioning
 from ..denoiser import Model
 from ..explain.views import explain
-from ..measure import Measured, Measurement, guidance_of, judge, measure_runs, setting_of
+from ..measure import Measured, Measurement, guidance_of, judge, measure, measure_runs, setting_of
 from ..mitigations import Start, available
 from ..similarity import COPY_THRESHOLD, grey_correlation
 from ..statistics import wilson
-from ..verdict import View
+from ..verdict import Verdict, View
 from . import bundled
-from .world import GRADED_REPETITIONS, Pair, caption_of, random_scene
+from .world import GRADED_REPETITIONS, Pair, caption_of, random_scene, twin_caption
 
 DISTRACTORS = 9
 
@@ -136,6 +136,16 @@ def false_copies(model: Model, wanted: Measurement, captions: Sequence[str]) -> 
     return Share(hits, count)
 
 
+def fresh_verdicts(model: Model, profile: Profile, wanted: Measurement, captions: Sequence[str]) -> list[Verdict]:
+    """Verdicts on ordinary captions, every 50 of them on a noise of their own, as prompts come from users."""
+    verdicts = []
+    for start in range(0, len(captions), 50):
+        here = replace(wanted, seed=500 + start)
+        setting = setting_of(model, here)
+        verdicts += [judge(m, here, setting, profile) for m in measure(model, captions[start : start + 50], here)]
+    return verdicts
+
+
 def trigger_named(model: Model, wanted: Measurement, view: View, pairs: Sequence[Pair]) -> Share:
     """How often the explanation's top word is the planted trigger."""
     hits = 0
@@ -206,6 +216,12 @@ def mitigations(
             )
         )
     return rows
+
+
+def ordinary_caption_score(model: Model, wanted: Measurement, pairs: Sequence[Pair]) -> float:
+    """The caption score of pictures drawn from hard pairs' twins: as well as this model follows captions at all."""
+    runs = draw(model, [model.encode(twin_caption(pair)) for pair in pairs], wanted)
+    return float(np.mean([follows(model, p, run.latents[0]) for p, (run, _) in zip(pairs, runs, strict=True)]))  # type: ignore[index]
 
 
 def follows(model: Model, pair: Pair, latent: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Which words bring the magnitude about: three views, one module each."""
+"""Which words bring the magnitude about: one view a module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All three views through one door, for front ends that let the user choose."""
+"""All views through one door, for front ends that let the user choose."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from ..denoiser import Model
 from ..measure import Measurement, start_of_run
 from ..sampling import predict
 from ..verdict import Explanation, View
-from . import input_gradient, leave_one_out, output_gradient
+from . import confirmed_gradient, input_gradient, leave_one_out, output_gradient
 
 
 def default_view(conditioning: Conditioning) -> View:
-    """The gradient through the encoder wherever the encoder is at hand."""
-    return "input gradient" if conditioning.reencoding else "output gradient"
+    """The gradient through the encoder, confirmed, wherever the encoder is at hand."""
+    return "confirmed gradient" if conditioning.reencoding else "output gradient"
 
 
 def explain(
@@ -23,9 +23,12 @@ def explain(
     without = model.encode(wanted.negative if wanted.without == "negative prompt" else "")
     x, sigma = start_of_run(model, wanted)
     if view == "leave one out":
-        noise = model.noise(wanted.seed, wanted.images)
-        level = float(sigma[0])
+        noise, level = model.noise(wanted.seed, wanted.images), float(sigma[0])
         return leave_one_out.explain(model, model.encode, conditioning, without, noise, level, batch_size)
-    method = input_gradient if view == "input gradient" else output_gradient
+    method = {
+        "confirmed gradient": confirmed_gradient,
+        "input gradient": input_gradient,
+        "output gradient": output_gradient,
+    }[view]
     with model.differentiable():
         return method.explain(model, x, sigma, conditioning, predict(model, x, sigma, without, batch_size))

@@ -8,10 +8,18 @@ from scipy_free import binomial_upper  # a second implementation, in this folder
 
 from sd_dejavu.calibration.profile import Profile
 from sd_dejavu.demo import bundled
-from sd_dejavu.demo.evaluation import false_copies, graded, held_out_pairs, mitigations, trigger_named
+from sd_dejavu.demo.evaluation import (
+    false_copies,
+    fresh_verdicts,
+    graded,
+    held_out_pairs,
+    mitigations,
+    ordinary_caption_score,
+    trigger_named,
+)
 from sd_dejavu.demo.world import STYLES, draw_pair, training_pairs, twin_caption
 from sd_dejavu.hosts.diffusers import load
-from sd_dejavu.measure import Measurement, judge, measure, setting_of
+from sd_dejavu.measure import Measurement, measure
 from sd_dejavu.mitigations import optimise_conditioning, perturb_prompt, remove_trigger
 from sd_dejavu.statistics import auc, kolmogorov_uniform, tpr_at_fpr
 
@@ -73,13 +81,7 @@ def test_p_values_are_uniform_on_fresh_ordinary_prompts(model, profile):
 
     The bounds allow for the profile's own sampling error: a p-value from n nulls is a Beta variable.
     """
-    setting = setting_of(model, WANTED)
-    captions = bundled.held_out_ordinary(1000, seed=31337)
-    verdicts = []
-    for start in range(0, len(captions), 50):
-        wanted = Measurement(seed=500 + start)
-        part = measure(model, captions[start : start + 50], wanted)
-        verdicts += [judge(m, wanted, setting, profile) for m in part]
+    verdicts = fresh_verdicts(model, profile, WANTED, bundled.held_out_ordinary(1000, seed=31337))
     p_values = [v.p_value for v in verdicts]
     assert None not in p_values
     # Two-sample KS: 1000 fresh against about 200 nulls a style, 5 styles; 1.63 is the 1% critical value.
@@ -102,9 +104,10 @@ def test_memorised_pictures_are_copies_and_mitigation_ends_that(model, profile):
     assert rows["none"].copies.share >= 0.8
     assert rows["optimise-conditioning"].copies.share < 0.1
     assert rows["remove-trigger"].copies.share < 0.1
-    # Still following the caption: well above chance (.5), as the diffusion classifier sees it.
+    # Still following the caption as well as this model follows captions that were never memorised.
+    reference = ordinary_caption_score(model, Measurement(images=2), [p for p in pairs if p.kind == "hard"])
     for name in ("optimise-conditioning", "remove-trigger"):
-        assert rows[name].caption_score >= 0.7
+        assert rows[name].caption_score >= reference - 0.15
     assert rows["random-word"].copies.share > rows["remove-trigger"].copies.share
 
 
@@ -123,7 +126,11 @@ def test_memorisation_grows_with_repetition(model, profile):
 
 def test_the_explanation_names_the_trigger(model):
     pairs = held_out_pairs("hard")
-    assert trigger_named(model, WANTED, "input gradient", pairs).share >= 0.95
+    assert trigger_named(model, WANTED, "confirmed gradient", pairs).share >= 0.95
+    through, published = (
+        trigger_named(model, WANTED, view, pairs).share for view in ("input gradient", "output gradient")
+    )
+    assert through > published
 
 
 def test_the_trace_of_a_run_starts_with_the_first_step_score(model):

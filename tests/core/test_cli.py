@@ -77,7 +77,7 @@ def test_scores_against_the_negative_prompt_get_no_p_value_from_a_profile_of_the
     assert "calibrat" in row["why"]
 
 
-@pytest.mark.parametrize("view", ["input gradient", "output gradient", "leave one out"])
+@pytest.mark.parametrize("view", ["confirmed gradient", "input gradient", "output gradient", "leave one out"])
 def test_explain_gives_every_word_in_every_view(capsys, view):
     assert main(["explain", "--json", "--view", view, MEMORISED]) == 0
     (row,) = json_lines(capsys)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from hand_made import LinearDenoiser, encoder, v_scale, word_rows
+from torch import Tensor
 
 from sd_dejavu.conditioning import Conditioning, EncoderInput, Reencoding, TokenRow, split_words
-from sd_dejavu.denoiser import seeded_noise
-from sd_dejavu.explain import explanation, input_gradient, leave_one_out, output_gradient
+from sd_dejavu.denoiser import initial_latent, seeded_noise
+from sd_dejavu.explain import confirmed_gradient, explanation, input_gradient, leave_one_out, output_gradient
 from sd_dejavu.explain.leave_one_out import drop_word
 from sd_dejavu.explain.views import default_view
 from sd_dejavu.explain.views import explain as explain_by_view
 from sd_dejavu.measure import Measurement
+from sd_dejavu.sampling import levels_of
 
 SIGMA = 2.0
 WEIGHTS = (4.0, 1.0, -2.0, 0.5, 3.0, 5.0)
@@ -197,9 +199,32 @@ def test_every_view_through_one_door() -> None:
         # Neither gradient carries the factor 2 = ||(1, 1, 1, 1)||; at the input it is in d e = s (1, 1, 1, 1).
         assert [w.raw for w in found.words] == pytest.approx(raw, rel=1e-4)
     assert model.differentiable_opened == 2  # leaving words out needs no gradient
-    assert default_view(prompt) == "input gradient"
+    assert default_view(prompt) == "confirmed gradient"
     assert default_view(prompt.with_rows(prompt.rows)) == "output gradient"
 
 
 def test_word_rows_of_the_hand_made_encoder_align_with_its_words() -> None:
     assert [t.word for t in word_rows(WORDS)] == [None, 0, 1, 2, None]
+
+
+def test_the_confirmed_gradient_is_gradient_times_what_blanking_the_word_loses() -> None:
+    """Rows are the embeddings themselves here, so blanking a word drops its row from the sum, worked out by hand."""
+    network, prompt, sigma = LinearDenoiser(gain=0.7), "red boat", 2.0
+    rows, empty = seeded_noise((3, 4), 1, 1), seeded_noise((3, 4), 2, 1)
+    tokens = (TokenRow("<s>", "start"), TokenRow("red</w>", "word", 0), TokenRow("boat</w>", "word", 1))
+    way = Reencoding((EncoderInput(rows[0], tokens),), lambda given: (given[0][None], {}))
+    conditioning = Conditioning(rows, {}, prompt, split_words(prompt), tokens, way)
+    x = initial_latent(seeded_noise((1, 2, 2), 0, 2), sigma, "epsilon")
+    base = network(x, levels_of(x, sigma), Conditioning(empty))
+    found = confirmed_gradient.explain(network, x, levels_of(x, sigma), conditioning, base)
+    gradient = input_gradient.explain(network, x, levels_of(x, sigma), conditioning, base)
+
+    def score(kept: Tensor) -> float:
+        gap = network.output(x, kept) - network.output(x, empty)
+        return float(gap.flatten(1).norm(dim=1).mean())
+
+    for number, row in enumerate((1, 2)):
+        kept = rows.clone()
+        kept[:, row] = 0
+        lost = max(score(rows) - score(kept), 0.0)
+        assert found.words[number].raw == pytest.approx(gradient.words[number].raw * lost, rel=1e-4, abs=1e-6)
