@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from sd_dejavu.calibration.profile import Profile
+from sd_dejavu.calibration.profile import ORDINARY_QUANTILE, Profile
 from sd_dejavu.cli.cases import pixels
 from sd_dejavu.demo import bundled
 from sd_dejavu.demo.evaluation import held_out_pairs
@@ -28,7 +28,8 @@ def comparison(model, wanted: Measurement, profile: Profile) -> Image.Image:
     pairs = held_out_pairs("hard")[:4] + held_out_pairs("photo")[:3] + held_out_pairs("scene")[:2]
     noise, sigma = model.noise(wanted.seed, 1), model.sigmas(wanted.steps)[0]
     target = profile.quantile(0.5, "first step", 1)
-    start = Start.of(model, noise, sigma, guidance_of(model, wanted).unconditional, target, wanted.seed)
+    ordinary = profile.quantile(ORDINARY_QUANTILE, "first step", 1)
+    start = Start.of(model, noise, sigma, guidance_of(model, wanted).unconditional, target, wanted.seed, ordinary)
     settings = {"optimise-conditioning": optimise_conditioning.Settings(), "remove-trigger": remove_trigger.Settings()}
     size = (LABEL + len(pairs) * (SIDE + GAP), len(ROWS) * (SIDE + GAP) + GAP)
     sheet = Image.new("RGB", size, "white")

@@ -20,6 +20,7 @@ from ..verdict import BandStep
 
 SCHEMA_VERSION = 1
 ALPHA_DEFAULT = 0.01
+ORDINARY_QUANTILE = 0.95  # up to here a score is called ordinary when a mitigation asks how far to go
 
 ScoreKind = Literal["first step", "first 5 steps", "all steps"]
 EVALUATIONS: dict[ScoreKind, int | None] = {"first step": 1, "first 5 steps": 5, "all steps": None}

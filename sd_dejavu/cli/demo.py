@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..calibration.profile import Profile
+from ..calibration.profile import ORDINARY_QUANTILE, Profile
 from ..demo import bundled
 from ..hosts.diffusers import load
 from ..measure import Measurement, guidance_of
@@ -46,7 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     model, profile = load(), Profile.load(bundled.CALIBRATION)
     noise, sigma = model.noise(wanted.seed, wanted.images), model.sigmas(wanted.steps)[0]
     target = profile.quantile(0.5, "first step", wanted.images)
-    start = Start.of(model, noise, sigma, guidance_of(model, wanted).unconditional, target, wanted.seed)
+    ordinary = profile.quantile(ORDINARY_QUANTILE, "first step", wanted.images)
+    start = Start.of(model, noise, sigma, guidance_of(model, wanted).unconditional, target, wanted.seed, ordinary)
     output, cases = Console(), []
     with common.progress_bar(Console(stderr=True)) as bar:
         task = bar.add_task("drawing", total=len(prompts) * (1 + len(METHODS)))

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..calibration.profile import Profile
+from ..calibration.profile import ORDINARY_QUANTILE, Profile
 from ..measure import Measurement, guidance_of
 from ..mitigations import Mitigation, Start, available
 from . import common
@@ -59,7 +59,10 @@ def run(arguments: argparse.Namespace) -> int:
     guidance = guidance_of(model, wanted)
     without = guidance.measured_against or guidance.unconditional
     noise, sigma = model.noise(wanted.seed, wanted.images), model.sigmas(wanted.steps)[0]
-    start = Start.of(model, noise, sigma, without, target, wanted.seed)
+    ordinary = None
+    if profile is not None and arguments.target is None:
+        ordinary = profile.quantile(ORDINARY_QUANTILE, "first step", wanted.images)
+    start = Start.of(model, noise, sigma, without, target, wanted.seed, ordinary)
     output, cases = Console(), []
     for prompt in prompts:
         if arguments.out is not None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..calibration.profile import Profile
+from ..calibration.profile import ORDINARY_QUANTILE, Profile
 from ..caption_following import caption_score
 from ..conditioning import Conditioning
 from ..denoiser import Model
@@ -183,7 +183,8 @@ def mitigations(
     """Each method (name -> settings) on the same pairs and noises, after 'none'. All of it counts as seconds but rating."""
     noise, sigma = model.noise(wanted.seed, wanted.images), model.sigmas(wanted.steps)[0]
     target = profile.quantile(0.5, "first step", wanted.images)
-    start = Start.of(model, noise, sigma, guidance_of(model, wanted).unconditional, target, wanted.seed)
+    ordinary = profile.quantile(ORDINARY_QUANTILE, "first step", wanted.images)
+    start = Start.of(model, noise, sigma, guidance_of(model, wanted).unconditional, target, wanted.seed, ordinary)
     rows: list[MitigationRow] = []
     plain_seconds = 0.0
     for name, settings in {"none": None, **methods}.items():

@@ -26,7 +26,8 @@ Touches = Literal["prompt", "conditioning"]
 class Start:
     """Where a run begins: x_T [images, C, H, W] at sigma, what it is measured against, and the score aimed at.
 
-    ``base`` is the denoised prediction there without the prompt, computed once.
+    ``base`` is the denoised prediction there without the prompt, computed once. ``ordinary`` is the highest
+    score that still counts as ordinary, for methods that stop there; the target where it is not known.
     """
 
     x: Tensor
@@ -36,15 +37,27 @@ class Start:
     base: Tensor
     target: float
     seed: int = 0
+    ordinary: float | None = None
+
+    @property
+    def acceptable(self) -> float:
+        return self.target if self.ordinary is None else self.ordinary
 
     @classmethod
     def of(
-        cls, model: Model, noise: Tensor, sigma: float, unconditional: Conditioning, target: float, seed: int
+        cls,
+        model: Model,
+        noise: Tensor,
+        sigma: float,
+        unconditional: Conditioning,
+        target: float,
+        seed: int = 0,
+        ordinary: float | None = None,
     ) -> Start:
         x = initial_latent(noise, sigma, model.prediction_type)
         levels = levels_of(x, sigma)
         base = predict(model, x, levels, unconditional)
-        return cls(x, levels, noise, unconditional, base, target, seed)
+        return cls(x, levels, noise, unconditional, base, target, seed, ordinary)
 
     def score(self, denoiser: Denoiser, conditioning: Conditioning) -> float:
         """Mean first-step magnitude over the images, without gradients."""

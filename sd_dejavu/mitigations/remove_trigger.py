@@ -49,7 +49,7 @@ def remove_trigger(
     start: Start,
     settings: Settings = Settings(),
 ) -> Removed:
-    """Drops (or weakens) up to ``max_words`` words, never the last one, until the score is at most ``start.target``.
+    """Drops (or weakens) up to ``max_words`` words, never the last one, until the score is ordinary.
 
     Uses the gradient at the encoder's output rows where the conditioning carries no encoder. ``denoiser``
     must be differentiable.
@@ -58,7 +58,11 @@ def remove_trigger(
     scores = [start.score(denoiser, conditioning)]
     weakened: dict[int, float] = {}  # by the word's place in the prompt as given
     plain = conditioning
-    while scores[-1] > start.target and len(words) < settings.max_words and len(conditioning.words) - len(weakened) > 1:
+    while (
+        scores[-1] > start.acceptable
+        and len(words) < settings.max_words
+        and len(conditioning.words) - len(weakened) > 1
+    ):
         view = input_gradient if conditioning.reencoding else output_gradient
         found = view.explain(denoiser, start.x, start.sigma, conditioning, start.base)
         left = [i for i in range(len(found.words)) if i not in weakened]
@@ -75,7 +79,7 @@ def remove_trigger(
             conditioning = encode(shorter)
         words.append(found.words[number].text)
         scores.append(start.score(denoiser, conditioning))
-    return Removed(conditioning, tuple(words), tuple(scores), start.target)
+    return Removed(conditioning, tuple(words), tuple(scores), start.acceptable)
 
 
 def _marked(conditioning: Conditioning, weights: dict[int, float]) -> str:

@@ -28,7 +28,7 @@ class Mitigated:
     """The same prompt run again under one mitigation.
 
     ``prompt`` is the new text where the method changes it. ``similarity`` compares the new pictures
-    with the training picture, ``moved`` is the L2 distance the conditioning was moved by, ``losses``
+    with the training picture, ``moved`` is the distance the conditioning was moved by, relative to its norm, ``losses``
     has one value an optimisation step, and the caption scores tell what the prompt lost.
     """
 
