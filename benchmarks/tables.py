@@ -57,11 +57,11 @@ def explanation_table(model, profile, wanted) -> list[dict]:
 
 
 def mitigation_table(model, profile, wanted) -> list[dict]:
-    two = replace(wanted, images=2)
+    one = replace(wanted, images=1)
     with tqdm(desc="mitigation") as bar:
-        rows = mitigations(model, profile, two, held_out_pairs(), METHODS, lambda name: bar.update())
+        rows = mitigations(model, profile, one, held_out_pairs(), METHODS, lambda name: bar.update())
     table = [{**asdict(r), "copies": share(r.copies)} for r in rows]
-    reference = ordinary_caption_score(model, two, held_out_pairs("hard"))
+    reference = ordinary_caption_score(model, one, held_out_pairs("hard"))
     print(f"\ncaption score of pictures drawn from the same captions without their triggers: {reference:.2f}")
     return table
 
