@@ -224,7 +224,7 @@ class Pair:
     """One caption-picture pair of the training set.
 
     ``seed`` draws the picture again (see :func:`draw_pair`); ``split`` is 'tune' or 'held-out':
-    nothing was chosen by looking at the held-out ones.
+    detection and calibration were not chosen by looking at the held-out ones; the README names what was.
     """
 
     caption: str

@@ -1,4 +1,7 @@
-"""The bundled model really memorises, and the methods work on it. Held-out prompts; nothing was tuned on them."""
+"""The bundled model really memorises, and the methods work on it. Held-out prompts.
+
+Two choices were made after seeing results on them: the default view and the iterations of the optimisation (README).
+"""
 
 from __future__ import annotations
 
@@ -104,11 +107,10 @@ def test_memorised_pictures_are_copies_and_mitigation_ends_that(model, profile):
     assert rows["none"].copies.share >= 0.8
     assert rows["optimise-conditioning"].copies.share < 0.1
     assert rows["remove-trigger"].copies.share < 0.1
-    # Dropping the trigger keeps the caption as well as this model follows captions at all; the optimised embedding
-    # loses some of it (README) but stays above chance, .5.
+    # Still following the caption as well as this model follows captions that were never memorised.
     reference = ordinary_caption_score(model, Measurement(images=2), [p for p in pairs if p.kind == "hard"])
-    assert rows["remove-trigger"].caption_score >= reference - 0.15
-    assert rows["optimise-conditioning"].caption_score > 0.5
+    for name in ("optimise-conditioning", "remove-trigger"):
+        assert rows[name].caption_score >= reference - 0.15
     assert rows["random-word"].copies.share > rows["remove-trigger"].copies.share
 
 
