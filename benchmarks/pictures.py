@@ -21,7 +21,7 @@ from sd_dejavu.measure import Measurement, guidance_of, measure_runs
 from sd_dejavu.mitigations import Start, available, optimise_conditioning, remove_trigger
 
 SIDE, GAP, LABEL = 128, 8, 210
-ROWS = ("training picture", "generated", "optimise-conditioning", "remove-trigger")
+ROWS = ("training picture", "generated", "optimise-tokens", "remove-trigger")
 
 
 def comparison(model, wanted: Measurement, profile: Profile) -> Image.Image:
@@ -30,7 +30,7 @@ def comparison(model, wanted: Measurement, profile: Profile) -> Image.Image:
     target = profile.quantile(0.5, "first step", 1)
     ordinary = profile.quantile(ORDINARY_QUANTILE, "first step", 1)
     start = Start.of(model, noise, sigma, guidance_of(model, wanted).unconditional, target, wanted.seed, ordinary)
-    settings = {"optimise-conditioning": optimise_conditioning.Settings(), "remove-trigger": remove_trigger.Settings()}
+    settings = {"optimise-tokens": optimise_conditioning.Settings(), "remove-trigger": remove_trigger.Settings()}
     size = (LABEL + len(pairs) * (SIDE + GAP), len(ROWS) * (SIDE + GAP) + GAP)
     sheet = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)

@@ -36,6 +36,7 @@ from sd_dejavu.verdict import View
 
 METHODS = {
     "optimise-conditioning": optimise_conditioning.Settings(),
+    "optimise-tokens": optimise_conditioning.Settings(),
     "remove-trigger": remove_trigger.Settings(),
     "random-word": perturb_prompt.Settings(),
     "random-number": perturb_prompt.Settings(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from .profile import Profile, ScoreKind, Setting
@@ -16,23 +17,24 @@ def user_folder() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "sd-dejavu"
 
 
-def path_for(setting: Setting) -> Path:
-    """One file a setting: the model's fingerprint, and a digest of all the rest."""
+def path_for(setting: Setting, folder: Path | None = None) -> Path:
+    """One file a setting: the model's fingerprint, and a digest of all the rest. Hosts have folders of their own."""
     rest = hashlib.sha256(repr(setting).encode()).hexdigest()[:8]
-    return user_folder() / "calibration" / f"{setting.model}-{rest}.json"
+    return (folder or user_folder() / "calibration") / f"{setting.model}-{rest}.json"
 
 
-def find(setting: Setting, kind: ScoreKind, images: int = 1, also: Path | None = None) -> Profile | None:
+def find(
+    setting: Setting, kind: ScoreKind, images: int = 1, also: Sequence[Path] = (), folder: Path | None = None
+) -> Profile | None:
     """Of the profiles that fit this setting the one with the most nulls for this score, or None.
 
-    Among equals the one made for exactly this setting goes first, ``also`` last.
-
-    ``also`` is one more file to look at, such as the profile a model brings along. Damaged files of the
-    user's folder raise ValueError rather than being passed over.
+    Among equals the one made for exactly this setting goes first, ``also`` last: more files to look at, such as
+    the profiles a model brings along. Damaged files of the user's folder raise ValueError rather than being
+    passed over.
     """
-    exact = path_for(setting)
+    exact = path_for(setting, folder)
     others = sorted(exact.parent.glob(f"{setting.model}-*.json")) if exact.parent.is_dir() else []
-    candidates = [exact, *(p for p in others if p != exact), *([also] if also else [])]
+    candidates = [exact, *(p for p in others if p != exact), *also]
     profiles = [Profile.load(path) for path in candidates if path.is_file()]
     fitting = [p for p in profiles if p.setting.mismatch(setting, kind) is None and p.null_scores(kind, images)]
     return max(fitting, key=lambda p: len(p.null_scores(kind, images)), default=None)

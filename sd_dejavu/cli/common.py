@@ -93,7 +93,7 @@ def profile_of(arguments: argparse.Namespace, model: Model, wanted: Measurement)
         if why := profile.setting.mismatch(setting, wanted.score):
             raise ValueError(f"the calibration profile {arguments.profile} is for another setting: {why}")
         return profile
-    return store.find(setting, wanted.score, wanted.images, bundled.CALIBRATION)
+    return store.find(setting, wanted.score, wanted.images, bundled.CALIBRATIONS)
 
 
 def measured_in_chunks(

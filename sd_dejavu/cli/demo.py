@@ -22,7 +22,7 @@ from .cases import render_cases, run_case, save_pictures
 
 # A held-out hard pair, and the same caption without its trigger.
 MEMORISED_PAIR = 1
-METHODS = {"optimise-conditioning": optimise_conditioning.Settings(), "remove-trigger": remove_trigger.Settings()}
+METHODS = {"optimise-tokens": optimise_conditioning.Settings(), "remove-trigger": remove_trigger.Settings()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

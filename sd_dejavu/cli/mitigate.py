@@ -28,9 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_prompt_options(parser)
     common.add_model_options(parser)
     common.add_settings(parser, Measurement, "measurement")
-    parser.add_argument(
-        "--method", choices=tuple(methods), default="optimise-conditioning", help="default: optimise-conditioning"
-    )
+    parser.add_argument("--method", choices=tuple(methods), default="optimise-tokens", help="default: optimise-tokens")
     parser.add_argument(
         "--target", type=float, help="magnitude to come down to (default: a quantile of ordinary prompts)"
     )

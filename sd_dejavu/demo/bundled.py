@@ -14,7 +14,8 @@ from torch import Tensor
 from .world import SIZE, Pair, ordinary_captions
 
 FOLDER = Path(__file__).resolve().parent / "model"
-CALIBRATION = FOLDER / "calibration.json"
+CALIBRATION = FOLDER / "calibration.json"  # DDIM's 50 steps, whole runs too
+CALIBRATIONS = (CALIBRATION, FOLDER / "calibration-highest-sigma.json")  # where most samplers of the hosts begin
 SHEET_COLUMNS = 12
 
 

@@ -10,7 +10,7 @@ embedding, is computed once instead of in every iteration.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,13 +22,22 @@ from ..detectors.magnitude import magnitude
 from ..settings import option, validate
 from . import Mitigation, Outcome, Start
 
+LEARNING_RATE = 0.05  # the paper's
+
 
 @dataclass(frozen=True)
 class Settings:
-    """The paper's learning rate; its 10 iterations do not always reach the median of ordinary prompts, 25 do."""
+    """The paper's 10 iterations do not always reach the median of ordinary prompts, 25 do."""
 
     iterations: int = option(25, "largest number of updates; it stops at the target", minimum=1, maximum=1000)
-    learning_rate: float = option(0.05, "Adam's learning rate", minimum=0, maximum=10, exclusive=True)
+    learning_rate: float | None = option(
+        None,
+        "Adam's learning rate (default: the method's own)",
+        kind=float,
+        minimum=0,
+        maximum=10,
+        exclusive=True,
+    )
     checkpointing: bool = option(False, "recompute activations: less memory, more time")
 
     def __post_init__(self) -> None:
@@ -49,6 +58,15 @@ class Optimised:
         return self.losses[-1] <= self.target
 
 
+@dataclass(frozen=True)
+class Leaf:
+    """An embedding to move: its start values, the mask of what may move (broadcasts), Adam's learning rate."""
+
+    start: Tensor
+    free: Tensor
+    learning_rate: float
+
+
 def optimise(
     denoiser: Denoiser,
     x: Tensor,
@@ -64,20 +82,46 @@ def optimise(
     Returns the conditioning with the lowest loss seen. Raises ValueError when a loss is not finite or
     the target is not positive.
     """
-    if not target > 0:
-        raise ValueError(f"the target magnitude must be positive, not {target:g}")
     start = conditioning.rows.detach().float()
     # Where the tokens are unknown: every chunk of 77 rows begins with a start token in all these text encoders.
     fixed = conditioning.row_mask("start") if conditioning.tokens else torch.arange(start.shape[1]) % 77 == 0
     free = ~fixed.to(start.device)[None, :, None]
-    rows = start.clone().requires_grad_(True)
-    optimizer = torch.optim.Adam([rows], lr=settings.learning_rate)
+    leaf = Leaf(start, free, settings.learning_rate or LEARNING_RATE)
+
+    def rebuild(moved: Sequence[Tensor]) -> Conditioning:
+        return conditioning.with_rows(moved[0])
+
+    return descend(
+        denoiser, x, sigma, conditioning, unconditional, target, [leaf], rebuild, settings.iterations, on_iteration
+    )
+
+
+def descend(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigma: Tensor,
+    conditioning: Conditioning,
+    unconditional: Tensor,
+    target: float,
+    leaves: Sequence[Leaf],
+    rebuild: Callable[[Sequence[Tensor]], Conditioning],
+    iterations: int,
+    on_iteration: Callable[[int, float], None] = lambda iteration, loss: None,
+) -> Optimised:
+    """The loop itself, over any embeddings from which ``rebuild`` makes a conditioning; see :func:`optimise`."""
+    if not target > 0:
+        raise ValueError(f"the target magnitude must be positive, not {target:g}")
+    moving = [leaf.start.clone().requires_grad_(True) for leaf in leaves]
+    optimizer = torch.optim.Adam(
+        [{"params": [tensor], "lr": leaf.learning_rate} for tensor, leaf in zip(moving, leaves, strict=True)]
+    )
     losses: list[float] = []
-    best, best_rows = float("inf"), start
-    for iteration in range(settings.iterations + 1):
+    best, found = float("inf"), conditioning
+    for iteration in range(iterations + 1):
         with torch.enable_grad():
-            mixed = torch.where(free, rows, start)
-            denoised = denoiser(x, sigma, conditioning.with_rows(mixed))
+            mixed = [torch.where(leaf.free, tensor, leaf.start) for tensor, leaf in zip(moving, leaves, strict=True)]
+            candidate = rebuild(mixed)
+            denoised = denoiser(x, sigma, candidate)
             loss = magnitude(Predictions(denoised, unconditional, sigma)).mean()
         losses.append(float(loss.detach()))
         if not torch.isfinite(loss):
@@ -85,29 +129,42 @@ def optimise(
                 f"the loss became {losses[-1]} at iteration {iteration}: the model's weights may be broken"
             )
         if losses[-1] < best:
-            best, best_rows = losses[-1], mixed.detach().clone()
+            best, found = losses[-1], _detached(candidate)
         on_iteration(iteration, losses[-1])
-        if losses[-1] <= target or iteration == settings.iterations:
+        if losses[-1] <= target or iteration == iterations:
             break
-        (rows.grad,) = torch.autograd.grad(loss, [rows])
+        for tensor, gradient in zip(moving, torch.autograd.grad(loss, moving), strict=True):
+            tensor.grad = gradient
         optimizer.step()
     if losses[-1] > best:
         losses.append(best)
-    moved = float((best_rows - start).norm() / start.norm())
-    return Optimised(conditioning.with_rows(best_rows.to(conditioning.rows.dtype)), tuple(losses), target, moved)
+    before = conditioning.rows.detach().float()
+    moved = float((found.rows - before).norm() / before.norm())
+    rows = found.rows.to(conditioning.rows.dtype)
+    return Optimised(conditioning.with_rows(rows, found.extras), tuple(losses), target, moved)
+
+
+def _detached(conditioning: Conditioning) -> Conditioning:
+    extras = conditioning.extras
+    if any(value.requires_grad for value in extras.values()):
+        extras = {name: value.detach() for name, value in extras.items()}
+    return conditioning.with_rows(conditioning.rows.detach().float().clone(), extras)
+
+
+def outcome_of(found: Optimised) -> Outcome:
+    details = {"losses": found.losses, "moved": found.moved, "reached": found.reached, "target": found.target}
+    return Outcome(found.conditioning, found.losses[0], min(found.losses), details)
 
 
 def _apply(model: Model, conditioning: Conditioning, start: Start, settings: Settings) -> Outcome:
     with model.differentiable(settings.checkpointing):
-        found = optimise(model, start.x, start.sigma, conditioning, start.base, start.target, settings)
-    details = {"losses": found.losses, "moved": found.moved, "reached": found.reached, "target": found.target}
-    return Outcome(found.conditioning, found.losses[0], min(found.losses), details)
+        return outcome_of(optimise(model, start.x, start.sigma, conditioning, start.base, start.target, settings))
 
 
 MITIGATIONS = (
     Mitigation(
         "optimise-conditioning",
-        "move the embedding until the first step's magnitude is ordinary",
+        "move the encoder's output rows until the first step's magnitude is ordinary (as published)",
         touches="conditioning",
         cost="one forward and backward pass an iteration",
         settings=Settings,

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hand_made import LinearDenoiser, encoder, v_scale
 
-from sd_dejavu.conditioning import Conditioning, TokenRow
+from sd_dejavu.conditioning import Conditioning, EncoderInput, Reencoding, TokenRow
 from sd_dejavu.denoiser import seeded_noise
-from sd_dejavu.mitigations import Start, available
+from sd_dejavu.mitigations import Start, available, optimise_tokens
 from sd_dejavu.mitigations.optimise_conditioning import Settings, optimise
 from sd_dejavu.mitigations.perturb_prompt import perturb
 from sd_dejavu.mitigations.remove_trigger import Removed, remove_trigger
@@ -258,12 +258,51 @@ def test_impossible_perturbations_are_refused(arguments, sentence: str) -> None:
         perturb(*arguments)
 
 
+# ------------------------------------------------------------- through the encoder's input
+
+
+def test_token_embeddings_move_by_the_learning_rate_times_their_size() -> None:
+    denoiser, encode = LinearDenoiser(), encoder(STRENGTHS)
+    begin = start(denoiser, 7.4)
+    found = optimise_tokens.optimise(denoiser, begin.x, begin.sigma, encode(PROMPT), begin.base, begin.target)
+    # Embeddings of size 1, all gradients of one sign: Adam takes 0.1 from each number, so L falls by 9.2 / 10.
+    assert found.losses == pytest.approx((9.2, 8.28, 7.36), rel=1e-4)
+    assert found.reached
+    assert float(begin.score(denoiser, found.conditioning)) == pytest.approx(7.36, rel=1e-4)
+    assert found.moved == pytest.approx(0.2, rel=1e-4)
+    assert found.conditioning.prompt == PROMPT and found.conditioning.reencoding is None
+
+
+def test_the_start_token_keeps_its_embedding() -> None:
+    embeddings = torch.full((4, 4), 2.0)
+    way = Reencoding((EncoderInput(embeddings, TOKENS),), lambda given: (given[0][None], {"pooled": given[0][:1]}))
+    given = replace(four_rows(2.0), extras={"pooled": embeddings[:1]}, reencoding=way)
+    denoiser = LinearDenoiser()
+    begin = start(denoiser, 1.0)
+    settings = Settings(iterations=1, learning_rate=0.05)
+    found = optimise_tokens.optimise(denoiser, begin.x, begin.sigma, given, begin.base, begin.target, settings)
+    # Size 2: a step of 0.05 * 2 on three of four rows of weight 1; L = 2 * (sum of the rows).
+    assert found.losses == pytest.approx((16.0, 15.4), rel=1e-4)
+    torch.testing.assert_close(found.conditioning.rows[0, 0], torch.full((4,), 2.0))
+    torch.testing.assert_close(found.conditioning.rows[0, 1:], torch.full((3, 4), 1.9), atol=1e-5, rtol=1e-4)
+    assert not found.conditioning.rows.requires_grad
+    assert not found.conditioning.extras["pooled"].requires_grad
+
+
+def test_without_its_encoder_a_conditioning_is_refused() -> None:
+    denoiser = LinearDenoiser()
+    begin = start(denoiser, 1.0)
+    with pytest.raises(ValueError, match="use optimise-conditioning"):
+        optimise_tokens.optimise(denoiser, begin.x, begin.sigma, four_rows(), begin.base, begin.target)
+
+
 # ------------------------------------------------------------------------- the register
 
 
 def test_every_method_of_the_folder_is_registered_once() -> None:
     assert list(available()) == [
         "optimise-conditioning",
+        "optimise-tokens",
         "random-word",
         "random-number",
         "repeat-word",
@@ -282,7 +321,7 @@ def test_outcomes_report_the_scores_that_measuring_again_gives(name: str) -> Non
     assert outcome.score_before == pytest.approx(9.2, rel=1e-4)
     assert outcome.score_after == pytest.approx(begin.score(LinearDenoiser(), outcome.conditioning), rel=1e-4)
     assert (outcome.conditioning.prompt == PROMPT) == (method.touches == "conditioning")
-    if name in ("optimise-conditioning", "remove-trigger"):
+    if name in ("optimise-conditioning", "optimise-tokens", "remove-trigger"):
         assert outcome.details["reached"] == (outcome.score_after <= 3.3)
         assert model.differentiable_opened == 1
 

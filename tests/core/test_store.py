@@ -56,8 +56,8 @@ def test_the_exact_profile_goes_before_others_that_fit(tmp_path: Path) -> None:
         kept(setting, float(number))
     also = tmp_path / "brought.json"
     kept(SETTING, 9.0, also)
-    assert find(SETTING, "first step", 1, also) == Profile.load(path_for(SETTING))
-    assert find(other, "first step", 1, also) == Profile.load(path_for(other))
+    assert find(SETTING, "first step", 1, [also]) == Profile.load(path_for(SETTING))
+    assert find(other, "first step", 1, [also]) == Profile.load(path_for(other))
 
 
 def test_another_profile_of_the_model_serves_where_it_fits_the_kind_of_score(tmp_path: Path) -> None:
@@ -66,8 +66,8 @@ def test_another_profile_of_the_model_serves_where_it_fits_the_kind_of_score(tmp
     assert find(SETTING, "first step") == twenty
     assert find(SETTING, "all steps") is None
     brought = kept(SETTING, 3.0, tmp_path / "brought.json")
-    assert find(SETTING, "all steps", 1, tmp_path / "brought.json") == brought
-    assert find(SETTING, "first step", 1, tmp_path / "brought.json") == twenty  # the user's own first
+    assert find(SETTING, "all steps", 1, [tmp_path / "brought.json"]) == brought
+    assert find(SETTING, "first step", 1, [tmp_path / "brought.json"]) == twenty  # the user's own first
 
 
 def test_a_damaged_file_is_told_not_passed_over() -> None:
@@ -81,5 +81,5 @@ def test_the_profile_that_can_serve_the_images_asked_for_is_taken(tmp_path: Path
     kept(SETTING, 1.0)  # one image a null
     four = Profile(SETTING, tuple(Null("short", {"first step": (1.0, 2.0, 3.0, 4.0)}) for _ in range(3)))
     four.save(tmp_path / "four.json")
-    assert find(SETTING, "first step", 4, tmp_path / "four.json") == four
-    assert find(SETTING, "first step", 5, tmp_path / "four.json") is None
+    assert find(SETTING, "first step", 4, [tmp_path / "four.json"]) == four
+    assert find(SETTING, "first step", 5, [tmp_path / "four.json"]) is None

@@ -1,0 +1,16 @@
+"""The pack's nodes, in the order of the menu."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import calibration, conditioning, demo, monitor, text
+
+
+class DejaVuExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [*monitor.NODES, *text.NODES, *conditioning.NODES, *calibration.NODES, *demo.NODES]
+
+
+async def comfy_entrypoint() -> ComfyExtension:
+    return DejaVuExtension()

@@ -1,0 +1,111 @@
+"""Calibration: what ordinary prompts score with a model, measured once and found again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import comfy.utils
+import torch
+from comfy_api.latest import io
+
+from ..sd_dejavu.calibration import store
+from ..sd_dejavu.calibration.profile import Profile
+from ..sd_dejavu.hosts import comfyui
+from . import sockets
+
+
+class Calibrate(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DejaVuCalibrate",
+            display_name="Calibrate (Déjà Vu)",
+            category=sockets.CATEGORY,
+            description="Measures ordinary prompts once, one evaluation each; from then on the monitor gives p-values.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model as it will be sampled, with its LoRAs."),
+                io.Clip.Input("clip", tooltip="Its text encoder."),
+                *(i for i in sockets.run_inputs() if i.id != "seed"),
+                io.String.Input(
+                    "negative",
+                    default="",
+                    multiline=True,
+                    tooltip="The negative prompt the monitor will measure against; empty for the empty prompt.",
+                ),
+                io.Int.Input("count", default=1000, min=20, max=100_000, tooltip="How many ordinary prompts."),
+            ],
+            outputs=[
+                sockets.Calibration.Output(display_name="calibration", tooltip="For the Monitor node."),
+                io.String.Output(display_name="report", tooltip="What was measured, and where it is kept."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        latent_image: dict[str, Any],
+        steps: int,
+        sampler_name: str,
+        scheduler: str,
+        denoise: float,
+        negative: str,
+        count: int,
+    ) -> io.NodeOutput:
+        latent, noise, sigmas = sockets.start_of(model, latent_image, 0, steps, sampler_name, scheduler, denoise)
+        bar = comfy.utils.ProgressBar(count)
+        profile = comfyui.calibrate(
+            model, clip, latent[:1], noise[:1], sigmas, negative, count, lambda stage: bar.update(1)
+        )
+        path = store.path_for(profile.setting, sockets.user_folder())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profile.save(path)
+        scores = torch.tensor(profile.null_scores("first step", 1))
+        text = (
+            f"{len(scores)} ordinary prompts: median {scores.median():.3g}, 99th percentile {scores.quantile(0.99):.3g} "
+            f"at sigma {profile.setting.sigma:.4g}. Kept as {path.name}."
+        )
+        return io.NodeOutput(profile, text, ui={"text": [text]})
+
+
+class LoadCalibration(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DejaVuLoadCalibration",
+            display_name="Load Calibration (Déjà Vu)",
+            category=sockets.CATEGORY,
+            description="A calibration made earlier, from the folder where Calibrate keeps them.",
+            inputs=[io.Combo.Input("name", options=_names(), tooltip="The file.")],
+            outputs=[sockets.Calibration.Output(display_name="calibration", tooltip="For the Monitor node.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, name: str) -> float:
+        path = _path(name)
+        return path.stat().st_mtime if path is not None else 0.0
+
+    @classmethod
+    def validate_inputs(cls, name: str) -> bool | str:
+        return True if _path(name) is not None else f"there is no calibration named {name!r}: make one with Calibrate"
+
+    @classmethod
+    def execute(cls, name: str) -> io.NodeOutput:
+        path = _path(name)
+        if path is None:
+            raise ValueError(f"there is no calibration named {name!r}: make one with Calibrate")
+        return io.NodeOutput(Profile.load(path))
+
+
+def _names() -> list[str]:
+    return sorted(path.name for path in sockets.user_folder().glob("*.json"))
+
+
+def _path(name: str) -> Path | None:
+    """The file of this very name in our folder; nothing outside it can be named."""
+    return sockets.user_folder() / name if name in _names() else None
+
+
+NODES = [Calibrate, LoadCalibration]

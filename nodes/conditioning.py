@@ -1,0 +1,118 @@
+"""Before sampling: which words of a prompt bring the score about, and a conditioning that is not memorised."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..sd_dejavu.hosts import comfyui
+from ..sd_dejavu.mitigations.optimise_conditioning import Settings
+from ..sd_dejavu.monitor import Monitoring
+from . import sockets
+
+_NEGATIVE = io.Conditioning.Input(
+    "negative", tooltip="The sampler's negative prompt: what the prompt is measured against."
+)
+
+
+class Explain(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DejaVuExplain",
+            display_name="Explain (Déjà Vu)",
+            category=sockets.CATEGORY,
+            description="Which words of the prompt bring its score about, before anything is sampled.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model."),
+                io.Conditioning.Input("positive", tooltip="The prompt, from Text Encode (Déjà Vu)."),
+                _NEGATIVE,
+                *sockets.run_inputs(),
+                sockets.Calibration.Input("calibration", optional=True, tooltip="Scores of ordinary prompts."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="overlay", tooltip="The prompt, each word shaded by its significance."),
+                io.String.Output(display_name="report", tooltip="Verdict and words as JSON."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model: Any, positive: Any, negative: Any, calibration: Any = None, **run: Any) -> io.NodeOutput:
+        from ..sd_dejavu.report.word_picture import word_picture
+        from ..sd_dejavu.report.wording import sentence
+
+        monitoring = Monitoring(explain="always")
+        report = comfyui.examine(
+            model, positive, negative, sockets.start_of(model, **run), monitoring, calibration, sockets.user_folder()
+        )
+        document = report.as_json()
+        return io.NodeOutput(
+            sockets.image_of(word_picture(report.verdicts[0])),
+            json.dumps(document, ensure_ascii=False),
+            ui={"text": [sentence(report.verdicts[0])], "dejavu": [document]},
+        )
+
+
+class MitigateConditioning(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DejaVuMitigate",
+            display_name="Mitigate Conditioning (Déjà Vu)",
+            category=sockets.CATEGORY,
+            description="Moves the prompt's embedding until its first-step score is ordinary; for any sampler with this noise.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model."),
+                io.Conditioning.Input("positive", tooltip="The prompt; from Text Encode (Déjà Vu) it works best."),
+                _NEGATIVE,
+                *sockets.run_inputs(),
+                sockets.Calibration.Input("calibration", optional=True, tooltip="Scores of ordinary prompts."),
+                io.Float.Input(
+                    "target",
+                    default=0.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.01,
+                    tooltip="The score to come down to; 0 takes the median of ordinary prompts from the calibration.",
+                ),
+                *sockets.inputs_of(Settings),
+            ],
+            outputs=[
+                io.Conditioning.Output(tooltip="What to sample with instead."),
+                io.String.Output(
+                    display_name="report", tooltip="The losses, and how far the embedding moved, as JSON."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        positive: Any,
+        negative: Any,
+        target: float,
+        iterations: int,
+        learning_rate: float,
+        checkpointing: bool,
+        calibration: Any = None,
+        **run: Any,
+    ) -> io.NodeOutput:
+        settings = Settings(iterations, learning_rate or None, checkpointing)
+        changed, document = comfyui.mitigate(
+            model,
+            positive,
+            negative,
+            sockets.start_of(model, **run),
+            target,
+            settings,
+            calibration,
+            sockets.user_folder(),
+        )
+        return io.NodeOutput(changed, json.dumps(document, ensure_ascii=False))
+
+
+NODES = [Explain, MitigateConditioning]

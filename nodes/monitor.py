@@ -1,0 +1,104 @@
+"""Watching a sampler, and reading what was found."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..sd_dejavu.hosts import comfyui
+from ..sd_dejavu.monitor import Monitoring, flagged
+from . import sockets
+
+
+class MonitorNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DejaVuMonitor",
+            display_name="Monitor (Déjà Vu)",
+            category=sockets.CATEGORY,
+            description="Watches the guidance of any sampler that uses the model it gives out. Read it with Verdict.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model to watch, with its LoRAs and other patches."),
+                sockets.Calibration.Input(
+                    "calibration",
+                    optional=True,
+                    tooltip="Scores of ordinary prompts. Left open, one made earlier for this model is found by itself.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="Only needed to measure against the empty prompt when the prompt does not come from Text Encode (Déjà Vu).",
+                ),
+                *sockets.inputs_of(Monitoring),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The same model, watched."),
+                sockets.Monitor.Output(display_name="monitor", tooltip="For the Verdict node."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, calibration: Any = None, clip: Any = None, **settings: Any) -> io.NodeOutput:
+        monitor = comfyui.Monitor(Monitoring(**settings), calibration, sockets.user_folder(), clip)
+        return io.NodeOutput(monitor.attach(model), monitor)
+
+
+class VerdictNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DejaVuVerdict",
+            display_name="Verdict (Déjà Vu)",
+            category=sockets.CATEGORY,
+            description="Says whether the pictures of this run are likely memorised, and writes it into saved PNGs.",
+            inputs=[
+                sockets.Monitor.Input("monitor", tooltip="From the Monitor node."),
+                io.Latent.Input("samples", tooltip="The sampler's latent; it is passed through unchanged."),
+            ],
+            outputs=[
+                io.Latent.Output(tooltip="The same latent."),
+                io.Boolean.Output(display_name="flagged", tooltip="Whether any picture is flagged."),
+                io.Float.Output(
+                    display_name="score", tooltip="The highest score of the batch; NaN where not measured."
+                ),
+                io.Float.Output(display_name="p-value", tooltip="The lowest p-value of the batch; NaN without one."),
+                io.Image.Output(display_name="overlay", tooltip="The prompt, each word shaded by its significance."),
+                io.Mask.Output(
+                    display_name="where", tooltip="Where in the picture the prompt acts, one mask a picture."
+                ),
+                io.String.Output(display_name="report", tooltip="All of it as JSON."),
+            ],
+            hidden=[io.Hidden.extra_pnginfo],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, monitor: Any, samples: dict[str, Any]) -> io.NodeOutput:
+        from ..sd_dejavu.report.word_picture import word_picture
+        from ..sd_dejavu.report.wording import sentence
+
+        latent = samples["samples"]
+        report = monitor.report_of(latent)
+        verdicts = report.verdicts
+        scores = [v.score for v in verdicts if v.score is not None]
+        p_values = [v.p_value for v in verdicts if v.p_value is not None]
+        document = report.as_json()
+        if cls.hidden.extra_pnginfo is not None:
+            cls.hidden.extra_pnginfo["dejavu"] = document
+        text = "\n".join(sentence(v) for v in verdicts)
+        return io.NodeOutput(
+            samples,
+            bool(flagged(verdicts)),
+            max(scores, default=float("nan")),
+            min(p_values, default=float("nan")),
+            sockets.image_of(word_picture(verdicts[0])),
+            report.where(latent.shape[-2] * 8, latent.shape[-1] * 8, latent.shape[0]),
+            json.dumps(document, ensure_ascii=False),
+            ui={"text": [text], "dejavu": [document]},
+        )
+
+
+NODES = [MonitorNode, VerdictNode]

@@ -1,0 +1,81 @@
+"""What the node files share: our own sockets, and inputs made from the core's settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import comfy.sample
+import comfy.samplers
+import folder_paths
+import numpy as np
+import torch
+from comfy_api.latest import io
+
+from ..sd_dejavu.settings import Option, options_of
+
+CATEGORY = "Déjà Vu"
+Monitor = io.Custom("DEJAVU_MONITOR")
+Calibration = io.Custom("DEJAVU_CALIBRATION")
+
+SEED_LIMIT = 0xFFFFFFFFFFFFFFFF
+
+
+def inputs_of(settings: type, leave_out: tuple[str, ...] = ()) -> list[io.Input]:
+    """One input for each option of a settings class, with its help, range and default."""
+    return [_input(known) for known in options_of(settings) if known.name not in leave_out]
+
+
+def _input(known: Option) -> io.Input:
+    shown: dict[str, Any] = {"display_name": known.name.replace("_", " "), "tooltip": known.help}
+    if known.choices:
+        return io.Combo.Input(known.name, options=list(known.choices), default=known.default, **shown)
+    if known.kind is bool:
+        return io.Boolean.Input(known.name, default=known.default, **shown)
+    if known.kind is int:
+        return io.Int.Input(
+            known.name, default=known.default, min=int(known.minimum or 0), max=int(known.maximum or 1), **shown
+        )
+    if known.kind is float:
+        low, high = known.minimum or 0.0, known.maximum or 1.0
+        step = 0.001 if high <= 1 else 0.01
+        # A float without a default is left to the method: shown as 0.
+        default = 0.0 if known.default is None else known.default
+        return io.Float.Input(known.name, default=default, min=low, max=high, step=step, round=False, **shown)
+    return io.String.Input(known.name, default=known.default, multiline=True, **shown)
+
+
+def run_inputs() -> list[io.Input]:
+    """The settings of a sampler that decide where its run begins."""
+    return [
+        io.Latent.Input("latent_image", tooltip="The latent that the sampler will get: its size counts."),
+        io.Int.Input(
+            "seed", default=0, min=0, max=SEED_LIMIT, control_after_generate=True, tooltip="The sampler's seed."
+        ),
+        io.Int.Input("steps", default=20, min=1, max=10000, tooltip="The sampler's steps."),
+        io.Combo.Input("sampler_name", options=comfy.samplers.SAMPLER_NAMES, tooltip="The sampler."),
+        io.Combo.Input("scheduler", options=comfy.samplers.SCHEDULER_NAMES, tooltip="The sampler's scheduler."),
+        io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, tooltip="The sampler's denoise."),
+    ]
+
+
+def start_of(
+    model: Any, latent_image: dict[str, Any], seed: int, steps: int, sampler_name: str, scheduler: str, denoise: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(latent, noise, sigmas) as the KSampler node would begin with them."""
+    latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
+    noise = comfy.sample.prepare_noise(latent, seed, latent_image.get("batch_index"))
+    sampler = comfy.samplers.KSampler(
+        model, steps=steps, device=model.load_device, sampler=sampler_name, scheduler=scheduler, denoise=denoise
+    )
+    return latent, noise, sampler.sigmas
+
+
+def user_folder() -> Path:
+    """Where calibrations are kept."""
+    return Path(folder_paths.get_user_directory()) / "dejavu" / "calibration"
+
+
+def image_of(pixels: Any) -> torch.Tensor:
+    """uint8 [H, W, 3] -> the host's IMAGE [1, H, W, 3] in 0..1."""
+    return torch.from_numpy(np.ascontiguousarray(pixels)).float()[None] / 255

@@ -1,0 +1,206 @@
+"""Watching one run of a host's own sampler: what is measured, and what to do when it is flagged.
+
+The host's hook feeds a :class:`Watch` one guidance step at a time; the watch keeps the trace, judges each
+picture of the batch when asked, and holds what was explained and mitigated on the way. It never touches
+the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .calibration.ordinary_prompts import style_of
+from .calibration.profile import ALPHA_DEFAULT, EVALUATIONS, Profile, ScoreKind, Setting
+from .conditioning import Unconditional
+from .mitigations import Outcome
+from .settings import option, validate
+from .trace import NotMeasured, Trace
+from .verdict import Explanation, Verdict
+
+WhenFlagged = Literal["report", "stop", "mitigate"]
+When = Literal["never", "flagged", "always"]
+Remedy = Literal["optimise", "remove-trigger"]
+
+
+@dataclass(frozen=True)
+class Monitoring:
+    """Settings of a monitor, the same in every host."""
+
+    without: Unconditional = option(
+        "negative prompt",
+        "what the prompt is measured against: the negative prompt costs nothing, the empty prompt one more model "
+        "evaluation at each measured step",
+        choices=get_args(Unconditional),
+    )
+    when_flagged: WhenFlagged = option(
+        "report",
+        "report: say so; stop: end the run at the first step; mitigate: go on with a conditioning that is not memorised",
+        choices=get_args(WhenFlagged),
+    )
+    remedy: Remedy = option(
+        "optimise",
+        "optimise: move the prompt's embedding; remove-trigger: drop the word that brings the memory about",
+        choices=get_args(Remedy),
+    )
+    explain: When = option("flagged", "when to find out which words bring the score about", choices=get_args(When))
+    score: ScoreKind = option("first step", "which evaluations the score averages", choices=get_args(ScoreKind))
+    alpha: float = option(
+        ALPHA_DEFAULT, "flag a picture when its p-value is at most this", minimum=0, maximum=1, exclusive=True
+    )
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+@dataclass
+class Watch:
+    """One run. ``before`` is the trace up to a mitigation, where there was one; ``trace`` is what was drawn."""
+
+    monitoring: Monitoring
+    prompt: str = ""
+    setting: Setting | None = None
+    profile: Profile | None = None
+    trace: Trace = field(default_factory=Trace)
+    before: Trace | None = None
+    explanation: Explanation | None = None
+    outcome: Outcome | None = None
+    notes: list[str] = field(default_factory=list)
+    finished: bool = False
+
+    def measures(self, evaluation: int) -> bool:
+        """Whether evaluation ``evaluation`` (from 0) is one that the score needs."""
+        needed = EVALUATIONS[self.monitoring.score]
+        return needed is None or evaluation < needed
+
+    def note(self, text: str) -> None:
+        """Something that went wrong or was left out, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def mitigated(self, outcome: Outcome) -> None:
+        """From here on another conditioning is sampled: its readings go into a trace of their own."""
+        self.outcome, self.before, self.trace = outcome, self.trace, Trace()
+
+    def verdicts(self, kind: ScoreKind | None = None) -> list[Verdict]:
+        """A verdict for each picture, on the conditioning that came in; one without a score when nothing was read."""
+        return self._judge(self.before or self.trace, kind or self.monitoring.score)
+
+    def verdicts_after(self) -> list[Verdict]:
+        """The same on the conditioning that was sampled instead; empty without a mitigation."""
+        return self._judge(self.trace, "first step") if self.before is not None else []
+
+    def _judge(self, trace: Trace, kind: ScoreKind) -> list[Verdict]:
+        without: Unconditional = trace.without or self.monitoring.without
+        empty = Verdict(
+            self.prompt,
+            None,
+            None,
+            None,
+            self.monitoring.alpha,
+            score_kind=kind,
+            without=without,
+            explanation=self.explanation,
+        )
+        try:
+            scores = trace.score(EVALUATIONS[kind]).tolist()
+        except NotMeasured as error:
+            return [replace(empty, why="; ".join([str(error), *self.notes]))]
+        steps = [(r.sigma, r.values) for r in trace.readings]
+        return [
+            self._with_p(
+                replace(
+                    empty,
+                    score=score,
+                    score_per_step=tuple((s, None if v is None else v[image]) for s, v in steps),
+                ),
+                kind,
+            )
+            for image, score in enumerate(scores)
+        ]
+
+    def _with_p(self, verdict: Verdict, kind: ScoreKind) -> Verdict:
+        if self.profile is None or self.setting is None:
+            missing = "there is no calibration for this model and setting: calibrate first"
+            return replace(verdict, why="; ".join(self.notes) or missing)
+        assert verdict.score is not None
+        style = style_of(verdict.prompt) if verdict.prompt else None
+        setting = replace(self.setting, without=verdict.without)
+        try:
+            found = self.profile.p_value(verdict.score, setting, kind, 1, style, self.monitoring.alpha)
+        except ValueError as error:
+            return replace(verdict, why=str(error))
+        return replace(
+            verdict,
+            p_value=found.p,
+            flagged=found.p <= self.monitoring.alpha,
+            nulls=found.nulls,
+            null_style=found.style,
+        )
+
+
+def flagged(verdicts: Sequence[Verdict]) -> bool | None:
+    """Whether any picture is flagged; None when there is no verdict on any of them."""
+    known = [v.flagged for v in verdicts if v.flagged is not None]
+    return any(known) if known else None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a front end shows of one run: a verdict for each picture, the same after a mitigation, and the rest."""
+
+    watch: Watch
+    verdicts: tuple[Verdict, ...]
+    after: tuple[Verdict, ...] = ()
+
+    @classmethod
+    def of(cls, watch: Watch) -> Report:
+        return cls(watch, tuple(watch.verdicts()), tuple(watch.verdicts_after()))
+
+    @classmethod
+    def missing(cls, why: str) -> Report:
+        """No run to speak of."""
+        return cls(Watch(Monitoring(), notes=[why]), (Verdict("", None, None, None, ALPHA_DEFAULT, why=why),))
+
+    def where(self, height: int, width: int, images: int) -> Tensor:
+        """Where in the picture the prompt acts, [images, height, width] in 0..1; zeros where it was not measured."""
+        try:
+            found = self.watch.trace.where()
+        except NotMeasured:
+            return torch.zeros(images, height, width)
+        highest = found.flatten(1).amax(1).clamp_min(1e-12)[:, None, None]
+        scaled = F.interpolate((found / highest)[:, None], size=(height, width), mode="bilinear")[:, 0]
+        return scaled[:images] if len(scaled) >= images else torch.zeros(images, height, width)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values: verdicts, mitigation, setting, notes."""
+        from .report.wording import label, sentence
+
+        def shown(verdict: Verdict) -> dict[str, Any]:
+            return {**verdict.as_json(), "label": label(verdict), "sentence": sentence(verdict)}
+
+        outcome = self.watch.outcome
+        mitigation = None
+        if outcome is not None:
+            mitigation = {
+                "score_before": outcome.score_before,
+                "score_after": outcome.score_after,
+                "prompt": outcome.conditioning.prompt,
+                "verdicts": [shown(v) for v in self.after],
+                **{k: list(v) if isinstance(v, tuple) else v for k, v in outcome.details.items()},
+            }
+        return {
+            "format": "dejavu-report",
+            "schema_version": 1,
+            "prompt": self.watch.prompt,
+            "flagged": flagged(self.verdicts),
+            "verdicts": [shown(v) for v in self.verdicts],
+            "mitigation": mitigation,
+            "setting": None if self.watch.setting is None else asdict(self.watch.setting),
+            "notes": list(self.watch.notes),
+        }

@@ -1,0 +1,78 @@
+"""The prompt as a picture: each word shaded by its significance, the verdict above. For hosts that pass images."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from ..verdict import Explanation, Verdict
+from .picture import Pixels
+from .wording import sentence, top_words_text
+
+WIDTH, MARGIN, SIZE, LINE = 768, 16, 20, 34
+_SHADE = np.array([213, 94, 0], dtype=float)
+_PAPER = np.array([255, 255, 255], dtype=float)
+_INK = (24, 24, 28)
+
+
+def word_picture(verdict: Verdict, width: int = WIDTH) -> Pixels:
+    """uint8 [H, width, 3]: the verdict's sentence, then the prompt; darker ground and thicker line mean more."""
+    font = ImageFont.load_default(SIZE)
+    lines = [[(word, 0.0) for word in line] for line in _wrapped(sentence(verdict).split(), font, width)]
+    lines += [[]]
+    explanation = verdict.explanation
+    shares = _shares(explanation) if explanation else {}
+    prompt = [(verdict.prompt[start:end], shares.get(start, 0.0)) for start, end in _places(verdict.prompt)]
+    lines += _wrapped_pairs(prompt, font, width)
+    if explanation is not None:
+        legend = f"Highest by {explanation.view}: {top_words_text(explanation)}"
+    else:
+        legend = "The words were not looked at."
+    lines += [[], *([(word, 0.0) for word in line] for line in _wrapped(legend.split(), font, width))]
+    picture = Image.new("RGB", (width, 2 * MARGIN + LINE * len(lines)), "white")
+    draw = ImageDraw.Draw(picture)
+    for number, line in enumerate(lines):
+        x, y = float(MARGIN), MARGIN + LINE * number
+        for word, share in line:
+            length = draw.textlength(word, font=font)
+            if share > 0:
+                shade = tuple(int(v) for v in _PAPER + (_SHADE - _PAPER) * 0.6 * share)
+                draw.rectangle([x - 3, y, x + length + 3, y + LINE - 8], fill=shade)
+                draw.line([(x - 3, y + LINE - 7), (x + length + 3, y + LINE - 7)], _INK, max(1, round(4 * share)))
+            draw.text((x, y), word, fill=_INK, font=font)
+            x += length + draw.textlength(" ", font=font)
+    return np.asarray(picture).copy()
+
+
+def _shares(explanation: Explanation) -> dict[int, float]:
+    return {word.start: word.significance for word in explanation.words}
+
+
+def _places(prompt: str) -> list[tuple[int, int]]:
+    found, at = [], 0
+    for word in prompt.split():
+        start = prompt.index(word, at)
+        at = start + len(word)
+        found.append((start, at))
+    return found
+
+
+def _wrapped(words: list[str], font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[list[str]]:
+    return [[word for word, _ in line] for line in _wrapped_pairs([(word, 0.0) for word in words], font, width)]
+
+
+def _wrapped_pairs(
+    words: list[tuple[str, float]], font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
+) -> list[list[tuple[str, float]]]:
+    """Lines that fit; a word longer than a line stands alone and is cut by the picture's edge."""
+    lines: list[list[tuple[str, float]]] = [[]]
+    used = 0.0
+    space = font.getlength(" ")
+    for word, share in words:
+        length = font.getlength(word)
+        if lines[-1] and used + length > width - 2 * MARGIN:
+            lines.append([])
+            used = 0.0
+        lines[-1].append((word, share))
+        used += length + space
+    return lines

@@ -1,0 +1,266 @@
+"""The nodes in a real ComfyUI, driven through its HTTP API."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import graphs
+import miniature
+import pytest
+from comfyui_server import ComfyServer
+from graphs import node
+from PIL import Image
+from watched import RAW, demo, report, scores, watched
+
+from sd_dejavu.demo import bundled
+from sd_dejavu.hosts.diffusers import load
+from sd_dejavu.measure import Measurement, measure
+
+OURS = {
+    "DejaVuTextEncode",
+    "DejaVuMonitor",
+    "DejaVuVerdict",
+    "DejaVuExplain",
+    "DejaVuMitigate",
+    "DejaVuCalibrate",
+    "DejaVuLoadCalibration",
+    "DejaVuPerturbPrompt",
+    "DejaVuDemoModel",
+}
+
+
+@pytest.fixture(scope="module")
+def raw(comfyui: Path, comfy_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    """A server with the test's own nodes beside the pack."""
+    from comfyui_server import make_home
+
+    folder = tmp_path_factory.mktemp("raw")
+    (folder / "raw.py").write_text(RAW)
+    home = make_home(
+        tmp_path_factory.mktemp("comfyui-raw"),
+        comfy_home / "custom_nodes" / "sd-dejavu",
+        [folder / "raw.py"],
+        comfy_home / "models",
+    )
+    with ComfyServer(comfyui, home) as server:
+        yield server
+
+
+def test_every_node_is_there_and_every_input_has_a_tooltip(comfy: ComfyServer) -> None:
+    known = comfy.object_info()
+    assert known.keys() >= OURS
+    for name in OURS:
+        sections = known[name]["input"]
+        inputs = {**sections.get("required", {}), **sections.get("optional", {})}
+        assert all(spec[1].get("tooltip") for spec in inputs.values()), name
+        assert known[name]["category"] == "Déjà Vu"
+        assert all(known[name]["output_tooltips"]), name
+
+
+def test_the_pack_loads_without_a_word_of_its_own(comfy: ComfyServer) -> None:
+    lines = comfy.log().splitlines()
+    start = next(i for i, line in enumerate(lines) if "Import times for custom nodes" in line)
+    assert not [line for line in lines[:start] if "custom_nodes/sd-dejavu" in line or "Déjà" in line]
+    (taken,) = (line for line in lines[start:] if "custom_nodes/sd-dejavu" in line)
+    assert float(taken.split(" seconds")[0]) <= 0.3
+
+
+def test_the_picture_is_the_same_to_the_byte(comfy: ComfyServer) -> None:
+    plain = comfy.run(graphs.text_to_image(seed=5))["save"]["images"][0]
+    graph = watched(graphs.text_to_image(seed=5), explain="always")
+    seen = comfy.run(graph)["save"]["images"][0]
+    first, second = (Image.open(io.BytesIO(comfy.view(image))) for image in (plain, seen))
+    assert first.tobytes() == second.tobytes()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("kind", ["epsilon", "v", "flow"])
+def test_scores_are_the_networks_own_difference(raw: ComfyServer, kind: str, batch: int) -> None:
+    graph = watched(graphs.text_to_image(seed=7, batch=batch, negative="blurry"))
+    model = graph["monitor"]["inputs"]["model"]
+    if kind == "v":
+        graph["v"] = node("ModelSamplingDiscrete", model=model, sampling="v_prediction", zsnr=False)
+        model = ["v", 0]
+    if kind == "flow":
+        graph["flow"] = node("ModelSamplingSD3", model=model, shift=3.0)
+        model = ["flow", 0]
+    graph["raw"] = node("RawDifference", model=model)
+    graph["monitor"]["inputs"]["model"] = ["raw", 0]
+    graph["told"] = node("RawReport", raw=["raw", 1], samples=["sampler", 0])
+    outputs = raw.run(graph)
+    norms, (sigma,) = outputs["told"]["norms"], outputs["told"]["sigma"]
+    # v = ... + eps / sqrt(1 + sigma^2), so the noise difference is the v-difference divided by that root.
+    expected = [n / (1 + sigma**2) ** 0.5 if kind == "v" else n for n in norms]
+    assert scores(outputs["verdict"]["dejavu"][0]) == pytest.approx(expected, rel=2e-4)
+
+
+def test_every_sampler_yields_a_verdict(comfy: ComfyServer) -> None:
+    for sampler in comfy.object_info("KSampler")["KSampler"]["input"]["required"]["sampler_name"][0]:
+        document = report(comfy, watched(graphs.text_to_image(sampler=sampler, steps=3)))
+        assert document["verdicts"][0]["score"] > 0, sampler
+        assert "calibrat" in document["verdicts"][0]["why"], sampler
+
+
+def test_every_scheduler_yields_a_verdict(comfy: ComfyServer) -> None:
+    for scheduler in comfy.object_info("KSampler")["KSampler"]["input"]["required"]["scheduler"][0]:
+        document = report(comfy, watched(graphs.text_to_image(scheduler=scheduler, steps=3)))
+        assert document["verdicts"][0]["score"] > 0, scheduler
+
+
+def test_without_guidance_only_an_evaluation_of_our_own_tells(comfy: ComfyServer) -> None:
+    guided = scores(report(comfy, watched(graphs.text_to_image(seed=3, cfg=7.0))))
+    for settings in ({"without": "negative prompt"}, {"without": "empty prompt"}):
+        alone = report(comfy, watched(graphs.text_to_image(seed=3, cfg=1.0), **settings))
+        assert scores(alone) == pytest.approx(guided, rel=1e-3)
+        assert alone["verdicts"][0]["score_per_step"][1:] == [None] * 3
+
+
+def test_without_an_encoder_the_empty_prompt_is_not_measured(comfy: ComfyServer) -> None:
+    graph = watched(graphs.text_to_image(negative="blurry"), words=False, without="empty prompt")
+    (verdict,) = report(comfy, graph)["verdicts"]
+    assert verdict["score"] is None
+    assert "Text Encode" in verdict["why"]
+    graph = watched(graphs.text_to_image(negative="blurry"), words=False, without="empty prompt")
+    graph["monitor"]["inputs"]["clip"] = ["checkpoint", 1]
+    assert report(comfy, graph)["verdicts"][0]["score"] > 0
+
+
+# ------------------------------------------------------------------------------ the bundled model
+
+
+@pytest.fixture(scope="module")
+def memorised() -> str:
+    return bundled.held_out_memorised(("hard",))[0]
+
+
+def test_memorised_prompts_flag_and_ordinary_ones_do_not(comfy: ComfyServer) -> None:
+    flags = [
+        [report(comfy, watched(demo(prompt, steps=2)))["flagged"] for prompt in prompts]
+        for prompts in (bundled.held_out_memorised()[:6], bundled.held_out_ordinary(6, seed=4242))
+    ]
+    assert flags == [[True] * 6, [False] * 6]
+
+
+def test_scores_are_those_of_the_command_line(comfy: ComfyServer, memorised: str) -> None:
+    document = report(comfy, watched(demo(memorised, batch=2, seed=3, steps=2)))
+    # 1,000 steps begin at the highest noise level, as 'normal' does here.
+    (measured,) = measure(load(), [memorised], Measurement(images=2, steps=1000, seed=3))
+    assert measured.scores is not None
+    assert scores(document) == pytest.approx(measured.scores.tolist(), rel=1e-3)
+
+
+def test_the_trigger_is_named_in_the_run(comfy: ComfyServer) -> None:
+    (pair,) = [p for p in bundled.pairs() if p.caption == bundled.held_out_memorised(("hard",))[0]]
+    (verdict,) = report(comfy, watched(demo(pair.caption, steps=2), explain="flagged"))["verdicts"]
+    top = max(verdict["words"], key=lambda word: word["raw"])
+    assert pair.trigger is not None and pair.trigger.lower() in top["text"].lower()
+    assert verdict["view"] == "confirmed gradient"
+
+
+@pytest.mark.parametrize("remedy", ["optimise", "remove-trigger"])
+def test_a_flagged_run_goes_on_with_another_conditioning(comfy: ComfyServer, memorised: str, remedy: str) -> None:
+    document = report(comfy, watched(demo(memorised, steps=2), when_flagged="mitigate", remedy=remedy))
+    mitigation = document["mitigation"]
+    assert document["flagged"] is True
+    assert mitigation["score_after"] < 0.5 * mitigation["score_before"]
+    assert mitigation["verdicts"][0]["score"] == pytest.approx(mitigation["score_after"], rel=1e-3)
+    assert mitigation["verdicts"][0]["flagged"] is False
+    # The model is as it was: the same prompt flags with the same score again.
+    assert scores(report(comfy, watched(demo(memorised, steps=3)))) == pytest.approx(scores(document), rel=1e-6)
+
+
+def test_a_flagged_run_can_be_ended_with_a_reason(comfy: ComfyServer, memorised: str) -> None:
+    entry = comfy.wait(comfy.post(watched(demo(memorised, steps=2, seed=9), when_flagged="stop")), allow_error=True)
+    text = json.dumps(entry["status"], ensure_ascii=False)
+    assert "Likely memorised" in text and "ended this run" in text
+    assert report(comfy, watched(demo("a red boat", steps=2, seed=9), when_flagged="stop"))["flagged"] is False
+
+
+def test_the_verdict_is_written_into_the_png(comfy: ComfyServer, memorised: str) -> None:
+    graph = watched(demo(memorised, steps=2, seed=10))
+    outputs = comfy.run(graph, extra_pnginfo={"workflow": {"nodes": []}})
+    image = Image.open(io.BytesIO(comfy.view(outputs["save"]["images"][0])))
+    assert json.loads(image.info["dejavu"])["verdicts"][0]["flagged"] is True
+
+
+def test_caching_never_shows_another_runs_verdict(comfy: ComfyServer, memorised: str) -> None:
+    graph = watched(demo(memorised, steps=2, seed=21))
+    graph["sampler 2"] = node("KSampler", **{**graph["sampler"]["inputs"], "seed": 22})
+    graph["verdict 2"] = node("DejaVuVerdict", monitor=["monitor", 1], samples=["sampler 2", 0])
+    outputs = comfy.run(graph)
+    first, second = (scores(outputs[name]["dejavu"][0]) for name in ("verdict", "verdict 2"))
+    assert first != second
+    again = comfy.run(watched(demo(memorised, steps=2, seed=22)))
+    assert scores(again["verdict"]["dejavu"][0]) == pytest.approx(second)
+
+
+def test_explaining_and_mitigating_before_sampling(comfy: ComfyServer, memorised: str) -> None:
+    graph = demo(memorised, steps=2, seed=30)
+    for name in ("positive", "negative"):
+        graph[name]["class_type"] = "DejaVuTextEncode"
+    links = {name: graph["sampler"]["inputs"][name] for name in ("model", "positive", "negative", "latent_image")}
+    run = {"seed": 30, "steps": 2, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+    graph["explained"] = node("DejaVuExplain", **links, **run)
+    settings = {"target": 0.0, "iterations": 25, "learning_rate": 0.0, "checkpointing": False}
+    graph["mitigated"] = node("DejaVuMitigate", **links, **run, **settings)
+    graph["sampler"]["inputs"]["positive"] = ["mitigated", 0]
+    watched(graph)
+    graph["verdict"]["inputs"]["samples"] = ["sampler", 0]
+    outputs = comfy.run(graph)
+    before = outputs["explained"]["dejavu"][0]
+    after = outputs["verdict"]["dejavu"][0]
+    assert before["verdicts"][0]["words"] and before["flagged"] is True
+    assert scores(after)[0] < 0.5 * scores(before)[0]
+
+
+def test_calibrating_a_checkpoint_gives_it_p_values(comfy: ComfyServer) -> None:
+    graph = graphs.text_to_image(steps=2, seed=40)
+    sampler = graph["sampler"]["inputs"]
+    graph["calibrated"] = node(
+        "DejaVuCalibrate",
+        model=sampler["model"],
+        clip=["checkpoint", 1],
+        latent_image=sampler["latent_image"],
+        steps=2,
+        sampler_name="euler",
+        scheduler="normal",
+        denoise=1.0,
+        negative="",
+        count=120,
+    )
+    graph["shown"] = node("PreviewAny", source=["calibrated", 1])
+    assert "120 ordinary prompts" in comfy.run(graph)["calibrated"]["text"][0]
+    (verdict,) = report(comfy, watched(graphs.text_to_image(steps=2, seed=40)))["verdicts"]
+    assert verdict["nulls"] == 120 and 0 < verdict["p_value"] <= 1
+
+
+def test_perturbed_prompts_are_seeded(comfy: ComfyServer) -> None:
+    graph = {
+        "perturbed": node("DejaVuPerturbPrompt", text="a red fox", kind="random-word", insertions=2, seed=3),
+        "shown": node("PreviewAny", source=["perturbed", 0]),
+    }
+    from sd_dejavu.mitigations.perturb_prompt import perturb
+
+    assert comfy.run(graph)["shown"]["text"] == [perturb("a red fox", "random-word", 2, 3)]
+
+
+def test_a_fault_of_ours_costs_no_picture(start_comfy: Callable[..., ComfyServer], memorised: str) -> None:
+    graph = watched(demo(memorised, steps=2))
+    graph["broken"] = node("DejaVuLoadCalibration", name="broken.json")
+    graph["monitor"]["inputs"]["calibration"] = ["broken", 0]
+    server = start_comfy()
+    folder = server.home / "user" / "dejavu" / "calibration"
+    folder.mkdir(parents=True)
+    (folder / "another.json").write_text("{")
+    plain = watched(graphs.text_to_image(steps=2))
+    assert report(server, plain)["verdicts"][0]["score"] > 0
+    assert server.run(plain)["save"]["images"]
+
+
+def test_sd3_and_fp8_are_measured(comfy: ComfyServer) -> None:
+    for options in ({"checkpoint": miniature.SD3}, {"unet": miniature.UNET_FP8, "weight_dtype": "fp8_e4m3fn"}):
+        document = report(comfy, watched(graphs.text_to_image(steps=2, **options)))
+        assert document["verdicts"][0]["score"] > 0, options
