@@ -29,9 +29,9 @@ from sd_dejavu.demo.evaluation import (
 )
 from sd_dejavu.demo.world import STYLES
 from sd_dejavu.hosts.diffusers import load
-from sd_dejavu.measure import Measurement
+from sd_dejavu.measure import Measurement, measure
 from sd_dejavu.mitigations import optimise_conditioning, perturb_prompt, remove_trigger
-from sd_dejavu.statistics import kolmogorov_uniform
+from sd_dejavu.statistics import auc, kolmogorov_uniform, tpr_at_fpr
 from sd_dejavu.verdict import View
 
 METHODS = {
@@ -63,8 +63,7 @@ def mitigation_table(model, profile, wanted) -> list[dict]:
         rows = mitigations(model, profile, one, held_out_pairs(), METHODS, lambda name: bar.update())
     table = [{**asdict(r), "copies": share(r.copies)} for r in rows]
     reference = ordinary_caption_score(model, one, held_out_pairs("hard"))
-    print(f"\ncaption score of pictures drawn from the same captions without their triggers: {reference:.2f}")
-    return table
+    return [*table, {"method": "ordinary captions", "caption_score": reference}]
 
 
 def calibration_table(model, profile, wanted) -> list[dict]:
@@ -79,6 +78,25 @@ def calibration_table(model, profile, wanted) -> list[dict]:
     return rows
 
 
+def detection_by_kind_table(model, profile, wanted) -> list[dict]:
+    """First step, four images: the hard half apart from the rest."""
+    negatives = [float(m.scores.mean()) for m in measure(model, bundled.held_out_ordinary(1000, seed=4242), wanted)]
+    rows = []
+    for name, kinds in (("hard", ("hard",)), ("other", ("scene", "photo"))):
+        captions = bundled.held_out_memorised(kinds)
+        positives = [float(m.scores.mean()) for m in measure(model, captions, wanted)]
+        rows.append(
+            {
+                "captions": name,
+                "count": len(captions),
+                "ordinary": len(negatives),
+                "auc": auc(positives, negatives),
+                "tpr at 1% fpr": tpr_at_fpr(positives, negatives),
+            }
+        )
+    return rows
+
+
 def copy_metric_table(model, profile, wanted) -> list[dict]:
     captions = bundled.held_out_ordinary(60, seed=99)
     return [
@@ -90,6 +108,7 @@ def copy_metric_table(model, profile, wanted) -> list[dict]:
 
 
 TABLES = {
+    "detection-by-kind": detection_by_kind_table,
     "graded": graded_table,
     "explanation": explanation_table,
     "mitigation": mitigation_table,
@@ -110,7 +129,7 @@ def markdown(rows: list[dict]) -> str:
 
     head = list(rows[0])
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(cell(row[key]) for key in head) + " |" for row in rows])
+    return "\n".join(lines + ["| " + " | ".join(cell(row.get(key, "")) for key in head) + " |" for row in rows])
 
 
 def main() -> None:

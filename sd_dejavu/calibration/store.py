@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from .profile import Profile, ScoreKind, Setting
@@ -35,6 +36,12 @@ def find(
     exact = path_for(setting, folder)
     others = sorted(exact.parent.glob(f"{setting.model}-*.json")) if exact.parent.is_dir() else []
     candidates = [exact, *(p for p in others if p != exact), *also]
-    profiles = [Profile.load(path) for path in candidates if path.is_file()]
+    profiles = [_load(path, path.stat().st_mtime_ns) for path in candidates if path.is_file()]
     fitting = [p for p in profiles if p.setting.mismatch(setting, kind) is None and p.null_scores(kind, images)]
     return max(fitting, key=lambda p: len(p.null_scores(kind, images)), default=None)
+
+
+@lru_cache(maxsize=16)
+def _load(path: Path, changed: int) -> Profile:
+    """A host asks at every run; the file is read again when its time of change is another."""
+    return Profile.load(path)

@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import comfy.conds
 import comfy.model_management
@@ -375,6 +376,16 @@ def fingerprint(patcher: Any) -> str:
 
     Weights that a patch has changed in place are read from the host's backup of them.
     """
+    found = _fingerprints.setdefault(patcher.model, {})
+    if patcher.patches_uuid not in found:
+        found[patcher.patches_uuid] = _fingerprint(patcher)
+    return found[patcher.patches_uuid]
+
+
+_fingerprints: WeakKeyDictionary[Any, dict[Any, str]] = WeakKeyDictionary()
+
+
+def _fingerprint(patcher: Any) -> str:
     known = patcher.attachments.get(FINGERPRINT)
     if known is not None and not patcher.patches:
         return str(known)
@@ -554,25 +565,33 @@ class Monitor:
         if not self._open:
             return denoised
         run, guider = self._open[-1], executor.class_obj
-        changed = False
+        changed = None
         with self._guarded(run):
             changed = self._after(run, guider, x, timestep, options)
         run.evaluations += 1
         run.uncond = None
-        return executor(x, timestep, options, seed) if changed else denoised
+        if changed is None:
+            return denoised
+        denoised = executor(x, timestep, options, seed)
+        if run.uncond is None:
+            with self._guarded(run):
+                self._measure_apart(run, changed, guider, x, timestep)
+        run.uncond = None
+        return denoised
 
     # ------------------------------------------------------------------------------- reading
 
     def _read(self, run: Run, guider: Any, arguments: dict[str, Any]) -> None:
         """Take one guidance step in, if it tells both predictions; see :meth:`_after` for those that do not."""
         positive, negative = guider.conds.get("positive"), guider.conds.get("negative")
-        if arguments.get("cond") is not positive or arguments.get("uncond") is None:
+        sigma = arguments["sigma"]
+        if arguments.get("cond") is not positive or arguments.get("uncond") is None or not _covers(positive, sigma):
             return
-        conditional, sigma = arguments["cond_denoised"], arguments["sigma"]
+        conditional = arguments["cond_denoised"]
         kind: Unconditional
         if "empty_cond_denoised" in arguments:  # perpendicular negative guidance
             unconditional, kind = arguments["empty_cond_denoised"], "empty prompt"
-        elif arguments["uncond"] is negative and _all_active(negative, arguments):
+        elif arguments["uncond"] is negative and _covers(negative, sigma):
             unconditional, kind = arguments["uncond_denoised"], _kind_of(negative)
         else:
             return
@@ -581,12 +600,15 @@ class Monitor:
         run.uncond = unconditional
         run.watch.trace.record(Predictions(conditional, unconditional, sigma, kind))
 
-    def _after(self, run: Run, guider: Any, x: Tensor, sigma: Tensor, options: dict[str, Any]) -> bool:
-        """After an evaluation: measure what guidance did not tell, then explain and mitigate. True: run it again."""
+    def _after(self, run: Run, guider: Any, x: Tensor, sigma: Tensor, options: dict[str, Any]) -> ComfyModel | None:
+        """After an evaluation: measure what guidance did not tell, then explain and mitigate.
+
+        The model where the evaluation shall be run again, with another conditioning.
+        """
         watch = run.watch
         if x.ndim != 4:
             watch.note("only pictures can be measured, this model draws something else")
-            return False
+            return None
         positive = guider.conds["positive"]
         model = None
         if run.evaluations == 0 or (run.uncond is None and watch.measures(run.evaluations)):
@@ -599,16 +621,19 @@ class Monitor:
             else:
                 self._measure_apart(run, model, guider, x, sigma)
         if run.evaluations or model is None:
-            return False
+            return None
         self._identify(watch, model, guider, x)
-        return self._act(run, model, guider, x, sigma)
+        return model if self._act(run, model, guider, x, sigma) else None
 
     def _measure_apart(self, run: Run, model: ComfyModel, guider: Any, x: Tensor, sigma: Tensor) -> None:
         """Two evaluations of our own where guidance has none to read: cfg 1, other guiders, another 'without'."""
         positive, negative = guider.conds["positive"], guider.conds.get("negative")
         kind: Unconditional
+        if not _covers(positive, sigma):
+            run.watch.trace.skip(sigma[0], "the prompt does not act on the whole picture here (an area, mask or range)")
+            return
         with torch.no_grad():
-            if self.monitoring.without == "negative prompt" and negative and _all_active(negative, {"sigma": sigma}):
+            if self.monitoring.without == "negative prompt" and negative and _covers(negative, sigma):
                 without, kind = model.calculate(negative, x, sigma), _kind_of(negative)
             elif model.clip is not None:
                 without, kind = model(x, sigma, model.encode("")), "empty prompt"
@@ -836,13 +861,13 @@ def _row_name(rows: Tensor) -> str:
     return f"conditioning {digest.hexdigest()[:12]}"
 
 
-def _all_active(entries: Any, arguments: dict[str, Any]) -> bool:
-    """Whether no conditioning of the list is outside its timestep range, where the host leaves zeros."""
-    limited = [e for e in entries if "timestep_start" in e or "timestep_end" in e]
-    if not limited:
+def _covers(entries: Any, sigma: Tensor) -> bool:
+    """Whether some conditioning acts on the whole picture now: the host leaves zeros where none does."""
+    whole = [e for e in entries if "area" not in e and "mask" not in e]
+    if any("timestep_start" not in e and "timestep_end" not in e for e in whole):
         return True
-    level = float(arguments["sigma"][0])
-    return all(e.get("timestep_end", 0.0) <= level <= e.get("timestep_start", float("inf")) for e in limited)
+    level = float(sigma[0]) if whole else 0.0
+    return any(e.get("timestep_end", 0.0) <= level <= e.get("timestep_start", float("inf")) for e in whole)
 
 
 def _digest(samples: Tensor) -> tuple[Any, ...]:

@@ -1,0 +1,175 @@
+"""Writes the README's figures from benchmarks/results, between its two marks.
+
+    python benchmarks/readme.py
+
+The results come from these commands, one after the other on an idle machine:
+
+    sd-dejavu bench --negatives-count 100 --json benchmarks/results/bench.json
+    python benchmarks/tables.py
+    python benchmarks/first_step.py --json benchmarks/results/first_step.json
+    python benchmarks/optimisation.py --json benchmarks/results/optimisation.json
+    python benchmarks/pictures.py
+    python benchmarks/comfyui_cost.py --json benchmarks/results/comfyui_cost.json
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- figures -->", "<!-- end figures -->"
+ORDINARY = "ordinary captions"
+
+
+def read(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def share(value: dict[str, Any], digits: int = 2) -> str:
+    low, high = value["interval"]
+    return f"{value['share']:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def detection() -> str:
+    found = read("bench")
+    rows = [
+        (
+            r["detector"],
+            str(r["steps"] or "–"),
+            str(r["images"] or "–"),
+            f"{r['auc']:.3f} ({r['auc_interval'][0]:.3f}–{r['auc_interval'][1]:.3f})",
+            f"{r['tpr_at_1_fpr']:.2f} ({r['tpr_interval'][0]:.2f}–{r['tpr_interval'][1]:.2f})",
+            f"{r['seconds_per_prompt']:.3f}",
+        )
+        for r in found["rows"]
+    ]
+    return f"""**Detection**: {found["positives"]} held-out memorised captions (repeated 100 times or more) against \
+{found["negatives"]} fresh ordinary ones.
+
+{table(("detector", "steps", "images", "AUC (95%)", "TPR at 1% FPR (95%)", "s / prompt"), rows)}
+
+This world is easy to tell, even for the tiled distance of several pictures; the letter-case control shows that it is
+not the style of the captions. A bootstrap interval of (1, 1) says that nothing overlapped in these samples, no more.
+First step and four images against 1,000 ordinary captions, the hard half (told from ordinary captions by one trigger
+name) apart: {hard_half()}."""
+
+
+def hard_half() -> str:
+    """The captions that only a trigger name tells from ordinary ones, apart from the rest."""
+    rows = read("detection-by-kind")
+    return "; ".join(
+        f"{r['count']} {r['captions']} captions: AUC {r['auc']:.3f}, TPR at 1% FPR {r['tpr at 1% fpr']:.2f}"
+        for r in rows
+    )
+
+
+def graded() -> str:
+    rows = [
+        (str(r["repetitions"]), r["kind"], f"{r['score']:.2f}", share(r["flagged"]), share(r["copies"]))
+        for r in read("graded")
+    ]
+    head = ("repetitions", "pairs", "mean first-step score", "flagged", "pictures that are copies")
+    return f"""**Memorisation against repetition**: held-out pairs, 2 pictures a caption; 'hard' captions are told from
+ordinary ones by one trigger name.
+
+![Share of copies and of flagged prompts against repetitions](docs/graded.png)
+
+{table(head, rows)}"""
+
+
+def explanation() -> str:
+    rows = [(r["view"], share(r["trigger named"])) for r in read("explanation")]
+    count = read("explanation")[0]["trigger named"]["count"]
+    return f"""**Explanation**: how often the top word is the planted trigger, {count} held-out hard pairs.
+
+{table(("view", "trigger named"), rows)}"""
+
+
+def calibration() -> str:
+    rows = [
+        (r["style"], share(r["flagged"], 3), f"{r['ks distance']:.3f}", f"{r['ks p']:.3f}") for r in read("calibration")
+    ]
+    return f"""**Calibration**: 1,000 fresh ordinary captions, every 50 on a noise of their own, alpha 0.01;
+Kolmogorov–Smirnov distance of the p-values from the uniform law.
+
+{table(("style", "flagged", "KS distance", "KS p"), rows)}
+
+These KS p-values take the nulls for the true law, but they are a sample themselves, about 200 a style: the two-sample
+critical distance at 5% is then about 0.14."""
+
+
+def mitigation() -> str:
+    found = read("mitigation")
+    reference = next(r["caption_score"] for r in found if r["method"] == ORDINARY)
+    rows = [
+        (
+            r["method"],
+            share(r["copies"]),
+            f"{r['similarity']:.2f}",
+            f"{r['score']:.2f}",
+            f"{r['caption_score']:.2f}",
+            f"{r['seconds_ratio']:.2f}",
+        )
+        for r in found
+        if r["method"] != ORDINARY
+    ]
+    head = ("method", "copies", "mean similarity", "first-step score", "caption score", "seconds against plain")
+    wrong = read("copy-metric")[0]["called copies"]
+    return f"""**Mitigation**: {found[0]["copies"]["count"]} held-out memorised captions, one picture each from the same
+noise; a picture is a copy at a grey-value correlation of 0.8 or more with its training picture (pictures of ordinary
+captions that this calls a copy of any training picture: {share(wrong)}).
+
+{table(head, rows)}
+
+The caption score is a diffusion classifier (Li et al., ICCV 2023): the share of nine captions of other things under
+which the model denoises the picture worse than under the caption without its trigger (0.5 is chance; hard pairs only).
+Pictures drawn from those same captions without triggers score {reference:.2f}. Seconds include the mitigation."""
+
+
+def speed() -> str:
+    first, loops = read("first_step"), read("optimisation")
+    rows = "; ".join(
+        f"`{name}` {r['times_faster_median']:.2f} times faster ({r['mean_iterations']:.0f} iterations against "
+        f"{r['mean_iterations_published']:.0f}; {r['reached_the_loss']:.0%} of the prompts reached the loss)"
+        for name, r in loops.items()
+        if isinstance(r, dict)
+    )
+    prompts = next(r["prompts"] for r in loops.values() if isinstance(r, dict))
+    return f"""**Speed**, each pair side by side in one run on two CPU cores. First-step check of {first["prompts"]} prompts,
+{first["images"]} images each, against the published procedure (every prompt alone, all 50 steps, decoding):
+{first["times_faster"]:.0f} times faster, AUC {first["auc_first_step"]:.3f} against {first["auc_published"]:.3f}.
+Conditioning optimisation against the published loop at equal loss ({prompts} prompts, {loops["images"]} images, median):
+{rows}."""
+
+
+def host_cost() -> str:
+    if not (RESULTS / "comfyui_cost.json").is_file():
+        return ""
+    found = read("comfyui_cost")
+    return f"""**Cost in ComfyUI**: {found["pairs"]} interleaved pairs of runs in one server ({found["what"]}), monitor on
+against off: median wall ratio {found["median_ratio"]:.3f}."""
+
+
+PARTS: tuple[Callable[[], str], ...] = (detection, graded, explanation, calibration, mitigation, speed, host_cost)
+
+
+def main() -> None:
+    path = ROOT / "README.md"
+    text = path.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    figures = "\n\n".join(part for build in PARTS if (part := build()))
+    path.write_text(f"{before}{BEGIN}\n{figures}\n\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""What a monitor makes of the readings of one run, on magnitudes worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sd_dejavu.calibration.profile import Null, Profile, Setting
+from sd_dejavu.conditioning import Conditioning
+from sd_dejavu.denoiser import Predictions
+from sd_dejavu.mitigations import Outcome
+from sd_dejavu.monitor import Monitoring, Report, Watch, flagged
+from sd_dejavu.report.word_picture import word_picture
+from sd_dejavu.verdict import Explanation, Verdict, WordSignificance
+
+SETTING = Setting("abc", "epsilon", (4, 2, 2), 20, 14.6, 7.0, "empty prompt")
+# 199 ordinary prompts that score 0.01, 0.02, ... 1.99.
+NULLS = tuple(Null("sentence", {"first step": (n / 100,)}) for n in range(1, 200))
+PROFILE = Profile(SETTING, NULLS)
+
+
+def predictions(*gaps: float, sigma: float = 2.0, without="empty prompt") -> Predictions:
+    """Images whose magnitudes are the gaps: 16 numbers that differ by sigma * gap / 4 each."""
+    base = torch.zeros(len(gaps), 4, 2, 2)
+    moved = base + torch.tensor(gaps)[:, None, None, None] * sigma / 4
+    return Predictions(moved, base, torch.full((len(gaps),), sigma), without)
+
+
+def watch(*gaps: float, **settings) -> Watch:
+    found = Watch(Monitoring(**settings), "a red fox", SETTING, PROFILE)
+    found.trace.record(predictions(*gaps))
+    found.trace.record(predictions(*(g / 2 for g in gaps), sigma=1.0))
+    return found
+
+
+def test_every_picture_gets_a_verdict_of_its_own() -> None:
+    first, second = watch(3.0, 0.505).verdicts()
+    assert (first.score, second.score) == pytest.approx((3.0, 0.505))
+    # No null reaches 3; of 199 those from 0.51 up, 149, reach 0.505.
+    assert first.p_value == pytest.approx(1 / 200)
+    assert second.p_value == pytest.approx(150 / 200)
+    assert (first.flagged, second.flagged) == (True, False)
+    assert first.score_per_step == ((2.0, pytest.approx(3.0)), (1.0, pytest.approx(1.5)))
+    assert flagged([first, second]) is True
+    assert flagged([second]) is False
+
+
+def test_a_score_over_all_steps_is_their_mean() -> None:
+    (verdict,) = watch(3.0, score="all steps").verdicts()
+    assert verdict.score == pytest.approx((3.0 + 1.5) / 2)
+    assert verdict.flagged is None and "0 ordinary prompts" in (verdict.why or "")
+
+
+def test_without_a_calibration_there_is_a_score_and_no_flag() -> None:
+    found = watch(3.0)
+    found.profile = None
+    (verdict,) = found.verdicts()
+    assert verdict.score == pytest.approx(3.0)
+    assert verdict.flagged is None and "calibrate first" in (verdict.why or "")
+    assert flagged([verdict]) is None
+
+
+def test_a_calibration_for_another_noise_level_is_refused() -> None:
+    found = watch(3.0)
+    found.setting = replace(SETTING, sigma=7.0)
+    (verdict,) = found.verdicts()
+    assert verdict.flagged is None and "another setting" in (verdict.why or "")
+
+
+def test_a_calibration_against_another_prompt_is_refused() -> None:
+    found = Watch(Monitoring(), "a red fox", SETTING, PROFILE)
+    found.trace.record(predictions(3.0, without="negative prompt"))
+    (verdict,) = found.verdicts()
+    assert verdict.without == "negative prompt"
+    assert verdict.flagged is None and "another setting" in (verdict.why or "")
+
+
+def test_what_was_not_measured_says_why_and_what_else_went_wrong() -> None:
+    found = Watch(Monitoring())
+    found.trace.skip(2.0, "guidance is off")
+    found.note("a fault")
+    found.note("a fault")
+    (verdict,) = found.verdicts()
+    assert verdict.score is None and verdict.flagged is None
+    assert "guidance is off" in (verdict.why or "") and (verdict.why or "").count("a fault") == 1
+
+
+def test_a_mitigation_keeps_the_verdict_on_what_came_in() -> None:
+    found = watch(3.0)
+    changed = Conditioning(torch.zeros(1, 2, 4), prompt="a fox")
+    found.mitigated(Outcome(changed, 3.0, 0.3, {"words": ("red",), "reached": True}))
+    found.trace.record(predictions(0.305))
+    report = Report.of(found)
+    assert [v.score for v in report.verdicts] == pytest.approx([3.0])
+    assert [v.score for v in report.after] == pytest.approx([0.305])
+    assert [v.flagged for v in (*report.verdicts, *report.after)] == [True, False]
+    document = json.loads(json.dumps(report.as_json(), allow_nan=False))
+    assert document["mitigation"]["words"] == ["red"]
+    assert document["mitigation"]["prompt"] == "a fox"
+    assert document["mitigation"]["verdicts"][0]["label"] == "Not flagged"
+    assert document["verdicts"][0]["sentence"].startswith("Likely memorised")
+    assert document["setting"]["sigma"] == 14.6
+
+
+@pytest.mark.parametrize(
+    ("score", "needed"),
+    [("first step", [True, False, False]), ("first 5 steps", [True, True, False]), ("all steps", [True] * 3)],
+)
+def test_which_evaluations_are_worth_an_evaluation_of_our_own(score, needed: list[bool]) -> None:
+    found = Watch(Monitoring(score=score))
+    assert [found.measures(n) for n in (0, 4, 50)] == needed
+
+
+def test_the_map_is_scaled_to_each_picture_and_sized_as_asked() -> None:
+    found = Watch(Monitoring())
+    base = torch.zeros(2, 4, 2, 2)
+    moved = base.clone()
+    moved[0, :, 0, 0], moved[1, :, 1, 1] = 1.0, 5.0
+    found.trace.record(Predictions(moved, base, torch.ones(2)))
+    where = Report.of(found).where(16, 24, 2)
+    assert where.shape == (2, 16, 24)
+    assert where.flatten(1).amax(1).tolist() == pytest.approx([1.0, 1.0])
+    assert where[0, 0, 0] == 1.0 and where[0, -1, -1] == 0.0
+    assert where[1, -1, -1] == 1.0 and where[1, 0, 0] == 0.0
+    assert not Report.missing("nothing ran").where(4, 4, 3).any()
+
+
+def test_the_word_picture_shades_what_matters() -> None:
+    words = (WordSignificance("red", 2, 5, 0.1, 0.0), WordSignificance("fox", 6, 9, 1.0, 1.0))
+    explained = Verdict(
+        "a red fox", 3.0, 0.001, True, 0.01, nulls=999, explanation=Explanation("leave one out", words, "u")
+    )
+    plain = word_picture(replace(explained, explanation=None))
+    shaded = word_picture(explained)
+    assert plain.shape == shaded.shape and plain.dtype == shaded.dtype
+
+    def orange(picture) -> int:
+        red, green, blue = (picture[..., i].astype(int) for i in range(3))
+        return int(((red > 200) & (green < 220) & (blue < 190)).sum())
+
+    assert orange(plain) == 0 and orange(shaded) > 300
+
+
+def test_word_pictures_hold_any_text() -> None:
+    for prompt in ("", "<b>" * 50, "名前 🦊 \u202eabc", "word " * 500):
+        picture = word_picture(Verdict(prompt, None, None, None, 0.01, why="nothing was measured"))
+        assert picture.shape[1] == 768
