@@ -50,7 +50,7 @@ class Explain(io.ComfyNode):
         )
         document = report.as_json()
         return io.NodeOutput(
-            sockets.image_of(word_picture(report.verdicts[0])),
+            sockets.image_of(word_picture(report.verdicts[0], report.watch.notes)),
             json.dumps(document, ensure_ascii=False),
             ui={"text": [sentence(report.verdicts[0])], "dejavu": [document]},
         )

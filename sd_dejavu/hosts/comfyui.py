@@ -688,7 +688,10 @@ class Monitor:
         if entries[0].get("cross_attn") is None:
             watch.note("this conditioning has no rows to explain or change")
             return None
-        return conditioning_of(entries[0]["cross_attn"], entries[0])
+        found = conditioning_of(entries[0]["cross_attn"], entries[0])
+        if not found.tokens:
+            watch.note("the words are not known: encode the prompt with the Text Encode (Déjà Vu) node to see them")
+        return found
 
     def _mitigated(
         self, watch: Watch, model: ComfyModel, conditioning: Conditioning, x: Tensor, sigma: Tensor, without: Tensor

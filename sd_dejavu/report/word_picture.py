@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -15,8 +17,11 @@ _PAPER = np.array([255, 255, 255], dtype=float)
 _INK = (24, 24, 28)
 
 
-def word_picture(verdict: Verdict, width: int = WIDTH) -> Pixels:
-    """uint8 [H, width, 3]: the verdict's sentence, then the prompt; darker ground and thicker line mean more."""
+def word_picture(verdict: Verdict, notes: Sequence[str] = (), width: int = WIDTH) -> Pixels:
+    """uint8 [H, width, 3]: the verdict's sentence, then the prompt; darker ground and thicker line mean more.
+
+    ``notes`` stand below it where no words were found.
+    """
     font = ImageFont.load_default(SIZE)
     lines = [[(word, 0.0) for word in line] for line in _wrapped(sentence(verdict).split(), font, width)]
     lines += [[]]
@@ -27,7 +32,7 @@ def word_picture(verdict: Verdict, width: int = WIDTH) -> Pixels:
     if explanation is not None:
         legend = f"Highest by {explanation.view}: {top_words_text(explanation)}"
     else:
-        legend = "The words were not looked at."
+        legend = ". ".join(notes) or "The words were not looked at."
     lines += [[], *([(word, 0.0) for word in line] for line in _wrapped(legend.split(), font, width))]
     picture = Image.new("RGB", (width, 2 * MARGIN + LINE * len(lines)), "white")
     draw = ImageDraw.Draw(picture)

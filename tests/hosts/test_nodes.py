@@ -139,6 +139,18 @@ def test_scores_are_those_of_the_command_line(comfy: ComfyServer, memorised: str
     assert scores(document) == pytest.approx(measured.scores.tolist(), rel=1e-3)
 
 
+def test_a_plain_text_encode_gets_a_verdict_and_a_word_on_its_words(comfy: ComfyServer, memorised: str) -> None:
+    # Nobody knows that its negative prompt is empty, so the calibration against the empty prompt does not apply...
+    graph = watched(demo(memorised, steps=2, seed=50), words=False, explain="always")
+    document = report(comfy, graph)
+    assert document["verdicts"][0]["without"] == "negative prompt" and document["verdicts"][0]["score"] > 0
+    assert any("Text Encode (Déjà Vu)" in note for note in document["notes"])
+    # ... until the encoder is at hand for the empty prompt.
+    graph = watched(demo(memorised, steps=2, seed=50), words=False, explain="always", without="empty prompt")
+    graph["monitor"]["inputs"]["clip"] = ["checkpoint", 1]
+    assert report(comfy, graph)["flagged"] is True
+
+
 def test_the_trigger_is_named_in_the_run(comfy: ComfyServer) -> None:
     (pair,) = [p for p in bundled.pairs() if p.caption == bundled.held_out_memorised(("hard",))[0]]
     (verdict,) = report(comfy, watched(demo(pair.caption, steps=2), explain="flagged"))["verdicts"]

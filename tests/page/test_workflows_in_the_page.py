@@ -1,0 +1,38 @@
+"""The example workflows, opened in the real page and queued there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+WORKFLOWS = sorted((Path(__file__).parents[2] / "example_workflows").glob("*.json"))
+RUN_ON_THE_BUNDLED_MODEL = ("1 ", "3 ", "4 ")
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
+def test_every_node_of_a_workflow_is_known(page, workflow: Path) -> None:
+    page.load(workflow)
+    assert page.missing_nodes() == []
+
+
+@pytest.mark.parametrize(
+    "workflow", [w for w in WORKFLOWS if w.name.startswith(RUN_ON_THE_BUNDLED_MODEL)], ids=lambda path: path.stem
+)
+def test_workflows_on_the_bundled_model_run(page, workflow: Path) -> None:
+    page.load(workflow)
+    result = page.run()
+    if workflow.name.startswith("3 "):
+        assert "Likely memorised" in result["error"]
+    else:
+        assert result["error"] is None
+        documents = [output["dejavu"][0] for output in result["outputs"].values() if output and "dejavu" in output]
+        assert documents and all(document["flagged"] for document in documents)
+    if folder := os.environ.get("DEJAVU_ARTEFACTS"):
+        page.show_all()
+        page.screenshot(Path(folder) / f"{workflow.stem}.png")
+
+
+def test_nothing_of_ours_is_an_error_in_the_console(page) -> None:
+    assert [text for text in page.errors if "dejavu" in text.lower().replace("é", "e").replace("à", "a")] == []
