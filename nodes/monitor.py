@@ -71,7 +71,7 @@ class VerdictNode(io.ComfyNode):
                 ),
                 io.String.Output(display_name="report", tooltip="All of it as JSON."),
             ],
-            hidden=[io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.extra_pnginfo, io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -87,7 +87,8 @@ class VerdictNode(io.ComfyNode):
         p_values = [v.p_value for v in verdicts if v.p_value is not None]
         document = report.as_json()
         if cls.hidden.extra_pnginfo is not None:
-            cls.hidden.extra_pnginfo["dejavu"] = document
+            # By node: one graph may hold several verdicts, and the host shares this dictionary among them.
+            cls.hidden.extra_pnginfo.setdefault("dejavu", {})[str(cls.hidden.unique_id)] = document
         text = "\n".join(sentence(v) for v in verdicts)
         return io.NodeOutput(
             samples,

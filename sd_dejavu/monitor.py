@@ -127,7 +127,7 @@ class Watch:
     def _with_p(self, verdict: Verdict, kind: ScoreKind) -> Verdict:
         if self.profile is None or self.setting is None:
             missing = "there is no calibration for this model and setting: calibrate first"
-            return replace(verdict, why="; ".join(self.notes) or missing)
+            return replace(verdict, why="; ".join([missing, *self.notes]))
         assert verdict.score is not None
         style = style_of(verdict.prompt) if verdict.prompt else None
         setting = replace(self.setting, without=verdict.without)

@@ -38,6 +38,7 @@ class Setting:
     guidance_scale: float
     without: Unconditional
     negative_prompt: str = ""
+    begins_with: Literal["noise", "a picture"] = "noise"
 
     def mismatch(self, other: Setting, kind: ScoreKind) -> str | None:
         """A sentence naming the first difference that matters for scores of this kind, or None."""

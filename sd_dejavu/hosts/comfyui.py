@@ -475,6 +475,9 @@ class Run:
     watch: Watch
     evaluations: int = 0
     output: tuple[Any, ...] | None = None
+    negative: Unconditional | None = None  # what the host's negative conditioning was found to be
+    from_picture: bool = False
+    cond: Tensor | None = field(default=None, repr=False)
     uncond: Tensor | None = field(default=None, repr=False)
 
 
@@ -518,7 +521,7 @@ class Monitor:
         self, executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *a: Any, **k: Any
     ) -> Tensor:
         guider = executor.class_obj
-        run = Run(Watch(self.monitoring))
+        run = Run(Watch(self.monitoring), from_picture=bool(torch.count_nonzero(latent_image)))
         self._open.append(run)
         options = guider.model_options
         before = options.get("sampler_post_cfg_function", [])
@@ -569,14 +572,14 @@ class Monitor:
         with self._guarded(run):
             changed = self._after(run, guider, x, timestep, options)
         run.evaluations += 1
-        run.uncond = None
+        run.cond = run.uncond = None
         if changed is None:
             return denoised
         denoised = executor(x, timestep, options, seed)
         if run.uncond is None:
             with self._guarded(run):
                 self._measure_apart(run, changed, guider, x, timestep)
-        run.uncond = None
+        run.cond = run.uncond = None
         return denoised
 
     # ------------------------------------------------------------------------------- reading
@@ -585,20 +588,22 @@ class Monitor:
         """Take one guidance step in, if it tells both predictions; see :meth:`_after` for those that do not."""
         positive, negative = guider.conds.get("positive"), guider.conds.get("negative")
         sigma = arguments["sigma"]
-        if arguments.get("cond") is not positive or arguments.get("uncond") is None or not _covers(positive, sigma):
+        if arguments.get("cond") is not positive or not _covers(positive, sigma):
             return
-        conditional = arguments["cond_denoised"]
+        run.cond = arguments["cond_denoised"]
+        if arguments.get("uncond") is None:
+            return
         kind: Unconditional
         if "empty_cond_denoised" in arguments:  # perpendicular negative guidance
             unconditional, kind = arguments["empty_cond_denoised"], "empty prompt"
         elif arguments["uncond"] is negative and _covers(negative, sigma):
-            unconditional, kind = arguments["uncond_denoised"], _kind_of(negative)
+            unconditional, kind = arguments["uncond_denoised"], self._kind(run, positive, negative)
         else:
             return
         if kind == "negative prompt" and self.monitoring.without == "empty prompt":
             return
         run.uncond = unconditional
-        run.watch.trace.record(Predictions(conditional, unconditional, sigma, kind))
+        run.watch.trace.record(Predictions(run.cond, unconditional, sigma, kind))
 
     def _after(self, run: Run, guider: Any, x: Tensor, sigma: Tensor, options: dict[str, Any]) -> ComfyModel | None:
         """After an evaluation: measure what guidance did not tell, then explain and mitigate.
@@ -622,11 +627,17 @@ class Monitor:
                 self._measure_apart(run, model, guider, x, sigma)
         if run.evaluations or model is None:
             return None
-        self._identify(watch, model, guider, x)
+        self._identify(run, model, guider)
         return model if self._act(run, model, guider, x, sigma) else None
 
+    def _kind(self, run: Run, positive: Any, negative: Any) -> Unconditional:
+        if run.negative is None:
+            source = positive[0].get(SOURCE)
+            run.negative = _kind_of(negative, source.clip if source is not None else self._clip)
+        return run.negative
+
     def _measure_apart(self, run: Run, model: ComfyModel, guider: Any, x: Tensor, sigma: Tensor) -> None:
-        """Two evaluations of our own where guidance has none to read: cfg 1, other guiders, another 'without'."""
+        """Evaluations of our own where guidance has none to read: cfg 1, other guiders, another 'without'."""
         positive, negative = guider.conds["positive"], guider.conds.get("negative")
         kind: Unconditional
         if not _covers(positive, sigma):
@@ -634,7 +645,7 @@ class Monitor:
             return
         with torch.no_grad():
             if self.monitoring.without == "negative prompt" and negative and _covers(negative, sigma):
-                without, kind = model.calculate(negative, x, sigma), _kind_of(negative)
+                without, kind = model.calculate(negative, x, sigma), self._kind(run, positive, negative)
             elif model.clip is not None:
                 without, kind = model(x, sigma, model.encode("")), "empty prompt"
             else:
@@ -645,13 +656,16 @@ class Monitor:
                 )
                 return
             run.uncond = without
-            run.watch.trace.record(Predictions(model.calculate(positive, x, sigma), without, sigma, kind))
+            conditional = model.calculate(positive, x, sigma) if run.cond is None else run.cond
+            run.watch.trace.record(Predictions(conditional, without, sigma, kind))
 
-    def _identify(self, watch: Watch, model: ComfyModel, guider: Any, x: Tensor) -> None:
+    def _identify(self, run: Run, model: ComfyModel, guider: Any) -> None:
+        watch = run.watch
         source = guider.conds["positive"][0].get(SOURCE)
         watch.prompt = source.text if source is not None else ""
         without = watch.trace.without or self.monitoring.without
-        watch.setting = _setting(model, without, guider.conds.get("negative"), float(getattr(guider, "cfg", 1.0)))
+        scale = float(getattr(guider, "cfg", 1.0))
+        watch.setting = _setting(model, without, guider.conds.get("negative"), scale, run.from_picture)
         watch.profile = self._profile or _profile_for(watch.setting, model, self.monitoring, self._folder)
 
     # -------------------------------------------------------------------------------- acting
@@ -764,7 +778,7 @@ def mitigate(
         conditioning = conditioning_of(positive[0][0], positive[0][1])
         entries = comfy.sampler_helpers.convert_cond(negative)
         without = conditioning_of(negative[0][0], negative[0][1])
-        kind = _kind_of(entries)
+        kind = _kind_of(entries, positive[0][1][SOURCE].clip if SOURCE in positive[0][1] else None)
         with torch.no_grad():
             base = model(x, sigma, without)
         goal = target
@@ -826,7 +840,9 @@ def calibrate(
     )
 
 
-def _setting(model: ComfyModel, without: Unconditional, negative: Any, scale: float) -> Setting:
+def _setting(
+    model: ComfyModel, without: Unconditional, negative: Any, scale: float, from_picture: bool = False
+) -> Setting:
     return Setting(
         model.fingerprint,
         model.prediction_type,
@@ -836,17 +852,39 @@ def _setting(model: ComfyModel, without: Unconditional, negative: Any, scale: fl
         scale,
         without,
         _negative_name(negative) if without == "negative prompt" else "",
+        "a picture" if from_picture else "noise",
     )
 
 
 def _profile_for(setting: Setting, model: ComfyModel, monitoring: Monitoring, folder: Path | None) -> Profile | None:
-    return store.find(setting, monitoring.score, 1, model.brought_along, folder)
+    """One that holds the monitor's kind of score, or else the first step's, which decides during the run."""
+    kinds = dict.fromkeys((monitoring.score, "first step"))
+    found = (store.find(setting, kind, 1, model.brought_along, folder) for kind in kinds)
+    return next((profile for profile in found if profile is not None), None)
 
 
-def _kind_of(negative: Any) -> Unconditional:
-    """The empty prompt where the host's negative conditioning is known to come from one."""
-    sources = [entry.get(SOURCE) for entry in negative]
-    return "empty prompt" if all(s is not None and not s.text.strip() for s in sources) else "negative prompt"
+def _kind_of(negative: Any, clip: Any = None) -> Unconditional:
+    """The empty prompt where the host's negative conditioning comes from one, or equals what ``clip`` makes of it."""
+    for entry in negative:
+        source, rows = entry.get(SOURCE), entry.get("cross_attn")
+        if source is not None:
+            is_empty = not source.text.strip()
+        else:
+            is_empty = clip is not None and rows is not None and _equals_empty(rows, clip)
+        if not is_empty:
+            return "negative prompt"
+    return "empty prompt"
+
+
+_empty_rows: WeakKeyDictionary[Any, dict[Any, Tensor]] = WeakKeyDictionary()
+
+
+def _equals_empty(rows: Tensor, clip: Any) -> bool:
+    known = _empty_rows.setdefault(clip.cond_stage_model, {})
+    key = (clip.patcher.patches_uuid, clip.layer_idx)
+    if key not in known:
+        known[key] = _encode(clip, "").rows.detach().cpu()
+    return known[key].shape == rows.shape and torch.allclose(known[key].to(rows), rows, atol=1e-3, rtol=1e-3)
 
 
 def _negative_name(negative: Any) -> str:

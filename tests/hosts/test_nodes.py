@@ -145,8 +145,8 @@ def test_a_plain_text_encode_gets_a_verdict_and_a_word_on_its_words(comfy: Comfy
     document = report(comfy, graph)
     assert document["verdicts"][0]["without"] == "negative prompt" and document["verdicts"][0]["score"] > 0
     assert any("Text Encode (Déjà Vu)" in note for note in document["notes"])
-    # ... until the encoder is at hand for the empty prompt.
-    graph = watched(demo(memorised, steps=2, seed=50), words=False, explain="always", without="empty prompt")
+    # ... until the encoder is at hand to tell.
+    graph = watched(demo(memorised, steps=2, seed=50), words=False, explain="always")
     graph["monitor"]["inputs"]["clip"] = ["checkpoint", 1]
     assert report(comfy, graph)["flagged"] is True
 
@@ -182,7 +182,7 @@ def test_the_verdict_is_written_into_the_png(comfy: ComfyServer, memorised: str)
     graph = watched(demo(memorised, steps=2, seed=10))
     outputs = comfy.run(graph, extra_pnginfo={"workflow": {"nodes": []}})
     image = Image.open(io.BytesIO(comfy.view(outputs["save"]["images"][0])))
-    assert json.loads(image.info["dejavu"])["verdicts"][0]["flagged"] is True
+    assert json.loads(image.info["dejavu"])["verdict"]["verdicts"][0]["flagged"] is True
 
 
 def test_caching_never_shows_another_runs_verdict(comfy: ComfyServer, memorised: str) -> None:
