@@ -555,10 +555,12 @@ class Monitor:
         except Exception as error:
             if isinstance(error, comfy.model_management.OOM_EXCEPTION):
                 comfy.model_management.soft_empty_cache()
-                run.watch.note("there was not enough memory: choose 'remove-trigger', or a smaller batch")
+                text = "there was not enough memory: choose 'remove-trigger', or a smaller batch"
             else:
-                run.watch.note(f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error))
-            log.warning("[Déjà Vu] no verdict: %s", run.watch.notes[-1], exc_info=not isinstance(error, ValueError))
+                text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            if text not in run.watch.notes:  # a fault of every step is told once
+                log.warning("[Déjà Vu] no verdict: %s", text, exc_info=not isinstance(error, ValueError))
+            run.watch.note(text)
 
     def _predict_noise(
         self, executor: Any, x: Tensor, timestep: Tensor, model_options: Any = None, seed: Any = None
