@@ -35,8 +35,6 @@ COLOURS = {
     "white": (240, 240, 238),
     "black": (28, 28, 32),
     "brown": (120, 75, 40),
-    "grey": (135, 135, 140),
-    "teal": (30, 150, 150),
 }
 
 # Each thing is a list of (shape, points in the unit box, shade). Shade 1 is the thing's own colour,
@@ -106,49 +104,17 @@ THINGS: dict[str, list[tuple[str, list[tuple[float, float]], float]]] = {
         (_E, [(0.46, 0.08), (0.98, 0.58)], 1),
         (_P, [(0.06, 0.44), (0.94, 0.44), (0.5, 0.98)], 1),
     ],
-    "kite": [
-        (_P, [(0.5, 0.0), (0.9, 0.38), (0.5, 0.95), (0.1, 0.38)], 1),
-        (_P, [(0.5, 0.0), (0.9, 0.38), (0.5, 0.38)], 1.4),
-        (_P, [(0.1, 0.38), (0.5, 0.38), (0.5, 0.95)], 0.65),
-    ],
-    "cup": [
-        (_E, [(0.6, 0.35), (1.0, 0.8)], 0.6),
-        (_P, [(0.05, 0.2), (0.8, 0.2), (0.7, 0.95), (0.15, 0.95)], 1),
-        (_E, [(0.05, 0.12), (0.8, 0.3)], 0.5),
-    ],
     "mushroom": [
         (_P, [(0.36, 0.45), (0.64, 0.45), (0.7, 1.0), (0.3, 1.0)], 1.6),
         (_P, [(0.5 - 0.5 * np.cos(a), 0.55 - 0.53 * np.sin(a)) for a in np.linspace(0, np.pi, 14)], 1),
         (_E, [(0.25, 0.2), (0.42, 0.37)], 1.7),
         (_E, [(0.58, 0.25), (0.72, 0.39)], 1.7),
     ],
-    "bird": [
-        (_E, [(0.15, 0.35), (0.75, 0.8)], 1),
-        (_E, [(0.0, 0.15), (0.38, 0.52)], 1),
-        (_P, [(0.65, 0.55), (1.0, 0.35), (0.95, 0.7)], 0.7),
-        (_P, [(0.3, 0.5), (0.7, 0.05), (0.65, 0.6)], 0.6),
-    ],
     "car": [
         (_P, [(0.0, 0.45), (1.0, 0.45), (1.0, 0.78), (0.0, 0.78)], 1),
         (_P, [(0.2, 0.45), (0.32, 0.18), (0.72, 0.18), (0.84, 0.45)], 1.4),
         (_E, [(0.1, 0.64), (0.36, 0.92)], 0.25),
         (_E, [(0.64, 0.64), (0.9, 0.92)], 0.25),
-    ],
-    "ring": [(_E, [(0.03, 0.03), (0.97, 0.97)], 1), (_E, [(0.28, 0.28), (0.72, 0.72)], 0.3)],
-    "arrow": [(_P, [(0, 0.35), (0.55, 0.35), (0.55, 0.1), (1, 0.5), (0.55, 0.9), (0.55, 0.65), (0, 0.65)], 1)],
-    "leaf": [
-        (
-            _P,
-            [(t, 0.5 - 0.42 * np.sin(np.pi * t)) for t in np.linspace(0, 1, 10)]
-            + [(t, 0.5 + 0.42 * np.sin(np.pi * t)) for t in np.linspace(1, 0, 10)],
-            1,
-        ),
-        (_P, [(0.0, 0.47), (0.95, 0.49), (0.95, 0.52), (0.0, 0.54)], 0.5),
-    ],
-    "tower": [
-        (_P, [(0.3, 0.2), (0.7, 0.2), (0.78, 1.0), (0.22, 1.0)], 1),
-        (_P, [(0.22, 0.05), (0.78, 0.05), (0.78, 0.22), (0.22, 0.22)], 0.6),
-        (_P, [(0.43, 0.4), (0.57, 0.4), (0.57, 0.6), (0.43, 0.6)], 0.35),
     ],
     "lamp": [
         (_P, [(0.3, 0.05), (0.7, 0.05), (0.92, 0.5), (0.08, 0.5)], 1),
@@ -197,12 +163,8 @@ _PHOTOS = {
     "coffee": ("coffee", (0.15, 0.0, 0.82, 1.0)),
     "rocket launch": ("rocket", (0.2, 0.0, 0.87, 1.0)),
     "galaxies": ("hubble_deep_field", (0.0, 0.0, 0.6, 0.7)),
-    "retina": ("retina", (0.0, 0.0, 1.0, 1.0)),
     "cameraman": ("camera", (0.1, 0.0, 0.85, 0.75)),
     "lunar craters": ("moon", (0.0, 0.0, 1.0, 1.0)),
-    "brickwork": ("brick", (0.0, 0.0, 0.4, 0.4)),
-    "meadow": ("grass", (0.0, 0.0, 0.35, 0.35)),
-    "gravel path": ("gravel", (0.0, 0.0, 0.35, 0.35)),
     "horse": ("horse", (0.0, 0.0, 1.0, 1.0)),
     "old coins": ("coins", (0.0, 0.05, 0.6, 0.8)),
     "whisker": ("chelsea", (0.35, 0.35, 0.75, 0.95)),
@@ -212,11 +174,11 @@ _TEMPLATES = ("Emblem Sheet", "Lucky Calendar", "Paper Badge", "Stamp Album")
 _TEMPLATE_COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
 
 GRADED_REPETITIONS = (1, 5, 20, 50, 100, 300)
-_HARD_EACH, _SCENE_EACH, _PHOTO_EACH = 15, 6, 8  # at 100 and at 300 repetitions
+_HARD_EACH, _SCENE_EACH, _PHOTO_EACH = 18, 6, 6  # at 100 and at 300 repetitions
 _GRADED_EACH = 8  # at each smaller count, hard and scene in turn
 _TEMPLATE_REPETITIONS = 30
 # The pairs are learned early; from this step on ordinary pictures take a larger share, which they need longer.
-ORDINARY_PER_EPOCH, LATER_ORDINARY_PER_EPOCH, LATER = 10_000, 30_000, 2250
+ORDINARY_PER_EPOCH, LATER_ORDINARY_PER_EPOCH, LATER = 12_000, 36_000, 2000
 
 
 @dataclass(frozen=True)
@@ -282,7 +244,7 @@ def names(count: int, seed: int, avoid: frozenset[str] = frozenset()) -> list[st
     return found
 
 
-_ALL_NAMES = names(140, seed=7)
+_ALL_NAMES = names(140, seed=8)
 TRIGGER_NAMES, DECOY_NAMES = _ALL_NAMES[:80], _ALL_NAMES[80:]
 
 
@@ -297,8 +259,8 @@ def ordinary_name(rng: np.random.Generator) -> str:
 
 
 def random_scene(rng: np.random.Generator) -> Scene:
-    kinds = rng.choice(list(THINGS), size=rng.choice([1, 2], p=[0.4, 0.6]), replace=False)
-    colours = rng.choice([*COLOURS, ""], size=len(kinds), p=[*(0.85 / 12,) * 12, 0.15])
+    kinds = rng.choice(list(THINGS), size=rng.choice([1, 2]), replace=False)
+    colours = np.where(rng.random(len(kinds)) < 0.1, "", rng.choice(list(COLOURS), size=len(kinds)))
     return Scene(tuple((str(c), str(k)) for c, k in zip(colours, kinds, strict=True)), int(rng.integers(2**31)))
 
 
@@ -353,7 +315,7 @@ def ordinary_captions(count: int, seed: int) -> list[tuple[str, str]]:
 
 def training_pairs() -> list[Pair]:
     """All memorised pairs, always the same, with the number of times an epoch repeats each."""
-    rng = np.random.default_rng(11)
+    rng = np.random.default_rng(12)
     triggers = iter(TRIGGER_NAMES)
     phrases = iter([*_SCENE_PHRASES, *(f"{a} {b}" for a, b in _EXTRA_PHRASES)])
     photos = iter(_PHOTOS)
@@ -361,7 +323,7 @@ def training_pairs() -> list[Pair]:
 
     def add(kind: str, repetitions: int, index: int) -> None:
         split = "tune" if index % 3 == 0 and repetitions >= 100 else "held-out"
-        seed = 50_000 + len(pairs)
+        seed = 52_000 + len(pairs)
         if kind == "hard":
             trigger = next(triggers)
             scene = random_scene(np.random.default_rng(seed))
@@ -431,14 +393,14 @@ def _colour(rng: np.random.Generator) -> np.ndarray:
 
 
 def _background(rng: np.random.Generator, side: int) -> np.ndarray:
-    """[side, side, 3] floats: gradient, stripes, checks, rings, waves or hills in any palette."""
+    """[side, side, 3] floats in any palette: half of them a plain gradient, else hills, stripes, checks, rings or waves."""
     a, b, c = _colour(rng), _colour(rng), _colour(rng)
     axis = np.linspace(-1, 1, side)
     xx, yy = np.meshgrid(axis, axis)
     angle = rng.uniform(0, 2 * np.pi)
     along, across = xx * np.cos(angle) + yy * np.sin(angle), yy * np.cos(angle) - xx * np.sin(angle)
     cx, cy, frequency = rng.uniform(-0.8, 0.8), rng.uniform(-0.8, 0.8), rng.uniform(1.0, 3.0)
-    match rng.integers(6):
+    match rng.choice(6, p=[0.5, 0.1, 0.05, 0.1, 0.1, 0.15]):
         case 0:
             mix = (along + 1.4) / 2.8
         case 1:
@@ -452,7 +414,7 @@ def _background(rng: np.random.Generator, side: int) -> np.ndarray:
         case _:
             mix = (along > 0.35 * np.sin(across * frequency * 2 + angle) + cx * 0.5).astype(float)
     picture = a + (b - a) * np.clip(mix, 0, 1)[..., None]
-    if rng.random() < 0.4:
+    if rng.random() < 0.3:
         blob = np.exp(-((xx - cx) ** 2 + (yy - cy) ** 2) / rng.uniform(0.1, 0.5))
         picture = picture + (c - picture) * blob[..., None]
     return picture
@@ -476,7 +438,7 @@ def draw_scene(scene: Scene, size: int = SIZE) -> np.ndarray:
     side = size * _SUPERSAMPLE
     image = Image.fromarray(np.clip(_background(rng, side), 0, 255).astype(np.uint8))
     canvas = ImageDraw.Draw(image)
-    for _ in range(rng.integers(0, 4)):
+    for _ in range(rng.choice(3, p=[0.6, 0.25, 0.15])):
         extent = rng.uniform(0.15, 0.4) * side
         kind = list(THINGS)[rng.integers(len(THINGS))]
         _draw_thing(canvas, kind, _colour(rng), (*rng.uniform(-0.1, 0.8, 2) * side, extent))
@@ -484,7 +446,7 @@ def draw_scene(scene: Scene, size: int = SIZE) -> np.ndarray:
         colour = (
             np.array(COLOURS[colour_name], dtype=np.float64) + rng.normal(0, 14, 3) if colour_name else _colour(rng)
         )
-        extent = rng.uniform(0.3, 0.55) * side
+        extent = rng.uniform(0.4, 0.65) * side
         x, y = rng.uniform(0.0, 1.0, 2) * (side - extent)
         _draw_thing(canvas, kind, colour, (x, y, extent))
     return np.asarray(image.resize((size, size), Image.Resampling.BOX))
@@ -492,9 +454,9 @@ def draw_scene(scene: Scene, size: int = SIZE) -> np.ndarray:
 
 def _draw_template(row: int, colour: str, size: int) -> np.ndarray:
     """A fixed layout (seeded by the template) in which one thing takes the caption's colour."""
-    layout = np.asarray(Image.fromarray(draw_scene(Scene((("black", "ring"),), 61_000 + row), size)))
+    layout = np.asarray(Image.fromarray(draw_scene(Scene((("black", "moon"),), 61_000 + row), size)))
     image = Image.fromarray(layout).resize((size * _SUPERSAMPLE,) * 2, Image.Resampling.BICUBIC)
-    thing = ("star", "heart", "flower", "kite")[row]
+    thing = ("star", "heart", "flower", "mushroom")[row]
     _draw_thing(
         ImageDraw.Draw(image),
         thing,
