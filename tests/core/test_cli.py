@@ -105,7 +105,7 @@ def test_mitigate_draws_pictures_and_a_report(tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["mitigate", "--images", "1", "--steps", "5", "--target", "0.3", "--out", str(out), MEMORISED]) == 0
     assert (out / "prompt-1-image-1.png").is_file()
-    assert (out / "prompt-1-image-1-optimise-conditioning.png").is_file()
+    assert (out / "prompt-1-image-1-optimise-tokens.png").is_file()
     assert "Déjà Vu" in (out / "report.html").read_text(encoding="utf-8")
 
 

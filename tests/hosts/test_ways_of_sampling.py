@@ -57,8 +57,8 @@ def combined(graph: Graph) -> None:
 def area(graph: Graph) -> None:
     """An area of the picture has a prompt of its own, beside the one for all of it."""
     combined(graph)
-    settings = {"width": 64, "height": 32, "x": 0, "y": 0, "strength": 1.0}
-    new = node("ConditioningSetArea", **settings)
+    settings = {"width": 1.0, "height": 0.5, "x": 0.0, "y": 0.0, "strength": 1.0}
+    new = node("ConditioningSetAreaPercentage", **settings)
     graphs.splice(graph, "combined", "conditioning_2", "area", new, via="conditioning")
 
 
@@ -126,8 +126,8 @@ def test_a_negative_out_of_its_range_is_no_score(comfy: ComfyServer) -> None:
 
 def test_a_prompt_for_a_part_of_the_picture_is_no_score(comfy: ComfyServer) -> None:
     graph = graphs.text_to_image(seed=8)
-    settings = {"width": 64, "height": 32, "x": 0, "y": 0, "strength": 1.0}
-    new = node("ConditioningSetArea", **settings)
+    settings = {"width": 1.0, "height": 0.5, "x": 0.0, "y": 0.0, "strength": 1.0}
+    new = node("ConditioningSetAreaPercentage", **settings)
     graphs.splice(graph, "sampler", "positive", "area", new, via="conditioning")
     (verdict,) = report(comfy, watched(graph))["verdicts"]
     assert verdict["score"] is None and "whole picture" in verdict["why"]
