@@ -6,9 +6,10 @@ The results come from these commands, one after the other on an idle machine:
 
     sd-dejavu bench --negatives-count 100 --json benchmarks/results/bench.json
     python benchmarks/tables.py
-    python benchmarks/first_step.py --json benchmarks/results/first_step.json
+    python benchmarks/first_step.py --images 1 --json benchmarks/results/first_step.json
     python benchmarks/optimisation.py --json benchmarks/results/optimisation.json
     python benchmarks/pictures.py
+    python benchmarks/screenshots.py
     python benchmarks/comfyui_cost.py --json benchmarks/results/comfyui_cost.json
 """
 
@@ -145,7 +146,7 @@ def speed() -> str:
     )
     prompts = next(r["prompts"] for r in loops.values() if isinstance(r, dict))
     return f"""**Speed**, each pair side by side in one run on two CPU cores. First-step check of {first["prompts"]} prompts,
-{first["images"]} images each, against the published procedure (every prompt alone, all 50 steps, decoding):
+{first["images"]} image{"s" if first["images"] > 1 else ""} each, against the published procedure (every prompt alone, all 50 steps, decoding):
 {first["times_faster"]:.0f} times faster, AUC {first["auc_first_step"]:.3f} against {first["auc_published"]:.3f}.
 Conditioning optimisation against the published loop at equal loss ({prompts} prompts, {loops["images"]} images, median):
 {rows}."""

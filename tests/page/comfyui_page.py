@@ -54,16 +54,22 @@ class Page:
         )
 
     def show_all(self) -> None:
-        """Bring the whole graph into view."""
+        """Bring the whole graph into view, nothing in front of it."""
+        for _ in range(3):  # dialogs of earlier workflows: a missing checkpoint, a run that was ended
+            self.browser.keyboard.press("Escape")
+            self.browser.wait_for_timeout(200)
+        self.browser.evaluate(
+            "() => window.comfyAPI.app.app.extensionManager.setting.set('Comfy.Minimap.Visible', false)"
+        )
         self.browser.evaluate("() => window.comfyAPI.app.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
-        self.browser.wait_for_timeout(1200)
+        self.browser.wait_for_timeout(2500)
 
     def screenshot(self, path: Path) -> None:
         self.browser.screenshot(path=str(path))
 
 
 @contextmanager
-def open_page(url: str, width: int = 1600, height: int = 900, dark: bool = True) -> Iterator[Page]:
+def open_page(url: str, width: int = 2700, height: int = 1300) -> Iterator[Page]:
     """The host's page, ready for use."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=_FLAGS)
