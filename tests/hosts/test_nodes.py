@@ -231,7 +231,7 @@ def test_calibrating_a_checkpoint_gives_it_p_values(comfy: ComfyServer) -> None:
         count=120,
     )
     graph["shown"] = node("PreviewAny", source=["calibrated", 1])
-    assert "120 ordinary prompts" in comfy.run(graph)["calibrated"]["text"][0]
+    assert "120 ordinary prompts" in comfy.run(graph, timeout=600)["calibrated"]["text"][0]
     (verdict,) = report(comfy, watched(graphs.text_to_image(steps=2, seed=40)))["verdicts"]
     assert verdict["nulls"] == 120 and 0 < verdict["p_value"] <= 1
 
