@@ -110,6 +110,8 @@ def test_memorised_pictures_are_copies_and_mitigation_ends_that(model, profile):
     reference = ordinary_caption_score(model, Measurement(images=2), [p for p in pairs if p.kind == "hard"])
     for name in ("optimise-tokens", "remove-trigger"):
         assert rows[name].caption_score >= reference - 0.15
+    # The published form leaves what the encoder can say, and follows the caption less (README).
+    assert rows["optimise-conditioning"].caption_score < rows["optimise-tokens"].caption_score
     assert rows["random-word"].copies.share > rows["remove-trigger"].copies.share
 
 
@@ -122,7 +124,8 @@ def test_memorisation_grows_with_repetition(model, profile):
     for kind in ("hard", "other"):
         by_count = [r for r in rows if r.kind == kind]
         assert by_count[0].copies.share <= 0.1
-        assert by_count[-1].copies.share >= 0.8
+        # One of the eight others, a finely textured photograph, is copied too roughly to count.
+        assert by_count[-1].copies.share >= (0.9 if kind == "hard" else 0.8)
         assert by_count[-1].score > 5 * by_count[0].score
 
 
