@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import comfy.samplers
 import comfy.utils
 import torch
 from comfy_api.latest import io
@@ -34,6 +35,17 @@ class Calibrate(io.ComfyNode):
                     tooltip="The negative prompt the monitor will measure against; empty for the empty prompt.",
                 ),
                 io.Int.Input("count", default=1000, min=20, max=100_000, tooltip="How many ordinary prompts."),
+                io.Int.Input(
+                    "whole_runs",
+                    default=0,
+                    min=0,
+                    max=100_000,
+                    tooltip="How many of them to sample to the end: for the band under the curve, and for p-values of "
+                    "scores over more than the first step. Each takes as long as a picture.",
+                ),
+                io.Float.Input(
+                    "cfg", default=7.0, min=0.0, max=100.0, step=0.1, tooltip="The sampler's cfg, for whole runs."
+                ),
             ],
             outputs=[
                 sockets.Calibration.Output(display_name="calibration", tooltip="For the Monitor node."),
@@ -53,11 +65,23 @@ class Calibrate(io.ComfyNode):
         denoise: float,
         negative: str,
         count: int,
+        whole_runs: int,
+        cfg: float,
     ) -> io.NodeOutput:
         latent, noise, sigmas = sockets.start_of(model, latent_image, 0, steps, sampler_name, scheduler, denoise)
-        bar = comfy.utils.ProgressBar(count)
+        bar = comfy.utils.ProgressBar(count + whole_runs)
         profile = comfyui.calibrate(
-            model, clip, latent[:1], noise[:1], sigmas, negative, count, lambda stage: bar.update(1)
+            model,
+            clip,
+            latent[:1],
+            noise[:1],
+            sigmas,
+            negative,
+            count,
+            lambda stage: bar.update(1),
+            whole_runs,
+            comfy.samplers.sampler_object(sampler_name),
+            cfg,
         )
         path = store.path_for(profile.setting, sockets.user_folder())
         path.parent.mkdir(parents=True, exist_ok=True)

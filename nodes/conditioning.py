@@ -36,6 +36,7 @@ class Explain(io.ComfyNode):
                 io.Image.Output(display_name="overlay", tooltip="The prompt, each word shaded by its significance."),
                 io.String.Output(display_name="report", tooltip="Verdict and words as JSON."),
             ],
+            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -46,7 +47,14 @@ class Explain(io.ComfyNode):
 
         monitoring = Monitoring(explain="always")
         report = comfyui.examine(
-            model, positive, negative, sockets.start_of(model, **run), monitoring, calibration, sockets.user_folder()
+            model,
+            positive,
+            negative,
+            sockets.start_of(model, **run),
+            monitoring,
+            calibration,
+            sockets.user_folder(),
+            comfyui.LiveReport(str(cls.hidden.unique_id)),
         )
         document = report.as_json()
         return io.NodeOutput(

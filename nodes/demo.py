@@ -30,7 +30,7 @@ class DemoModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, batch_size: int) -> io.NodeOutput:
-        from ..sd_dejavu.hosts.comfyui_demo import empty_latent, load_demo_model
+        from ..sd_dejavu.hosts.comfyui.demo import empty_latent, load_demo_model
 
         model, clip, vae = load_demo_model()
         return io.NodeOutput(model, clip, vae, {"samples": empty_latent(batch_size)})

@@ -30,7 +30,7 @@ class MonitorNode(io.ComfyNode):
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="Only needed to measure against the empty prompt when the prompt does not come from Text Encode (Déjà Vu).",
+                    tooltip="For prompts that do not come from Text Encode (Déjà Vu): to measure them against the empty prompt, and to name their words surely.",
                 ),
                 *sockets.inputs_of(Monitoring),
             ],
@@ -38,11 +38,13 @@ class MonitorNode(io.ComfyNode):
                 io.Model.Output(tooltip="The same model, watched."),
                 sockets.Monitor.Output(display_name="monitor", tooltip="For the Verdict node."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, model: Any, calibration: Any = None, clip: Any = None, **settings: Any) -> io.NodeOutput:
-        monitor = comfyui.Monitor(Monitoring(**settings), calibration, sockets.user_folder(), clip)
+        shown = comfyui.LiveReport(str(cls.hidden.unique_id))
+        monitor = comfyui.Monitor(Monitoring(**settings), calibration, sockets.user_folder(), clip, shown)
         return io.NodeOutput(monitor.attach(model), monitor)
 
 
@@ -87,8 +89,8 @@ class VerdictNode(io.ComfyNode):
         p_values = [v.p_value for v in verdicts if v.p_value is not None]
         document = report.as_json()
         if cls.hidden.extra_pnginfo is not None:
-            # By node: one graph may hold several verdicts, and the host shares this dictionary among them.
-            cls.hidden.extra_pnginfo.setdefault("dejavu", {})[str(cls.hidden.unique_id)] = document
+            comfyui.keep_in_picture(cls.hidden.extra_pnginfo, str(cls.hidden.unique_id), document)
+        scale = report.watch.pixels_a_cell
         text = "\n".join(sentence(v) for v in verdicts)
         return io.NodeOutput(
             samples,
@@ -96,7 +98,7 @@ class VerdictNode(io.ComfyNode):
             max(scores, default=float("nan")),
             min(p_values, default=float("nan")),
             sockets.image_of(word_picture(verdicts[0], report.watch.notes)),
-            report.where(latent.shape[-2] * 8, latent.shape[-1] * 8, latent.shape[0]),
+            report.where(latent.shape[-2] * scale, latent.shape[-1] * scale, latent.shape[0]),
             json.dumps(document, ensure_ascii=False),
             ui={"text": [text], "dejavu": [document]},
         )

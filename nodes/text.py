@@ -24,11 +24,12 @@ class TextEncode(io.ComfyNode):
                 io.String.Input("text", multiline=True, dynamic_prompts=True, tooltip="The prompt."),
             ],
             outputs=[io.Conditioning.Output(tooltip="The conditioning, for any node that takes one.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, clip: Any, text: str) -> io.NodeOutput:
-        return io.NodeOutput(comfyui.encode_text(clip, text))
+        return io.NodeOutput(comfyui.encode_text(clip, text, str(cls.hidden.unique_id)))
 
 
 class PerturbPrompt(io.ComfyNode):

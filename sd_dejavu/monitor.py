@@ -7,6 +7,7 @@ the host.
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -16,12 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .calibration.ordinary_prompts import style_of
-from .calibration.profile import ALPHA_DEFAULT, EVALUATIONS, Profile, ScoreKind, Setting
+from .calibration.profile import ALPHA_DEFAULT, EVALUATIONS, ORDINARY_QUANTILE, Profile, ScoreKind, Setting
 from .conditioning import Unconditional
 from .mitigations import Outcome
 from .settings import option, validate
 from .trace import NotMeasured, Trace
-from .verdict import Explanation, Verdict
+from .verdict import BandStep, Explanation, Verdict
+
+MAP_SIDE = 32  # of the where-map in a report
 
 WhenFlagged = Literal["report", "stop", "mitigate"]
 When = Literal["never", "flagged", "always"]
@@ -72,6 +75,9 @@ class Watch:
     outcome: Outcome | None = None
     notes: list[str] = field(default_factory=list)
     finished: bool = False
+    stopped: bool = False  # ended by us at its first step
+    pixels_a_cell: int = 8  # of the picture, to each cell of the latent
+    prompt_node: str | None = None  # the node of the host's workflow that holds the prompt
 
     def measures(self, evaluation: int) -> bool:
         """Whether evaluation ``evaluation`` (from 0) is one that the score needs."""
@@ -177,12 +183,40 @@ class Report:
         scaled = F.interpolate((found / highest)[:, None], size=(height, width), mode="bilinear")[:, 0]
         return scaled[:images] if len(scaled) >= images else torch.zeros(images, height, width)
 
+    def _maps(self) -> list[dict[str, Any] | None]:
+        """The where-map of each picture in at most 32 x 32 bytes, row by row; None where it was not measured."""
+        try:
+            height, width = self.watch.trace.where().shape[1:]
+        except NotMeasured:
+            return [None] * len(self.verdicts)
+        size = (min(height, MAP_SIDE), min(width, MAP_SIDE))
+        bytes_of = (255 * self.where(*size, len(self.verdicts))).round().to(torch.uint8).cpu().numpy()
+        return [
+            {"width": size[1], "height": size[0], "values": b64encode(values.tobytes()).decode("ascii")}
+            for values in bytes_of
+        ]
+
+    def _ordinary(self) -> tuple[list[BandStep], dict[str, float] | None]:
+        """What ordinary prompts give in this setting: the band of each step, and the first-step score."""
+        profile, setting = self.watch.profile, self.watch.setting
+        if profile is None or setting is None:
+            return [], None
+        setting = replace(setting, without=self.watch.trace.without or setting.without)
+        band = [] if profile.setting.mismatch(setting, "all steps") else list(profile.band)
+        if profile.setting.mismatch(setting, "first step") or not profile.null_scores("first step", 1):
+            return band, None
+        high = profile.quantile(ORDINARY_QUANTILE, "first step", 1)
+        return band, {"median": profile.quantile(0.5, "first step", 1), "high": high}
+
     def as_json(self) -> dict[str, Any]:
-        """Plain values: verdicts, mitigation, setting, notes."""
-        from .report.wording import label, sentence
+        """Plain values: verdicts with their words and maps, what is ordinary, mitigation, setting, notes."""
+        from .report.wording import facts, label, sentence
 
         def shown(verdict: Verdict) -> dict[str, Any]:
-            return {**verdict.as_json(), "label": label(verdict), "sentence": sentence(verdict)}
+            told = {"label": label(verdict), "sentence": sentence(verdict), "facts": [list(f) for f in facts(verdict)]}
+            return {**verdict.as_json(), **told}
+
+        band, ordinary = self._ordinary()
 
         outcome = self.watch.outcome
         mitigation = None
@@ -198,8 +232,11 @@ class Report:
             "format": "dejavu-report",
             "schema_version": 1,
             "prompt": self.watch.prompt,
+            "prompt_node": self.watch.prompt_node,
             "flagged": flagged(self.verdicts),
-            "verdicts": [shown(v) for v in self.verdicts],
+            "verdicts": [{**shown(v), "where": m} for v, m in zip(self.verdicts, self._maps(), strict=True)],
+            "band": [asdict(step) for step in band],
+            "ordinary": ordinary,
             "mitigation": mitigation,
             "setting": None if self.watch.setting is None else asdict(self.watch.setting),
             "notes": list(self.watch.notes),

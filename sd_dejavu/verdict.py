@@ -13,13 +13,17 @@ View = Literal["confirmed gradient", "input gradient", "output gradient", "leave
 
 @dataclass(frozen=True)
 class WordSignificance:
-    """One word ``prompt[start:end]``: its raw value, and ``significance`` = the same in 0..1 for display."""
+    """One word ``prompt[start:end]``: its raw value, and ``significance`` = the same in 0..1 for display.
+
+    ``score_without`` is the first-step score without this word, where the view has measured it.
+    """
 
     text: str
     start: int
     end: int
     raw: float
     significance: float
+    score_without: float | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class Verdict:
         explanation = values.pop("explanation")
         values["words"] = explanation["words"] if explanation else []
         values["view"] = explanation["view"] if explanation else None
+        values["raw_unit"] = explanation["raw_unit"] if explanation else None
         values["score_per_step"] = [value for _, value in self.score_per_step]
         values["sigmas"] = [sigma for sigma, _ in self.score_per_step]
         return values

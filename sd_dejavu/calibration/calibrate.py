@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
 from ..denoiser import Model
 from ..measure import Measurement, guidance_of, setting_of
 from ..sampling import first_step, sample_prompts
+from ..trace import Trace
 from ..verdict import BandStep
 from .ordinary_prompts import style_of
-from .profile import Null, Profile, ScoreKind
+from .profile import EVALUATIONS, Null, Profile, ScoreKind
 
 SEED_BASE = 1_000_000  # far from the seeds people type
 PROMPTS_A_SEED = 25
@@ -44,26 +46,41 @@ def calibrate(
         for row in values:
             scores.append({"first step": tuple(row.tolist())})
             on_prompt("first step")
-    curves: list[torch.Tensor] = []
+    nulls = tuple(Null(style_of(p), s) for p, s in zip(prompts, scores, strict=True))
+    profile = Profile(setting_of(model, wanted), nulls)
+    traces: list[Trace] = []
     full_runs = min(full_runs, len(prompts))
     guidance, sigmas = guidance_of(model, wanted), model.sigmas(wanted.steps)
     for start in range(0, full_runs, PROMPTS_A_SEED):
         part = [model.encode(prompt) for prompt in prompts[start : min(start + PROMPTS_A_SEED, full_runs)]]
         noise = model.noise(SEED_BASE + start, wanted.images)
         for run in sample_prompts(model, part, guidance, noise, sigmas, None, batch_size):
-            readings = torch.tensor([run.trace.reading(number) for number in range(wanted.steps)])
-            scores[len(curves)]["first 5 steps"] = tuple(readings[:5].mean(0).tolist())
-            scores[len(curves)]["all steps"] = tuple(readings.mean(0).tolist())
-            curves.append(readings.mean(1))
+            traces.append(run.trace)
             on_prompt("whole runs")
-    nulls = tuple(Null(style_of(p), s) for p, s in zip(prompts, scores, strict=True))
-    return Profile(setting_of(model, wanted), nulls, _band(curves, model.sigmas(wanted.steps)))
+    return with_whole_runs(profile, traces)
 
 
-def _band(curves: Sequence[torch.Tensor], sigmas: Sequence[float]) -> tuple[BandStep, ...]:
-    if not curves:
-        return ()
-    low, middle, high = torch.quantile(torch.stack(list(curves)), torch.tensor([0.05, 0.5, 0.95]), dim=0)
-    return tuple(
-        BandStep(*(float(f"{v:.7g}") for v in step)) for step in zip(sigmas[:-1], low, middle, high, strict=True)
+def with_whole_runs(profile: Profile, traces: Sequence[Trace]) -> Profile:
+    """The profile with the whole runs of its first prompts: the other kinds of score, and the band of each step.
+
+    Raises ValueError where the runs differ in their number of evaluations, as an adaptive sampler's do, and
+    NotMeasured where one has an evaluation without a reading.
+    """
+    if not traces:
+        return profile
+    curves = [torch.tensor([t.reading(number) for number in range(len(t.readings))]) for t in traces]
+    if len({len(curve) for curve in curves}) > 1:
+        raise ValueError("this sampler takes another number of evaluations for each prompt, so its runs do not compare")
+    nulls = list(profile.nulls)
+    for number, curve in enumerate(curves):
+        scores = dict(nulls[number].scores)
+        for kind, needed in EVALUATIONS.items():
+            if kind != "first step" and len(curve) >= (needed or 1):
+                scores[kind] = tuple(curve[:needed].mean(0).tolist())
+        nulls[number] = replace(nulls[number], scores=scores)
+    low, middle, high = torch.quantile(torch.stack([c.mean(1) for c in curves]), torch.tensor([0.05, 0.5, 0.95]), dim=0)
+    sigmas = [reading.sigma for reading in traces[0].readings]
+    steps = zip(sigmas, low, middle, high, strict=True)
+    return replace(
+        profile, nulls=tuple(nulls), band=tuple(BandStep(*(float(f"{v:.7g}") for v in step)) for step in steps)
     )

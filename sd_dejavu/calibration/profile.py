@@ -39,6 +39,7 @@ class Setting:
     without: Unconditional
     negative_prompt: str = ""
     begins_with: Literal["noise", "a picture"] = "noise"
+    sampler: str = ""  # of a host; empty for this package's own DDIM
 
     def mismatch(self, other: Setting, kind: ScoreKind) -> str | None:
         """A sentence naming the first difference that matters for scores of this kind, or None."""
@@ -46,8 +47,8 @@ class Setting:
             mine, theirs = getattr(self, name), getattr(other, name)
             if name == "sigma":
                 same = math.isclose(mine, theirs, rel_tol=1e-3)
-            elif name in ("steps", "guidance_scale"):
-                # The first step sees neither guidance nor the later noise levels.
+            elif name in ("steps", "guidance_scale", "sampler"):
+                # The first step sees neither guidance nor the later noise levels, nor how they are walked through.
                 same = kind == "first step" or mine == theirs
             elif name == "negative_prompt":
                 same = (kind == "first step" and self.without == "empty prompt") or mine == theirs

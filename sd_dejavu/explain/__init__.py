@@ -10,7 +10,9 @@ from ..conditioning import Word
 from ..verdict import Explanation, View, WordSignificance
 
 
-def explanation(view: View, words: Sequence[Word], raw: Tensor, raw_unit: str) -> Explanation:
+def explanation(
+    view: View, words: Sequence[Word], raw: Tensor, raw_unit: str, scores_without: Tensor | None = None
+) -> Explanation:
     """Raw values [number of words] with their significance: the share of the largest one, 0 for negative values.
 
     Raises ValueError when there is no word to explain or a value is not finite.
@@ -22,8 +24,9 @@ def explanation(view: View, words: Sequence[Word], raw: Tensor, raw_unit: str) -
             "the significance of a word is not finite (NaN or infinity): the model's weights may be broken"
         )
     largest = max(float(raw.max()), 0.0)
+    without = [None] * len(words) if scores_without is None else scores_without.tolist()
     shown = [
-        WordSignificance(w.text, w.start, w.end, float(v), max(float(v), 0.0) / largest if largest else 0.0)
-        for w, v in zip(words, raw, strict=True)
+        WordSignificance(w.text, w.start, w.end, float(v), max(float(v), 0.0) / largest if largest else 0.0, score)
+        for w, v, score in zip(words, raw, without, strict=True)
     ]
     return Explanation(view, tuple(shown), raw_unit)

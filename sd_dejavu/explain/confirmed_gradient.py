@@ -46,7 +46,7 @@ def explain(
     blanked = magnitudes_blanked(denoiser, x, sigma, conditioning, unconditional)
     lost = (_score(denoiser, x, sigma, conditioning, unconditional) - blanked).clamp_min(0)
     product = torch.tensor([word.raw for word in gradient.words]) * lost
-    return explanation("confirmed gradient", conditioning.words, product, "gradient norm times magnitude lost")
+    return explanation("confirmed gradient", conditioning.words, product, "gradient norm times magnitude lost", blanked)
 
 
 def _blanked(conditioning: Conditioning, word: int) -> Conditioning:

@@ -51,4 +51,4 @@ def explain(
 ) -> Explanation:
     full = first_step(denoiser, [conditioning], unconditional, noise, sigma, batch_size).mean()
     without = scores_without(denoiser, encode, conditioning, unconditional, noise, sigma, batch_size).mean(1)
-    return explanation("leave one out", conditioning.words, full - without, "magnitude lost without the word")
+    return explanation("leave one out", conditioning.words, full - without, "magnitude lost without the word", without)

@@ -20,7 +20,7 @@ _INK = (24, 24, 28)
 def word_picture(verdict: Verdict, notes: Sequence[str] = (), width: int = WIDTH) -> Pixels:
     """uint8 [H, width, 3]: the verdict's sentence, then the prompt; darker ground and thicker line mean more.
 
-    ``notes`` stand below it where no words were found.
+    A prompt whose text is not known shows as its numbered tokens. ``notes`` stand below.
     """
     font = ImageFont.load_default(SIZE)
     lines = [[(word, 0.0) for word in line] for line in _wrapped(sentence(verdict).split(), font, width)]
@@ -28,9 +28,11 @@ def word_picture(verdict: Verdict, notes: Sequence[str] = (), width: int = WIDTH
     explanation = verdict.explanation
     shares = _shares(explanation) if explanation else {}
     prompt = [(verdict.prompt[start:end], shares.get(start, 0.0)) for start, end in _places(verdict.prompt)]
+    if not prompt and explanation:
+        prompt = [(word.text, word.significance) for word in explanation.words]
     lines += _wrapped_pairs(prompt, font, width)
     if explanation is not None:
-        legend = f"Highest by {explanation.view}: {top_words_text(explanation)}"
+        legend = ". ".join([f"Highest by {explanation.view}: {top_words_text(explanation)}", *notes])
     else:
         legend = ". ".join(notes) or "The words were not looked at."
     lines += [[], *([(word, 0.0) for word in line] for line in _wrapped(legend.split(), font, width))]

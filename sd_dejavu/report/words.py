@@ -18,13 +18,19 @@ def word_spans(prompt: str, explanation: Explanation | None) -> Markup:
     """The prompt with white space kept; darker and more thickly underlined is more significant, the top word bold."""
     if explanation is None or not explanation.words:
         return _OUTER.format(prompt)
+    if not prompt:  # a host that tells no text: numbered tokens
+        chips = (_span(word, word.text, explanation) for word in explanation.words)
+        return _OUTER.format(Markup(" ").join(chips))
     parts, reached = Markup(), 0
     for word in sorted(explanation.words, key=lambda w: w.start):
-        text = prompt[word.start : word.end]
         parts += escape(prompt[reached : word.start])
-        parts += _WORD.format(title=_value(word, explanation), style=_style(word, explanation), text=text)
+        parts += _span(word, prompt[word.start : word.end], explanation)
         reached = word.end
     return _OUTER.format(parts + escape(prompt[reached:]))
+
+
+def _span(word: WordSignificance, text: str, explanation: Explanation) -> Markup:
+    return _WORD.format(title=_value(word, explanation), style=_style(word, explanation), text=text)
 
 
 def word_legend(explanation: Explanation) -> Markup:

@@ -166,6 +166,7 @@ def test_leaving_a_word_out_loses_its_part_of_the_magnitude() -> None:
     torch.testing.assert_close(scores, torch.tensor([7.0, 2.0, 9.0, 6.0])[:, None].expand(4, 2), rtol=1e-4, atol=1e-4)
     found = leave_one_out.explain(denoiser, encode, prompt, encode(""), noise, SIGMA, batch_size=3)
     assert [w.raw for w in found.words] == pytest.approx([1, 6, -1, 2], rel=1e-4)
+    assert [w.score_without for w in found.words] == pytest.approx([7, 2, 9, 6], rel=1e-4)
     assert [w.significance for w in found.words] == pytest.approx([1 / 6, 1, 0, 1 / 3], rel=1e-4)
 
 
@@ -228,3 +229,4 @@ def test_the_confirmed_gradient_is_gradient_times_what_blanking_the_word_loses()
         kept[:, row] = 0
         lost = max(score(rows) - score(kept), 0.0)
         assert found.words[number].raw == pytest.approx(gradient.words[number].raw * lost, rel=1e-4, abs=1e-6)
+        assert found.words[number].score_without == pytest.approx(score(kept), rel=1e-4)

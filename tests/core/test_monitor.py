@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from base64 import b64decode
 from dataclasses import replace
 
 import pytest
 import torch
 
+from sd_dejavu.calibration.calibrate import with_whole_runs
 from sd_dejavu.calibration.profile import Null, Profile, Setting
 from sd_dejavu.conditioning import Conditioning
 from sd_dejavu.denoiser import Predictions
 from sd_dejavu.mitigations import Outcome
 from sd_dejavu.monitor import Monitoring, Report, Watch, flagged
 from sd_dejavu.report.word_picture import word_picture
-from sd_dejavu.verdict import Explanation, Verdict, WordSignificance
+from sd_dejavu.report.words import word_spans
+from sd_dejavu.verdict import BandStep, Explanation, Verdict, WordSignificance
 
 SETTING = Setting("abc", "epsilon", (4, 2, 2), 20, 14.6, 7.0, "empty prompt")
 # 199 ordinary prompts that score 0.01, 0.02, ... 1.99.
@@ -148,3 +151,48 @@ def test_word_pictures_hold_any_text() -> None:
     for prompt in ("", "<b>" * 50, "名前 🦊 \u202eabc", "word " * 500):
         picture = word_picture(Verdict(prompt, None, None, None, 0.01, why="nothing was measured"))
         assert picture.shape[1] == 768
+
+
+def test_the_report_tells_what_is_ordinary_and_where_the_prompt_acts() -> None:
+    found = watch(3.0)
+    steps = (BandStep(2.0, 0.1, 0.2, 0.3), BandStep(1.0, 0.1, 0.2, 0.3))
+    found.profile = replace(PROFILE, band=steps)
+    document = Report.of(found).as_json()
+    # The 0.95-quantile of 0.01 ... 1.99 lies at place 188.1 of 0..198.
+    assert document["ordinary"] == pytest.approx({"median": 1.0, "high": 1.891})
+    assert document["band"][0] == {"sigma": 2.0, "q05": 0.1, "q50": 0.2, "q95": 0.3}
+    where = document["verdicts"][0]["where"]
+    assert (where["width"], where["height"], b64decode(where["values"])) == (2, 2, b"\xff" * 4)
+    # A band made with another sampler does not compare; the first step does.
+    found.setting = replace(SETTING, sampler="heun")
+    document = Report.of(found).as_json()
+    assert document["band"] == [] and document["ordinary"] is not None
+    found.profile = None
+    assert Report.of(found).as_json()["ordinary"] is None
+
+
+def test_whole_runs_add_scores_and_the_band() -> None:
+    traces = [watch(gap).trace for gap in (1.0, 2.0, 3.0)]  # each halves at its second evaluation
+    found = with_whole_runs(PROFILE, traces)
+    assert found.nulls[1].scores == {"first step": (0.02,), "all steps": (pytest.approx(1.5),)}
+    assert found.nulls[3] == PROFILE.nulls[3]
+    assert [(b.sigma, b.q50) for b in found.band] == [(2.0, pytest.approx(2.0)), (1.0, pytest.approx(1.0))]
+    assert (found.band[0].q05, found.band[0].q95) == pytest.approx((1.1, 2.9))
+    traces[0].record(predictions(1.0, sigma=0.5))
+    with pytest.raises(ValueError, match="another number of evaluations"):
+        with_whole_runs(PROFILE, traces)
+    traces[0].skip(0.2, "guidance was off")
+    with pytest.raises(ValueError, match="guidance was off"):
+        with_whole_runs(PROFILE, traces)
+
+
+def test_a_prompt_without_text_shows_numbered_tokens() -> None:
+    words = tuple(WordSignificance(f"token {n}", 0, 0, float(n), n / 3) for n in range(4))
+    verdict = Verdict("", 3.0, 0.005, True, 0.01, nulls=199, explanation=Explanation("output gradient", words, "norm"))
+    plain = word_picture(replace(verdict, explanation=None))
+    assert (
+        word_picture(verdict).shape[0] > plain.shape[0] - 1
+        and (word_picture(verdict) != 255).sum() > (plain != 255).sum()
+    )
+    spans = word_spans("", verdict.explanation)
+    assert [f">token {n}<" in spans for n in range(4)] == [True] * 4

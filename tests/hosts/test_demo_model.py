@@ -45,7 +45,7 @@ import torch
 import comfy.model_management
 import comfy.sample
 import comfy.sd
-from sd_dejavu.hosts.comfyui_demo import load_demo_model
+from sd_dejavu.hosts.comfyui.demo import load_demo_model
 
 given = torch.load(given)
 with torch.inference_mode():

@@ -14,13 +14,14 @@ import pytest
 from comfyui_server import ComfyServer, make_home
 from graphs import node
 from PIL import Image
-from watched import demo, report, scores, watched
+from watched import RAW, demo, report, scores, watched
 
 from sd_dejavu.demo import bundled
 
 NODES = '''
 import sys
 
+import comfy.controlnet
 import comfy.model_management
 import torch
 
@@ -116,14 +117,48 @@ class FiniteDifference:
                        "inference": [all(weights)]}}
 
 
-NODE_CLASS_MAPPINGS = {"Sabotage": Sabotage, "Broken": Broken, "FiniteDifference": FiniteDifference}
+class Control(comfy.controlnet.ControlBase):
+    """A control net that adds a constant to what the network's input blocks pass on."""
+
+    def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
+        return {"input": [torch.full((1, 1, 1, 1), 0.1).to(x_noisy)]}
+
+    def copy(self):
+        copied = Control()
+        self.copy_to(copied)
+        return copied
+
+    def get_models(self):
+        return []
+
+
+class OtherPacks:
+    """What other packs do to a model and a prompt: attention patch, block patch, guidance, control net."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL", "CONDITIONING"), "do", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "positive": ("CONDITIONING",)}}
+
+    def do(self, model, positive):
+        model = model.clone()
+        model.set_model_attn2_output_patch(lambda out, extra: out * 1.1)
+        model.set_model_input_block_patch(lambda h, options: h * 0.98)
+        model.set_model_sampler_cfg_function(lambda a: a["uncond"] + 5 * (a["cond"] - a["uncond"]))
+        model.set_model_sampler_post_cfg_function(lambda a: a["denoised"] * 0.99)
+        control = Control()
+        return (model, [[rows, {**options, "control": control, "control_apply_to_uncond": True}] for rows, options in positive])
+
+
+NODE_CLASS_MAPPINGS = {"OtherPacks": OtherPacks, "RawDifference": RawDifference, "RawReport": RawReport, "Sabotage": Sabotage, "Broken": Broken, "FiniteDifference": FiniteDifference}
 '''
 
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("nodes")
-    (folder / "faults.py").write_text(NODES)
+    (folder / "faults.py").write_text(RAW.rsplit("NODE_CLASS_MAPPINGS")[0] + NODES)
     return folder / "faults.py"
 
 
@@ -232,6 +267,26 @@ def test_gradients_through_fp16_weights(start_comfy: Callable[..., ComfyServer],
     by_gradient, by_difference, dtype = slopes(server, 1e-2)
     assert dtype == "torch.float16"
     assert by_gradient == pytest.approx(by_difference, rel=5e-2, abs=1e-4)
+
+
+def test_other_packs_patches_are_measured_as_they_are(faulty: ComfyServer) -> None:
+    graph = graphs.text_to_image(seed=12, negative="blurry")
+    inputs = graph["sampler"]["inputs"]
+    graph["packs"] = node("OtherPacks", model=inputs["model"], positive=inputs["positive"])
+    inputs |= {"model": ["packs", 0], "positive": ["packs", 1]}
+    plain = pixels(faulty, faulty.run(graph))
+    watched(graph, explain="always", alpha=0.05)
+    graph["raw"] = node("RawDifference", model=["packs", 0])
+    graph["monitor"]["inputs"]["model"] = ["raw", 0]
+    graph["told"] = node("RawReport", raw=["raw", 1], samples=["sampler", 0])
+    outputs = faulty.run(graph)
+    assert (pixels(faulty, outputs) == plain).all()
+    document = outputs["verdict"]["dejavu"][0]
+    assert scores(document) == pytest.approx(outputs["told"]["norms"], rel=2e-4)
+    assert document["verdicts"][0]["words"]
+    # All of them count: without the packs the same noise and prompt score otherwise.
+    bare = scores(report(faulty, watched(graphs.text_to_image(seed=12, negative="blurry"))))
+    assert bare != pytest.approx(scores(document), rel=1e-2)
 
 
 def test_after_two_hundred_runs_nothing_has_grown(faulty: ComfyServer, memorised: str) -> None:

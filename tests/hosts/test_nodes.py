@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -143,12 +144,59 @@ def test_a_plain_text_encode_gets_a_verdict_and_a_word_on_its_words(comfy: Comfy
     # Nobody knows that its negative prompt is empty, so the calibration against the empty prompt does not apply...
     graph = watched(demo(memorised, steps=2, seed=50), words=False, explain="always")
     document = report(comfy, graph)
-    assert document["verdicts"][0]["without"] == "negative prompt" and document["verdicts"][0]["score"] > 0
+    (verdict,) = document["verdicts"]
+    assert verdict["without"] == "negative prompt" and verdict["score"] > 0
+    # ... but the workflow tells the words, and the node where they stand.
+    assert document["prompt"] == memorised and document["prompt_node"] == "positive"
+    assert verdict["view"] == "output gradient" and [w["text"] for w in verdict["words"]] == memorised.split()
     assert any("Text Encode (Déjà Vu)" in note for note in document["notes"])
-    # ... until the encoder is at hand to tell.
+    # With the encoder at hand both are as good as with our own node.
     graph = watched(demo(memorised, steps=2, seed=50), words=False, explain="always")
     graph["monitor"]["inputs"]["clip"] = ["checkpoint", 1]
-    assert report(comfy, graph)["flagged"] is True
+    document = report(comfy, graph)
+    assert document["flagged"] is True and document["notes"] == []
+    own = report(comfy, watched(demo(memorised, steps=2, seed=50), explain="always"))
+    assert [w["raw"] for w in document["verdicts"][0]["words"]] == pytest.approx(
+        [w["raw"] for w in own["verdicts"][0]["words"]], rel=1e-3
+    )
+
+
+def test_a_prompt_that_nobody_can_read_shows_its_tokens_by_number(comfy: ComfyServer, memorised: str) -> None:
+    graph = watched(demo(memorised, steps=2, seed=51), words=False, explain="always")
+    graph["other"] = node("CLIPTextEncode", clip=["checkpoint", 1], text="a red boat")
+    average = node("ConditioningAverage", conditioning_from=["other", 0], conditioning_to_strength=0.9)
+    graphs.splice(graph, "sampler", "positive", "average", average, via="conditioning_to")
+    document = report(comfy, graph)
+    words = document["verdicts"][0]["words"]
+    assert document["prompt"] == "" and document["prompt_node"] is None
+    assert [w["text"] for w in words] == [f"token {number}" for number in range(77)]
+    assert any("numbered" in note for note in document["notes"])
+
+
+def test_the_page_hears_of_a_run_while_it_goes_on(comfy: ComfyServer, memorised: str) -> None:
+    with comfy.events("onlooker") as events:
+        graph = watched(demo(memorised, steps=60, seed=52), explain="flagged")
+        outputs = comfy.run(graph, client_id="onlooker")
+        told = events.of_type("dejavu.run")
+    assert {t["monitor"] for t in told} == {"monitor"} and len({t["run"] for t in told}) == 1
+    # The verdict is there at the first step, before the words are; the last message is the whole report.
+    first, last = told[0], told[-1]
+    assert first["report"]["flagged"] is True and len(first["report"]["verdicts"][0]["score_per_step"]) == 1
+    assert not first["finished"] and not first["report"]["verdicts"][0]["words"]
+    assert last["finished"] and len(last["report"]["verdicts"][0]["score_per_step"]) == 60
+    final = outputs["verdict"]["dejavu"][0]
+    assert last["report"]["verdicts"] == final["verdicts"]
+    assert len(told) < 60  # throttled
+    assert last["report"]["ordinary"]["median"] < last["report"]["ordinary"]["high"] < scores(final)[0]
+    where = final["verdicts"][0]["where"]
+    assert (where["width"], where["height"]) == (16, 16) and len(base64.b64decode(where["values"])) == 256
+
+
+def test_every_word_tells_the_score_without_it(comfy: ComfyServer, memorised: str) -> None:
+    document = report(comfy, watched(demo(memorised, steps=1, seed=53), explain="always"))
+    words = document["verdicts"][0]["words"]
+    top = max(words, key=lambda w: w["raw"])
+    assert top["score_without"] == min(w["score_without"] for w in words) < 0.7 * scores(document)[0]
 
 
 def test_the_trigger_is_named_in_the_run(comfy: ComfyServer) -> None:
@@ -180,9 +228,17 @@ def test_a_flagged_run_can_be_ended_with_a_reason(comfy: ComfyServer, memorised:
 
 def test_the_verdict_is_written_into_the_png(comfy: ComfyServer, memorised: str) -> None:
     graph = watched(demo(memorised, steps=2, seed=10))
-    outputs = comfy.run(graph, extra_pnginfo={"workflow": {"nodes": []}})
+    graph["7:3"] = graph.pop("verdict")
+    graph["decode"]["inputs"]["samples"] = ["7:3", 0]
+    inner = {"id": "inner", "nodes": [{"id": 3, "type": "DejaVuVerdict"}]}
+    workflow = {"nodes": [{"id": 7, "type": "inner"}], "definitions": {"subgraphs": [inner]}}
+    outputs = comfy.run(graph, extra_pnginfo={"workflow": workflow})
     image = Image.open(io.BytesIO(comfy.view(outputs["save"]["images"][0])))
-    assert json.loads(image.info["dejavu"])["verdict"]["verdicts"][0]["flagged"] is True
+    document = json.loads(image.info["dejavu"])["7:3"]
+    assert document["verdicts"][0]["flagged"] is True
+    # The page shows it again from the node's own properties, in a subgraph too.
+    (kept,) = json.loads(image.info["workflow"])["definitions"]["subgraphs"][0]["nodes"]
+    assert kept["properties"]["dejavu"] == document
 
 
 def test_caching_never_shows_another_runs_verdict(comfy: ComfyServer, memorised: str) -> None:
@@ -229,11 +285,25 @@ def test_calibrating_a_checkpoint_gives_it_p_values(comfy: ComfyServer) -> None:
         denoise=1.0,
         negative="",
         count=120,
+        whole_runs=0,
+        cfg=7.0,
     )
     graph["shown"] = node("PreviewAny", source=["calibrated", 1])
     assert "120 ordinary prompts" in comfy.run(graph, timeout=600)["calibrated"]["text"][0]
     (verdict,) = report(comfy, watched(graphs.text_to_image(steps=2, seed=40)))["verdicts"]
     assert verdict["nulls"] == 120 and 0 < verdict["p_value"] <= 1
+    # Whole runs give the band of each step, and p-values for the other scores.
+    graph["calibrated"]["inputs"] |= {"count": 60, "whole_runs": 60, "steps": 6}
+    comfy.run(graph, timeout=600)
+    several = watched(graphs.text_to_image(steps=6, seed=40), score="all steps", alpha=0.05)
+    document = report(comfy, several)
+    (verdict,) = document["verdicts"]
+    assert verdict["nulls"] == 60 and verdict["score_kind"] == "all steps" and 0 < verdict["p_value"] <= 1
+    assert [b["sigma"] for b in document["band"]] == pytest.approx(verdict["sigmas"], rel=1e-5)
+    assert all(b["q05"] <= b["q50"] <= b["q95"] for b in document["band"])
+    several["sampler"]["inputs"]["sampler_name"] = "heun"
+    (verdict,) = report(comfy, several)["verdicts"]
+    assert verdict["p_value"] is None and "another setting" in verdict["why"]
 
 
 def test_perturbed_prompts_are_seeded(comfy: ComfyServer) -> None:

@@ -26,9 +26,9 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
-from ..calibration.profile import Profile
-from ..demo import bundled
-from .comfyui import FINGERPRINT
+from ...calibration.profile import Profile
+from ...demo import bundled
+from .model import FINGERPRINT
 
 BUNDLED = bundled.FOLDER
 PIXELS_PER_LATENT = 4  # a side; the host's EmptyLatentImage counts 8, so it draws half the width it is asked for
@@ -72,6 +72,8 @@ class _Configuration(comfy.supported_models_base.BASE):
 
 class _LatentFormat(comfy.latent_formats.LatentFormat):
     """Between the autoencoder's latents and the diffusion model's, by the autoencoder's configuration."""
+
+    spacial_downscale_ratio = 4
 
     def __init__(self, scale: float, shift: float) -> None:
         self.scale_factor, self.shift = scale, shift

@@ -1,0 +1,23 @@
+"""ComfyUI: its models as a denoiser for the core, a monitor that watches its samplers, and work before sampling.
+
+Nothing here outlives a run: the monitor works through wrappers that the host itself registers on a clone of the
+model, and gradients are taken through aliases of the weights that are put back before anything else runs.
+"""
+
+from .before_sampling import calibrate, examine, mitigate
+from .model import with_model
+from .monitor import Monitor
+from .page import LiveReport, keep_in_picture
+from .text import conditioning_of, encode_text
+
+__all__ = [
+    "LiveReport",
+    "Monitor",
+    "calibrate",
+    "conditioning_of",
+    "encode_text",
+    "examine",
+    "keep_in_picture",
+    "mitigate",
+    "with_model",
+]

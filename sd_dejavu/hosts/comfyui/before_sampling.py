@@ -1,0 +1,161 @@
+"""Work before the sampler: explain, mitigate and calibrate from the noise that a run would begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import comfy.sample
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ...calibration.calibrate import PROMPTS_A_SEED, SEED_BASE, with_whole_runs
+from ...calibration.calibrate import calibrate as run_calibration
+from ...calibration.ordinary_prompts import ordinary_prompts
+from ...calibration.profile import Profile
+from ...demo import bundled
+from ...measure import Measurement
+from ...mitigations import Outcome, Start, available
+from ...mitigations.optimise_conditioning import Settings as OptimiseSettings
+from ...monitor import Monitoring, Report, Watch
+from .model import FINGERPRINT, ComfyModel, with_model
+from .monitor import Monitor
+from .setting import kind_of, profile_for, setting_of
+from .text import SOURCE, conditioning_of, encode_text
+
+
+def examine(
+    patcher: Any,
+    positive: Any,
+    negative: Any,
+    start: tuple[Tensor, Tensor, Tensor],
+    monitoring: Monitoring,
+    profile: Profile | None,
+    folder: Path | None,
+    on_progress: Callable[[str, Watch], None],
+) -> Report:
+    """The report on a run's first step without the run; ``start`` is its latent, noise and sigmas."""
+    first_step = replace(monitoring, when_flagged="report", score="first step")
+    monitor = Monitor(first_step, profile, folder, on_progress=on_progress)
+    latent, noise, sigmas = start
+
+    def sample(
+        model: Any, x: Tensor, step_sigmas: Tensor, extra_args: Any = None, callback: Any = None, disable: Any = None
+    ) -> Tensor:
+        model(x, step_sigmas[0].expand(x.shape[0]), **(extra_args or {}))
+        return x
+
+    guider = comfy.samplers.CFGGuider(monitor.attach(patcher))
+    guider.set_conds(positive, negative)
+    guider.set_cfg(7.0)  # any scale that lets both predictions be made; the first step does not depend on it
+    guider.sample(noise, latent, comfy.samplers.KSAMPLER(sample), sigmas, disable_pbar=True)
+    return Report.of(monitor.runs[-1].watch)
+
+
+def mitigate(
+    patcher: Any,
+    positive: Any,
+    negative: Any,
+    start: tuple[Tensor, Tensor, Tensor],
+    target: float,
+    settings: OptimiseSettings,
+    profile: Profile | None,
+    folder: Path | None,
+) -> tuple[list[list[Any]], dict[str, Any]]:
+    """A conditioning for the host whose first-step score is ordinary, and what was done as plain values.
+
+    Raises ValueError where the prompt has several conditionings, or no target is given and no calibration found.
+    """
+    if len(positive) != 1:
+        raise ValueError(f"the prompt is combined from {len(positive)} conditionings; mitigate each before combining")
+    latent, noise, sigmas = start
+
+    def work(model: ComfyModel, x: Tensor, sigma: Tensor) -> Outcome:
+        conditioning = conditioning_of(positive[0][0], positive[0][1])
+        entries = comfy.sampler_helpers.convert_cond(negative)
+        without = conditioning_of(negative[0][0], negative[0][1])
+        kind = kind_of(entries, positive[0][1][SOURCE].clip if SOURCE in positive[0][1] else None)
+        with torch.no_grad():
+            base = model(x, sigma, without)
+        goal = target
+        if not goal:
+            setting = setting_of(model, kind, entries, 1.0)
+            known = profile or profile_for(setting, model, Monitoring(), folder)
+            if known is None:
+                raise ValueError("there is no calibration to take the target from: calibrate, or give a target")
+            if why := known.setting.mismatch(setting, "first step"):
+                raise ValueError(f"the calibration is for another setting: {why}")
+            goal = known.quantile(0.5, "first step", 1)
+        with torch.inference_mode(False):
+            begin = Start(x.clone(), sigma.clone(), x, without, base.clone(), goal)
+        method = available()["optimise-tokens" if conditioning.reencoding else "optimise-conditioning"]
+        return method.apply(model, conditioning, begin, settings)
+
+    outcome: Outcome = with_model(patcher, positive, latent, noise, sigmas, work)
+    options = dict(positive[0][1])
+    options.pop(SOURCE, None)  # these rows are no longer what the text encodes to
+    if (pooled := outcome.conditioning.extras.get("pooled_output")) is not None:
+        options["pooled_output"] = pooled
+    document = {
+        "score_before": outcome.score_before,
+        "score_after": outcome.score_after,
+        **{k: list(v) if isinstance(v, tuple) else v for k, v in outcome.details.items()},
+    }
+    return [[outcome.conditioning.rows.cpu(), options]], document
+
+
+def calibrate(
+    patcher: Any,
+    clip: Any,
+    latent: Tensor,
+    noise: Tensor,
+    sigmas: Tensor,
+    negative: str,
+    count: int,
+    on_prompt: Callable[[str], None],
+    whole_runs: int = 0,
+    sampler: Any = None,
+    scale: float = 7.0,
+) -> Profile:
+    """First-step scores of ``count`` ordinary prompts, at the first of ``sigmas``; one picture each.
+
+    The first ``whole_runs`` of them are sampled to the end with the host's ``sampler`` at this guidance ``scale``.
+    """
+    if FINGERPRINT in patcher.attachments:  # the bundled model knows no other world than its own
+        prompts = bundled.held_out_ordinary(count, 0)
+    else:
+        prompts = [prompt for prompt, _ in ordinary_prompts(count)]
+    wanted = Measurement(
+        images=1,
+        steps=max(1, len(sigmas) - 1),
+        negative=negative,
+        without="negative prompt" if negative.strip() else "empty prompt",
+    )
+    clip.load_model()
+    profile: Profile = with_model(
+        patcher,
+        encode_text(clip, ""),
+        latent,
+        noise,
+        sigmas,
+        lambda model, x, sigma: run_calibration(model, prompts, wanted, 0, 8, on_prompt),
+    )
+    if not whole_runs:
+        return profile
+    monitor = Monitor(Monitoring(wanted.without, explain="never", score="all steps"), clip=clip)
+    guider = comfy.samplers.CFGGuider(monitor.attach(patcher))
+    guider.set_cfg(scale)
+    traces = []
+    for number, prompt in enumerate(prompts[:whole_runs]):
+        guider.set_conds(encode_text(clip, prompt), encode_text(clip, negative))
+        noise = comfy.sample.prepare_noise(latent, SEED_BASE + number // PROMPTS_A_SEED * PROMPTS_A_SEED)
+        guider.sample(noise, latent, sampler, sigmas, disable_pbar=True)
+        run = monitor.runs[-1]
+        traces.append(run.watch.trace)
+        on_prompt("whole runs")
+    setting = replace(profile.setting, guidance_scale=scale, sampler=run.sampler)
+    return with_whole_runs(replace(profile, setting=setting), traces)

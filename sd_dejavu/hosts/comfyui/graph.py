@@ -1,0 +1,54 @@
+"""Where a run's prompt was typed: found in the workflow that the host is executing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from comfy_execution.utils import get_executing_context
+
+ONWARD = ("positive", "conditioning", "cond1", "guider")  # inputs that lead from a sampler to its prompt
+REPLACING = ("ConditioningZeroOut",)  # nodes behind which the rows are no longer those of the text
+
+Graph = Mapping[str, Mapping[str, Any]]
+
+
+def executing() -> tuple[Graph, str] | None:
+    """The workflow (the host's API format) and the node that runs now; None outside of a run."""
+    from server import PromptServer
+
+    context, server = get_executing_context(), getattr(PromptServer, "instance", None)
+    if context is None or server is None:
+        return None
+    running, _ = server.prompt_queue.get_current_queue_volatile()
+    graph = next((item[2] for item in running if item[1] == context.prompt_id), None)
+    return None if graph is None else (graph, context.node_id)
+
+
+def typed_prompt(graph: Graph, node: str) -> tuple[str, str] | None:
+    """(text, node that holds it) of the prompt that reaches this sampler; None where it is not one plain text."""
+    output = 0
+    for _ in range(len(graph)):
+        found = graph.get(node)
+        if found is None or found["class_type"] in REPLACING:
+            return None
+        inputs = found["inputs"]
+        if "clip" in inputs and "text" in inputs:
+            return _text(graph, inputs["text"], node)
+        names = ("negative",) if output == 1 and "negative" in inputs else ONWARD
+        link = next((inputs[name] for name in names if isinstance(inputs.get(name), list)), None)
+        if link is None:
+            return None
+        node, output = str(link[0]), link[1]
+    return None
+
+
+def _text(graph: Graph, value: Any, node: str) -> tuple[str, str] | None:
+    """A text as typed into the node, or into a primitive that is linked to it."""
+    if isinstance(value, str):
+        return value, node
+    source = str(value[0])
+    found = graph.get(source, {})
+    typed = found.get("inputs", {}).get("value")
+    is_primitive = found.get("class_type", "").startswith("PrimitiveString")
+    return (typed, source) if is_primitive and isinstance(typed, str) else None

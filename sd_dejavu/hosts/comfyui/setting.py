@@ -1,0 +1,86 @@
+"""What a run's scores depend on besides the prompt, and the calibration that was made for it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ...calibration import store
+from ...calibration.profile import Profile, Setting
+from ...conditioning import Unconditional
+from ...monitor import Monitoring
+from .model import ComfyModel, sample_into
+from .text import SOURCE, encode
+
+
+def setting_of(
+    model: ComfyModel,
+    without: Unconditional,
+    negative: Any,
+    scale: float,
+    from_picture: bool = False,
+    sampler: str = "",
+) -> Setting:
+    return Setting(
+        model.fingerprint,
+        model.prediction_type,
+        model.latent_shape,
+        len(model.sigmas(0)) - 1,
+        model.sigmas(0)[0],
+        scale,
+        without,
+        _negative_name(negative) if without == "negative prompt" else "",
+        "a picture" if from_picture else "noise",
+        sampler,
+    )
+
+
+def profile_for(setting: Setting, model: ComfyModel, monitoring: Monitoring, folder: Path | None) -> Profile | None:
+    """One that holds the monitor's kind of score, or else the first step's, which decides during the run."""
+    kinds = dict.fromkeys((monitoring.score, "first step"))
+    found = (store.find(setting, kind, 1, model.brought_along, folder) for kind in kinds)
+    return next((profile for profile in found if profile is not None), None)
+
+
+def kind_of(negative: Any, clip: Any = None) -> Unconditional:
+    """The empty prompt where the host's negative conditioning comes from one, or equals what ``clip`` makes of it."""
+    for entry in negative:
+        source, rows = entry.get(SOURCE), entry.get("cross_attn")
+        if source is not None:
+            is_empty = not source.text.strip()
+        else:
+            is_empty = clip is not None and rows is not None and _equals_empty(rows, clip)
+        if not is_empty:
+            return "negative prompt"
+    return "empty prompt"
+
+
+_empty_rows: WeakKeyDictionary[Any, dict[Any, Tensor]] = WeakKeyDictionary()
+
+
+def _equals_empty(rows: Tensor, clip: Any) -> bool:
+    known = _empty_rows.setdefault(clip.cond_stage_model, {})
+    key = (clip.patcher.patches_uuid, clip.layer_idx)
+    if key not in known:
+        known[key] = encode(clip, "").rows.detach().cpu()
+    return known[key].shape == rows.shape and torch.allclose(known[key].to(rows), rows, atol=1e-3, rtol=1e-3)
+
+
+def _negative_name(negative: Any) -> str:
+    """The negative prompt as typed, or a digest of its rows where the text is unknown."""
+    names = []
+    for entry in negative or ():
+        source, rows = entry.get(SOURCE), entry.get("cross_attn")
+        names.append(source.text if source is not None else "" if rows is None else _row_name(rows))
+    return " | ".join(names)
+
+
+def _row_name(rows: Tensor) -> str:
+    digest = hashlib.sha256()
+    sample_into(digest, "rows", rows)
+    return f"conditioning {digest.hexdigest()[:12]}"

@@ -1,0 +1,186 @@
+"""Prompts in ComfyUI: conditionings that keep their text, and the encoder with a way back for gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import comfy.sd1_clip
+import folder_paths
+import torch
+from torch import Tensor
+
+from ...conditioning import Conditioning, EncoderInput, Reencoding, TokenRow, Word, align
+from ...prompt_weights import parse
+
+SOURCE = "dejavu_source"  # key in a conditioning's dict that holds its Source
+CLIP_CHUNK, T5_WIDTH = 77, 4096  # rows that CLIP gives at a time, and the width by which T5's rows are told apart
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a conditioning came from: the text, the encoder and the workflow's node; travels in its dict.
+
+    ``clip`` is None where only the text is known, as read from the workflow.
+    """
+
+    clip: Any
+    text: str
+    node: str | None = None
+
+
+def encode_text(clip: Any, text: str, node: str | None = None) -> list[list[Any]]:
+    """What CLIPTextEncode gives, with the text and the encoder kept along. Raises ValueError without a CLIP."""
+    if clip is None:
+        raise ValueError("the CLIP input is empty: the checkpoint that was loaded may hold no text encoder")
+    encoded = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+    for entry in encoded:
+        entry[1][SOURCE] = Source(clip, text, node)
+    return encoded
+
+
+def conditioning_of(rows: Tensor, options: dict[str, Any]) -> Conditioning:
+    """One entry of a host's conditioning as the core's, with words and way back where the encoder is known.
+
+    Without a source the tokens stay unknown: rows can be measured and optimised, words not named.
+    """
+    pooled = options.get("pooled_output")
+    extras = {} if pooled is None else {"pooled_output": pooled}
+    source: Source | None = options.get(SOURCE)
+    if source is None:
+        return Conditioning(rows, extras)
+    if source.clip is None:
+        words, tokens = _read_without_encoder(source.text, rows)
+        return Conditioning(rows, extras, source.text if tokens else "", words, tokens)
+    found = encode(source.clip, source.text)
+    # The host may have changed the rows since (averaged, concatenated, zeroed): then the words no longer fit them.
+    if found.rows.shape != rows.shape or not torch.allclose(found.rows.to(rows), rows, atol=1e-3, rtol=1e-3):
+        return Conditioning(rows, extras)
+    return replace(found, rows=rows, extras=extras)
+
+
+def encode(clip: Any, text: str) -> Conditioning:
+    """The conditioning of a text, encoded where the encoder's weights lie.
+
+    The host's own call would load the encoder first, which in the middle of a run may push the sampled model out.
+    """
+    tokens = clip.tokenize(text)
+    if not set(tokens) <= {"l", "g", "h"}:
+        with torch.no_grad():
+            rows, extras = _run_encoder(clip, tokens)
+        return Conditioning(rows, extras, text)
+    encoders = [_Encoder(clip, name, tokens[name]) for name in sorted(tokens, key="lgh".index)]
+    plain = parse(text).text
+    rows_of = [encoder.token_rows(plain) for encoder in encoders]
+
+    def encode_from(embeddings: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        with ExitStack() as hooks:
+            for encoder, given in zip(encoders, embeddings, strict=True):
+                hooks.enter_context(encoder.replaced(given))
+            return _run_encoder(clip, tokens)
+
+    with torch.no_grad():
+        rows, extras = _run_encoder(clip, tokens)
+        reencoding = None
+        if all(encoder.is_plain for encoder in encoders):
+            inputs = (EncoderInput(e.embeddings(), r) for e, r in zip(encoders, rows_of, strict=True))
+            reencoding = Reencoding(tuple(inputs), encode_from)
+    known = rows_of[0] if len(rows_of[0]) == rows.shape[1] else ()
+    return Conditioning(rows, extras, text, _words_as_typed(text), known, reencoding)
+
+
+def by_position(conditioning: Conditioning) -> Conditioning:
+    """The same rows with a word for each, called by its place: for prompts whose text is not known."""
+    count = conditioning.rows.shape[1]
+    words = tuple(Word(f"token {number}", 0, 0) for number in range(count))
+    tokens = tuple(TokenRow(word.text, "word", number) for number, word in enumerate(words))
+    return replace(conditioning, prompt="", words=words, tokens=tokens)
+
+
+def _words_as_typed(text: str) -> tuple[Word, ...]:
+    read = parse(text)
+    words, _ = align(read.text, [])
+    return tuple(replace(w, start=read.places[w.start], end=read.places[w.end - 1] + 1) for w in words)
+
+
+def _read_without_encoder(text: str, rows: Tensor) -> tuple[tuple[Word, ...], tuple[TokenRow, ...]]:
+    """Words and tokens by CLIP's own tokenizer; both empty where the rows are not CLIP's."""
+    if rows.shape[1] % CLIP_CHUNK or rows.shape[2] == T5_WIDTH:
+        return (), ()
+    tokenizer = _clip_tokenizer()
+    tokens = _token_rows(tokenizer.tokenize_with_weights(text), tokenizer, parse(text).text)
+    return (_words_as_typed(text), tokens) if len(tokens) == rows.shape[1] else ((), ())
+
+
+@cache
+def _clip_tokenizer() -> Any:
+    return comfy.sd1_clip.SDTokenizer(embedding_directory=folder_paths.get_folder_paths("embeddings"))
+
+
+def _run_encoder(clip: Any, tokens: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    encoder = clip.cond_stage_model
+    encoder.reset_clip_options()
+    if clip.layer_idx is not None:
+        encoder.set_clip_options({"layer": clip.layer_idx})
+    rows, pooled = encoder.encode_token_weights(tokens)[:2]
+    return rows, {} if pooled is None else {"pooled_output": pooled}
+
+
+def _token_rows(chunks: Sequence[Sequence[tuple[Any, ...]]], tokenizer: Any, text: str) -> tuple[TokenRow, ...]:
+    """What each (token, weight) of the chunks stands for; ``text`` is the prompt without its weights."""
+    pieces: list[str] = []
+    roles: list[Any] = []
+    for chunk in chunks:
+        ended = False
+        for number, (token, *_) in enumerate(chunk):
+            is_vector = isinstance(token, Tensor)
+            ended = ended or (not is_vector and number > 0 and token == tokenizer.end_token)
+            roles.append("start" if number == 0 else "end" if ended else "word")
+            pieces.append("" if is_vector else tokenizer.inv_vocab.get(token, ""))
+    _, owners = align(text, [p for p, role in zip(pieces, roles, strict=True) if role == "word"])
+    place = iter(owners)
+    return tuple(
+        TokenRow(piece, role, next(place) if role == "word" else None)
+        for piece, role in zip(pieces, roles, strict=True)
+    )
+
+
+class _Encoder:
+    """One CLIP encoder of a host's text model, with the chunks of (token, weight) it is about to read."""
+
+    def __init__(self, clip: Any, name: str, chunks: list[list[tuple[Any, float]]]) -> None:
+        self.chunks = chunks
+        self._tokenizer = getattr(clip.tokenizer, f"clip_{name}")
+        self._table = getattr(clip.cond_stage_model, f"clip_{name}").transformer.get_input_embeddings()
+
+    @property
+    def is_plain(self) -> bool:
+        """No textual inversions: those are vectors, not tokens of the table."""
+        return not any(isinstance(token, Tensor) for chunk in self.chunks for token, _ in chunk)
+
+    def token_rows(self, text: str) -> tuple[TokenRow, ...]:
+        return _token_rows(self.chunks, self._tokenizer, text)
+
+    def embeddings(self) -> Tensor:
+        """[chunks * tokens, d] of the tokens, as they enter the encoder."""
+        numbers = torch.tensor([[token for token, _ in chunk] for chunk in self.chunks])
+        weight = self._table.weight
+        return self._table(numbers.to(weight.device), out_dtype=torch.float32).flatten(0, 1)
+
+    @contextmanager
+    def replaced(self, embeddings: Tensor) -> Iterator[None]:
+        """While open, the table gives these instead; it is asked once a chunk, and then for the empty prompt."""
+        parts = iter(embeddings.split([len(chunk) for chunk in self.chunks]))
+
+        def give(module: Any, arguments: Any, output: Tensor) -> Tensor:
+            part = next(parts, None)
+            return output if part is None else part[None].to(output)
+
+        handle = self._table.register_forward_hook(give)
+        try:
+            yield
+        finally:
+            handle.remove()
