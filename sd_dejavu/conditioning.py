@@ -176,3 +176,29 @@ def merge_by_word(values: Tensor, tokens: Sequence[TokenRow], words: Sequence[Wo
         if token.role == "word" and token.word is not None:
             merged[token.word] += value
     return merged
+
+
+def rows_of_chunks(text: str, chunks: Sequence[Sequence[str]], end: str) -> tuple[TokenRow, ...]:
+    """What the tokens of each chunk stand for: a start token, byte-level words of ``text``, then ``end`` and padding."""
+    pieces: list[str] = []
+    roles: list[Role] = []
+    for chunk in chunks:
+        ended = False
+        for number, piece in enumerate(chunk):
+            ended = ended or (number > 0 and piece == end)
+            roles.append("start" if number == 0 else "end" if ended else "word")
+            pieces.append(piece)
+    _, owners = align(text, [p for p, role in zip(pieces, roles, strict=True) if role == "word"])
+    place = iter(owners)
+    return tuple(
+        TokenRow(piece, role, next(place) if role == "word" else None)
+        for piece, role in zip(pieces, roles, strict=True)
+    )
+
+
+def by_position(conditioning: Conditioning) -> Conditioning:
+    """The same rows with a word for each, called by its place: for prompts whose text is not known."""
+    count = conditioning.rows.shape[1]
+    words = tuple(Word(f"token {number}", 0, 0) for number in range(count))
+    tokens = tuple(TokenRow(word.text, "word", number) for number, word in enumerate(words))
+    return replace(conditioning, prompt="", words=words, tokens=tokens)

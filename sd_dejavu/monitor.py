@@ -18,8 +18,11 @@ from torch import Tensor
 
 from .calibration.ordinary_prompts import style_of
 from .calibration.profile import ALPHA_DEFAULT, EVALUATIONS, ORDINARY_QUANTILE, Profile, ScoreKind, Setting
-from .conditioning import Unconditional
-from .mitigations import Outcome
+from .conditioning import Conditioning, Unconditional, by_position
+from .denoiser import Model
+from .explain import confirmed_gradient, output_gradient
+from .mitigations import Outcome, Start, available
+from .mitigations.optimise_conditioning import Settings as OptimiseSettings
 from .settings import option, validate
 from .trace import NotMeasured, Trace
 from .verdict import BandStep, Explanation, Verdict
@@ -76,6 +79,7 @@ class Watch:
     notes: list[str] = field(default_factory=list)
     finished: bool = False
     stopped: bool = False  # ended by us at its first step
+    base: Tensor | None = None  # the denoised prediction without the prompt at the first evaluation
     pixels_a_cell: int = 8  # of the picture, to each cell of the latent
     prompt_node: str | None = None  # the node of the host's workflow that holds the prompt
 
@@ -92,6 +96,40 @@ class Watch:
     def mitigated(self, outcome: Outcome) -> None:
         """From here on another conditioning is sampled: its readings go into a trace of their own."""
         self.outcome, self.before, self.trace = outcome, self.trace, Trace()
+
+    def look_at_words(self, model: Model, conditioning: Conditioning, x: Tensor, sigma: Tensor, base: Tensor) -> None:
+        """Explain at x [B, C, H, W], sigma [B]; ``base`` is the denoised prediction there without the prompt."""
+        named = conditioning if conditioning.tokens else by_position(conditioning)
+        view = confirmed_gradient if named.reencoding is not None else output_gradient
+        with model.differentiable():
+            self.explanation = view.explain(model, x.clone(), sigma.clone(), named, base.float().clone())
+
+    def find_remedy(
+        self, model: Model, conditioning: Conditioning, x: Tensor, sigma: Tensor, base: Tensor
+    ) -> Conditioning:
+        """What to go on with instead, by the monitor's remedy. Needs the profile by which the run was flagged."""
+        assert self.profile is not None
+        with torch.inference_mode(False):
+            x, sigma, base = x.clone(), sigma.clone(), base.float().clone()
+        start = Start(
+            x,
+            sigma,
+            x,
+            conditioning,
+            base,
+            self.profile.quantile(0.5, "first step", 1),
+            0,
+            self.profile.quantile(ORDINARY_QUANTILE, "first step", 1),
+        )
+        if self.monitoring.remedy == "remove-trigger":
+            method = available()["remove-trigger"]
+            settings = method.settings()
+        else:
+            method = available()["optimise-tokens" if conditioning.reencoding else "optimise-conditioning"]
+            settings = OptimiseSettings()
+        outcome = method.apply(model, conditioning, start, settings)
+        self.mitigated(outcome)
+        return outcome.conditioning
 
     def verdicts(self, kind: ScoreKind | None = None) -> list[Verdict]:
         """A verdict for each picture, on the conditioning that came in; one without a score when nothing was read."""
@@ -196,7 +234,7 @@ class Report:
             for values in bytes_of
         ]
 
-    def _ordinary(self) -> tuple[list[BandStep], dict[str, float] | None]:
+    def ordinary(self) -> tuple[list[BandStep], dict[str, float] | None]:
         """What ordinary prompts give in this setting: the band of each step, and the first-step score."""
         profile, setting = self.watch.profile, self.watch.setting
         if profile is None or setting is None:
@@ -216,7 +254,7 @@ class Report:
             told = {"label": label(verdict), "sentence": sentence(verdict), "facts": [list(f) for f in facts(verdict)]}
             return {**verdict.as_json(), **told}
 
-        band, ordinary = self._ordinary()
+        band, ordinary = self.ordinary()
 
         outcome = self.watch.outcome
         mitigation = None

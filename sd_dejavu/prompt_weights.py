@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .conditioning import Conditioning, Reencoding, TokenRow, Word
+from .conditioning import Conditioning, Reencoding, TokenRow, Word, split_words
 
 ROUND, SQUARE = 1.1, 1 / 1.1
 _WEIGHT = re.compile(r":\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)")
@@ -70,12 +70,18 @@ def parse(prompt: str) -> Weighted:
     return Weighted("".join(text), tuple(weights), tuple(places))
 
 
+def words_as_typed(prompt: str) -> tuple[Word, ...]:
+    """The words of the text without its brackets, at their places in the prompt with them."""
+    read = parse(prompt)
+    return tuple(replace(w, start=read.places[w.start], end=read.places[w.end - 1] + 1) for w in split_words(read.text))
+
+
 def encode_weighted(encode: Callable[[str], Conditioning], prompt: str) -> Conditioning:
     """The conditioning of a prompt with brackets; ``encode`` encodes plain text."""
     read = parse(prompt)
     plain = encode(read.text)
     weights = [read.weights[word.start] for word in plain.words]
-    typed = tuple(Word(w.text, read.places[w.start], read.places[w.end - 1] + 1) for w in plain.words)
+    typed = words_as_typed(prompt)
     if all(weight == 1 for weight in weights):
         return replace(plain, prompt=prompt, words=typed)
     return replace(apply(plain, encode("").rows, weights), prompt=prompt, words=typed)

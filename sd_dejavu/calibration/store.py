@@ -41,6 +41,14 @@ def find(
     return max(fitting, key=lambda p: len(p.null_scores(kind, images)), default=None)
 
 
+def find_for_monitor(
+    setting: Setting, wanted: ScoreKind, also: Sequence[Path] = (), folder: Path | None = None
+) -> Profile | None:
+    """One that holds this kind of score, or else the first step's, which decides during the run."""
+    found = (find(setting, kind, 1, also, folder) for kind in dict.fromkeys((wanted, "first step")))
+    return next((profile for profile in found if profile is not None), None)
+
+
 @lru_cache(maxsize=16)
 def _load(path: Path, changed: int) -> Profile:
     """A host asks at every run; the file is read again when its time of change is another."""

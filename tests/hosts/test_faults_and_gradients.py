@@ -19,6 +19,7 @@ from watched import RAW, demo, report, scores, watched
 from sd_dejavu.demo import bundled
 
 NODES = '''
+import dataclasses
 import sys
 
 import comfy.controlnet
@@ -49,7 +50,16 @@ class Sabotage:
         def raising(*args, **kwargs):
             raise kinds[error]
 
-        setattr(monitor, step, raising)
+        if step == "remedy":  # in the midst of an optimisation
+            known = monitor._conditioning
+
+            def broken(*args):
+                found = known(*args)
+                return dataclasses.replace(found, reencoding=dataclasses.replace(found.reencoding, encode=raising))
+
+            monitor._conditioning = broken
+        else:
+            setattr(monitor, step, raising)
         return (model,)
 
 
@@ -181,7 +191,7 @@ def pixels(server: ComfyServer, outputs: dict) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(server.view(outputs["save"]["images"][0]))))
 
 
-STEPS = ("_read", "_after", "_identify", "_act", "_conditioning", "_mitigated")
+STEPS = ("_read", "_after", "_identify", "_act", "_conditioning", "remedy")
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -209,7 +219,7 @@ def test_the_hosts_interruption_passes(faulty: ComfyServer, memorised: str, step
 
 def test_no_memory_for_gradients_costs_no_picture(faulty: ComfyServer, memorised: str) -> None:
     graph = watched(demo(memorised, steps=2, seed=3), when_flagged="mitigate", alpha=0.04)
-    sabotage = node("Sabotage", monitor=["monitor", 1], step="_mitigated", error="memory")
+    sabotage = node("Sabotage", monitor=["monitor", 1], step="remedy", error="memory")
     outputs = faulty.run(graphs.splice(graph, "sampler", "model", "sabotage", sabotage))
     assert outputs["save"]["images"]
     assert any("not enough memory" in note for note in outputs["verdict"]["dejavu"][0]["notes"])

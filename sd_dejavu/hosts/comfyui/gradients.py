@@ -1,13 +1,9 @@
-"""Gradients in the host's inference mode, through aliases of its weights.
-
-The host executes prompts in inference mode, where nothing can be differentiated; an alias is a normal tensor on the
-same storage (no copy), which can. All aliases are put back before anything else runs.
-"""
+"""What gradients need of ComfyUI: memory, an attention that has a backward pass, blocks that recompute."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.model_management
@@ -29,49 +25,6 @@ def make_room(patcher: Any, latent_pixels: int) -> None:
     needed = latent_pixels * BYTES_A_LATENT_PIXEL * managed.dtype_size(computes_in) // 4
     own = [m for m in managed.current_loaded_models if m.model is not None and patcher.is_clone(m.model)]
     managed.free_memory(needed, patcher.load_device, keep_loaded=own)
-
-
-@contextmanager
-def differentiable(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Out of inference mode, with every inference tensor of the modules aliased to a normal one; all put back."""
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autograd.graph.allow_mutation_on_saved_tensors(),
-        ExitStack() as stack,
-    ):
-        for module in modules:
-            stack.enter_context(_aliased(module))
-        yield
-
-
-@contextmanager
-def _aliased(module: torch.nn.Module) -> Iterator[None]:
-    taken: list[tuple[dict[str, Any], str, Any]] = []
-    try:
-        for part in module.modules():
-            for table in (part._parameters, part._buffers):
-                for name, tensor in table.items():
-                    if tensor is not None and tensor.is_inference():
-                        taken.append((table, name, tensor))
-                        table[name] = _alias(tensor, is_parameter=table is part._parameters)
-        yield
-    finally:
-        for table, name, tensor in taken:
-            table[name] = tensor
-
-
-def _alias(tensor: Tensor, is_parameter: bool) -> Any:
-    if type(tensor) not in (Tensor, torch.nn.Parameter):
-        raise ValueError(f"gradients cannot be taken through {type(tensor).__name__} weights: load a plain checkpoint")
-    alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
-    return torch.nn.Parameter(alias, requires_grad=False) if is_parameter else alias
-
-
-def normal(tensor: Tensor) -> Tensor:
-    """A tensor that may be saved for backward."""
-    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
 
 
 def plain_attention(function: Any, *arguments: Any, **settings: Any) -> Tensor:

@@ -21,7 +21,8 @@ from torch import Tensor
 from ...conditioning import Conditioning
 from ...demo import bundled
 from ...denoiser import PredictionType, seeded_noise
-from .gradients import checkpointed, differentiable, make_room, normal, plain_attention
+from ..aliases import differentiable, normal
+from .gradients import checkpointed, make_room, plain_attention
 from .text import SOURCE, encode
 
 FINGERPRINT = "dejavu_fingerprint"  # attachment of a model whose fingerprint is known

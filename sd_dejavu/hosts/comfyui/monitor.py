@@ -17,17 +17,14 @@ import comfy.patcher_extension
 import torch
 from torch import Tensor
 
-from ...calibration.profile import ORDINARY_QUANTILE, Profile
+from ...calibration.profile import Profile
 from ...conditioning import Conditioning, Unconditional
 from ...denoiser import Predictions
-from ...explain import confirmed_gradient, output_gradient
-from ...mitigations import Start, available
-from ...mitigations.optimise_conditioning import Settings as OptimiseSettings
 from ...monitor import Monitoring, Report, Watch, flagged
 from . import graph
 from .model import ComfyModel
 from .setting import kind_of, profile_for, setting_of
-from .text import SOURCE, Source, by_position, conditioning_of
+from .text import SOURCE, Source, conditioning_of
 
 KEY = "dejavu"
 RUNS_KEPT = 8
@@ -287,17 +284,15 @@ class Monitor:
             return False
         conditioning = self._conditioning(watch, entries) if explaining or mitigating else None
         if explaining and conditioning is not None:
-            named = conditioning if conditioning.tokens else by_position(conditioning)
-            view = confirmed_gradient if named.reencoding is not None else output_gradient
-            with self._guarded(run), model.differentiable():
-                watch.explanation = view.explain(model, x.clone(), sigma.clone(), named, run.uncond.float().clone())
+            with self._guarded(run):
+                watch.look_at_words(model, conditioning, x, sigma, run.uncond)
         if is_flagged and wanted.when_flagged == "stop":
             watch.stopped = True
             self._on_progress(run.number, watch)
             raise Stopped(_stop_message(watch))
         if not mitigating or conditioning is None:
             return False
-        changed = self._mitigated(watch, model, conditioning, x, sigma, run.uncond)
+        changed = watch.find_remedy(model, conditioning, x, sigma, run.uncond)
         guider.conds["positive"] = [model.entry_with(changed, x)]
         return True
 
@@ -321,25 +316,6 @@ class Monitor:
                 "with the Text Encode (Déjà Vu) node, or link CLIP to the monitor, to name them more surely"
             )
         return found
-
-    def _mitigated(
-        self, watch: Watch, model: ComfyModel, conditioning: Conditioning, x: Tensor, sigma: Tensor, without: Tensor
-    ) -> Conditioning:
-        assert watch.profile is not None  # nothing is flagged without one
-        target = watch.profile.quantile(0.5, "first step", 1)
-        ordinary = watch.profile.quantile(ORDINARY_QUANTILE, "first step", 1)
-        with torch.inference_mode(False):
-            x, sigma, base = x.clone(), sigma.clone(), without.float().clone()
-        start = Start(x, sigma, x, conditioning, base, target, 0, ordinary)
-        if self.monitoring.remedy == "remove-trigger":
-            method = available()["remove-trigger"]
-            settings = method.settings()
-        else:
-            method = available()["optimise-tokens" if conditioning.reencoding else "optimise-conditioning"]
-            settings = OptimiseSettings()
-        outcome = method.apply(model, conditioning, start, settings)
-        watch.mitigated(outcome)
-        return outcome.conditioning
 
 
 def _covers(entries: Any, sigma: Tensor) -> bool:

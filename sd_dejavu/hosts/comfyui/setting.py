@@ -41,10 +41,7 @@ def setting_of(
 
 
 def profile_for(setting: Setting, model: ComfyModel, monitoring: Monitoring, folder: Path | None) -> Profile | None:
-    """One that holds the monitor's kind of score, or else the first step's, which decides during the run."""
-    kinds = dict.fromkeys((monitoring.score, "first step"))
-    found = (store.find(setting, kind, 1, model.brought_along, folder) for kind in kinds)
-    return next((profile for profile in found if profile is not None), None)
+    return store.find_for_monitor(setting, monitoring.score, model.brought_along, folder)
 
 
 def kind_of(negative: Any, clip: Any = None) -> Unconditional:

@@ -13,8 +13,8 @@ import folder_paths
 import torch
 from torch import Tensor
 
-from ...conditioning import Conditioning, EncoderInput, Reencoding, TokenRow, Word, align
-from ...prompt_weights import parse
+from ...conditioning import Conditioning, EncoderInput, Reencoding, TokenRow, Word, rows_of_chunks
+from ...prompt_weights import parse, words_as_typed
 
 SOURCE = "dejavu_source"  # key in a conditioning's dict that holds its Source
 CLIP_CHUNK, T5_WIDTH = 77, 4096  # rows that CLIP gives at a time, and the width by which T5's rows are told apart
@@ -89,21 +89,7 @@ def encode(clip: Any, text: str) -> Conditioning:
             inputs = (EncoderInput(e.embeddings(), r) for e, r in zip(encoders, rows_of, strict=True))
             reencoding = Reencoding(tuple(inputs), encode_from)
     known = rows_of[0] if len(rows_of[0]) == rows.shape[1] else ()
-    return Conditioning(rows, extras, text, _words_as_typed(text), known, reencoding)
-
-
-def by_position(conditioning: Conditioning) -> Conditioning:
-    """The same rows with a word for each, called by its place: for prompts whose text is not known."""
-    count = conditioning.rows.shape[1]
-    words = tuple(Word(f"token {number}", 0, 0) for number in range(count))
-    tokens = tuple(TokenRow(word.text, "word", number) for number, word in enumerate(words))
-    return replace(conditioning, prompt="", words=words, tokens=tokens)
-
-
-def _words_as_typed(text: str) -> tuple[Word, ...]:
-    read = parse(text)
-    words, _ = align(read.text, [])
-    return tuple(replace(w, start=read.places[w.start], end=read.places[w.end - 1] + 1) for w in words)
+    return Conditioning(rows, extras, text, words_as_typed(text), known, reencoding)
 
 
 def _read_without_encoder(text: str, rows: Tensor) -> tuple[tuple[Word, ...], tuple[TokenRow, ...]]:
@@ -112,7 +98,7 @@ def _read_without_encoder(text: str, rows: Tensor) -> tuple[tuple[Word, ...], tu
         return (), ()
     tokenizer = _clip_tokenizer()
     tokens = _token_rows(tokenizer.tokenize_with_weights(text), tokenizer, parse(text).text)
-    return (_words_as_typed(text), tokens) if len(tokens) == rows.shape[1] else ((), ())
+    return (words_as_typed(text), tokens) if len(tokens) == rows.shape[1] else ((), ())
 
 
 @cache
@@ -131,21 +117,9 @@ def _run_encoder(clip: Any, tokens: dict[str, Any]) -> tuple[Tensor, dict[str, T
 
 def _token_rows(chunks: Sequence[Sequence[tuple[Any, ...]]], tokenizer: Any, text: str) -> tuple[TokenRow, ...]:
     """What each (token, weight) of the chunks stands for; ``text`` is the prompt without its weights."""
-    pieces: list[str] = []
-    roles: list[Any] = []
-    for chunk in chunks:
-        ended = False
-        for number, (token, *_) in enumerate(chunk):
-            is_vector = isinstance(token, Tensor)
-            ended = ended or (not is_vector and number > 0 and token == tokenizer.end_token)
-            roles.append("start" if number == 0 else "end" if ended else "word")
-            pieces.append("" if is_vector else tokenizer.inv_vocab.get(token, ""))
-    _, owners = align(text, [p for p, role in zip(pieces, roles, strict=True) if role == "word"])
-    place = iter(owners)
-    return tuple(
-        TokenRow(piece, role, next(place) if role == "word" else None)
-        for piece, role in zip(pieces, roles, strict=True)
-    )
+    names, end = tokenizer.inv_vocab, tokenizer.inv_vocab.get(tokenizer.end_token)
+    pieces = [["" if isinstance(token, Tensor) else names.get(token, "") for token, *_ in chunk] for chunk in chunks]
+    return rows_of_chunks(text, pieces, end)
 
 
 class _Encoder:

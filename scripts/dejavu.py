@@ -1,0 +1,298 @@
+"""Déjà Vu for Automatic1111 and Forge: the accordion, the callbacks and the routes. The work is done in sd_dejavu."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from fastapi import Body, HTTPException
+from modules import call_queue, paths, processing, script_callbacks, scripts, shared
+from modules.ui_components import InputAccordion
+
+from sd_dejavu.calibration import store
+from sd_dejavu.hosts.webui import controls, run
+from sd_dejavu.report import panel
+
+TITLE = "Déjà Vu"
+HOST = run.this_host()
+FOLDER = Path(paths.data_path) / "dejavu" / "calibration"
+
+
+class Session:
+    """The run that is being sampled, and what is shown of the last one. The host samples one at a time."""
+
+    def __init__(self) -> None:
+        self.watching: run.Run | run.Calibration | None = None
+        self.panel = ""
+        self.documents: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+
+
+SESSION = Session()
+
+
+class DejaVuScript(scripts.Script):
+    def __init__(self) -> None:
+        self.shown: Any = None
+        self.parts: dict[str, Any] = {}
+        self.bound = False
+
+    def title(self) -> str:
+        return TITLE
+
+    def show(self, is_img2img: bool) -> Any:
+        return scripts.AlwaysVisible
+
+    # ------------------------------------------------------------------------------- interface
+
+    def ui(self, is_img2img: bool) -> list[Any]:
+        tab = self.tab = "img2img" if is_img2img else "txt2img"
+        with InputAccordion(False, label=TITLE, elem_id=f"dejavu_{tab}") as enabled:
+            gr.HTML("<p>Is this picture mine, or is the model replaying its training data?</p>")
+            components = [_component(known, tab) for known in controls.OPTIONS]
+            with gr.Row():
+                self.parts["count"] = gr.Number(
+                    1000, label="ordinary prompts", precision=0, elem_id=f"dejavu_count_{tab}"
+                )
+                self.parts["calibrate"] = gr.Button("Calibrate", elem_id=f"dejavu_calibrate_{tab}")
+                stop = gr.Button("Stop", elem_id=f"dejavu_stop_{tab}")
+            self.parts["told"] = gr.HTML(
+                "<p>Calibrate measures ordinary prompts once for the loaded checkpoint, the size, the sampler and the "
+                "negative prompt above; from then on runs like that get a p-value, and can be flagged.</p>",
+                elem_id=f"dejavu_told_{tab}",
+            )
+            stop.click(lambda: shared.state.interrupt(), inputs=[], outputs=[])
+        self.infotext_fields = [
+            (enabled, lambda known: True if controls.INFOTEXT in known else None),
+            *(
+                (component, partial(controls.pasted, name=known.name))
+                for component, known in zip(components, controls.OPTIONS, strict=True)
+            ),
+        ]
+        return [enabled, *components]
+
+    def after_component(self, component: Any, **kwargs: Any) -> None:
+        tab = "img2img" if self.is_img2img else "txt2img"
+        elem_id = kwargs.get("elem_id") or ""
+        for name in ("width", "height", "steps", "sampling", "scheduler", "neg_prompt", "prompt"):
+            if elem_id == f"{tab}_{name}":
+                self.parts[name] = component
+        if elem_id == f"html_log_{tab}":
+            self.shown = gr.HTML("", elem_id=f"dejavu_panel_{tab}")
+        if elem_id == f"generation_info_{tab}":
+            self.parts["info"] = component
+        if self.shown is not None and "info" in self.parts:
+            self.parts.pop("info").change(lambda: SESSION.panel, inputs=[], outputs=[self.shown])
+        needed = ["count", "width", "height", "steps", "sampling", "scheduler", "neg_prompt"]
+        if not self.bound and "calibrate" in self.parts and all(name in self.parts for name in needed):
+            self.bound = True
+            inputs = [self.parts[name] for name in needed]
+            self.parts["calibrate"].click(_calibrate_from_page, inputs=inputs, outputs=[self.parts["told"]])
+
+    # ------------------------------------------------------------------------------------ runs
+
+    def process(self, p: Any, *arguments: Any) -> None:
+        SESSION.watching = None
+        try:
+            wanted = controls.read(arguments, getattr(p, "dejavu_changes", None))
+        except ValueError as error:
+            p.comment(f"{TITLE}: no verdict: {error}")
+            return
+        if not wanted.enabled:
+            return
+        p.all_prompts = controls.perturbed(p.all_prompts, p.all_seeds, wanted)
+        SESSION.panel, SESSION.documents = "", []
+        SESSION.watching = run.Run(HOST, wanted.monitoring, FOLDER)
+        p.extra_generation_params[controls.INFOTEXT] = controls.as_infotext(wanted)
+
+    def process_batch(self, p: Any, *arguments: Any, **kwargs: Any) -> None:
+        if isinstance(SESSION.watching, run.Run):
+            SESSION.watching.forget()
+
+    def process_before_every_sampling(self, p: Any, *arguments: Any, **kwargs: Any) -> None:
+        watching = SESSION.watching
+        if isinstance(watching, run.Run):
+            watching.begin(p, from_picture=getattr(p, "init_latent", None) is not None)
+            if HOST.name == "Forge":
+                watching.attach(p)
+
+    def postprocess_batch(self, p: Any, *arguments: Any, **kwargs: Any) -> None:
+        watching = SESSION.watching
+        if not isinstance(watching, run.Run):
+            return
+        watching.end()
+        reports = watching.reports()
+        passes = {title for title, _, _ in reports}
+        before = kwargs.get("batch_number", 0) * p.batch_size
+        named = []
+        for title, image, report in reports:
+            name = f"Picture {before + image + 1}" + (f", {title}" if len(passes) > 1 else "")
+            named.append((name, report))
+            SESSION.documents.append({"picture": before + image, "pass": title, **report.as_json()})
+        SESSION.panel += str(panel.panel(named))
+        for line in panel.plain_text(named).splitlines():
+            p.comment(f"{TITLE}: {line}")
+        if shared.opts.data.get("dejavu_infotext", True):
+            p.extra_generation_params.update(controls.infotexts([(image, report) for _, image, report in reports]))
+
+    def postprocess(self, p: Any, processed: Any, *arguments: Any) -> None:
+        SESSION.watching = None
+
+
+def _component(known: Any, tab: str) -> Any:
+    """A component for one option of the core."""
+    default = shared.opts.data.get(f"dejavu_{known.name}", known.default)
+    shown = {"label": known.name.replace("_", " "), "info": known.help, "elem_id": f"dejavu_{known.name}_{tab}"}
+    if known.choices:
+        return gr.Dropdown(list(known.choices), value=default, **shown)
+    step = 0.001 if known.kind is float else 1
+    return gr.Slider(known.minimum or 0, known.maximum or 1, value=default, step=step, **shown)
+
+
+# -------------------------------------------------------------------------------------- calibration
+
+
+def calibrate(
+    count: int, width: int, height: int, steps: int, sampler: str, scheduler: str, negative: str
+) -> tuple[Any, Path]:
+    """Measure ordinary prompts for the loaded checkpoint; (profile, where it is kept). Raises ValueError."""
+    if not 20 <= count <= 100_000:
+        raise ValueError(f"ordinary prompts must be from 20 to 100,000, not {count}")
+    p = processing.StableDiffusionProcessingTxt2Img(
+        prompt="",
+        negative_prompt=negative,
+        seed=1,
+        steps=steps,
+        width=width,
+        height=height,
+        sampler_name=sampler,
+        scheduler=scheduler,
+        do_not_save_samples=True,
+        do_not_save_grid=True,
+    )
+    p.sd_model = shared.sd_model
+
+    def tell(done: int) -> None:
+        shared.state.textinfo = f"{TITLE}: {done} of {count} ordinary prompts"
+
+    measuring = SESSION.watching = run.Calibration(HOST, count, steps, negative, tell)
+    shared.state.begin(job="dejavu-calibrate")
+    try:
+        processing.process_images(p)
+    finally:
+        SESSION.watching = None
+        shared.state.end()
+    if measuring.profile is None:
+        raise ValueError(f"nothing was measured: {measuring.fault or 'it was stopped'}")
+    path = store.path_for(measuring.profile.setting, FOLDER)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    measuring.profile.save(path)
+    return measuring.profile, path
+
+
+def _calibrate(*arguments: Any) -> tuple[Any, Path]:
+    with call_queue.queue_lock:
+        if HOST.name == "Forge":
+            from modules_forge import main_thread
+
+            return main_thread.run_and_wait_result(calibrate, *arguments)
+        return calibrate(*arguments)
+
+
+def _told(profile: Any, path: Path) -> str:
+    median, high = profile.quantile(0.5), profile.quantile(0.99)
+    return (
+        f"{len(profile.nulls)} ordinary prompts at sigma {profile.setting.sigma:.4g}: median {median:.3g}, 99th "
+        f"percentile {high:.3g}. Kept as {path.name}."
+    )
+
+
+def _calibrate_from_page(*arguments: Any) -> str:
+    count, width, height, steps, sampler, scheduler, negative = arguments
+    try:
+        text = _told(*_calibrate(int(count), int(width), int(height), int(steps), sampler, scheduler, negative))
+    except ValueError as error:
+        text = f"No calibration: {error}"
+    return str(panel.paragraph(text))
+
+
+# ------------------------------------------------------------------------------- callbacks, routes
+
+
+def before_evaluation(params: Any) -> None:
+    if SESSION.watching is not None:
+        SESSION.watching.before(params)
+
+
+def after_evaluation(params: Any) -> None:
+    if isinstance(SESSION.watching, run.Run):
+        SESSION.watching.after_automatic1111(params)
+
+
+def add_routes(demo: Any, app: Any) -> None:
+    @app.get("/dejavu/reports")
+    def reports() -> list[dict[str, Any]]:
+        """The reports on the last run that was watched: one for each picture and pass."""
+        return SESSION.documents
+
+    @app.post("/dejavu/calibrate")
+    def calibrate_here(
+        count: int = Body(1000),
+        width: int = Body(512),
+        height: int = Body(512),
+        steps: int = Body(20),
+        sampler_name: str = Body("Euler"),
+        scheduler: str = Body("Automatic"),
+        negative_prompt: str = Body(""),
+    ) -> dict[str, Any]:
+        """Calibrate for the loaded checkpoint."""
+        try:
+            profile, path = _calibrate(count, width, height, steps, sampler_name, scheduler, negative_prompt)
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from error
+        return {"file": path.name, "prompts": len(profile.nulls), "text": _told(profile, path)}
+
+
+def add_settings() -> None:
+    section = ("dejavu", TITLE)
+    known = next(option for option in controls.OPTIONS if option.name == "alpha")
+    shared.opts.add_option(
+        "dejavu_infotext",
+        shared.OptionInfo(True, "Write verdict, score and p-value into the pictures' parameters", section=section),
+    )
+    shared.opts.add_option(
+        "dejavu_alpha",
+        shared.OptionInfo(
+            known.default,
+            "Default alpha: " + known.help,
+            gr.Slider,
+            {"minimum": 0.001, "maximum": known.maximum, "step": 0.001},
+            section=section,
+        ).needs_reload_ui(),
+    )
+
+
+def add_axes() -> None:
+    """Our options for the X/Y/Z plot."""
+    plots = [data.module for data in scripts.scripts_data if data.script_class.__module__ == "xyz_grid.py"]
+    for grid in plots:
+
+        def change(p: Any, value: Any, values: Any, name: str) -> None:
+            p.dejavu_changes = {**getattr(p, "dejavu_changes", {}), "enabled": True, name: value}
+
+        known = {axis.label for axis in grid.axis_options}
+        for option in controls.OPTIONS:
+            label = f"[{TITLE}] {option.name.replace('_', ' ')}"
+            choices = partial(list, option.choices) if option.choices else None
+            if label not in known:
+                axis = grid.AxisOption(label, option.kind, partial(change, name=option.name), choices=choices)
+                grid.axis_options.append(axis)
+
+
+script_callbacks.on_cfg_denoiser(before_evaluation)
+script_callbacks.on_cfg_denoised(after_evaluation)
+script_callbacks.on_app_started(add_routes)
+script_callbacks.on_ui_settings(add_settings)
+script_callbacks.on_before_ui(add_axes)

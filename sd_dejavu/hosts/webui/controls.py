@@ -1,0 +1,101 @@
+"""The controls of the accordion, made from the core's settings; infotext and API arguments speak of the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, get_args
+
+from ...mitigations import perturb_prompt
+from ...monitor import Monitoring, Report
+from ...report.wording import label, number, p_text
+from ...settings import Option, options_of
+
+INFOTEXT = "Déjà Vu settings"
+NOT_CHANGED = "none"
+
+OPTIONS: tuple[Option, ...] = (
+    *options_of(Monitoring),
+    Option(
+        "perturb",
+        NOT_CHANGED,
+        "the published baselines: random words, random numbers or repeated words put into the prompt",
+        str,
+        choices=(NOT_CHANGED, *get_args(perturb_prompt.Perturbation)),
+    ),
+    *options_of(perturb_prompt.Settings),
+)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the user chose."""
+
+    enabled: bool
+    monitoring: Monitoring
+    perturb: str
+    insertions: int
+
+
+def read(arguments: Sequence[Any], changes: Mapping[str, Any] | None = None) -> Wanted:
+    """From the script's arguments: (enabled, a value for each option), or one dictionary with some of them by name.
+
+    A tail that is missing takes the defaults; ``changes`` go over all. Raises ValueError naming what is wrong.
+    """
+    values: dict[str, Any] = {"enabled": False, **{known.name: known.default for known in OPTIONS}}
+    if arguments and isinstance(arguments[0], Mapping):
+        given = {"enabled": True, **arguments[0]}
+    else:
+        given = dict(zip(values, arguments, strict=False))
+    given |= changes or {}
+    unknown = given.keys() - values.keys()
+    if unknown:
+        known = ", ".join(values)
+        raise ValueError(f"Déjà Vu has no argument {', '.join(sorted(unknown))}; it has {known}")
+    values |= given
+    monitoring = Monitoring(**{field.name: values[field.name] for field in fields(Monitoring)})
+    kinds = next(known.choices for known in OPTIONS if known.name == "perturb")
+    if values["perturb"] not in kinds:
+        raise ValueError(f"perturb must be one of {', '.join(kinds)}, not {values['perturb']!r}")
+    insertions = perturb_prompt.Settings(int(values["insertions"])).insertions
+    return Wanted(bool(values["enabled"]), monitoring, values["perturb"], insertions)
+
+
+def perturbed(prompts: Sequence[str], seeds: Sequence[int], wanted: Wanted) -> list[str]:
+    """The prompts with the published baseline put in, seeded as their pictures are."""
+    if wanted.perturb == NOT_CHANGED:
+        return list(prompts)
+    kind: Any = wanted.perturb
+    return [perturb_prompt.perturb(p, kind, wanted.insertions, int(s)) for p, s in zip(prompts, seeds, strict=True)]
+
+
+def as_infotext(wanted: Wanted) -> str:
+    """The settings that differ from their defaults, to be written into pictures and pasted back."""
+    chosen = {**asdict(wanted.monitoring), "perturb": wanted.perturb, "insertions": wanted.insertions}
+    changed = {known.name: chosen[known.name] for known in OPTIONS if chosen[known.name] != known.default}
+    return "; ".join(f"{name}={value}" for name, value in changed.items()) or "default"
+
+
+def pasted(known: Mapping[str, Any], name: str) -> Any:
+    """The value of one option in a picture's parameters: its default where they do not name it, None without any."""
+    if INFOTEXT not in known:
+        return None
+    option = next(o for o in OPTIONS if o.name == name)
+    values = dict(part.split("=", 1) for part in str(known[INFOTEXT]).split("; ") if "=" in part)
+    return option.kind(values[name]) if name in values else option.default
+
+
+def infotexts(reports: Sequence[tuple[int, Report]]) -> dict[str, list[str | None]]:
+    """Lines for the parameters of each picture: verdict, score and p-value of its last pass."""
+    images = max((image for image, _ in reports), default=-1) + 1
+    lines: dict[str, list[str | None]] = {
+        name: [None] * images for name in ("Déjà Vu", "Déjà Vu score", "Déjà Vu p-value")
+    }
+    for image, report in reports:
+        (verdict,) = report.verdicts
+        lines["Déjà Vu"][image] = label(verdict)
+        if verdict.score is not None:
+            lines["Déjà Vu score"][image] = number(verdict.score)
+        if verdict.p_value is not None:
+            lines["Déjà Vu p-value"][image] = p_text(verdict).removeprefix("p ").removeprefix("= ")
+    return {name: values for name, values in lines.items() if any(v is not None for v in values)}

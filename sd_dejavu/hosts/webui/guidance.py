@@ -1,0 +1,278 @@
+"""One step of guidance in Automatic1111 and in Forge: what they tell of it, and their model to be asked again.
+
+host, sampler family                 sigma is     the network's result is
+Automatic1111, k-diffusion and SD3   sigma        denoised
+Automatic1111, DDIM, PLMS, UniPC     a timestep   eps
+Forge                                sigma        denoised
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...conditioning import Conditioning
+from ...denoiser import PredictionType, over_pixels, seeded_noise
+from ..aliases import differentiable
+from .text import encode, engines_of, modules_of
+
+Cond = Tensor | dict[str, Tensor]
+
+
+@dataclass
+class Step:
+    """An evaluation that the host is about to make; all tensors by picture, the conditionings as the host has them."""
+
+    denoiser: Any
+    x: Tensor
+    level: Tensor  # sigma, or a timestep
+    image_cond: Tensor | None
+    text_cond: Cond
+    text_uncond: Cond | None
+
+    @property
+    def sd_model(self) -> Any:
+        return self.denoiser.p.sd_model
+
+    def of(self, images: list[int]) -> Step:
+        """The same for some of the pictures."""
+        image_cond = None if self.image_cond is None else self.image_cond[images]
+        return Step(self.denoiser, self.x[images], self.level[images], image_cond, self.text_cond, self.text_uncond)
+
+
+def cond_of(conditioning: Conditioning, images: int, like: Cond) -> Cond:
+    """A host's conditioning from the core's: its rows, and for SDXL the vector, once for each picture."""
+    known = like["crossattn"] if isinstance(like, dict) else like
+    rows = conditioning.rows.to(known.device, known.dtype).expand(images, -1, -1)
+    if not isinstance(like, dict):
+        return rows
+    vector = conditioning.extras["vector"].to(rows).expand(images, -1)
+    return {**like, "crossattn": rows, "vector": vector}
+
+
+def rows_of(cond: Cond, place: slice | int) -> Conditioning:
+    """Some rows of a host's conditioning as the core's, without words."""
+    at = slice(place, place + 1) if isinstance(place, int) else place
+    if isinstance(cond, dict):
+        return Conditioning(cond["crossattn"][at], {"vector": cond["vector"][at]})
+    return Conditioning(cond[at])
+
+
+class Automatic1111:
+    """Reads and asks Automatic1111's guidance."""
+
+    name = "Automatic1111"
+
+    def step(self, params: Any) -> Step:
+        """From the parameters of its callback before an evaluation: the pictures come last, for the negative prompt."""
+        uncond = params.text_uncond
+        images = (uncond["crossattn"] if isinstance(uncond, dict) else uncond).shape[0]
+        image_cond = params.image_cond[-images:] if isinstance(params.image_cond, Tensor) else None
+        return Step(params.denoiser, params.x[-images:], params.sigma[-images:], image_cond, params.text_cond, uncond)
+
+    def sigma(self, step: Step) -> Tensor:
+        if not self._timesteps(step):
+            return step.level
+        alphas = step.sd_model.alphas_cumprod.to(step.level.device)[step.level.long()]
+        return ((1 - alphas) / alphas).sqrt()
+
+    def denoised(self, step: Step, output: Tensor) -> Tensor:
+        """The x0 prediction, up to what both predictions of a step have in common."""
+        return -over_pixels(self.sigma(step)) * output.float() if self._timesteps(step) else output.float()
+
+    def output(self, step: Step, denoised: Tensor) -> Tensor:
+        """The other way round, for the host to go on with."""
+        return -denoised / over_pixels(self.sigma(step)) if self._timesteps(step) else denoised
+
+    def scaled(self, step: Step, x: Tensor) -> Tensor:
+        """x as the core has it, with noise of variance sigma^2."""
+        return x * (1 + over_pixels(self.sigma(step)) ** 2).sqrt() if self._timesteps(step) else x
+
+    def predict(self, step: Step, x: Tensor, cond: Cond) -> Tensor:
+        """The denoised prediction at x (the core's scale) and the step's level; one row of cond for each of x."""
+        if self._timesteps(step):
+            x = x / (1 + over_pixels(self.sigma(step)[:1]) ** 2).sqrt()
+        image_cond = step.image_cond[:1].expand(x.shape[0], *step.image_cond.shape[1:])  # type: ignore[index,union-attr]
+        level = step.level[:1].expand(x.shape[0])
+        if step.sd_model.model.conditioning_key == "crossattn-adm":
+            given = {"c_crossattn": [cond], "c_adm": image_cond}
+        elif isinstance(cond, dict):
+            given = {**cond, "c_concat": [image_cond]}
+        else:
+            given = {"c_crossattn": [cond], "c_concat": [image_cond]}
+        found = step.denoiser.inner_model(x, level, cond=given)
+        return self.denoised(Step(step.denoiser, x, level, None, cond, None), found)
+
+    def prediction_type(self, step: Step) -> PredictionType:
+        if getattr(step.sd_model, "is_sd3", False):
+            return "flow"
+        return "v_prediction" if step.sd_model.parameterization == "v" else "epsilon"
+
+    def refusal(self, step: Step) -> str | None:
+        """Why no gradient can be taken here, or None."""
+        from modules import sd_unet, shared
+
+        if sd_unet.current_unet is not None:
+            return "no gradient can be taken through a compiled (TensorRT) unet: choose 'None' under SD Unet"
+        if shared.cmd_opts.lowvram:
+            return "no gradient can be taken under --lowvram: use --medvram, or none of both"
+        return None
+
+    @contextmanager
+    def differentiable(self, step: Step) -> Iterator[None]:
+        with torch.enable_grad():
+            yield
+
+    def loras(self, step: Step) -> str:
+        import sys
+
+        loaded = getattr(sys.modules.get("networks"), "loaded_networks", [])
+        return str([(n.name, n.te_multiplier, n.unet_multiplier) for n in loaded]) if loaded else ""
+
+    def _timesteps(self, step: Step) -> bool:
+        return type(step.denoiser).__name__ == "CFGDenoiserTimesteps"
+
+
+class Forge:
+    """Reads and asks Forge's guidance."""
+
+    name = "Forge"
+
+    def step(self, params: Any) -> Step:
+        image_cond = params.image_cond if isinstance(params.image_cond, Tensor) else None
+        return Step(params.denoiser, params.x, params.sigma, image_cond, params.text_cond, params.text_uncond)
+
+    def sigma(self, step: Step) -> Tensor:
+        return step.level
+
+    def denoised(self, step: Step, output: Tensor) -> Tensor:
+        return output.float()
+
+    def output(self, step: Step, denoised: Tensor) -> Tensor:
+        return denoised
+
+    def scaled(self, step: Step, x: Tensor) -> Tensor:
+        return x
+
+    def predict(self, step: Step, x: Tensor, cond: Cond) -> Tensor:
+        from backend.sampling.condition import Condition, compile_conditions
+        from backend.sampling.sampling_function import calc_cond_uncond_batch
+
+        unet = self._unet(step)
+        entries = compile_conditions(cond)
+        image_cond = unet.extra_concat_condition if unet.extra_concat_condition is not None else step.image_cond
+        for entry in entries:
+            if isinstance(image_cond, Tensor) and image_cond.shape[2:] == x.shape[2:]:
+                entry["model_conds"]["c_concat"] = Condition(image_cond[:1].expand(x.shape[0], *image_cond.shape[1:]))
+            if unet.controlnet_linked_list is not None:
+                entry["control"] = unet.controlnet_linked_list
+        level = step.level[:1].expand(x.shape[0])
+        if not torch.is_inference_mode_enabled():
+            level = level.clone()
+        found, _ = calc_cond_uncond_batch(unet.model, entries, None, x, level, unet.model_options)
+        return found.float()
+
+    def prediction_type(self, step: Step) -> PredictionType:
+        kind = self._unet(step).model.predictor.prediction_type
+        types: dict[str, PredictionType] = {"epsilon": "epsilon", "v_prediction": "v_prediction", "const": "flow"}
+        if kind not in types:
+            raise ValueError(f"models with {kind} predictions cannot be measured")
+        return types[kind]
+
+    def refusal(self, step: Step) -> str | None:
+        return None  # weights that cannot be aliased are refused one by one
+
+    @contextmanager
+    def differentiable(self, step: Step) -> Iterator[None]:
+        encoders = [modules_of(engine) for engine in engines_of(step.sd_model)]
+        with ExitStack() as stack:
+            for encoder in encoders:
+                stack.enter_context(_reading_where_it_lies(encoder))
+            stack.enter_context(differentiable([self._unet(step).model, *encoders]))
+            yield
+
+    def loras(self, step: Step) -> str:
+        current = str(getattr(step.sd_model, "current_lora_hash", ""))
+        return "" if current == "[]" else current
+
+    def _unet(self, step: Step) -> Any:
+        return step.denoiser.inner_model.inner_model.forge_objects.unet
+
+
+@contextmanager
+def _reading_where_it_lies(encoder: torch.nn.Module) -> Iterator[None]:
+    """While open, Forge sends tokens to where the encoder's weights are: in the midst of a run it may be unloaded."""
+    from backend import memory_management
+
+    device, known = next(encoder.parameters()).device, memory_management.text_encoder_device
+    memory_management.text_encoder_device = lambda: device
+    try:
+        yield
+    finally:
+        memory_management.text_encoder_device = known
+
+
+class GuidedModel:
+    """A host's model at one step, as the core's denoiser; it can be asked at that step's noise level only."""
+
+    def __init__(self, host: Automatic1111 | Forge, step: Step, levels: list[float]) -> None:
+        self.host, self.step, self._levels = host, step, levels
+        self.latent_shape = tuple(step.x.shape[1:])
+        self.prediction_type: PredictionType = host.prediction_type(step)
+        self.name = "the loaded checkpoint"
+
+    @property
+    def fingerprint(self) -> str:
+        """The host's hash of the checkpoint, with the LoRAs that are in use."""
+        import hashlib
+
+        from modules import shared
+
+        known = str(getattr(self.step.sd_model, "sd_model_hash", None) or shared.opts.sd_model_checkpoint)
+        loras = self.host.loras(self.step)
+        return known if not loras else f"{known}-{hashlib.sha256(loras.encode()).hexdigest()[:8]}"
+
+    @property
+    def brought_along(self) -> tuple[Path, ...]:
+        return ()
+
+    def sigmas(self, steps: int) -> list[float]:
+        return self._levels
+
+    def noise(self, seed: int, images: int) -> Tensor:
+        return seeded_noise(self.latent_shape, seed, images).to(self.step.x)
+
+    def encode(self, prompt: str) -> Conditioning:
+        like = self.step.text_cond
+        encoders = [modules_of(engine) for engine in engines_of(self.step.sd_model)]
+        with ExitStack() as stack:
+            if self.host.name == "Forge":
+                for encoder in encoders:
+                    stack.enter_context(_reading_where_it_lies(encoder))
+            return encode(self.step.sd_model, prompt, like["vector"] if isinstance(like, dict) else None)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        raise ValueError("pictures are decoded by the host itself")
+
+    def __call__(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        from modules import sd_samplers_common, shared
+
+        if shared.state.interrupted or shared.state.skipped:
+            raise sd_samplers_common.InterruptedException
+        count = x.shape[0] // conditioning.rows.shape[0]
+        if count > 1 and conditioning.rows.shape[0] > 1:
+            conditioning = conditioning.repeat(count)
+        return self.host.predict(self.step, x, cond_of(conditioning, x.shape[0], self.step.text_cond))
+
+    @contextmanager
+    def differentiable(self, checkpointing: bool = False) -> Iterator[None]:
+        if why := self.host.refusal(self.step):
+            raise ValueError(why)
+        with self.host.differentiable(self.step):
+            yield

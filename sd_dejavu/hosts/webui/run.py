@@ -1,0 +1,446 @@
+"""Watching the sampling of Automatic1111 and Forge through their own callbacks.
+
+Nothing of the host is patched: Automatic1111 calls back before and after each evaluation, Forge before it and, on a
+clone of its unet, after guidance. Conditionings that the host caches are never changed, only replaced for one step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...calibration import store
+from ...calibration.calibrate import calibrate
+from ...calibration.ordinary_prompts import ordinary_prompts
+from ...calibration.profile import Profile, Setting
+from ...conditioning import Conditioning, Unconditional
+from ...denoiser import Predictions
+from ...measure import Measurement
+from ...monitor import Monitoring, Report, Watch, flagged
+from .guidance import Automatic1111, Cond, Forge, GuidedModel, Step, cond_of, rows_of
+
+Host = Automatic1111 | Forge
+
+MARK = "dejavu"  # an attribute of our function among those that Forge calls after guidance
+
+log = logging.getLogger("dejavu")
+
+
+def this_host() -> Host:
+    """Forge has a package of its own for models, Automatic1111 has not."""
+    import importlib.util
+
+    return Forge() if importlib.util.find_spec("modules_forge") is not None else Automatic1111()
+
+
+@dataclass
+class Group:
+    """The pictures of a batch that share a prompt."""
+
+    prompt: str
+    images: list[int]
+    watch: Watch
+    instead: Conditioning | None = None  # what is sampled since a mitigation
+
+
+@dataclass
+class Pass:
+    """One sampling of one batch: the first pass, or that of the hires fix."""
+
+    groups: list[Group]
+    negatives: list[str]
+    scale: float
+    steps: int
+    sampler: str
+    from_picture: bool
+    title: str
+    evaluations: int = 0
+    step: Step | None = field(default=None, repr=False)
+
+
+class Run:
+    """One press of the button: reads its evaluations, acts at the first of each pass, and keeps the reports."""
+
+    def __init__(self, host: Host, monitoring: Monitoring, folder: Path, profile: Profile | None = None) -> None:
+        self.host, self.monitoring = host, monitoring
+        self._folder, self._profile = folder, profile
+        self.passes: list[Pass] = []
+        self._open: Pass | None = None
+
+    # ------------------------------------------------------------------------------- passes
+
+    def begin(self, p: Any, from_picture: bool) -> None:
+        """A sampling begins; the hires fix begins a second one. ``p`` is the host's processing object."""
+        hires = bool(getattr(p, "is_hr_pass", False))
+        prompts = (getattr(p, "hr_prompts", None) if hires else None) or p.prompts
+        negatives = (getattr(p, "hr_negative_prompts", None) if hires else None) or p.negative_prompts
+        groups: dict[str, Group] = {}
+        for image, prompt in enumerate(prompts):
+            known = groups.setdefault(prompt, Group(prompt, [], Watch(self.monitoring, prompt)))
+            known.images.append(image)
+        scale = float(getattr(p, "hr_cfg", 0) or p.cfg_scale) if hires else float(p.cfg_scale)
+        name = (getattr(p, "hr_sampler_name", None) if hires else None) or p.sampler_name
+        steps = (getattr(p, "hr_second_pass_steps", 0) if hires else 0) or p.steps
+        title = "hires pass" if hires else "first pass"
+        self._open = Pass(list(groups.values()), list(negatives), scale, steps, str(name), from_picture or hires, title)
+        self.passes.append(self._open)
+
+    def attach(self, p: Any) -> None:
+        """Forge: read guidance on a clone of the unet, which the host drops after the run. Once, however often called."""
+        unet = p.sd_model.forge_objects.unet
+        if any(hasattr(f, MARK) for f in unet.model_options.get("sampler_post_cfg_function", [])):
+            return
+        unet = unet.clone()
+
+        def read(
+            arguments: dict[str, Any],
+        ) -> Tensor:  # the host deep-copies what it finds: a method would bring us along
+            return self.after_forge(arguments)
+
+        setattr(read, MARK, True)
+        unet.set_model_sampler_post_cfg_function(read)
+        p.sd_model.forge_objects.unet = unet
+
+    def end(self) -> None:
+        """The batch is done."""
+        for known in self.passes:
+            for group in known.groups:
+                group.watch.finished = True
+            known.step = None
+        self._open = None
+
+    def reports(self) -> list[tuple[str, int, Report]]:
+        """(pass, picture, its report) for the batch that was sampled last, in the order of the pictures."""
+        found = [
+            (known.title, image, _of_picture(group.watch, place))
+            for known in self.passes
+            for group in known.groups
+            for place, image in enumerate(group.images)
+        ]
+        return sorted(found, key=lambda entry: entry[1])
+
+    def forget(self) -> None:
+        """Before the next batch."""
+        self.passes = []
+
+    # ------------------------------------------------------------------------------ callbacks
+
+    def before(self, params: Any) -> None:
+        """Before an evaluation: note it, and put in what is sampled instead."""
+        if self._open is None:
+            return
+        with self._guarded():
+            step = self._open.step = self.host.step(params)
+            changed = [group for group in self._open.groups if group.instead is not None]
+            if changed:
+                params.text_cond = self._with(step.text_cond, self._parts(step), changed)
+
+    def after_automatic1111(self, params: Any) -> None:
+        """After an evaluation of Automatic1111: ``params.x`` holds the network's results, the negative prompt's last."""
+        if self._open is None or self._open.step is None:
+            return
+        with self._guarded():
+            step = self._open.step
+            images = step.x.shape[0]
+            parts = self._parts(step)
+            if params.x.shape[0] != images + sum(len(part) for part in parts):
+                self._skip("this model edits pictures, its guidance is of another kind")
+            else:
+                results = self.host.denoised(_repeated(step, params.x.shape[0]), params.x)
+                without = results[-images:]
+                joined = [without[i] + sum(w * (results[j] - without[i]) for j, w in parts[i]) for i in range(images)]
+                self._record(torch.stack(joined), without)
+                for image, changed in self._act(step, parts).items():
+                    found = self.host.predict(step.of([image]), step.x[image : image + 1], changed)
+                    params.x[parts[image][0][0]] = self.host.output(step.of([image]), found)[0].to(params.x)
+        self._open.evaluations += 1
+
+    def after_forge(self, arguments: dict[str, Any]) -> Tensor:
+        """After Forge's guidance; what it shall go on with."""
+        denoised: Tensor = arguments["denoised"]
+        if self._open is None or self._open.step is None:
+            return denoised
+        with self._guarded():
+            step = self._open.step
+            parts = self._parts(step)
+            without = arguments["uncond_denoised"]
+            if arguments.get("uncond") is None or not bool(without.any()):
+                self._measure_apart(step, arguments["cond_denoised"])
+            else:
+                strength = sum(entry.get("strength", 1) for entry in arguments["cond"])
+                self._record(without + strength * (arguments["cond_denoised"] - without), without)
+            changed = self._act(step, parts)
+            if changed:
+                denoised = self._guided_again(arguments, changed)
+        self._open.evaluations += 1
+        return denoised
+
+    # -------------------------------------------------------------------------------- reading
+
+    def _parts(self, step: Step) -> list[list[tuple[int, float]]]:
+        """For each picture its (row of the conditioning, weight): several where prompts are joined by AND."""
+        from modules import prompt_parser
+
+        given = step.denoiser.sampler.sampler_extra_args["cond"]
+        parts: list[list[tuple[int, float]]] = prompt_parser.reconstruct_multicond_batch(given, step.denoiser.step)[0]
+        return parts
+
+    def _record(self, conditional: Tensor, without: Tensor) -> None:
+        """Both predictions of a step, by picture, as guidance has them: measured against the negative prompt."""
+        known = self._open
+        assert known is not None and known.step is not None
+        kind: Unconditional = "negative prompt" if any(n.strip() for n in known.negatives) else "empty prompt"
+        if kind == "negative prompt" and self.monitoring.without == "empty prompt":
+            self._measure_apart(known.step, conditional)
+            return
+        self._keep(known.step, conditional, without, kind)
+
+    def _keep(self, step: Step, conditional: Tensor, without: Tensor, kind: Unconditional) -> None:
+        assert self._open is not None
+        sigma = self.host.sigma(step)
+        for group in self._open.groups:
+            own = group.images
+            group.watch.trace.record(Predictions(conditional[own], without[own], sigma[own], kind))
+            if self._open.evaluations == 0:
+                group.watch.base = without[own].float()
+
+    def _measure_apart(self, step: Step, conditional: Tensor) -> None:
+        """An evaluation of our own against the empty prompt, at the steps of the score only."""
+        assert self._open is not None
+        if not self._open.groups[0].watch.measures(self._open.evaluations):
+            self._skip("guidance is off here, and only the steps of the score are measured")
+            return
+        model = GuidedModel(self.host, step, [float(self.host.sigma(step)[0]), 0.0])
+        with torch.no_grad():
+            x = self.host.scaled(step, step.x)
+            without = model(x, self.host.sigma(step), model.encode(""))
+        self._keep(step, conditional, without, "empty prompt")
+
+    def _skip(self, why: str) -> None:
+        assert self._open is not None and self._open.step is not None
+        for group in self._open.groups:
+            group.watch.trace.skip(self.host.sigma(self._open.step)[0], why)
+
+    # --------------------------------------------------------------------------------- acting
+
+    def _act(self, step: Step, parts: list[list[tuple[int, float]]]) -> dict[int, Cond]:
+        """At the first evaluation: judge, explain, and what each picture of a mitigated prompt goes on with."""
+        known = self._open
+        assert known is not None
+        if known.evaluations:
+            return {}
+        sigma = float(self.host.sigma(step)[0])
+        model = GuidedModel(self.host, step, [sigma] + [0.0] * known.steps)
+        changed: dict[int, Cond] = {}
+        for group in known.groups:
+            watch = group.watch
+            watch.setting = self._setting(model, known, watch)
+            watch.profile = self._profile or store.find_for_monitor(
+                watch.setting, self.monitoring.score, model.brought_along, self._folder
+            )
+            wanted = self.monitoring
+            if wanted.when_flagged == "report" and wanted.explain == "never":
+                continue  # nothing to decide now, so nothing is waited for
+            is_flagged = bool(flagged(watch.verdicts("first step")))
+            explaining = wanted.explain == "always" or (wanted.explain == "flagged" and is_flagged)
+            mitigating = is_flagged and wanted.when_flagged == "mitigate"
+            if watch.base is not None and (explaining or mitigating):
+                with self._guarded(group):
+                    conditioning = self._conditioning(model, group, parts)
+                    own = step.of(group.images)
+                    own_model = GuidedModel(self.host, own, model.sigmas(known.steps))
+                    x, level = self.host.scaled(own, own.x), self.host.sigma(own)
+                    if explaining and conditioning is not None:
+                        with self._guarded(group):
+                            watch.look_at_words(own_model, conditioning, x, level, watch.base)
+                    if mitigating and conditioning is not None:
+                        group.instead = watch.find_remedy(own_model, conditioning, x, level, watch.base)
+                        one = cond_of(group.instead, 1, step.text_cond)
+                        changed.update(dict.fromkeys(group.images, one))
+                        self._record_after(own, own_model, group, x, level)
+            if is_flagged and wanted.when_flagged == "stop":
+                from modules import shared
+
+                watch.stopped = True
+                watch.note("this run was ended at its first step, since it was flagged")
+                shared.state.interrupt()
+        return changed
+
+    def _record_after(self, step: Step, model: GuidedModel, group: Group, x: Tensor, sigma: Tensor) -> None:
+        """The first reading under the mitigation."""
+        assert group.instead is not None and group.watch.base is not None
+        with torch.no_grad():
+            found = model(x, sigma, group.instead)
+        before = group.watch.before
+        kind = before.without if before is not None and before.without else "empty prompt"
+        group.watch.trace.record(Predictions(found, group.watch.base, sigma, kind))
+
+    def _setting(self, model: GuidedModel, known: Pass, watch: Watch) -> Setting:
+        without = watch.trace.without or self.monitoring.without
+        return Setting(
+            model.fingerprint,
+            model.prediction_type,
+            model.latent_shape,
+            known.steps,
+            model.sigmas(known.steps)[0],
+            known.scale,
+            without,
+            " | ".join(dict.fromkeys(known.negatives)) if without == "negative prompt" else "",
+            "a picture" if known.from_picture else "noise",
+            known.sampler,
+        )
+
+    def _conditioning(
+        self, model: GuidedModel, group: Group, parts: list[list[tuple[int, float]]]
+    ) -> Conditioning | None:
+        """What the host sampled this prompt with, with words where they can be told."""
+        from modules import prompt_parser
+
+        assert self._open is not None and self._open.step is not None
+        own = parts[group.images[0]]
+        if len(own) != 1:
+            group.watch.note(f"the prompt is joined from {len(own)} by AND, so its words are not told apart")
+            return None
+        schedule = prompt_parser.get_learned_conditioning_prompt_schedules([group.prompt], self._open.steps)[0]
+        if len(schedule) > 1:
+            group.watch.note("the prompt changes during the run; what is said here is of its first part")
+        text = group.watch.prompt = schedule[0][1]
+        sampled = rows_of(self._open.step.text_cond, own[0][0])
+        try:
+            found = model.encode(text)
+        except ValueError as error:
+            group.watch.note(str(error))
+            return sampled
+        shared_rows = min(found.rows.shape[1], sampled.rows.shape[1])
+        fits = torch.allclose(
+            found.rows[:, :shared_rows].to(sampled.rows), sampled.rows[:, :shared_rows], atol=2e-2, rtol=2e-2
+        )
+        if not fits:
+            group.watch.prompt = ""
+            group.watch.note("another extension changes the conditioning, so the prompt's tokens are numbered")
+            return sampled
+        return found
+
+    def _with(self, cond: Cond, parts: list[list[tuple[int, float]]], groups: list[Group]) -> Cond:
+        """A copy of the host's conditioning, with other rows for the pictures of these groups."""
+        rows = (cond["crossattn"] if isinstance(cond, dict) else cond).clone()
+        vector = cond["vector"].clone() if isinstance(cond, dict) else None
+        for group in groups:
+            assert group.instead is not None
+            new = group.instead.rows.to(rows)
+            longest = max(rows.shape[1], new.shape[1])
+            rows, new = _lengthened(rows, longest), _lengthened(new, longest)
+            for image in group.images:
+                place = parts[image][0][0]
+                rows[place] = new[0]
+                if vector is not None and "vector" in group.instead.extras:
+                    vector[place] = group.instead.extras["vector"][0].to(vector)
+        if not isinstance(cond, dict):
+            return rows
+        kind: Any = type(cond)  # the host asks its dictionaries for a shape: a copy of the same kind, filled anew
+        swapped: Cond = kind({**cond, "crossattn": rows, "vector": vector}, rows.shape)
+        return swapped
+
+    def _guided_again(self, arguments: dict[str, Any], changed: dict[int, Cond]) -> Tensor:
+        """Forge's guidance once more for this step, with the changed conditionings."""
+        from backend.sampling.sampling_function import sampling_function_inner
+
+        known = self._open
+        assert known is not None and known.step is not None
+        groups = [group for group in known.groups if group.instead is not None]
+        swapped = self._with(known.step.text_cond, self._parts(known.step), groups)
+        entries = []
+        for entry in arguments["cond"]:
+            conds = dict(entry["model_conds"])
+            rows = swapped["crossattn"] if isinstance(swapped, dict) else swapped
+            conds["c_crossattn"] = type(conds["c_crossattn"])(rows)
+            if isinstance(swapped, dict):
+                conds["y"] = type(conds["y"])(swapped["vector"])
+            entries.append({**entry, "model_conds": conds})
+        options = dict(arguments["model_options"])
+        options["sampler_post_cfg_function"] = [f for f in options["sampler_post_cfg_function"] if not hasattr(f, MARK)]
+        uncond, scale = arguments["uncond"], known.scale
+        again: Tensor = sampling_function_inner(
+            arguments["model"], arguments["input"], arguments["sigma"], uncond, entries, scale, options
+        )
+        return again
+
+    # --------------------------------------------------------------------------------- faults
+
+    @contextmanager
+    def _guarded(self, group: Group | None = None) -> Iterator[None]:
+        """Our own faults never cost a picture; the host's interruption passes."""
+        from modules import sd_samplers_common
+
+        try:
+            yield
+        except sd_samplers_common.InterruptedException:
+            raise
+        except Exception as error:
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                torch.cuda.empty_cache()
+                text = "there was not enough memory: choose 'remove-trigger', or a smaller batch"
+            else:
+                text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            groups = [group] if group is not None else self._open.groups if self._open is not None else []
+            if any(text not in g.watch.notes for g in groups):  # a fault of every step is told once
+                log.warning("[Déjà Vu] no verdict: %s", text, exc_info=not isinstance(error, ValueError))
+            for known in groups:
+                known.watch.note(text)
+
+
+class Calibration:
+    """A run that is made only to measure ordinary prompts at its first evaluation, and then ends."""
+
+    def __init__(self, host: Host, count: int, steps: int, negative: str, on_prompt: Callable[[int], None]) -> None:
+        self.host, self.count, self.steps, self.negative = host, count, steps, negative
+        self.profile: Profile | None = None
+        self.fault: Exception | None = None
+        self._on_prompt = on_prompt
+
+    def before(self, params: Any) -> None:
+        from modules import shared
+
+        try:
+            step = self.host.step(params).of([0])
+            sigma = float(self.host.sigma(step)[0])
+            model = GuidedModel(self.host, step, [sigma] + [0.0] * self.steps)
+            without: Unconditional = "negative prompt" if self.negative.strip() else "empty prompt"
+            wanted = Measurement(images=1, steps=self.steps, negative=self.negative, without=without)
+            prompts = [prompt for prompt, _ in ordinary_prompts(self.count)]
+            done = iter(range(1, self.count + 1))
+            with torch.no_grad():
+                self.profile = calibrate(model, prompts, wanted, 0, 8, lambda stage: self._on_prompt(next(done)))
+        except Exception as error:
+            self.fault = error
+        finally:
+            shared.state.interrupt()
+
+    def after_automatic1111(self, params: Any) -> None:
+        """The run ends by itself."""
+
+
+def _of_picture(watch: Watch, place: int) -> Report:
+    """The report on one picture of a group."""
+    before = None if watch.before is None else watch.before.of_images(place, place + 1)
+    return Report.of(replace(watch, trace=watch.trace.of_images(place, place + 1), before=before))
+
+
+def _repeated(step: Step, count: int) -> Step:
+    """The step's level for each of the network's results."""
+    level = step.level[:1].expand(count)
+    return Step(step.denoiser, step.x, level, None, step.text_cond, None)
+
+
+def _lengthened(rows: Tensor, length: int) -> Tensor:
+    """Rows [B, N, D] with their last one repeated up to ``length``, as the host does with prompts of two lengths."""
+    return (
+        rows if rows.shape[1] == length else torch.cat([rows, rows[:, -1:].expand(-1, length - rows.shape[1], -1)], 1)
+    )
