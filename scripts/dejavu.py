@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from sd_dejavu.report import panel
 
 TITLE = "Déjà Vu"
 HOST = run.this_host()
+log = logging.getLogger("dejavu")
 FOLDER = Path(paths.data_path) / "dejavu" / "calibration"
 
 
@@ -27,10 +31,23 @@ class Session:
         self.watching: run.Run | run.Calibration | None = None
         self.panel = ""
         self.documents: list[dict[str, Any]] = []
-        self.notes: list[str] = []
 
 
 SESSION = Session()
+
+
+@contextmanager
+def _guarded(p: Any) -> Iterator[None]:
+    """Our own faults never cost a picture, and are told."""
+    try:
+        yield
+    except Exception as error:
+        text = (
+            f"No verdict: {error}" if isinstance(error, ValueError) else f"No verdict: {type(error).__name__}: {error}"
+        )
+        log.warning("[Déjà Vu] %s", text, exc_info=not isinstance(error, ValueError))
+        SESSION.panel += str(panel.paragraph(text))
+        p.comment(f"{TITLE}: {text}")
 
 
 class DejaVuScript(scripts.Script):
@@ -85,27 +102,24 @@ class DejaVuScript(scripts.Script):
             self.parts["info"] = component
         if self.shown is not None and "info" in self.parts:
             self.parts.pop("info").change(lambda: SESSION.panel, inputs=[], outputs=[self.shown])
-        needed = ["count", "width", "height", "steps", "sampling", "scheduler", "neg_prompt"]
+        needed = ["count", "told", "width", "height", "steps", "sampling", "scheduler", "neg_prompt"]
         if not self.bound and "calibrate" in self.parts and all(name in self.parts for name in needed):
             self.bound = True
-            inputs = [self.parts[name] for name in needed]
+            inputs = [self.parts[name] for name in needed if name != "told"]
             self.parts["calibrate"].click(_calibrate_from_page, inputs=inputs, outputs=[self.parts["told"]])
 
     # ------------------------------------------------------------------------------------ runs
 
     def process(self, p: Any, *arguments: Any) -> None:
         SESSION.watching = None
-        try:
-            wanted = controls.read(arguments, getattr(p, "dejavu_changes", None))
-        except ValueError as error:
-            p.comment(f"{TITLE}: no verdict: {error}")
-            return
-        if not wanted.enabled:
-            return
-        p.all_prompts = controls.perturbed(p.all_prompts, p.all_seeds, wanted)
         SESSION.panel, SESSION.documents = "", []
-        SESSION.watching = run.Run(HOST, wanted.monitoring, FOLDER)
-        p.extra_generation_params[controls.INFOTEXT] = controls.as_infotext(wanted)
+        with _guarded(p):
+            wanted = controls.read(arguments, getattr(p, "dejavu_changes", None))
+            if not wanted.enabled:
+                return
+            p.all_prompts = controls.perturbed(p.all_prompts, p.all_seeds, wanted)
+            SESSION.watching = run.Run(HOST, wanted.monitoring, FOLDER)
+            p.extra_generation_params[controls.INFOTEXT] = controls.as_infotext(wanted)
 
     def process_batch(self, p: Any, *arguments: Any, **kwargs: Any) -> None:
         if isinstance(SESSION.watching, run.Run):
@@ -113,19 +127,23 @@ class DejaVuScript(scripts.Script):
 
     def process_before_every_sampling(self, p: Any, *arguments: Any, **kwargs: Any) -> None:
         watching = SESSION.watching
-        if isinstance(watching, run.Run):
+        if not isinstance(watching, run.Run):
+            return
+        with _guarded(p):
             watching.begin(p, from_picture=getattr(p, "init_latent", None) is not None)
             if HOST.name == "Forge":
                 watching.attach(p)
 
     def postprocess_batch(self, p: Any, *arguments: Any, **kwargs: Any) -> None:
         watching = SESSION.watching
-        if not isinstance(watching, run.Run):
-            return
+        if isinstance(watching, run.Run):
+            with _guarded(p):
+                self._report(p, watching, kwargs.get("batch_number", 0) * p.batch_size)
+
+    def _report(self, p: Any, watching: run.Run, before: int) -> None:
         watching.end()
         reports = watching.reports()
         passes = {title for title, _, _ in reports}
-        before = kwargs.get("batch_number", 0) * p.batch_size
         named = []
         for title, image, report in reports:
             name = f"Picture {before + image + 1}" + (f", {title}" if len(passes) > 1 else "")

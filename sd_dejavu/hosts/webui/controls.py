@@ -86,12 +86,12 @@ def pasted(known: Mapping[str, Any], name: str) -> Any:
 
 
 def infotexts(reports: Sequence[tuple[int, Report]]) -> dict[str, list[str | None]]:
-    """Lines for the parameters of each picture: verdict, score and p-value of its last pass."""
+    """Lines for the parameters of each picture: verdict, score and p-value of its first pass that has a verdict."""
     images = max((image for image, _ in reports), default=-1) + 1
     lines: dict[str, list[str | None]] = {
         name: [None] * images for name in ("Déjà Vu", "Déjà Vu score", "Déjà Vu p-value")
     }
-    for image, report in reports:
+    for image, report in sorted(reports, key=lambda entry: entry[1].verdicts[0].flagged is not None):
         (verdict,) = report.verdicts
         lines["Déjà Vu"][image] = label(verdict)
         if verdict.score is not None:
