@@ -153,7 +153,7 @@ class OtherPacks:
 
     def do(self, model, positive):
         model = model.clone()
-        model.set_model_attn2_output_patch(lambda out, extra: out * 1.1)
+        model.set_model_attn2_output_patch(lambda out, extra: out * 2)
         model.set_model_input_block_patch(lambda h, options: h * 0.98)
         model.set_model_sampler_cfg_function(lambda a: a["uncond"] + 5 * (a["cond"] - a["uncond"]))
         model.set_model_sampler_post_cfg_function(lambda a: a["denoised"] * 0.99)

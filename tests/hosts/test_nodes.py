@@ -293,12 +293,12 @@ def test_calibrating_a_checkpoint_gives_it_p_values(comfy: ComfyServer) -> None:
     (verdict,) = report(comfy, watched(graphs.text_to_image(steps=2, seed=40)))["verdicts"]
     assert verdict["nulls"] == 120 and 0 < verdict["p_value"] <= 1
     # Whole runs give the band of each step, and p-values for the other scores.
-    graph["calibrated"]["inputs"] |= {"count": 60, "whole_runs": 60, "steps": 6}
+    graph["calibrated"]["inputs"] |= {"count": 30, "whole_runs": 20, "steps": 3}
     comfy.run(graph, timeout=600)
-    several = watched(graphs.text_to_image(steps=6, seed=40), score="all steps", alpha=0.05)
+    several = watched(graphs.text_to_image(steps=3, seed=40), score="all steps", alpha=0.05)
     document = report(comfy, several)
     (verdict,) = document["verdicts"]
-    assert verdict["nulls"] == 60 and verdict["score_kind"] == "all steps" and 0 < verdict["p_value"] <= 1
+    assert verdict["nulls"] == 20 and verdict["score_kind"] == "all steps" and 0 < verdict["p_value"] <= 1
     assert [b["sigma"] for b in document["band"]] == pytest.approx(verdict["sigmas"], rel=1e-5)
     assert all(b["q05"] <= b["q50"] <= b["q95"] for b in document["band"])
     several["sampler"]["inputs"]["sampler_name"] = "heun"
