@@ -91,7 +91,7 @@ def infotexts(reports: Sequence[tuple[int, Report]]) -> dict[str, list[str | Non
     lines: dict[str, list[str | None]] = {
         name: [None] * images for name in ("Déjà Vu", "Déjà Vu score", "Déjà Vu p-value")
     }
-    for image, report in sorted(reports, key=lambda entry: entry[1].verdicts[0].flagged is not None):
+    for image, report in sorted(reports[::-1], key=lambda entry: entry[1].verdicts[0].flagged is not None):
         (verdict,) = report.verdicts
         lines["Déjà Vu"][image] = label(verdict)
         if verdict.score is not None:

@@ -1,0 +1,333 @@
+"""The extension in a real Automatic1111 and a real Forge, driven through their API."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import graphs
+import memorising
+import miniature
+import numpy as np
+import pytest
+import webui_server
+from comfyui_server import ComfyServer, make_home
+from host_process import RequestRefused
+from memorising import MEMORISED, ORDINARY
+from PIL import Image
+from watched import report as comfy_report
+from watched import scores as comfy_scores
+from watched import watched as comfy_watched
+from webui_server import Generated, WebUIServer
+
+PACK = Path(__file__).parents[2]
+NAME = "Déjà Vu"
+KNOWN = {"sd_model_checkpoint": memorising.FILE}
+LONG = ", ".join(["a red fox at dawn"] * 20)
+
+SABOTAGE = """
+import sys
+from modules import script_callbacks
+
+def routes(demo, app):
+    @app.post("/sabotage")
+    def sabotage(known: dict):
+        run = sys.modules["sd_dejavu.hosts.webui.run"]
+        for owner, name, method in taken:
+            setattr(owner, name, method)
+        taken.clear()
+        if known.get("method"):
+            owner = {"run": run.Run, "host": type(run.this_host()), "text": run.GuidedModel}[known["of"]]
+            taken.append((owner, known["method"], getattr(owner, known["method"])))
+
+            def raising(*args, **kwargs):
+                raise RuntimeError("broken on purpose")
+
+            setattr(owner, known["method"], raising)
+
+taken = []
+script_callbacks.on_app_started(routes)
+"""
+
+
+def watched(server: WebUIServer, prompt: str, settings: dict[str, Any] | None = None, **payload: Any):
+    """(what was generated, the reports) of a run with the extension on."""
+    script = {"alwayson_scripts": {NAME: {"args": [settings or {}]}}}
+    generated = server.txt2img(prompt=prompt, **script, **payload)
+    return generated, server.get_json("/dejavu/reports")
+
+
+def pixels(generated: Generated, number: int = 0) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(generated.images[number])).convert("RGB")).astype(int)
+
+
+def errors_of_ours(server: WebUIServer) -> list[str]:
+    """The host's own words on our script; that a folder without a remote is no clone is not ours."""
+    return [line for line in server.reported_errors() if "dejavu" in line and "Git repository" not in line]
+
+
+# ------------------------------------------------------------------------------------- measuring
+
+
+@pytest.mark.parametrize(
+    "sampler", ["Euler", "DPM++ 2M", "Heun", "DPM2 a", "LCM", "DDIM", "DDIM CFG++", "PLMS", "UniPC"]
+)
+def test_pictures_are_the_same_to_the_byte(webui: WebUIServer, sampler: str) -> None:
+    plain = webui.txt2img(sampler_name=sampler)
+    generated, (document,) = watched(webui, "a red fox in the snow", {"explain": "always"}, sampler_name=sampler)
+    assert (pixels(generated) == pixels(plain)).all()
+    (verdict,) = document["verdicts"]
+    assert verdict["score"] > 0 and len(verdict["words"]) == 6
+    assert len(verdict["score_per_step"]) == len(verdict["sigmas"]) >= 4 - (sampler == "UniPC")
+    assert verdict["sigmas"] == sorted(verdict["sigmas"], reverse=True) or sampler in (
+        "Heun",
+        "DPM2 a",
+        "PLMS",
+        "UniPC",
+    )
+    assert errors_of_ours(webui) == []
+
+
+def test_every_sampler_with_some_scheduler_is_measured(webui: WebUIServer) -> None:
+    silent = []
+    names = [sampler["name"] for sampler in webui.get_json("/sdapi/v1/samplers")]
+    schedulers = [scheduler["label"] for scheduler in webui.get_json("/sdapi/v1/schedulers")]
+    assert len(names) >= 20 and len(schedulers) >= 8
+    for number, name in enumerate(names):
+        chosen = {"sampler_name": name, "scheduler": schedulers[number % len(schedulers)]}
+        _, (document,) = watched(webui, "a red fox", {"explain": "never"}, steps=4, **chosen)
+        (verdict,) = document["verdicts"]
+        if not (verdict["score"] or verdict["why"]):
+            silent.append((name, chosen))
+    assert silent == []
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "several": {"batch_size": 2, "n_iter": 2},
+    "AND": {"prompt": "a red fox AND snow :0.6"},
+    "schedule": {"prompt": "a [red:blue:0.5] fox"},
+    "BREAK": {"prompt": "a red fox BREAK in the snow"},
+    "long": {"prompt": LONG},
+    "emphasis": {"prompt": "a (red:1.3) [fox] in the \\(snow\\)"},
+    "negative": {"negative_prompt": "blurry"},
+    "against the empty prompt": {"negative_prompt": "blurry", "settings": {"without": "empty prompt"}},
+    "long negative": {"negative_prompt": LONG},
+    "cfg 1": {"cfg_scale": 1},
+    "skipped": {"override_settings": {"skip_early_cond": 0.3}},
+    "skipped later": {"s_min_uncond": 4.0, "override_settings": {"s_min_uncond_all": True}},
+    "hires": {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_strength": 0.6},
+    "clip skip": {"override_settings": {"CLIP_stop_at_last_layers": 2}},
+    "padded": {"prompt": LONG, "override_settings": {"pad_cond_uncond": True}},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_to_prompt_and_to_guide(webui: WebUIServer, way: str) -> None:
+    payload = {"prompt": "a red fox in the snow", **WAYS[way]}
+    settings = payload.pop("settings", {})
+    plain = webui.txt2img(**payload)
+    generated, documents = watched(webui, settings={"explain": "always", **settings}, **payload)
+    assert [(pixels(generated, i) == pixels(plain, i)).all() for i in range(len(plain.images))] == [True] * len(
+        plain.images
+    )
+    assert len(documents) == {"several": 4, "hires": 2}.get(way, 1)
+    for document in documents:
+        (verdict,) = document["verdicts"]
+        assert verdict["score"] or verdict["why"], way
+        if way == "skipped":
+            assert verdict["score"] is None or verdict["without"] == "empty prompt"
+        else:
+            assert verdict["score"] > 0
+        if way == "AND":
+            assert any("joined from 2" in note for note in document["notes"]) and not verdict["words"]
+        elif way != "skipped":
+            assert verdict["words"], document["notes"]
+    if way == "skipped later":
+        assert None in documents[0]["verdicts"][0]["score_per_step"]
+    if way == "BREAK":
+        assert documents[0]["verdicts"][0]["view"] == "confirmed gradient"
+    assert errors_of_ours(webui) == []
+
+
+def test_img2img_and_inpainting(webui: WebUIServer) -> None:
+    start = webui.txt2img().images[0]
+    mask = io.BytesIO()
+    Image.new("L", (64, 64), 255).save(mask, "PNG")
+    import base64
+
+    for more in ({}, {"mask": base64.b64encode(mask.getvalue()).decode()}):
+        payload = {"prompt": "a blue boat", "denoising_strength": 0.5, "steps": 8, **more}
+        plain = webui.img2img(start, **payload)
+        generated = webui.img2img(start, **payload, alwayson_scripts={NAME: {"args": [{"explain": "never"}]}})
+        (document,) = webui.get_json("/dejavu/reports")
+        assert (pixels(generated) == pixels(plain)).all()
+        assert document["verdicts"][0]["score"] > 0 and document["setting"]["begins_with"] == "a picture"
+
+
+def test_scores_do_not_depend_on_the_batch(webui: WebUIServer) -> None:
+    _, together = watched(webui, "a red fox", {"explain": "never"}, batch_size=3)
+    alone = [watched(webui, "a red fox", {"explain": "never"}, seed=1 + n)[1][0] for n in range(3)]
+    assert [d["picture"] for d in together] == [0, 1, 2]
+    found = [[d["verdicts"][0]["score"] for d in documents] for documents in (together, alone)]
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_arguments_that_make_no_sense_cost_no_picture(webui: WebUIServer) -> None:
+    plain = webui.txt2img()
+    for arguments, why in (({"colour": "red"}, "no argument colour"), ({"alpha": 7}, "alpha must be")):
+        generated = webui.txt2img(alwayson_scripts={NAME: {"args": [arguments]}})
+        assert (pixels(generated) == pixels(plain)).all()
+        assert why in webui.log()
+
+
+def test_the_published_baselines_change_the_prompt(webui: WebUIServer) -> None:
+    generated, (document,) = watched(
+        webui, "a red fox", {"perturb": "random-number", "insertions": 2, "explain": "never"}
+    )
+    assert document["prompt"] != "a red fox" and len(document["prompt"].split()) == 5
+    assert document["prompt"] in generated.infotexts[0]
+    assert f"{NAME} settings: explain=never; perturb=random-number; insertions=2" in generated.infotexts[0]
+
+
+# -------------------------------------------------------------------- a checkpoint that memorises
+
+
+@pytest.fixture(scope="module")
+def calibrated(webui: WebUIServer) -> WebUIServer:
+    """The host with the memorising checkpoint, calibrated for it at 64 x 64."""
+    webui.txt2img(override_settings=KNOWN, override_settings_restore_afterwards=False)
+    answer = webui.post_json("/dejavu/calibrate", {"count": 99, "width": 64, "height": 64, "steps": 20}, 900)
+    assert answer["prompts"] == 99
+    return webui
+
+
+def test_memorised_prompts_flag_and_ordinary_ones_do_not(calibrated: WebUIServer) -> None:
+    found = {
+        prompt.text: watched(calibrated, prompt.text, steps=4, override_settings=KNOWN)
+        for prompt in (*MEMORISED, *ORDINARY)
+    }
+    assert [documents[0]["flagged"] for _, documents in found.values()] == [True] * 3 + [False] * 3
+    generated, (document,) = found[MEMORISED[0].text]
+    assert f"{NAME}: Flagged, {NAME} score: " in generated.infotexts[0]
+    assert len(document["verdicts"][0]["words"]) == len(MEMORISED[0].text.split())
+    assert document["ordinary"]["median"] < document["verdicts"][0]["score"]
+
+
+@pytest.mark.parametrize("remedy", ["optimise", "remove-trigger"])
+def test_a_mitigated_picture_is_no_copy(calibrated: WebUIServer, remedy: str) -> None:
+    prompt, picture = MEMORISED[1].text, 127.5 * (1 + memorising.picture(1).permute(1, 2, 0).numpy())
+    plain = calibrated.txt2img(prompt=prompt, steps=20, override_settings=KNOWN)
+    settings = {"when_flagged": "mitigate", "remedy": remedy, "explain": "never"}
+    generated, (document,) = watched(calibrated, prompt, settings, steps=20, override_settings=KNOWN)
+    assert document["flagged"] is True, document["notes"]
+    mitigation = document["mitigation"]
+    assert mitigation["score_after"] < 0.5 * mitigation["score_before"]
+    assert len(mitigation["verdicts"][0]["score_per_step"]) == 20
+    assert max(mitigation["verdicts"][0]["score_per_step"]) < 0.5 * mitigation["score_before"]
+    assert np.abs(pixels(plain) - picture).mean() < 5 < 60 < np.abs(pixels(generated) - picture).mean()
+    # The host's cached conditioning is as it was.
+    again = calibrated.txt2img(prompt=prompt, steps=20, override_settings=KNOWN)
+    assert (pixels(again) == pixels(plain)).all()
+
+
+def test_a_flagged_run_can_be_ended(calibrated: WebUIServer) -> None:
+    began = time.monotonic()
+    generated, (document,) = watched(
+        calibrated, MEMORISED[0].text, {"when_flagged": "stop"}, steps=150, override_settings=KNOWN
+    )
+    assert generated.images and time.monotonic() - began < 60
+    assert len(document["verdicts"][0]["score_per_step"]) == 1
+    assert any("ended at its first step" in note for note in document["notes"])
+
+
+def test_the_score_is_that_of_comfyui(
+    calibrated: WebUIServer, comfyui: Path, memorising_checkpoint: Path, tmp_path: Path
+) -> None:
+    home = make_home(tmp_path / "comfyui", PACK)
+    folder = home / "models" / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / memorising.FILE).symlink_to(memorising_checkpoint)
+    with ComfyServer(comfyui, home) as server:
+        for seed, prompt in enumerate((*MEMORISED, *ORDINARY), 5):
+            graph = graphs.text_to_image(prompt.text, seed=seed, steps=4, checkpoint=memorising.FILE)
+            (expected,) = comfy_scores(comfy_report(server, comfy_watched(graph)))
+            _, (document,) = watched(
+                calibrated,
+                prompt.text,
+                {"explain": "never"},
+                seed=seed,
+                # Noise times sqrt(1 + sigma^2), as in ComfyUI, where Automatic1111 takes it times sigma.
+                override_settings={**KNOWN, "sgm_noise_multiplier": True},
+            )
+            assert document["verdicts"][0]["score"] == pytest.approx(expected, rel=1e-3), prompt.text
+
+
+# ------------------------------------------------------------------------------------------ faults
+
+
+@pytest.fixture(scope="module")
+def faulty(
+    webui_kind: webui_server.Kind, webui_models: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[WebUIServer]:
+    """A host whose extension can be broken from outside."""
+    install = webui_server.find_install(webui_kind)
+    assert install is not None
+    extension = tmp_path_factory.mktemp("extensions") / "sabotage"
+    (extension / "scripts").mkdir(parents=True)
+    (extension / "scripts" / "sabotage.py").write_text(SABOTAGE)
+    home = webui_server.make_home(tmp_path_factory.mktemp(webui_kind.folder), PACK, [extension], webui_models)
+    checkpoint = ["--ckpt", str(webui_models / "Stable-diffusion" / miniature.SD15_EVERYWHERE)]
+    with WebUIServer(webui_kind, install, home, checkpoint, page=False) as server:
+        yield server
+
+
+def test_a_raised_error_in_every_callback_leaves_the_picture_whole(faulty: WebUIServer) -> None:
+    plain = pixels(faulty.txt2img())
+    for of, method in (
+        ("run", "begin"),
+        ("run", "_parts"),
+        ("run", "_record"),
+        ("run", "_act"),
+        ("run", "_conditioning"),
+        ("run", "end"),
+        ("run", "reports"),
+        ("host", "step"),
+        ("host", "predict"),
+        ("text", "encode"),
+    ):
+        faulty.post_json("/sabotage", {"of": of, "method": method})
+        generated, documents = watched(faulty, "a red fox in the snow", {"explain": "always"})
+        faulty.post_json("/sabotage", {})
+        assert (pixels(generated) == plain).all(), method
+        told = str(documents) + str(generated.info) + faulty.log(20_000)
+        assert "broken on purpose" in told, method
+    # And nothing of it stays.
+    generated, (document,) = watched(faulty, "a red fox in the snow", {"explain": "always"})
+    assert (pixels(generated) == plain).all() and document["verdicts"][0]["words"] and document["notes"] == []
+
+
+def test_a_broken_calibration_is_told(faulty: WebUIServer) -> None:
+    _, (document,) = watched(faulty, "a red fox", {"explain": "never"})
+    folder = faulty.home / "dejavu" / "calibration"
+    folder.mkdir(parents=True, exist_ok=True)
+    broken = folder / f"{document['setting']['model']}-broken.json"
+    broken.write_text("{")
+    _, (document,) = watched(faulty, "a red fox", {"explain": "never"})
+    broken.unlink()
+    assert "not valid JSON" in document["verdicts"][0]["sentence"]
+    with pytest.raises(RequestRefused, match="from 20 to"):
+        faulty.post_json("/dejavu/calibrate", {"count": 3})
+
+
+def test_installing_takes_no_time_and_says_nothing() -> None:
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "pass"], check=True)
+    bare = time.perf_counter() - began
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, str(PACK / "install.py")], check=True, capture_output=True, text=True)
+    assert done.stdout == "" and time.perf_counter() - began - bare < 0.2

@@ -1,0 +1,57 @@
+"""Our accordion and panel in the real pages of Automatic1111 and Forge."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from webui_page import PANEL, open_webui
+from webui_server import WebUIServer
+
+PROMPT = "a red fox, in the <b>snow</b>"
+
+
+def artefact(name: str, tmp_path: Path) -> Path:
+    folder = Path(os.environ.get("DEJAVU_ARTEFACTS") or tmp_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / name
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_panel_below_the_gallery(webui: WebUIServer, theme: str, tmp_path: Path) -> None:
+    with open_webui(webui.url, theme) as page:
+        # Switched off it costs nothing and shows nothing.
+        assert page.browser.locator("#dejavu_alpha_txt2img").count() == 1
+        page.enable()
+        page.browser.locator("#dejavu_explain_txt2img input").first.click()
+        page.browser.get_by_role("option", name="always").click()
+        told = page.generate(PROMPT)
+        assert "No verdict" in told and "calibrat" in told
+        words = page.browser.locator(f"{PANEL} .dejavu-word").all_inner_texts()
+        assert words == PROMPT.split()  # markup shows as text
+        page.screenshot(artefact(f"{webui.kind.folder}-{theme}.png", tmp_path))
+        page.word(1, "Drop")
+        assert page.prompt == "a fox, in the <b>snow</b>"
+        page.word(2, "Weaken")
+        assert page.prompt == "a (fox:0.8), in the <b>snow</b>"
+        page.word(1, "Restore")
+        assert page.prompt == "a red (fox:0.8), in the <b>snow</b>"
+        assert page.generate(page.prompt)
+        assert [e for e in page.errors if "dejavu" in e] == []
+
+
+def test_calibrating_from_the_page(webui: WebUIServer) -> None:
+    with open_webui(webui.url) as page:
+        page.enable()
+        page.browser.locator("#dejavu_count_txt2img input").fill("20")
+        page.browser.locator("#dejavu_calibrate_txt2img").click()
+        page.browser.wait_for_function(
+            "() => /20 ordinary prompts/.test(document.querySelector('#dejavu_told_txt2img').innerText)",
+            timeout=300_000,
+        )
+        # Alpha .1 needs nine of them.
+        page.browser.locator("#dejavu_alpha_txt2img input[type=number]").fill("0.1")
+        page.browser.locator("#dejavu_alpha_txt2img input[type=number]").press("Tab")
+        told = page.generate("a red fox in the snow")
+        assert "p = " in told or "p <= " in told, told

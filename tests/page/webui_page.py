@@ -1,0 +1,69 @@
+"""The page of Automatic1111 or Forge, driven as a user's browser would."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from comfyui_page import FLAGS
+from playwright.sync_api import Page as BrowserPage
+from playwright.sync_api import sync_playwright
+
+PANEL = "#dejavu_panel_txt2img"
+
+
+class WebUIPage:
+    def __init__(self, page: BrowserPage) -> None:
+        self.browser = page
+        self.errors: list[str] = []
+        page.on("pageerror", lambda error: self.errors.append(f"{error} {error.stack}"))
+
+    def enable(self) -> None:
+        """Switch our accordion on; it opens."""
+        self.browser.locator("#dejavu_txt2img .input-accordion-checkbox").check()
+
+    def number(self, name: str, value: int) -> None:
+        box = self.browser.locator(f"#txt2img_{name} input[type=number]").first
+        box.fill(str(value))
+        box.press("Tab")
+
+    @property
+    def prompt(self) -> str:
+        return self.browser.locator("#txt2img_prompt textarea").first.input_value()
+
+    def generate(self, prompt: str, timeout: float = 180.0) -> str:
+        """Draw a picture; the text of our panel below it."""
+        self.browser.locator("#txt2img_prompt textarea").first.fill(prompt)
+        self.browser.evaluate(f"() => {{ document.querySelector('{PANEL} .dejavu-panel')?.remove() }}")
+        self.browser.locator("#txt2img_generate").click()
+        self.browser.wait_for_selector(f"{PANEL} .dejavu-panel", timeout=timeout * 1000)
+        return self.browser.locator(PANEL).inner_text()
+
+    def word(self, number: int, action: str) -> None:
+        """Open a word of the panel and choose what to do with it."""
+        self.browser.locator(f"{PANEL} .dejavu-word").nth(number).click()
+        self.browser.locator(f"{PANEL} .dejavu-menu button", has_text=action).click()
+        self.browser.wait_for_timeout(300)
+
+    def screenshot(self, path: Path) -> None:
+        self.browser.screenshot(path=str(path), full_page=True)
+
+
+@contextmanager
+def open_webui(url: str, theme: str = "light") -> Iterator[WebUIPage]:
+    """The host's page, ready for use, set to small pictures in few steps."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+        try:
+            opened = browser.new_page(viewport={"width": 1500, "height": 1300})
+            page = WebUIPage(opened)
+            opened.goto(f"{url}/?__theme={theme}")
+            opened.wait_for_selector("#txt2img_prompt textarea", timeout=120_000)
+            opened.wait_for_timeout(3000)
+            for name, value in (("width", 64), ("height", 64), ("steps", 6)):
+                page.number(name, value)
+            yield page
+        finally:
+            browser.close()
