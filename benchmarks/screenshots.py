@@ -1,4 +1,5 @@
-"""The README's picture of ComfyUI's real page: the first example workflow, queued on the bundled model.
+"""The README's pictures of ComfyUI's real page: the first example workflow, queued on the bundled model, and its
+Verdict node with a word opened, in the dark and in the light theme.
 
 python benchmarks/screenshots.py [--out docs]
 """
@@ -13,9 +14,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests" / "hosts"), str(ROOT / "tests" / "page")]
 
-from comfyui_page import open_page  # noqa: E402
+from comfyui_page import Page, open_page  # noqa: E402
 from comfyui_server import ComfyServer, find_install, make_home  # noqa: E402
 
+VERDICT = "DejaVuVerdict"
 WORKFLOW = ROOT / "example_workflows" / "1 Try it on the bundled model.json"
 
 
@@ -35,6 +37,26 @@ def main() -> None:
                 raise SystemExit(error)
             page.show_all()
             page.screenshot(arguments.out / "comfyui.png")
+            page.look_at(VERDICT, 1.2)
+            page.browser.locator(".dejavu-top").first.click()
+            for theme in ("light", "dark"):
+                page.set("Comfy.ColorPalette", theme)
+                page.browser.wait_for_timeout(1000)
+                _picture_of_the_node(page, arguments.out / f"comfyui-overlay-{theme}.png")
+
+
+def _picture_of_the_node(page: Page, path: Path) -> None:
+    """The panel with the node's title and sockets above it."""
+    box = page.browser.locator(".dejavu").first.bounding_box()
+    assert box is not None
+    above, beside = 230, 24
+    clip = {
+        "x": box["x"] - beside,
+        "y": box["y"] - above,
+        "width": box["width"] + 2 * beside,
+        "height": box["height"] + above + beside,
+    }
+    page.browser.screenshot(path=str(path), clip=clip)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,8 @@ import base64
 import json
 import os
 import re
-import signal
 import socket
 import struct
-import subprocess
 import threading
 import time
 import uuid
@@ -21,22 +19,17 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from urllib.error import HTTPError, URLError
 from urllib.parse import urlencode
-from urllib.request import ProxyHandler, Request, build_opener
+
+import host_process
+from host_process import HOST, HostProcess, RequestRefused
 
 Graph = dict[str, dict[str, Any]]
-THREADS = 2
-_HOST = "127.0.0.1"
 _FOLDERS = ("models", "input", "output", "temp", "user", "custom_nodes")
 
 
-class PromptRejected(RuntimeError):
-    """The host did not take a graph; ``status`` and ``body`` are its HTTP answer."""
-
-    def __init__(self, status: int, body: str) -> None:
-        super().__init__(f"HTTP {status}: {body}")
-        self.status, self.body = status, body
+class PromptRejected(RequestRefused):
+    """The host did not take a graph."""
 
 
 class ExecutionFailed(RuntimeError):
@@ -49,22 +42,11 @@ class ExecutionFailed(RuntimeError):
 
 def find_install() -> Path | None:
     """$DEJAVU_COMFYUI, or the folder in the user's cache; None if no ComfyUI with its environment is there."""
-    named = os.environ.get("DEJAVU_COMFYUI")
-    install = Path(named) if named else Path.home() / ".cache" / "sd-dejavu" / "hosts" / "comfyui"
-    return install if (install / "main.py").is_file() and _python(install).is_file() else None
+    return host_process.find_install("comfyui", "DEJAVU_COMFYUI", "main.py")
 
 
 def version(install: Path) -> str:
-    """Such as '0.3.64 (a125cd84)'; without the commit where that is not known."""
-    text = (install / "comfyui_version.py").read_text(encoding="utf-8")
-    found = re.search(r'__version__ = "(.+?)"', text)
-    number = found.group(1) if found else "of unknown version"
-    command = ["git", "-C", str(install), "rev-parse", "--short=8", "HEAD"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return number
-    return f"{number} ({commit})"
+    return host_process.version(install, "comfyui_version.py", r'__version__ = "(.+?)"')
 
 
 def make_home(
@@ -76,12 +58,11 @@ def make_home(
     """
     home.mkdir(parents=True, exist_ok=True)
     if models is not None:
-        (home / "models").symlink_to(models.resolve(), target_is_directory=True)
+        host_process.link({"models": models}, home)
     for name in _FOLDERS:
         (home / name).mkdir(exist_ok=True)
     packs = {folder.name: folder for folder in custom_nodes} | ({"sd-dejavu": pack} if pack else {})
-    for name, folder in packs.items():
-        (home / "custom_nodes" / name).symlink_to(folder.resolve(), target_is_directory=True)
+    host_process.link(packs, home / "custom_nodes")
     return home
 
 
@@ -97,77 +78,17 @@ def failure(entry: dict[str, Any]) -> str | None:
     return None if status.get("status_str") == "success" else f"ended with status {status}"
 
 
-class ComfyServer:
-    """The process and its HTTP interface; a context manager that is left with the process ended.
+class ComfyServer(HostProcess):
+    name = "ComfyUI"
 
-    ``options`` go to the command line and ``env`` into the environment, above what the tests always set.
-    """
-
-    def __init__(
-        self, install: Path, home: Path, options: Sequence[str] = (), env: Mapping[str, str] | None = None
-    ) -> None:
-        self.install, self.home = install, home
-        self._options, self._env = list(options), dict(env or {})
-        self._process: subprocess.Popen[bytes] | None = None
-        self._opener = build_opener(ProxyHandler({}))
-        self._log = home / "comfyui.log"
-        self._port = 0
-
-    # ------------------------------------------------------------------------------------------ life
-
-    def start(self, timeout: float = 240.0) -> ComfyServer:
-        """Returns when the host answers; RuntimeError with its log if it does not."""
-        self._port = _free_port()
-        command = [str(_python(self.install)), "main.py", "--cpu", "--listen", _HOST, "--port", str(self._port)]
+    def _command(self) -> list[str]:
+        command = ["main.py", "--cpu", "--listen", HOST, "--port", str(self._port)]
         command += ["--base-directory", str(self.home), "--database-url", f"sqlite:///{self.home / 'user' / 'host.db'}"]
-        command += ["--disable-auto-launch", "--disable-api-nodes", *self._options]
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                command, cwd=self.install, env=self._environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
-        try:
-            self._until(self._answers, timeout, "become ready", pause=0.2)
-        except BaseException:
-            self.stop()
-            raise
-        return self
+        return [*command, "--disable-auto-launch", "--disable-api-nodes"]
 
-    def stop(self, patience: float = 10.0) -> None:
-        """Ask the process to end, and end it if it does not listen."""
-        if self._process is None:
-            return
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGINT)
-            try:
-                self._process.wait(patience)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-        self._process.wait()
-
-    def __enter__(self) -> ComfyServer:
-        return self.start()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.stop()
-
-    @property
-    def pid(self) -> int:
-        if self._process is None:
-            raise RuntimeError("The server was not started.")
-        return self._process.pid
-
-    def rss_mb(self, peak: bool = False) -> float:
-        """Resident memory of the process now, or the most it ever had, in MiB."""
-        field = "VmHWM" if peak else "VmRSS"
-        status = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii")
-        found = re.search(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE)
-        if found is None:
-            raise RuntimeError("The server's process has ended.")
-        return int(found.group(1)) / 1024
-
-    def log(self) -> str:
-        """All that the host has written so far."""
-        return self._log.read_text(encoding="utf-8", errors="replace")
+    def _ready(self) -> bool:
+        self.get("/system_stats")
+        return True
 
     def import_failures(self) -> list[str]:
         """Folders of custom nodes that the host could not import: it only says so in its log and goes on."""
@@ -189,9 +110,8 @@ class ComfyServer:
         message = {"prompt": graph, "client_id": client_id or uuid.uuid4().hex, "extra_data": extra}
         try:
             return str(self.post_json("/prompt", message)["prompt_id"])
-        except HTTPError as error:
-            with error:
-                raise PromptRejected(error.code, error.read().decode("utf-8", "replace")) from None
+        except RequestRefused as refused:
+            raise PromptRejected(refused.status, refused.body) from None
 
     def wait(self, prompt_id: str, timeout: float = 120.0, allow_error: bool = False) -> dict[str, Any]:
         """The history entry of a run once it is over; ExecutionFailed if it failed and that is not allowed."""
@@ -235,57 +155,7 @@ class ComfyServer:
 
     def events(self, client_id: str) -> EventStream:
         """Listen to what the host tells this client; close it, or use it as a context manager."""
-        return EventStream(_HOST, self._port, client_id)
-
-    # ------------------------------------------------------------------------------------------ HTTP
-
-    @property
-    def url(self) -> str:
-        return f"http://{_HOST}:{self._port}"
-
-    def get(self, path: str) -> bytes:
-        with self._opener.open(self.url + path, timeout=60) as answer:
-            body: bytes = answer.read()
-        return body
-
-    def get_json(self, path: str) -> Any:
-        return json.loads(self.get(path))
-
-    def post_json(self, path: str, message: Any) -> Any:
-        """The answer's JSON, or None where it is empty."""
-        headers = {"Content-Type": "application/json"}
-        request = Request(self.url + path, json.dumps(message).encode(), headers, method="POST")
-        with self._opener.open(request, timeout=60) as answer:
-            body = answer.read()
-        return json.loads(body) if body else None
-
-    # ------------------------------------------------------------------------------------------ inner
-
-    def _environment(self) -> dict[str, str]:
-        kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
-        threads = {key: str(THREADS) for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-        own = {"SD_DEJAVU_HOME": str(self.home / "dejavu"), "PYTHONUNBUFFERED": "1"}
-        return kept | threads | offline | own | self._env
-
-    def _answers(self) -> bool:
-        try:
-            self.get("/system_stats")
-        except (URLError, ConnectionError):
-            return False
-        return True
-
-    def _until(self, done: Callable[[], Any], timeout: float, what: str, pause: float = 0.05) -> Any:
-        """Ask until the answer is true; RuntimeError if the process ended, TimeoutError if it takes too long."""
-        end = time.monotonic() + timeout
-        while True:
-            if self._process is None or self._process.poll() is not None:
-                raise RuntimeError(f"ComfyUI ended and did not {what}.\n{self.log()[-4000:]}")
-            if answer := done():
-                return answer
-            if time.monotonic() > end:
-                raise TimeoutError(f"ComfyUI did not {what} within {timeout:g} s.\n{self.log()[-4000:]}")
-            time.sleep(pause)
+        return EventStream(HOST, self._port, client_id)
 
 
 class EventStream:
@@ -381,14 +251,3 @@ class EventStream:
             (length,) = struct.unpack(">Q", self._stream.read(8))
         payload = self._stream.read(length)
         return (head[0] & 15, payload) if len(payload) == length else None
-
-
-def _python(install: Path) -> Path:
-    return install / "venv" / "bin" / "python"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((_HOST, 0))
-        port: int = probe.getsockname()[1]
-    return port

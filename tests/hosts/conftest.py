@@ -8,19 +8,23 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import comfyui_server
+import memorising
 import miniature
 import pytest
-from comfyui_server import ComfyServer, find_install, make_home, version
+import webui_server
+from comfyui_server import ComfyServer, make_home
+from webui_server import KINDS, WebUIServer
 
 HERE = Path(__file__).parent
 PACK = HERE.parents[1]
-_COMFYUI_TESTS: pytest.StashKey[set[str]] = pytest.StashKey()
+_HOST_TESTS: pytest.StashKey[dict[str, set[str]]] = pytest.StashKey()
 
 
 @pytest.fixture(scope="session")
 def comfyui() -> Path:
     """The folder of the ComfyUI install; every test that asks for it counts as a real-host test."""
-    install = find_install()
+    install = comfyui_server.find_install()
     if install is None:
         pytest.skip("ComfyUI was not found")
     return install
@@ -59,6 +63,91 @@ def start_comfy(comfyui: Path, comfy_home: Path, tmp_path: Path) -> Iterator[Cal
         yield start
 
 
+@pytest.fixture(scope="session")
+def memorising_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See memorising.py; the file for all hosts of a test run."""
+    return memorising.write(tmp_path_factory.mktemp("memorising") / memorising.FILE)
+
+
+@pytest.fixture(scope="session")
+def webui_models(memorising_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of models for Automatic1111 and Forge: the miniature, loaded at start, and the memorising one."""
+    checkpoints = tmp_path_factory.mktemp("webui") / "models" / "Stable-diffusion"
+    miniature.write_sd15_everywhere(checkpoints / miniature.SD15_EVERYWHERE)
+    for file in (memorising_checkpoint, memorising_checkpoint.with_suffix(".yaml")):
+        (checkpoints / file.name).symlink_to(file)
+    return checkpoints.parent
+
+
+@pytest.fixture(scope="session")
+def a1111() -> Path:
+    """The folder of the Automatic1111 install."""
+    return _webui_install(webui_server.A1111)
+
+
+@pytest.fixture(scope="session")
+def forge() -> Path:
+    """The folder of the Forge install."""
+    return _webui_install(webui_server.FORGE)
+
+
+@pytest.fixture(scope="session", params=list(KINDS))
+def webui_kind(request: pytest.FixtureRequest) -> webui_server.Kind:
+    """Each of the two hosts; the tests of one run before those of the other."""
+    kind: webui_server.Kind = KINDS[request.param]
+    _webui_install(kind)
+    return kind
+
+
+@pytest.fixture(scope="session")
+def webui(
+    webui_kind: webui_server.Kind, webui_models: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[WebUIServer]:
+    """One server with a page for all tests of a host that need no settings of their own, with our extension."""
+    home = webui_server.make_home(tmp_path_factory.mktemp(webui_kind.folder), _extension(), models=webui_models)
+    with WebUIServer(webui_kind, _webui_install(webui_kind), home, _checkpoint(webui_models)) as server:
+        yield server
+
+
+@pytest.fixture
+def start_webui(
+    webui_kind: webui_server.Kind, webui_models: Path, tmp_path: Path
+) -> Iterator[Callable[..., WebUIServer]]:
+    """``start_webui(extensions=[...], options=[...], settings={...}, env={...}, page=...)``: one more server.
+
+    Ended after the test, with a data directory of its own and the same models; without our extension, unless
+    ``extension=`` names its folder; without the page, unless ``page=True``.
+    """
+    number = count()
+    with ExitStack() as servers:
+
+        def start(
+            *, extension: Any = None, extensions: Any = (), settings: Any = None, options: Any = (), **more: Any
+        ) -> WebUIServer:
+            home = tmp_path / f"{webui_kind.folder}-{next(number)}"
+            webui_server.make_home(home, extension, extensions, webui_models, settings)
+            options = [*_checkpoint(webui_models), *options]
+            server = WebUIServer(webui_kind, _webui_install(webui_kind), home, options, **({"page": False} | more))
+            return servers.enter_context(server)
+
+        yield start
+
+
+def _webui_install(kind: webui_server.Kind) -> Path:
+    install = webui_server.find_install(kind)
+    if install is None:
+        pytest.skip(f"{kind.name} was not found")
+    return install
+
+
+def _extension() -> Path | None:
+    return PACK if (PACK / "scripts" / "dejavu.py").is_file() else None
+
+
+def _checkpoint(models: Path) -> list[str]:
+    return ["--ckpt", str(models / "Stable-diffusion" / miniature.SD15_EVERYWHERE)]
+
+
 # ---------------------------------------------------------------------------------------------- pytest
 
 
@@ -71,24 +160,43 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     ours = [item for item in items if HERE in item.path.parents]
     for item in ours:
         item.add_marker(pytest.mark.host)
-    config.stash[_COMFYUI_TESTS] = {item.nodeid for item in ours if _needs_comfyui(item)}
+    config.stash[_HOST_TESTS] = {
+        host: {item.nodeid for item in ours if _needs(item, host)} for host in ("comfyui", *KINDS)
+    }
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    tests = config.stash.get(_COMFYUI_TESTS, set())
-    outcomes = {kind: _among(tests, terminalreporter, kind) for kind in ("passed", "failed", "error", "skipped")}
-    install = find_install()
-    if install is not None and (ran := outcomes["passed"] | outcomes["failed"] | outcomes["error"]):
-        terminalreporter.write_sep("=", f"real ComfyUI {version(install)}: {_count(len(ran), 'test')} ran", green=True)
-    elif install is None and (skipped := outcomes["skipped"]):
-        message = f"ComfyUI was not found: {_count(len(skipped), 'real-host test')} did not run"
-        terminalreporter.write_sep("=", message.upper(), red=True, bold=True)
-        terminalreporter.write_line("Install it where $DEJAVU_COMFYUI says, or in ~/.cache/sd-dejavu/hosts/comfyui.")
+    install = comfyui_server.find_install()
+    known = comfyui_server.version(install) if install else None
+    _summary(terminalreporter, config, "comfyui", "ComfyUI", "DEJAVU_COMFYUI", known)
+    for kind in KINDS.values():
+        install = webui_server.find_install(kind)
+        known = webui_server.version(kind, install) if install else None
+        _summary(terminalreporter, config, kind.folder, kind.name, kind.variable, known)
 
 
-def _needs_comfyui(item: pytest.Item) -> bool:
+def _summary(
+    reporter: pytest.TerminalReporter, config: pytest.Config, folder: str, name: str, variable: str, version: str | None
+) -> None:
+    """How many tests ran on a host, or did not for want of it; ``version`` is None where it was not found."""
+    tests = config.stash.get(_HOST_TESTS, {}).get(folder, set())
+    outcomes = {kind: _among(tests, reporter, kind) for kind in ("passed", "failed", "error", "skipped")}
+    if version is not None and (ran := outcomes["passed"] | outcomes["failed"] | outcomes["error"]):
+        reporter.write_sep("=", f"real {name} {version}: {_count(len(ran), 'test')} ran", green=True)
+    elif version is None and (skipped := outcomes["skipped"]):
+        message = f"{name} was not found: {_count(len(skipped), 'real-host test')} did not run"
+        reporter.write_sep("=", message.upper(), red=True, bold=True)
+        reporter.write_line(f"Install it where ${variable} says, or in ~/.cache/sd-dejavu/hosts/{folder}.")
+
+
+def _needs(item: pytest.Item, host: str) -> bool:
     """Asks for the install, or looks for it by itself and skips where it is absent."""
-    return "comfyui" in getattr(item, "fixturenames", ()) or item.get_closest_marker("skipif") is not None
+    if host == "comfyui" and item.get_closest_marker("skipif") is not None:
+        return True
+    callspec = getattr(item, "callspec", None)
+    if callspec is not None and callspec.params.get("webui_kind") == host:
+        return True
+    return host in getattr(item, "fixturenames", ())
 
 
 def _among(tests: set[str], reporter: pytest.TerminalReporter, kind: str) -> set[str]:

@@ -8,13 +8,16 @@ range; the random rest depends on the prompt.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
+from block_vae import SCALE, block_vae
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 SD15 = "mini-sd15.ckpt"
+SD15_EVERYWHERE = "mini-sd15-everywhere.ckpt"
 SD3 = "mini-sd3.ckpt"
 UNET_FP16 = "mini-sd15-fp16.safetensors"
 UNET_FP8 = "mini-sd15-fp8.safetensors"
@@ -34,7 +37,7 @@ def write_all(models: Path, seed: int = 0) -> Path:
     for folder in (checkpoints, unets, loras):
         folder.mkdir(parents=True, exist_ok=True)
     unet = sd15_unet(seed)
-    write_checkpoint(checkpoints / SD15, unet, clip_l(seed + 1, "cond_stage_model."), taesd(seed + 2, 4, 0.18215, 0.0))
+    write_checkpoint(checkpoints / SD15, unet, text_encoder(seed), taesd(seed + 2, 4, 0.18215, 0.0))
     save_file({name: tensor.half() for name, tensor in unet.items()}, unets / UNET_FP16)
     save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in unet.items()}, unets / UNET_FP8)
     save_file(scaled_fp8(unet), unets / UNET_SCALED_FP8)
@@ -47,9 +50,32 @@ def write_all(models: Path, seed: int = 0) -> Path:
 def write_checkpoint(
     path: Path, denoiser: dict[str, Tensor], encoder: dict[str, Tensor], vae: dict[str, Tensor]
 ) -> None:
-    """One file as published: torch-saved, which keeps shared storage shared, all below 'state_dict'."""
+    """One file as published: torch-saved, which keeps shared storage shared, all below 'state_dict'.
+
+    In the format before the zip files: a host that inspects a file for malicious code knows no newer parts of those.
+    """
     tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in denoiser.items()} | encoder
-    torch.save({"state_dict": tensors | {f"first_stage_model.{name}": tensor for name, tensor in vae.items()}}, path)
+    tensors |= {f"first_stage_model.{name}": tensor for name, tensor in vae.items()}
+    torch.save({"state_dict": tensors}, path, _use_new_zipfile_serialization=False)
+
+
+def write_sd15_everywhere(path: Path, unet: dict[str, Tensor] | None = None, seed: int = 0) -> Path:
+    """A checkpoint that ComfyUI, A1111 and Forge all load, with the configuration next to it that A1111 needs.
+
+    Without a ``unet`` the miniature's. A1111 and Forge build the full autoencoder and a middle block whatever is in
+    the file: the middle block is there and does nothing. Returns ``path``.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    denoiser = (unet if unet is not None else sd15_unet(seed)) | _idle_middle_block()
+    write_checkpoint(path, denoiser, text_encoder(seed), block_vae())
+    # a file in JSON is one in YAML
+    path.with_suffix(".yaml").write_text(json.dumps(_A1111_MODEL, indent=1), encoding="utf-8")
+    return path
+
+
+def text_encoder(seed: int = 0) -> dict[str, Tensor]:
+    """That of every SD1.5 miniature of this seed."""
+    return clip_l(seed + 1, "cond_stage_model.")
 
 
 def sd15_unet(seed: int) -> dict[str, Tensor]:
@@ -157,6 +183,69 @@ def scaled_fp8(unet: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------- parts
+
+_A1111_MODEL = {
+    "model": {
+        "target": "ldm.models.diffusion.ddpm.LatentDiffusion",
+        "params": {
+            "linear_start": 0.00085,
+            "linear_end": 0.012,
+            "timesteps": 1000,
+            "first_stage_key": "jpg",
+            "cond_stage_key": "txt",
+            "conditioning_key": "crossattn",
+            "image_size": 64,
+            "channels": 4,
+            "scale_factor": SCALE,
+            "use_ema": False,
+            "unet_config": {
+                "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+                "params": {
+                    "image_size": 32,
+                    "in_channels": 4,
+                    "out_channels": 4,
+                    "model_channels": _CHANNELS,
+                    "attention_resolutions": [1],
+                    "num_res_blocks": 1,
+                    "channel_mult": [1],
+                    "num_heads": 8,
+                    "use_spatial_transformer": True,
+                    "transformer_depth": 1,
+                    "context_dim": _CONTEXT,
+                    "use_checkpoint": False,
+                    "legacy": False,
+                },
+            },
+            "first_stage_config": {
+                "target": "ldm.models.autoencoder.AutoencoderKL",
+                "params": {
+                    "embed_dim": 4,
+                    "ddconfig": {
+                        "double_z": True,
+                        "z_channels": 4,
+                        "resolution": 256,
+                        "in_channels": 3,
+                        "out_ch": 3,
+                        "ch": 128,
+                        "ch_mult": [1, 2, 4, 4],
+                        "num_res_blocks": 2,
+                        "attn_resolutions": [],
+                        "dropout": 0.0,
+                    },
+                    "lossconfig": {"target": "torch.nn.Identity"},
+                },
+            },
+            "cond_stage_config": {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"},
+        },
+    }
+}
+
+
+def _idle_middle_block() -> dict[str, Tensor]:
+    """A residual block that adds zero; takes hardly any room in the file."""
+    w = _Weights(0)
+    _residual_block(w, "middle_block.0.", _CHANNELS)
+    return {name: torch.zeros(1).expand(tensor.shape) for name, tensor in w.tensors.items()}
 
 
 class _Weights:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from collections.abc import Iterator
@@ -12,15 +13,15 @@ from typing import Any
 from playwright.sync_api import Page as BrowserPage
 from playwright.sync_api import sync_playwright
 
-_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 
 
 class Page:
     def __init__(self, page: BrowserPage) -> None:
         self.browser = page
         self.errors: list[str] = []
-        page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("console", lambda m: self.errors.append(f"{m.text} {m.location}") if m.type == "error" else None)
+        page.on("pageerror", lambda error: self.errors.append(f"{error} {error.stack}"))
 
     def load(self, workflow: Path) -> None:
         """Open a workflow file."""
@@ -67,19 +68,74 @@ class Page:
     def screenshot(self, path: Path) -> None:
         self.browser.screenshot(path=str(path))
 
+    def set(self, setting: str, value: Any) -> None:
+        """Change one of the host's settings."""
+        script = "([id, value]) => window.comfyAPI.app.app.extensionManager.setting.set(id, value)"
+        self.browser.evaluate(script, [setting, value])
+
+    def reload(self) -> None:
+        """Open the page anew."""
+        self.browser.wait_for_timeout(500)  # settings are sent without waiting
+        self.browser.reload()
+        self._ready()
+
+    def look_at(self, kind: str, scale: float = 1.0) -> None:
+        """Bring the first node of a type into view, nothing in front of it."""
+        for _ in range(3):
+            self.browser.keyboard.press("Escape")
+            self.browser.wait_for_timeout(150)
+        self.browser.evaluate(
+            """([kind, scale]) => {
+                const {app} = window.comfyAPI.app, node = app.graph.nodes.find((n) => n.type === kind);
+                app.canvas.ds.scale = scale;
+                app.canvas.ds.offset[0] = 520 - node.pos[0];
+                app.canvas.ds.offset[1] = 160 - node.pos[1];
+                app.canvas.setDirty(true, true);
+            }""",
+            [kind, scale],
+        )
+        self.browser.wait_for_timeout(600)
+
+    def widget(self, kind: str, name: str) -> Any:
+        """The value of a widget of the first node of a type."""
+        script = """([kind, name]) => window.comfyAPI.app.app.graph.nodes.find((n) => n.type === kind)
+            .widgets.find((w) => w.name === name).value"""
+        return self.browser.evaluate(script, [kind, name])
+
+    def set_widget(self, kind: str, name: str, value: Any) -> None:
+        script = """([kind, name, value]) => { window.comfyAPI.app.app.graph.nodes.find((n) => n.type === kind)
+            .widgets.find((w) => w.name === name).value = value }"""
+        self.browser.evaluate(script, [kind, name, value])
+
+    def drop_file(self, content: bytes, name: str) -> None:
+        """Let a file fall onto the page."""
+        self.browser.evaluate(
+            """([base64, name]) => {
+                const bytes = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
+                const dataTransfer = new DataTransfer();
+                dataTransfer.items.add(new File([bytes], name, {type: 'image/png'}));
+                document.dispatchEvent(new DragEvent('drop', {dataTransfer, bubbles: true, cancelable: true}));
+            }""",
+            [base64.b64encode(content).decode("ascii"), name],
+        )
+        self.browser.wait_for_timeout(1500)
+
+    def _ready(self) -> None:
+        self.browser.wait_for_function("() => window.comfyAPI?.app?.app?.graph != null", timeout=60_000)
+        self.browser.wait_for_timeout(2000)
+        self.browser.keyboard.press("Escape")  # the template browser greets new users
+
 
 @contextmanager
 def open_page(url: str, width: int = 2700, height: int = 1300) -> Iterator[Page]:
     """The host's page, ready for use."""
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=_FLAGS)
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
         try:
             opened = browser.new_page(viewport={"width": width, "height": height})
             page = Page(opened)
             opened.goto(url)
-            opened.wait_for_function("() => window.comfyAPI?.app?.app?.graph != null", timeout=60_000)
-            opened.wait_for_timeout(2000)
-            opened.keyboard.press("Escape")  # the template browser greets new users
+            page._ready()
             yield page
         finally:
             browser.close()

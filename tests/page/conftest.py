@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,15 @@ from comfyui_page import Page, open_page  # noqa: E402
 from comfyui_server import ComfyServer, find_install, make_home  # noqa: E402
 
 PACK = HERE.parents[1]
+WEB = HERE.parent / "web"
+
+
+def newest_front_end() -> Path | None:
+    """The static folder of a newer front end: $DEJAVU_COMFYUI_FRONTEND, or the package in the user's cache."""
+    named = os.environ.get("DEJAVU_COMFYUI_FRONTEND")
+    kept = Path.home() / ".cache" / "sd-dejavu" / "frontend" / "comfyui_frontend_package" / "static"
+    folder = Path(named) if named else kept
+    return folder if (folder / "index.html").is_file() else None
 
 
 def _missing() -> list[str]:
@@ -24,7 +35,7 @@ def _missing() -> list[str]:
     return [name for name, place in found.items() if place is None]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     """ComfyUI's page with the pack loaded."""
     install = find_install()
@@ -36,8 +47,39 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
         yield opened
 
 
+@pytest.fixture(scope="module", params=["pinned", "newest"])
+def front_end(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    """The page in the front end that the host pins, and in a newer one where that is installed."""
+    install = find_install()
+    if install is None or _missing():
+        pytest.skip(f"not found: {', '.join(_missing())}")
+    options: list[str] = []
+    if request.param == "newest":
+        folder = newest_front_end()
+        if folder is None:
+            pytest.skip("no newer front end was found: name its static folder in DEJAVU_COMFYUI_FRONTEND")
+        options = ["--front-end-root", str(folder)]
+    home = make_home(tmp_path_factory.mktemp("comfyui-overlay"), PACK)
+    with ComfyServer(install, home, options) as server, open_page(server.url, 1500, 1250) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The source of axe, the accessibility checker, as the front end's tests pin it."""
+    if shutil.which("npm") is None:
+        pytest.skip("npm was not found: accessibility was not checked")
+    folder = tmp_path_factory.mktemp("axe")
+    for name in ("package.json", "package-lock.json", ".npmrc"):
+        shutil.copy(WEB / name, folder / name)
+    subprocess.run(["npm", "ci"], cwd=folder, check=True, capture_output=True, timeout=300)
+    return (folder / "node_modules" / "axe-core" / "axe.min.js").read_text(encoding="utf-8")
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = [r for r in terminalreporter.stats.get("skipped", []) if HERE.name in r.nodeid.split("/")]
-    if skipped and (missing := _missing()):
+    if not (missing := _missing()) and newest_front_end() is None:
+        missing = ["A newer front end"]
+    if skipped and missing:
         message = f"{' and '.join(missing)} not found: {len(skipped)} page tests did not run".upper()
         terminalreporter.write_sep("=", message, red=True, bold=True)

@@ -156,7 +156,12 @@ class Run:
                 results = self.host.denoised(_repeated(step, params.x.shape[0]), params.x)
                 without = results[-images:]
                 joined = [without[i] + sum(w * (results[j] - without[i]) for j, w in parts[i]) for i in range(images)]
-                self._record(torch.stack(joined), without)
+                first = torch.stack([results[part[0][0]] for part in parts])
+                if self._open.groups[0].watch.measures(self._open.evaluations) and torch.equal(first, without):
+                    # The negative prompt was skipped here: what stands in its place is the prompt's own.
+                    self._measure_apart(step, torch.stack(joined))
+                else:
+                    self._record(torch.stack(joined), without)
                 for image, changed in self._act(step, parts).items():
                     found = self.host.predict(step.of([image]), step.x[image : image + 1], changed)
                     params.x[parts[image][0][0]] = self.host.output(step.of([image]), found)[0].to(params.x)
@@ -196,11 +201,14 @@ class Run:
         """Both predictions of a step, by picture, as guidance has them: measured against the negative prompt."""
         known = self._open
         assert known is not None and known.step is not None
-        kind: Unconditional = "negative prompt" if any(n.strip() for n in known.negatives) else "empty prompt"
-        if kind == "negative prompt" and self.monitoring.without == "empty prompt":
+        if self._negative_kind() == "negative prompt" and self.monitoring.without == "empty prompt":
             self._measure_apart(known.step, conditional)
             return
-        self._keep(known.step, conditional, without, kind)
+        self._keep(known.step, conditional, without, self._negative_kind())
+
+    def _negative_kind(self) -> Unconditional:
+        assert self._open is not None
+        return "negative prompt" if any(text.strip() for text in self._open.negatives) else "empty prompt"
 
     def _keep(self, step: Step, conditional: Tensor, without: Tensor, kind: Unconditional) -> None:
         assert self._open is not None
@@ -212,16 +220,20 @@ class Run:
                 group.watch.base = without[own].float()
 
     def _measure_apart(self, step: Step, conditional: Tensor) -> None:
-        """An evaluation of our own against the empty prompt, at the steps of the score only."""
+        """An evaluation of our own where guidance has none to read, at the steps of the score only."""
         assert self._open is not None
         if not self._open.groups[0].watch.measures(self._open.evaluations):
             self._skip("guidance is off here, and only the steps of the score are measured")
             return
         model = GuidedModel(self.host, step, [float(self.host.sigma(step)[0]), 0.0])
+        kind: Unconditional
         with torch.no_grad():
             x = self.host.scaled(step, step.x)
-            without = model(x, self.host.sigma(step), model.encode(""))
-        self._keep(step, conditional, without, "empty prompt")
+            if self.monitoring.without == "negative prompt" and step.text_uncond is not None:
+                without, kind = self.host.predict(step, x, step.text_uncond), self._negative_kind()
+            else:
+                without, kind = model(x, self.host.sigma(step), model.encode("")), "empty prompt"
+        self._keep(step, conditional, without, kind)
 
     def _skip(self, why: str) -> None:
         assert self._open is not None and self._open.step is not None

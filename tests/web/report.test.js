@@ -1,0 +1,64 @@
+import { describe, expect, it } from 'vitest'
+import { asText, mapPixels, mitigationFacts, number, readReport, topWord, withoutWord } from '../../web/report.js'
+import { document, NASTY, verdict } from './fixture.js'
+
+describe('reading a document', () => {
+  it.each([null, 3, 'x', {}, { format: 'dejavu-report', schema_version: 2, verdicts: [{}] }, { format: 'dejavu-report', schema_version: 1, verdicts: [] }])(
+    'takes none that is not ours: %j', (value) => expect(readReport(value)).toBeNull())
+  it('survives wrong types in every field', () => {
+    const fields = Object.keys(verdict('a'))
+    const broken = { ...document('a'), band: 'x', ordinary: 3, notes: {}, mitigation: { losses: 'x', verdicts: [null] } }
+    for (const wrong of [null, 'x', 7, {}, [null]]) {
+      broken.verdicts = [Object.fromEntries(fields.map((name) => [name, wrong]))]
+      expect(readReport(broken).verdicts[0].sentence).toBeTypeOf('string')
+      expect(asText(readReport(broken))).toContain('Déjà Vu report')
+    }
+  })
+  it('reads the map', () => expect([...readReport(document()).verdicts[0].where.values]).toEqual([0, 64, 128, 255]))
+  it('takes no map of a wrong size', () => {
+    const where = { width: 3, height: 3, values: 'AAAA' }
+    expect(readReport(document('a', { verdicts: [verdict('a', { where })] })).verdicts[0].where).toBeNull()
+  })
+})
+
+it.each([[2.5, '2.5'], [0.12345, '0.123'], [99.9, '99.9'], [99.96, '100'], [1234.5, '1,235'], [0.00001234, '1.23e-05'], [0, '0'], [-3, '-3'], [null, 'not measured']])(
+  'writes %s as %s', (value, text) => expect(number(value)).toBe(text))
+
+it('says what the score would be without a word', () => {
+  const report = readReport(document('a b'))
+  const [word] = report.verdicts[0].words
+  expect(withoutWord(word, report.verdicts[0], report.ordinary)).toBe(
+    'Without it (blanked where it stands) the first step would score 0.5, instead of 2.5. Ordinary prompts: 0.3 (median), 95% below 0.6.')
+  expect(withoutWord({ ...word, scoreWithout: null }, report.verdicts[0], null)).toContain('not measured')
+})
+
+it('finds the word that counts most, also among negative values', () => {
+  expect(topWord([{ raw: -3 }, { raw: -1 }, { raw: -2 }])).toBe(1)
+  expect(topWord([])).toBe(-1)
+})
+
+it('writes the report as text', () => {
+  const text = asText(readReport(document('a b', { notes: ['a note'] })))
+  expect(text).toContain('Prompt: a b')
+  expect(text).toContain('Flagged. Likely memorised, p <= 0.001')
+  expect(text).toContain('1.00  b, score without it 0.5')
+  expect(text).toContain('2.5 2.1 - 1.4')
+  expect(text).toContain('a note')
+})
+
+it('names what was sampled instead and what it cost', () => {
+  const mitigation = { score_before: 2.5, score_after: 0.4, prompt: 'a cat', verdicts: [], losses: [2, 1, 0.5], moved: 0.25, target: 0.4, reached: true, words: ['black'] }
+  const facts = Object.fromEntries(mitigationFacts(readReport(document('a black cat', { mitigation }))))
+  expect(facts).toEqual({ Score: '2.5 before, 0.4 after', 'Sampled instead': 'a cat', Loss: '2 to 0.5 in 3 steps',
+    'Words dropped or weakened': 'black', 'Embedding moved by': '0.25 of its length', 'Aimed at a score of': '0.4, reached' })
+})
+
+it('colours a map from dark to light', () => {
+  const pixels = mapPixels(readReport(document()).verdicts[0].where)
+  expect([...pixels.slice(0, 4)]).toEqual([0, 0, 4, 255])
+  expect([...pixels.slice(12)]).toEqual([252, 255, 164, 255])
+})
+
+it.each(Object.entries(NASTY))('keeps the prompt as it is: %s', (_, prompt) => {
+  expect(asText(readReport(document(prompt)))).toContain(prompt)
+})

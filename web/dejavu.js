@@ -1,0 +1,229 @@
+/** Registers the overlay with the host: the nodes' panels, the sidebar and the settings. The only module with effects. */
+
+import { api } from '../../scripts/api.js'
+import { app } from '../../scripts/app.js'
+import { behind, executionId, placeOf, places, rootGraph, setText, sourceOf, store, textWidget } from './graph.js'
+import { createPanel } from './panel.js'
+import { readReport } from './report.js'
+import { createRuns } from './runs.js'
+import { createSidebar } from './sidebar.js'
+
+// One hue each: lightness and line thickness carry the order in any eye.
+const PALETTES = ['vermilion', 'blue', 'grey']
+const ALPHA = 0.01
+const RUNS_KEPT = 50
+const SHOWS = ['DejaVuVerdict', 'DejaVuExplain']
+const SIZE = [440, 640]
+const LEAST_HEIGHT = 220
+const WIDGET = 'dejavu_report'
+const SHEET = new URL('./dejavu.css', import.meta.url).href
+const MOUNT_TRIES = 20
+const MOUNT_PAUSE = 150 // milliseconds
+
+const panels = new Map()
+const runs = createRuns(RUNS_KEPT)
+const setting = (id) => app.extensionManager.setting.get(id)
+
+app.registerExtension({
+  name: 'dejavu.overlay',
+  settings: [
+    {
+      id: 'DejaVu.Palette',
+      category: ['Déjà Vu', 'Overlay', 'Palette'],
+      name: 'Palette of the words',
+      tooltip: 'The hue that shades significant words and draws the curve. The thickness of the line tells the same.',
+      type: 'combo',
+      options: PALETTES,
+      defaultValue: PALETTES[0],
+      onChange: (palette) => { document.body.dataset.dejavuPalette = PALETTES.includes(palette) ? palette : PALETTES[0] },
+    },
+    {
+      id: 'DejaVu.Alpha',
+      category: ['Déjà Vu', 'Monitor', 'Alpha'],
+      name: 'Alpha of new Monitor nodes',
+      tooltip: 'A picture is flagged when its p-value is at most this. Nodes that exist already keep theirs.',
+      type: 'number',
+      attrs: { min: 0.001, max: 0.999, step: 0.001, minFractionDigits: 1, maxFractionDigits: 4 },
+      defaultValue: ALPHA,
+    },
+    {
+      id: 'DejaVu.RunsKept',
+      category: ['Déjà Vu', 'Sidebar', 'Runs'],
+      name: 'Runs kept in the sidebar',
+      tooltip: 'Of this session, the newest.',
+      type: 'number',
+      attrs: { min: 1, max: 1000 },
+      defaultValue: RUNS_KEPT,
+      onChange: (count) => runs.keep(Number(count) || RUNS_KEPT),
+    },
+  ],
+
+  setup() {
+    api.addEventListener('dejavu.run', ({ detail }) => onRun(detail))
+    api.addEventListener('executed', ({ detail }) => onExecuted(detail))
+    api.addEventListener('graphChanged', () => panels.forEach((panel) => panel.refresh()))
+    let sidebar = null
+    app.extensionManager.registerSidebarTab({
+      id: 'dejavu',
+      icon: 'pi pi-eye',
+      title: 'Déjà Vu',
+      tooltip: 'Déjà Vu: runs of this session',
+      type: 'custom',
+      render(element) {
+        sidebar?.remove()
+        sidebar = createSidebar(runs, { copy, queue, sheet: SHEET })
+        element.replaceChildren(sidebar.element)
+      },
+      destroy() {
+        sidebar?.remove()
+        sidebar = null
+      },
+    })
+  },
+
+  nodeCreated(node) {
+    if (node.comfyClass === 'DejaVuMonitor') {
+      const alpha = node.widgets?.find((widget) => widget.name === 'alpha')
+      if (alpha) alpha.value = Number(setting('DejaVu.Alpha')) || ALPHA
+    }
+    if (SHOWS.includes(node.comfyClass)) addPanel(node)
+  },
+
+  loadedGraphNode(node) {
+    if (panels.has(node)) showDocument(node, node.properties?.dejavu)
+  },
+})
+
+function addPanel(node) {
+  const panel = createPanel({ copy, queue, sheet: SHEET, text: textSource })
+  panels.set(node, panel)
+  const widget = node.addDOMWidget(WIDGET, 'dejavu', panel.element, {
+    serialize: false,
+    hideOnZoom: false,
+    getMinHeight: () => LEAST_HEIGHT,
+  })
+  widget.serialize = false
+  forwardPointer(panel.element)
+  node.setSize?.([Math.max(SIZE[0], node.size[0]), Math.max(SIZE[1], node.size[1])])
+  mount(node)
+  const { onRemoved, onConfigure, onExecuted: executed } = node
+  node.onRemoved = function (...given) {
+    onRemoved?.apply(this, given)
+    panel.remove()
+    panel.element.remove()
+    panels.delete(node)
+  }
+  node.onConfigure = function (...given) {
+    onConfigure?.apply(this, given)
+    showDocument(node, node.properties?.dejavu)
+  }
+  node.onExecuted = function (message, ...more) {
+    executed?.call(this, message, ...more)
+    const document = message?.dejavu?.[0]
+    if (document) keepDocument(node, document)
+  }
+}
+
+/** In Nodes 2.0 of older front ends no pack's widget is shown: there the panel goes into the node's element itself. */
+function mount(node, patience = MOUNT_TRIES) {
+  const element = panels.get(node)?.element
+  if (!element || element.isConnected || !setting('Comfy.VueNodes.Enabled')) return
+  const shown = document.querySelector(`[data-node-id="${CSS.escape(String(node.id))}"]`)
+  if (shown && patience < MOUNT_TRIES - 2) shown.append(element)
+  else if (patience > 0) setTimeout(() => mount(node, patience - 1), MOUNT_PAUSE)
+}
+
+function showDocument(node, document, live = false) {
+  const report = readReport(document)
+  if (report) panels.get(node)?.show(report, { document, live })
+  mount(node)
+}
+
+function keepDocument(node, document) {
+  if (!readReport(document)) return
+  store(app, node, document)
+  showDocument(node, document)
+}
+
+/** A run that goes on or has ended: to its nodes, and to the list. */
+function onRun({ run, monitor, prompt_id: promptId, finished, report: document }) {
+  const report = readReport(document)
+  if (!report) return
+  const key = `${promptId} ${run}`
+  const begins = !runs.all.some((known) => known.key === key)
+  runs.put({ key, promptId, monitor: String(monitor), report, document, finished })
+  for (const { node } of readersOf(monitor)) {
+    if (begins) panels.get(node)?.pictures([])
+    if (finished) keepDocument(node, document)
+    else showDocument(node, document, true)
+  }
+}
+
+/** The Verdict nodes that read this monitor, or the Explain node itself. */
+function readersOf(monitor) {
+  const graph = rootGraph(app)
+  const own = placeOf(graph, monitor)
+  if (!own) return []
+  if (SHOWS.includes(own.node.comfyClass)) return [own]
+  return [...places(graph)].filter((place) => {
+    const input = place.node.comfyClass === 'DejaVuVerdict' && place.node.inputs?.find((i) => i.name === 'monitor')
+    const source = input && sourceOf(place, input)
+    return source && executionId(source) === String(monitor)
+  })
+}
+
+/** Pictures that were made behind a Verdict's latent, for its map and for the list's thumbnails. */
+function onExecuted({ node: id, display_node: shownId, prompt_id: promptId, output }) {
+  const images = output?.images
+  if (!Array.isArray(images) || !images.length) return
+  const urls = images.map(({ filename, subfolder = '', type = 'output' }) => api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`))
+  for (const place of places(rootGraph(app))) {
+    if (place.node.comfyClass !== 'DejaVuVerdict') continue
+    if (![id, shownId].some((made) => behind(place, 0).includes(String(made)))) continue
+    panels.get(place.node)?.pictures(urls)
+    const input = place.node.inputs?.find((i) => i.name === 'monitor')
+    const source = input && sourceOf(place, input)
+    const mine = runs.all.find((r) => r.promptId === promptId && source && r.monitor === executionId(source))
+    if (mine) runs.picturesFor(mine.key, urls)
+  }
+}
+
+/** What panels may do with the prompt's text. */
+function textSource(promptNode, prompt) {
+  const found = textWidget(rootGraph(app), promptNode, prompt)
+  if (!found.widget) return found
+  return {
+    value: found.widget.value,
+    set: (text) => {
+      setText(app, found.widget, text)
+      panels.forEach((panel) => panel.refresh())
+    },
+  }
+}
+
+function queue() {
+  app.queuePrompt(0, 1)
+}
+
+async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text)
+    return true
+  } catch {
+    return false
+  }
+}
+
+/** Zooming and panning work over the panel as over the rest of a node. */
+function forwardPointer(element) {
+  element.addEventListener('wheel', (event) => {
+    const scrolls = element.scrollHeight > element.clientHeight
+    if (event.ctrlKey || event.metaKey || !scrolls) app.canvas.processMouseWheel?.(event)
+  })
+  for (const [name, handler] of [['pointerdown', 'processMouseDown'], ['pointermove', 'processMouseMove'], ['pointerup', 'processMouseUp']]) {
+    element.addEventListener(name, (event) => {
+      const middle = name === 'pointermove' ? (event.buttons & 4) === 4 : event.button === 1
+      if (middle) app.canvas[handler]?.(event)
+    })
+  }
+}

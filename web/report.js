@@ -1,0 +1,160 @@
+/** A report's document: reading it from anywhere, and its values in words. Pure. */
+
+const FORMAT = 'dejavu-report'
+const LABELS = ['Flagged', 'Not flagged', 'No verdict']
+
+/**
+ * The document with every field that is shown in its right type, or null where this is none of ours.
+ * It may come from a picture that somebody else made.
+ */
+export function readReport(value) {
+  if (value?.format !== FORMAT || value.schema_version !== 1) return null
+  const verdicts = list(value.verdicts).filter((v) => v && typeof v === 'object').map(readVerdict)
+  if (!verdicts.length) return null
+  const { mitigation, ordinary } = value
+  return {
+    prompt: text(value.prompt),
+    promptNode: value.prompt_node == null ? null : String(value.prompt_node),
+    verdicts,
+    band: list(value.band).filter((b) => [b?.sigma, b?.q05, b?.q50, b?.q95].every(Number.isFinite)),
+    ordinary: Number.isFinite(ordinary?.median) && Number.isFinite(ordinary?.high) ? ordinary : null,
+    mitigation: mitigation && typeof mitigation === 'object'
+      ? {
+          before: finite(mitigation.score_before),
+          after: finite(mitigation.score_after),
+          prompt: text(mitigation.prompt),
+          verdicts: list(mitigation.verdicts).map(readVerdict),
+          losses: list(mitigation.losses).filter(Number.isFinite),
+          words: list(mitigation.words).filter((word) => typeof word === 'string'),
+          moved: finite(mitigation.moved),
+          target: finite(mitigation.target),
+          reached: mitigation.reached === true,
+        }
+      : null,
+    notes: list(value.notes).map(text).filter(Boolean),
+  }
+}
+
+function readVerdict(v) {
+  const steps = list(v?.score_per_step).map(finite)
+  return {
+    label: LABELS.includes(v?.label) ? v.label : 'No verdict',
+    sentence: text(v?.sentence) || 'No verdict',
+    score: finite(v?.score),
+    pValue: finite(v?.p_value),
+    unit: text(v?.unit),
+    steps,
+    sigmas: steps.map((_, i) => finite(list(v?.sigmas)[i])),
+    facts: list(v?.facts).filter((fact) => Array.isArray(fact) && fact.length === 2).map((fact) => fact.map(text)),
+    words: list(v?.words).filter((w) => w && typeof w === 'object').map((w) => ({
+      text: text(w.text),
+      start: Number.isInteger(w.start) ? w.start : 0,
+      end: Number.isInteger(w.end) ? w.end : 0,
+      raw: finite(w.raw),
+      significance: Math.min(1, Math.max(0, finite(w.significance) ?? 0)),
+      scoreWithout: finite(w.score_without),
+    })),
+    view: text(v?.view),
+    rawUnit: text(v?.raw_unit),
+    where: readMap(v?.where),
+  }
+}
+
+/** A where-map {width, height, values: bytes}; null where there is none. */
+function readMap(where) {
+  const { width, height } = where ?? {}
+  if (!(Number.isInteger(width) && Number.isInteger(height) && width > 0 && height > 0)) return null
+  let values
+  try {
+    values = Uint8Array.from(atob(text(where.values)), (character) => character.charCodeAt(0))
+  } catch {
+    return null
+  }
+  return values.length === width * height ? { width, height, values } : null
+}
+
+/** Three significant digits; whole numbers from 100 up. */
+export function number(value) {
+  if (value === null) return 'not measured'
+  if (Math.abs(value) >= 99.95) return Math.round(value).toLocaleString('en-GB')
+  if (value !== 0 && Math.abs(value) < 1e-4) {
+    return value.toExponential(2).replace(/\.?0+e/, 'e').replace(/e([+-])(\d)$/, 'e$10$2')
+  }
+  return String(Number(value.toPrecision(3)))
+}
+
+/** 'significance 0.82, 1.23 (magnitude lost without the word)'. */
+export function wordValue(word, verdict) {
+  const raw = word.raw === null ? '' : `, ${number(word.raw)}${verdict.rawUnit && ` (${verdict.rawUnit})`}`
+  return `significance ${word.significance.toFixed(2)}${raw}`
+}
+
+/** What the score would be without a word, in a sentence. */
+export function withoutWord(word, verdict, ordinary) {
+  if (word.scoreWithout === null) return 'What the score would be without it was not measured in this run.'
+  const now = verdict.score === null ? '' : `, instead of ${number(verdict.score)}`
+  const range = ordinary ? ` Ordinary prompts: ${number(ordinary.median)} (median), 95% below ${number(ordinary.high)}.` : ''
+  return `Without it (blanked where it stands) the first step would score ${number(word.scoreWithout)}${now}.${range}`
+}
+
+/** The index of the word that counts most; -1 without words. */
+export function topWord(words) {
+  return words.reduce((best, word, i) => ((word.raw ?? -Infinity) > (words[best]?.raw ?? -Infinity) ? i : best), -1)
+}
+
+/** The whole report as plain text, for the clipboard. */
+export function asText(report) {
+  const many = report.verdicts.length > 1
+  const lines = ['Déjà Vu report', `Prompt: ${report.prompt || '(not known)'}`]
+  report.verdicts.forEach((verdict, i) => {
+    lines.push('', `${many ? `Image ${i + 1}: ` : ''}${verdict.label}. ${verdict.sentence}.`)
+    lines.push(...verdict.facts.map(([name, value]) => `${name}: ${value}`))
+    const steps = verdict.steps.map((v) => (v === null ? '-' : number(v)))
+    if (steps.length) lines.push(`Magnitude at each evaluation: ${steps.join(' ')}`)
+  })
+  const { words, view } = report.verdicts[0]
+  if (words.length) {
+    lines.push('', `Words by significance (${view}):`)
+    const order = [...words].sort((a, b) => b.significance - a.significance)
+    lines.push(...order.map((word) => {
+      const without = word.scoreWithout === null ? '' : `, score without it ${number(word.scoreWithout)}`
+      return `${word.significance.toFixed(2)}  ${word.text}${without}`
+    }))
+  }
+  if (report.mitigation) {
+    lines.push('', 'Mitigation', ...mitigationFacts(report).map(([name, value]) => `${name}: ${value}`))
+  }
+  if (report.notes.length) lines.push('', 'Notes', ...report.notes)
+  return `${lines.join('\n')}\n`
+}
+
+/** (name, value) of what was sampled instead, and what it cost. */
+export function mitigationFacts(report) {
+  const { before, after, prompt, losses, words, moved, target, reached } = report.mitigation
+  const facts = [['Score', `${number(before)} before, ${number(after)} after`]]
+  if (prompt && prompt !== report.prompt) facts.push(['Sampled instead', prompt])
+  else facts.push(['Sampled instead', 'the same words, with their embedding moved'])
+  if (losses.length) facts.push(['Loss', `${number(losses[0])} to ${number(losses.at(-1))} in ${losses.length} steps`])
+  if (words.length) facts.push(['Words dropped or weakened', words.join(', ')])
+  if (moved !== null) facts.push(['Embedding moved by', `${number(moved)} of its length`])
+  if (target !== null) facts.push(['Aimed at a score of', `${number(target)}, ${reached ? 'reached' : 'not reached'}`])
+  return facts
+}
+
+/** RGBA bytes of a where-map in a dark-to-light ramp after inferno: brightness alone carries the order. */
+export function mapPixels({ width, height, values }) {
+  const pixels = new Uint8ClampedArray(4 * width * height)
+  const low = Math.min(...values), span = (Math.max(...values) - low) || 1
+  values.forEach((value, i) => {
+    const at = ((value - low) / span) * (RAMP.length - 1)
+    const below = Math.min(Math.floor(at), RAMP.length - 2)
+    const mix = (channel) => RAMP[below][channel] + (at - below) * (RAMP[below + 1][channel] - RAMP[below][channel])
+    pixels.set([mix(0), mix(1), mix(2), 255], 4 * i)
+  })
+  return pixels
+}
+
+const RAMP = [[0, 0, 4], [66, 10, 104], [147, 38, 103], [221, 81, 58], [252, 165, 10], [252, 255, 164]]
+const list = (value) => (Array.isArray(value) ? value : [])
+const text = (value) => (typeof value === 'string' ? value : '')
+const finite = (value) => (Number.isFinite(value) ? value : null)

@@ -1,0 +1,55 @@
+/** The session's runs, newest first. Pure but for the time it is given. */
+
+export function createRuns(limit) {
+  let runs = []
+  const listeners = new Set()
+  const changed = () => {
+    runs = runs.slice(0, limit)
+    for (const listener of listeners) listener(runs)
+  }
+  return {
+    get all() {
+      return runs
+    },
+    /** The newest state of a run: {key, promptId, monitor, report, document, finished}. */
+    put(run, now = Date.now()) {
+      const known = runs.findIndex((r) => r.key === run.key)
+      if (known < 0) runs = [{ pictures: [], time: now, ...run }, ...runs]
+      else runs = runs.with(known, { ...runs[known], ...run })
+      changed()
+    },
+    picturesFor(key, pictures) {
+      runs = runs.map((r) => (r.key === key ? { ...r, pictures } : r))
+      changed()
+    },
+    keep(count) {
+      limit = Math.max(1, count)
+      changed()
+    },
+    /** Calls ``listener`` at every change until the returned function is called. */
+    listen(listener) {
+      listeners.add(listener)
+      return () => listeners.delete(listener)
+    },
+  }
+}
+
+/** The runs whose prompt or verdict holds every word of ``query`` and whose label is ``label`` ('' for any). */
+export function filtered(runs, query, label) {
+  const wanted = query.toLocaleLowerCase().split(/\s+/u).filter(Boolean)
+  return runs.filter(({ report }) => {
+    const held = `${report.prompt} ${report.verdicts.map((v) => v.sentence).join(' ')}`.toLocaleLowerCase()
+    return (!label || labelOf(report) === label) && wanted.every((word) => held.includes(word))
+  })
+}
+
+/** One label for a run of several pictures: 'Flagged' where any is. */
+export function labelOf(report) {
+  const labels = report.verdicts.map((v) => v.label)
+  return ['Flagged', 'Not flagged'].find((label) => labels.includes(label)) ?? 'No verdict'
+}
+
+export function highestScore(report) {
+  const scores = report.verdicts.map((v) => v.score).filter((score) => score !== null)
+  return scores.length ? Math.max(...scores) : null
+}
