@@ -15,7 +15,10 @@ from .world import SIZE, Pair, ordinary_captions
 
 FOLDER = Path(__file__).resolve().parent / "model"
 CALIBRATION = FOLDER / "calibration.json"  # DDIM's 50 steps, whole runs too
-CALIBRATIONS = (CALIBRATION, FOLDER / "calibration-highest-sigma.json")  # where most samplers of the hosts begin
+CALIBRATIONS = (
+    CALIBRATION,
+    FOLDER / "calibration-highest-sigma.json",
+)  # where most samplers of the hosts begin; see benchmarks/demo_calibration.py
 SHEET_COLUMNS = 12
 
 

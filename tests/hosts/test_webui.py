@@ -28,6 +28,7 @@ from webui_server import Generated, WebUIServer
 PACK = Path(__file__).parents[2]
 NAME = "Déjà Vu"
 KNOWN = {"sd_model_checkpoint": memorising.FILE}
+ALPHA = 0.05  # of the 99 ordinary prompts that are measured here one scores far above the memorised ones
 LONG = ", ".join(["a red fox at dawn"] * 20)
 
 SABOTAGE = """
@@ -145,6 +146,8 @@ def test_ways_to_prompt_and_to_guide(webui: WebUIServer, with_options: Callable[
     payload = {"prompt": "a red fox in the snow", **WAYS[way]}
     settings = payload.pop("settings", {})
     with_options(**payload.pop("options", {}))
+    if way == "hires" and webui.kind is webui_server.FORGE:
+        payload["hr_additional_modules"] = ["Use same choices"]  # its API fails without
     plain = webui.txt2img(**payload)
     generated, documents = watched(webui, settings={"explain": "always", **settings}, **payload)
     assert all((pixels(generated, number) == pixels(plain, number)).all() for number in range(len(plain.images)))
@@ -216,7 +219,7 @@ def calibrated(webui: WebUIServer) -> WebUIServer:
 
 def test_memorised_prompts_flag_and_ordinary_ones_do_not(calibrated: WebUIServer) -> None:
     found = {
-        prompt.text: watched(calibrated, prompt.text, steps=4, override_settings=KNOWN)
+        prompt.text: watched(calibrated, prompt.text, {"alpha": ALPHA}, steps=4, override_settings=KNOWN)
         for prompt in (*MEMORISED, *ORDINARY)
     }
     assert [documents[0]["flagged"] for _, documents in found.values()] == [True] * 3 + [False] * 3
@@ -230,7 +233,7 @@ def test_memorised_prompts_flag_and_ordinary_ones_do_not(calibrated: WebUIServer
 def test_a_mitigated_picture_is_no_copy(calibrated: WebUIServer, remedy: str) -> None:
     prompt, picture = MEMORISED[1].text, 127.5 * (1 + memorising.picture(1).permute(1, 2, 0).numpy())
     plain = calibrated.txt2img(prompt=prompt, steps=20, override_settings=KNOWN)
-    settings = {"when_flagged": "mitigate", "remedy": remedy, "explain": "never"}
+    settings = {"when_flagged": "mitigate", "remedy": remedy, "explain": "never", "alpha": ALPHA}
     generated, (document,) = watched(calibrated, prompt, settings, steps=20, override_settings=KNOWN)
     assert document["flagged"] is True, document["notes"]
     mitigation = document["mitigation"]
@@ -246,7 +249,7 @@ def test_a_mitigated_picture_is_no_copy(calibrated: WebUIServer, remedy: str) ->
 def test_a_flagged_run_can_be_ended(calibrated: WebUIServer) -> None:
     began = time.monotonic()
     generated, (document,) = watched(
-        calibrated, MEMORISED[0].text, {"when_flagged": "stop"}, steps=150, override_settings=KNOWN
+        calibrated, MEMORISED[0].text, {"when_flagged": "stop", "alpha": ALPHA}, steps=150, override_settings=KNOWN
     )
     assert generated.images and time.monotonic() - began < 60
     assert len(document["verdicts"][0]["score_per_step"]) == 1

@@ -91,7 +91,11 @@ def infotexts(reports: Sequence[tuple[int, Report]]) -> dict[str, list[str | Non
     lines: dict[str, list[str | None]] = {
         name: [None] * images for name in ("Déjà Vu", "Déjà Vu score", "Déjà Vu p-value")
     }
-    for image, report in sorted(reports[::-1], key=lambda entry: entry[1].verdicts[0].flagged is not None):
+    told: dict[int, Report] = {}
+    for image, report in reports:
+        if image not in told or told[image].verdicts[0].flagged is None:
+            told[image] = report
+    for image, report in told.items():
         (verdict,) = report.verdicts
         lines["Déjà Vu"][image] = label(verdict)
         if verdict.score is not None:
