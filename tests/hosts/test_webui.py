@@ -28,7 +28,8 @@ from webui_server import Generated, WebUIServer
 PACK = Path(__file__).parents[2]
 NAME = "Déjà Vu"
 KNOWN = {"sd_model_checkpoint": memorising.FILE}
-ALPHA = 0.05  # of the 99 ordinary prompts that are measured here one scores far above the memorised ones
+# Of the 99 ordinary prompts that are measured here one scores far above the memorised ones: theirs is p = 2 / 100.
+ALPHA = 0.03
 LONG = ", ".join(["a red fox at dawn"] * 20)
 
 SABOTAGE = """

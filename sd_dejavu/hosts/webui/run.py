@@ -89,6 +89,9 @@ class Run:
         name = (getattr(p, "hr_sampler_name", None) if hires else None) or p.sampler_name
         steps = (getattr(p, "hr_second_pass_steps", 0) if hires else 0) or p.steps
         title = "hires pass" if hires else "first pass"
+        if self._open is not None and not self._open.evaluations:
+            # Forge announces the hires pass twice.
+            self.passes = [known for known in self.passes if known is not self._open]
         self._open = Pass(list(groups.values()), list(negatives), scale, steps, str(name), from_picture or hires, title)
         self.passes.append(self._open)
 
