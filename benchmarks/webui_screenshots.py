@@ -36,7 +36,7 @@ def main() -> None:
                 server.post_json("/dejavu/calibrate", {"count": 120, "width": 64, "height": 64, "steps": 20}, 900)
                 page.enable()
                 page.generate(memorising.MEMORISED[1].text)
-                page.browser.locator(PANEL).scroll_into_view_if_needed()
+                page.browser.locator(PANEL).first.scroll_into_view_if_needed()
                 page.browser.wait_for_timeout(500)
                 page.browser.screenshot(path=str(arguments.out / f"{kind.folder}.png"))
 

@@ -58,7 +58,8 @@ function change(word, action) {
 /** Listens on the panels alone. They are filled anew after each run, so the container is asked. */
 function watch(root) {
   for (const container of root.querySelectorAll('[id^="dejavu_panel_"]')) {
-    if (container.dataset.dejavuWatched) continue
+    const isInner = container.parentElement.closest('[id^="dejavu_panel_"]') // older Gradio gives both elements the id
+    if (isInner || container.dataset.dejavuWatched) continue
     container.dataset.dejavuWatched = 'yes'
     const open = (event) => {
       const word = event.target.closest('.dejavu-word')

@@ -87,9 +87,13 @@ class HostProcess(ABC):
         self._port = 0
         self._stopped = False
 
+    def _folder(self) -> Path:
+        """Where the program is started."""
+        return self.install
+
     @abstractmethod
     def _command(self) -> list[str]:
-        """The program and its arguments, after the host's Python; it is started in the install's folder."""
+        """The program and its arguments, after the host's Python; see :meth:`_folder`."""
 
     @abstractmethod
     def _ready(self) -> bool:
@@ -104,7 +108,7 @@ class HostProcess(ABC):
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
-                cwd=self.install,
+                cwd=self._folder(),
                 env=self._environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,

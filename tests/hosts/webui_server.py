@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,14 @@ class WebUIServer(HostProcess):
         temporary = {"GRADIO_TEMP_DIR": str(home / "temp"), "GRADIO_ANALYTICS_ENABLED": "False"}
         super().__init__(install, home, options, temporary | dict(env or {}))
         self.kind, self.name, self.page = kind, kind.name, page
+
+    def _folder(self) -> Path:
+        """A copy of the install's code: Gradio serves no file that has a dot before any folder's name in its path."""
+        folder = self.home / "host"
+        if not folder.exists():
+            left_out = shutil.ignore_patterns("venv", ".git", "__pycache__")
+            shutil.copytree(self.install, folder, ignore=left_out, symlinks=True)
+        return folder
 
     def _command(self) -> list[str]:
         command = ["launch.py", "--skip-prepare-environment", "--skip-torch-cuda-test", "--skip-version-check"]

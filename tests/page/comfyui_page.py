@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from browser import chromium
 from playwright.sync_api import Page as BrowserPage
-from playwright.sync_api import sync_playwright
-
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 
 
 class Page:
@@ -129,13 +126,9 @@ class Page:
 @contextmanager
 def open_page(url: str, width: int = 2700, height: int = 1300) -> Iterator[Page]:
     """The host's page, ready for use."""
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
-        try:
-            opened = browser.new_page(viewport={"width": width, "height": height})
-            page = Page(opened)
-            opened.goto(url)
-            page._ready()
-            yield page
-        finally:
-            browser.close()
+    with chromium() as browser:
+        opened = browser.new_page(viewport={"width": width, "height": height})
+        page = Page(opened)
+        opened.goto(url)
+        page._ready()
+        yield page

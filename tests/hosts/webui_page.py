@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from comfyui_page import FLAGS
+from browser import chromium
 from playwright.sync_api import Page as BrowserPage
-from playwright.sync_api import sync_playwright
 
 PANEL = "#dejavu_panel_txt2img"
 
@@ -39,7 +37,7 @@ class WebUIPage:
         self.browser.evaluate(f"() => {{ document.querySelector('{PANEL} .dejavu-panel')?.remove() }}")
         self.browser.locator("#txt2img_generate").click()
         self.browser.wait_for_selector(f"{PANEL} .dejavu-panel", timeout=timeout * 1000)
-        return self.browser.locator(PANEL).inner_text()
+        return self.browser.locator(PANEL).first.inner_text()
 
     def word(self, number: int, action: str) -> None:
         """Open a word of the panel and choose what to do with it."""
@@ -54,16 +52,12 @@ class WebUIPage:
 @contextmanager
 def open_webui(url: str, theme: str = "light") -> Iterator[WebUIPage]:
     """The host's page, ready for use, set to small pictures in few steps."""
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
-        try:
-            opened = browser.new_page(viewport={"width": 1500, "height": 1300})
-            page = WebUIPage(opened)
-            opened.goto(f"{url}/?__theme={theme}")
-            opened.wait_for_selector("#txt2img_prompt textarea", timeout=120_000)
-            opened.wait_for_timeout(3000)
-            for name, value in (("width", 64), ("height", 64), ("steps", 6)):
-                page.number(name, value)
-            yield page
-        finally:
-            browser.close()
+    with chromium() as browser:
+        opened = browser.new_page(viewport={"width": 1500, "height": 1300})
+        page = WebUIPage(opened)
+        opened.goto(f"{url}/?__theme={theme}")
+        opened.wait_for_selector("#txt2img_prompt textarea", timeout=120_000)
+        opened.wait_for_timeout(3000)
+        for name, value in (("width", 64), ("height", 64), ("steps", 6)):
+            page.number(name, value)
+        yield page
