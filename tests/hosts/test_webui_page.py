@@ -25,7 +25,7 @@ def test_the_panel_below_the_gallery(webui: WebUIServer, theme: str, tmp_path: P
         assert page.browser.locator("#dejavu_alpha_txt2img").count() == 1
         page.enable()
         page.browser.locator("#dejavu_explain_txt2img input").first.click()
-        page.browser.get_by_role("option", name="always").click()
+        page.browser.locator("#dejavu_explain_txt2img li", has_text="always").click()
         told = page.generate(PROMPT)
         assert "No verdict" in told and "calibrat" in told
         words = page.browser.locator(f"{PANEL} .dejavu-word").all_inner_texts()

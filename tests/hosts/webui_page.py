@@ -21,6 +21,10 @@ class WebUIPage:
     def enable(self) -> None:
         """Switch our accordion on; it opens."""
         self.browser.locator("#dejavu_txt2img .input-accordion-checkbox").check()
+        self.browser.wait_for_timeout(500)
+        if not self.browser.locator("#dejavu_alpha_txt2img").first.is_visible():
+            self.browser.locator("#dejavu_txt2img .label-wrap .icon").click()
+        self.browser.locator("#dejavu_alpha_txt2img").first.wait_for()
 
     def number(self, name: str, value: int) -> None:
         box = self.browser.locator(f"#txt2img_{name} input[type=number]").first
@@ -54,6 +58,7 @@ def open_webui(url: str, theme: str = "light") -> Iterator[WebUIPage]:
     """The host's page, ready for use, set to small pictures in few steps."""
     with chromium() as browser:
         opened = browser.new_page(viewport={"width": 1500, "height": 1300})
+        opened.set_default_timeout(15_000)
         page = WebUIPage(opened)
         opened.goto(f"{url}/?__theme={theme}")
         opened.wait_for_selector("#txt2img_prompt textarea", timeout=120_000)
