@@ -11,6 +11,9 @@ The results come from these commands, one after the other on an idle machine:
     python benchmarks/pictures.py
     python benchmarks/screenshots.py
     python benchmarks/comfyui_cost.py --json benchmarks/results/comfyui_cost.json
+    python benchmarks/webui_cost.py --pairs 7 --steps 20 --size 128 --json benchmarks/results/webui_cost.json
+    python benchmarks/webui_screenshots.py
+    python benchmarks/demo_calibration.py
 """
 
 from __future__ import annotations
@@ -166,8 +169,13 @@ def host_cost() -> str:
     if not (RESULTS / "comfyui_cost.json").is_file():
         return ""
     found = read("comfyui_cost")
-    return f"""**Cost in ComfyUI**: {found["pairs"]} interleaved pairs of runs in one server ({found["what"]}), monitor on
-against off: median wall ratio {found["median_ratio"]:.3f}."""
+    text = f"""**Cost in the hosts**, interleaved pairs of runs in one server, on against off, median wall ratio. ComfyUI
+({found["pairs"]} pairs, {found["what"]}): {found["median_ratio"]:.3f}."""
+    if (RESULTS / "webui_cost.json").is_file():
+        found = read("webui_cost")
+        ratios = f"Automatic1111 {found['a1111']['median_ratio']:.3f}, Forge {found['forge']['median_ratio']:.3f}"
+        text += f"\n{ratios} ({found['pairs']} pairs, {found['what']})."
+    return text
 
 
 PARTS: tuple[Callable[[], str], ...] = (detection, graded, explanation, calibration, mitigation, speed, host_cost)

@@ -51,7 +51,6 @@ def test_calibrating_from_the_page(webui: WebUIServer) -> None:
             timeout=300_000,
         )
         # Alpha .1 needs nine of them.
-        page.browser.locator("#dejavu_alpha_txt2img input[type=number]").fill("0.1")
-        page.browser.locator("#dejavu_alpha_txt2img input[type=number]").press("Tab")
+        page.alpha(0.1)
         told = page.generate("a red fox in the snow")
         assert "p = " in told or "p <= " in told, told

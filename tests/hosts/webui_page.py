@@ -26,6 +26,12 @@ class WebUIPage:
             self.browser.locator("#dejavu_txt2img .label-wrap .icon").click()
         self.browser.locator("#dejavu_alpha_txt2img").first.wait_for()
 
+    def alpha(self, value: float) -> None:
+        """Our own slider's number."""
+        box = self.browser.locator("#dejavu_alpha_txt2img input[type=number]").first
+        box.fill(str(value))
+        box.press("Tab")
+
     def number(self, name: str, value: int) -> None:
         box = self.browser.locator(f"#txt2img_{name} input[type=number]").first
         box.fill(str(value))
