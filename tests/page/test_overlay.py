@@ -226,12 +226,14 @@ def test_explain_names_words_before_sampling(overlay: Page) -> None:
     page.set_widget("DejaVuExplain", "seed", next(SEEDS))
     page.look_at("DejaVuExplain", 0.8)
     assert page.run()["error"] is None
-    page.browser.wait_for_timeout(800)
+    page.browser.wait_for_timeout(2500)  # the host looks for changes of the graph that it has not made itself
     assert "Likely memorised" in page.browser.locator(".dejavu-verdict").first.inner_text()
     assert page.widget(TEXT, "text") == PROMPT
     # Not by the mouse: the host may draw nodes that a script has added elsewhere than where they are.
     word(page, 6).dispatch_event("click")
+    page.browser.wait_for_timeout(500)
     page.browser.locator(".dejavu-card").get_by_role("button", name="Drop", exact=True).dispatch_event("click")
+    page.browser.wait_for_timeout(500)
     assert page.widget(TEXT, "text") == drop_word(PROMPT, split_words(PROMPT)[6])
 
 
