@@ -14,7 +14,7 @@ from rich.text import Text
 from ..verdict import Verdict
 from .wording import facts, label, sentence, top_words_text
 
-BLOCKS = "▁▂▃▄▅▆▇█"
+BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 GAP = "·"
 _PALE, _STRONG = (255, 236, 214), (224, 112, 20)  # both bear black text at a contrast above 6:1
 _BORDER = {True: "red", False: "green", None: "yellow"}
