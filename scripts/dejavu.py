@@ -93,7 +93,7 @@ class DejaVuScript(scripts.Script):
     def after_component(self, component: Any, **kwargs: Any) -> None:
         tab = "img2img" if self.is_img2img else "txt2img"
         elem_id = kwargs.get("elem_id") or ""
-        for name in ("width", "height", "steps", "sampling", "scheduler", "neg_prompt", "prompt"):
+        for name in ("width", "height", "steps", "sampling", "scheduler", "neg_prompt"):
             if elem_id == f"{tab}_{name}":
                 self.parts[name] = component
         if elem_id == f"html_log_{tab}":

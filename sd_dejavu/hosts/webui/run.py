@@ -68,9 +68,9 @@ class Pass:
 class Run:
     """One press of the button: reads its evaluations, acts at the first of each pass, and keeps the reports."""
 
-    def __init__(self, host: Host, monitoring: Monitoring, folder: Path, profile: Profile | None = None) -> None:
+    def __init__(self, host: Host, monitoring: Monitoring, folder: Path) -> None:
         self.host, self.monitoring = host, monitoring
-        self._folder, self._profile = folder, profile
+        self._folder = folder
         self.passes: list[Pass] = []
         self._open: Pass | None = None
 
@@ -115,7 +115,7 @@ class Run:
         """The batch is done."""
         for known in self.passes:
             for group in known.groups:
-                group.watch.finished = True
+                group.watch.finished, group.watch.base = True, None
             known.step = None
         self._open = None
 
@@ -166,8 +166,9 @@ class Run:
                 else:
                     self._record(torch.stack(joined), without)
                 for image, changed in self._act(step, parts).items():
-                    found = self.host.predict(step.of([image]), step.x[image : image + 1], changed)
-                    params.x[parts[image][0][0]] = self.host.output(step.of([image]), found)[0].to(params.x)
+                    own = step.of([image])
+                    found = self.host.predict(own, self.host.scaled(own, own.x), changed)
+                    params.x[parts[image][0][0]] = self.host.output(own, found)[0].to(params.x)
         self._open.evaluations += 1
 
     def after_forge(self, arguments: dict[str, Any]) -> Tensor:
@@ -257,7 +258,7 @@ class Run:
         for group in known.groups:
             watch = group.watch
             watch.setting = self._setting(model, known, watch)
-            watch.profile = self._profile or store.find_for_monitor(
+            watch.profile = store.find_for_monitor(
                 watch.setting, self.monitoring.score, model.brought_along, self._folder
             )
             wanted = self.monitoring
