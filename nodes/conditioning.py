@@ -37,6 +37,7 @@ class Explain(io.ComfyNode):
                 io.String.Output(display_name="report", tooltip="Verdict and words as JSON."),
             ],
             hidden=[io.Hidden.unique_id],
+            not_idempotent=True,  # the host would share what it keeps with a like node of another id
             is_output_node=True,
         )
 

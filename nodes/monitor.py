@@ -39,6 +39,7 @@ class MonitorNode(io.ComfyNode):
                 sockets.Monitor.Output(display_name="monitor", tooltip="For the Verdict node."),
             ],
             hidden=[io.Hidden.unique_id],
+            not_idempotent=True,  # the host would share what it keeps with a like node of another id
         )
 
     @classmethod
@@ -74,6 +75,7 @@ class VerdictNode(io.ComfyNode):
                 io.String.Output(display_name="report", tooltip="All of it as JSON."),
             ],
             hidden=[io.Hidden.extra_pnginfo, io.Hidden.unique_id],
+            not_idempotent=True,  # as in Monitor
             is_output_node=True,
         )
 

@@ -25,6 +25,7 @@ class TextEncode(io.ComfyNode):
             ],
             outputs=[io.Conditioning.Output(tooltip="The conditioning, for any node that takes one.")],
             hidden=[io.Hidden.unique_id],
+            not_idempotent=True,  # the host would share what it keeps with a like node of another id
         )
 
     @classmethod

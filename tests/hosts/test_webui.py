@@ -210,12 +210,14 @@ def test_the_published_baselines_change_the_prompt(webui: WebUIServer) -> None:
 
 
 @pytest.fixture(scope="module")
-def calibrated(webui: WebUIServer) -> WebUIServer:
+def calibrated(webui: WebUIServer) -> Iterator[WebUIServer]:
     """The host with the memorising checkpoint, calibrated for it at 64 x 64."""
-    webui.txt2img(override_settings=KNOWN, override_settings_restore_afterwards=False)
+    before = webui.options()["sd_model_checkpoint"]
+    webui.set_options(**KNOWN)
     answer = webui.post_json("/dejavu/calibrate", {"count": 99, "width": 64, "height": 64, "steps": 20}, 900)
     assert answer["prompts"] == 99
-    return webui
+    yield webui
+    webui.set_options(sd_model_checkpoint=before)
 
 
 def test_memorised_prompts_flag_and_ordinary_ones_do_not(calibrated: WebUIServer) -> None:
