@@ -18,7 +18,7 @@ from webui_server import KINDS, WebUIServer
 
 HERE = Path(__file__).parent
 PACK = HERE.parents[1]
-_HOST_TESTS: pytest.StashKey[dict[str, set[str]]] = pytest.StashKey()
+NEEDS = "needs the host"  # a property of a test: it goes with its report from the process that ran it
 
 
 @pytest.fixture(scope="session")
@@ -133,6 +133,20 @@ def start_webui(
         yield start
 
 
+@pytest.fixture
+def with_options(webui: WebUIServer) -> Iterator[Callable[..., None]]:
+    """Set the host's settings; afterwards they are as they were."""
+    before: dict[str, Any] = {}
+
+    def change(**settings: Any) -> None:
+        known = webui.options()
+        before.update({name: known[name] for name in settings})
+        webui.set_options(**settings)
+
+    yield change
+    webui.set_options(**before)
+
+
 def _webui_install(kind: webui_server.Kind) -> Path:
     install = webui_server.find_install(kind)
     if install is None:
@@ -156,31 +170,25 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    ours = [item for item in items if HERE in item.path.parents]
-    for item in ours:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in (item for item in items if HERE in item.path.parents):
         item.add_marker(pytest.mark.host)
-    config.stash[_HOST_TESTS] = {
-        host: {item.nodeid for item in ours if _needs(item, host)} for host in ("comfyui", *KINDS)
-    }
+        item.user_properties += [(NEEDS, host) for host in ("comfyui", *KINDS) if _needs(item, host)]
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     install = comfyui_server.find_install()
     known = comfyui_server.version(install) if install else None
-    _summary(terminalreporter, config, "comfyui", "ComfyUI", "DEJAVU_COMFYUI", known)
+    _summary(terminalreporter, "comfyui", "ComfyUI", "DEJAVU_COMFYUI", known)
     for kind in KINDS.values():
         install = webui_server.find_install(kind)
         known = webui_server.version(kind, install) if install else None
-        _summary(terminalreporter, config, kind.folder, kind.name, kind.variable, known)
+        _summary(terminalreporter, kind.folder, kind.name, kind.variable, known)
 
 
-def _summary(
-    reporter: pytest.TerminalReporter, config: pytest.Config, folder: str, name: str, variable: str, version: str | None
-) -> None:
+def _summary(reporter: pytest.TerminalReporter, folder: str, name: str, variable: str, version: str | None) -> None:
     """How many tests ran on a host, or did not for want of it; ``version`` is None where it was not found."""
-    tests = config.stash.get(_HOST_TESTS, {}).get(folder, set())
-    outcomes = {kind: _among(tests, reporter, kind) for kind in ("passed", "failed", "error", "skipped")}
+    outcomes = {kind: _those_of(folder, reporter, kind) for kind in ("passed", "failed", "error", "skipped")}
     if version is not None and (ran := outcomes["passed"] | outcomes["failed"] | outcomes["error"]):
         reporter.write_sep("=", f"real {name} {version}: {_count(len(ran), 'test')} ran", green=True)
     elif version is None and (skipped := outcomes["skipped"]):
@@ -199,8 +207,9 @@ def _needs(item: pytest.Item, host: str) -> bool:
     return host in getattr(item, "fixturenames", ())
 
 
-def _among(tests: set[str], reporter: pytest.TerminalReporter, kind: str) -> set[str]:
-    return {report.nodeid for report in reporter.stats.get(kind, []) if report.nodeid in tests}
+def _those_of(host: str, reporter: pytest.TerminalReporter, outcome: str) -> set[str]:
+    reports = reporter.stats.get(outcome, [])
+    return {report.nodeid for report in reports if (NEEDS, host) in map(tuple, report.user_properties)}
 
 
 def _count(number: int, noun: str) -> str:

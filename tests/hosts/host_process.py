@@ -74,7 +74,7 @@ class HostProcess(ABC):
     """
 
     name: str
-    threads = 2
+    threads = int(os.environ.get("OMP_NUM_THREADS", 2))
 
     def __init__(
         self, install: Path, home: Path, options: Sequence[str] = (), env: Mapping[str, str] | None = None

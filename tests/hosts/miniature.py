@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 SD15 = "mini-sd15.ckpt"
 SD15_EVERYWHERE = "mini-sd15-everywhere.ckpt"
+SDXL_EVERYWHERE = "mini-sdxl-everywhere.ckpt"
 SD3 = "mini-sd3.ckpt"
 UNET_FP16 = "mini-sd15-fp16.safetensors"
 UNET_FP8 = "mini-sd15-fp8.safetensors"
@@ -25,6 +26,9 @@ UNET_SCALED_FP8 = "mini-sd15-scaled-fp8.safetensors"
 LORA = "mini-lora.safetensors"
 
 _CHANNELS, _CONTEXT, _TIME = 320, 768, 1280  # fixed by the format
+_G_WIDTH, _G_LAYERS = 1280, 32  # of SDXL's second text encoder
+_XL_CONTEXT, _XL_VECTOR = _CONTEXT + _G_WIDTH, _G_WIDTH + 6 * 256
+_XL_DEPTHS = (0, 2, 5)  # transformer blocks of each level: those of KOALA, the smallest of SDXL's kind
 _VOCABULARY, _TOKENS = 49408, 77
 _GROUP = _CHANNELS // 32  # channels a group of the norms
 _SD3_WIDTH, _SD3_PATCHES = 64, 64  # one block; pictures of up to 1024 pixels a side
@@ -73,6 +77,19 @@ def write_sd15_everywhere(path: Path, unet: dict[str, Tensor] | None = None, see
     return path
 
 
+def write_sdxl_everywhere(path: Path, seed: int = 0) -> Path:
+    """The same for SDXL: a UNet of KOALA's shape with all levels as narrow as the first, and both text encoders.
+
+    In float16; a host that computes in full precision takes 3 GB of memory for it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    encoders = clip_l(seed + 1, "conditioner.embedders.0.") | clip_g(seed + 2, "conditioner.embedders.1.model.")
+    unet = {name: tensor.half() for name, tensor in sdxl_unet(seed).items()}
+    write_checkpoint(path, unet | _idle_middle_block(transformer=True), encoders, block_vae())
+    path.with_suffix(".yaml").write_text(json.dumps(_A1111_SDXL, indent=1), encoding="utf-8")
+    return path
+
+
 def text_encoder(seed: int = 0) -> dict[str, Tensor]:
     """That of every SD1.5 miniature of this seed."""
     return clip_l(seed + 1, "cond_stage_model.")
@@ -92,6 +109,51 @@ def sd15_unet(seed: int) -> dict[str, Tensor]:
     w.conv("out.2", 4, _CHANNELS, 3, gain=0.07)
     _carry_the_input(w.tensors)
     return w.tensors
+
+
+def sdxl_unet(seed: int) -> dict[str, Tensor]:
+    """Epsilon prediction: 320 channels at three levels, conditionings of 2048, a vector of 2816."""
+    w = _Weights(seed)
+    for name, inputs in (("time_embed", _CHANNELS), ("label_emb.0", _XL_VECTOR)):
+        w.linear(f"{name}.0", _TIME, inputs)
+        w.linear(f"{name}.2", _TIME, _TIME)
+    w.conv("input_blocks.0.0", _CHANNELS, 4, 3)
+    for level, depth in enumerate(_XL_DEPTHS):
+        _level(w, f"input_blocks.{2 * level + 1}.", _CHANNELS, depth)
+        if level < 2:
+            w.conv(f"input_blocks.{2 * level + 2}.0.op", _CHANNELS, _CHANNELS, 3)
+    for number in range(6):
+        depth = _XL_DEPTHS[2 - number // 2]
+        _level(w, f"output_blocks.{number}.", 2 * _CHANNELS, depth)
+        if number in (1, 3):
+            w.conv(f"output_blocks.{number}.{2 if depth else 1}.conv", _CHANNELS, _CHANNELS, 3)
+    w.norm("out.0", _CHANNELS)
+    w.conv("out.2", 4, _CHANNELS, 3, gain=0.07)
+    _carry_the_input(w.tensors, last="output_blocks.5.0")
+    return w.tensors
+
+
+def clip_g(seed: int, prefix: str) -> dict[str, Tensor]:
+    """OpenCLIP's bigG, fp16, in its own names: all layers on the storage of one, token embeddings that overlap."""
+    w = _Weights(seed)
+    w.norm("ln_1", _G_WIDTH)
+    w.norm("ln_2", _G_WIDTH)
+    w.linear("attn.in_proj", 3 * _G_WIDTH, _G_WIDTH)
+    w.linear("attn.out_proj", _G_WIDTH, _G_WIDTH, gain=0.5)
+    w.linear("mlp.c_fc", 4 * _G_WIDTH, _G_WIDTH)
+    w.linear("mlp.c_proj", _G_WIDTH, 4 * _G_WIDTH, gain=0.3)
+    layer = {name.replace("in_proj.", "in_proj_"): tensor.half() for name, tensor in w.tensors.items()}
+    tokens = w.randn((_VOCABULARY - 1) * 16 + _G_WIDTH).half().as_strided((_VOCABULARY, _G_WIDTH), (16, 1))
+    tensors = {
+        "token_embedding.weight": tokens,
+        "positional_embedding": (0.2 * w.randn(_TOKENS, _G_WIDTH)).half(),
+        "ln_final.weight": torch.ones(_G_WIDTH).half(),
+        "ln_final.bias": (0.1 + 0.1 * w.randn(_G_WIDTH)).half(),
+        "text_projection": (w.randn(_G_WIDTH, _G_WIDTH) / _G_WIDTH**0.5).half(),
+        "logit_scale": torch.tensor(4.6).half(),
+    }
+    tensors |= {f"transformer.resblocks.{i}.{n}": t for i in range(_G_LAYERS) for n, t in layer.items()}
+    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
 
 
 def sd3_transformer(seed: int) -> dict[str, Tensor]:
@@ -184,6 +246,18 @@ def scaled_fp8(unet: dict[str, Tensor]) -> dict[str, Tensor]:
 
 # ---------------------------------------------------------------------------------------------- parts
 
+_AUTOENCODER = {
+    "double_z": True,
+    "z_channels": 4,
+    "resolution": 256,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 128,
+    "ch_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "attn_resolutions": [],
+    "dropout": 0.0,
+}
 _A1111_MODEL = {
     "model": {
         "target": "ldm.models.diffusion.ddpm.LatentDiffusion",
@@ -220,18 +294,7 @@ _A1111_MODEL = {
                 "target": "ldm.models.autoencoder.AutoencoderKL",
                 "params": {
                     "embed_dim": 4,
-                    "ddconfig": {
-                        "double_z": True,
-                        "z_channels": 4,
-                        "resolution": 256,
-                        "in_channels": 3,
-                        "out_ch": 3,
-                        "ch": 128,
-                        "ch_mult": [1, 2, 4, 4],
-                        "num_res_blocks": 2,
-                        "attn_resolutions": [],
-                        "dropout": 0.0,
-                    },
+                    "ddconfig": _AUTOENCODER,
                     "lossconfig": {"target": "torch.nn.Identity"},
                 },
             },
@@ -241,10 +304,97 @@ _A1111_MODEL = {
 }
 
 
-def _idle_middle_block() -> dict[str, Tensor]:
-    """A residual block that adds zero; takes hardly any room in the file."""
+_XL_SIZE = {"target": "sgm.modules.encoders.modules.ConcatTimestepEmbedderND", "params": {"outdim": 256}}
+_A1111_SDXL = {
+    "model": {
+        "target": "sgm.models.diffusion.DiffusionEngine",
+        "params": {
+            "scale_factor": 0.13025,
+            "disable_first_stage_autocast": True,
+            "denoiser_config": {
+                "target": "sgm.modules.diffusionmodules.denoiser.DiscreteDenoiser",
+                "params": {
+                    "num_idx": 1000,
+                    "weighting_config": {"target": "sgm.modules.diffusionmodules.denoiser_weighting.EpsWeighting"},
+                    "scaling_config": {"target": "sgm.modules.diffusionmodules.denoiser_scaling.EpsScaling"},
+                    "discretization_config": {
+                        "target": "sgm.modules.diffusionmodules.discretizer.LegacyDDPMDiscretization"
+                    },
+                },
+            },
+            "network_config": {
+                "target": "sgm.modules.diffusionmodules.openaimodel.UNetModel",
+                "params": {
+                    "adm_in_channels": _XL_VECTOR,
+                    "num_classes": "sequential",
+                    "use_checkpoint": False,
+                    "in_channels": 4,
+                    "out_channels": 4,
+                    "model_channels": _CHANNELS,
+                    "attention_resolutions": [4, 2],
+                    "num_res_blocks": 1,
+                    "channel_mult": [1, 1, 1],
+                    "num_head_channels": 64,
+                    "use_spatial_transformer": True,
+                    "use_linear_in_transformer": True,
+                    "transformer_depth": list(_XL_DEPTHS),
+                    "transformer_depth_middle": 1,
+                    "context_dim": _XL_CONTEXT,
+                    "spatial_transformer_attn_type": "softmax",
+                    "legacy": False,
+                },
+            },
+            "conditioner_config": {
+                "target": "sgm.modules.GeneralConditioner",
+                "params": {
+                    "emb_models": [
+                        {
+                            "is_trainable": False,
+                            "input_key": "txt",
+                            "target": "sgm.modules.encoders.modules.FrozenCLIPEmbedder",
+                            "params": {"layer": "hidden", "layer_idx": 11},
+                        },
+                        {
+                            "is_trainable": False,
+                            "input_key": "txt",
+                            "target": "sgm.modules.encoders.modules.FrozenOpenCLIPEmbedder2",
+                            "params": {
+                                "arch": "ViT-bigG-14",
+                                "version": "laion2b_s39b_b160k",
+                                "freeze": True,
+                                "layer": "penultimate",
+                                "always_return_pooled": True,
+                                "legacy": False,
+                            },
+                        },
+                        *(
+                            {"is_trainable": False, "input_key": key, **_XL_SIZE}
+                            for key in ("original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple")
+                        ),
+                    ]
+                },
+            },
+            "first_stage_config": {
+                "target": "sgm.models.autoencoder.AutoencoderKLInferenceWrapper",
+                "params": {
+                    "embed_dim": 4,
+                    "monitor": "val/rec_loss",
+                    "ddconfig": {"attn_type": "vanilla", **_AUTOENCODER},
+                    "lossconfig": {"target": "torch.nn.Identity"},
+                },
+            },
+        },
+    }
+}
+
+
+def _idle_middle_block(transformer: bool = False) -> dict[str, Tensor]:
+    """A residual block that adds zero, and SDXL's others too; takes hardly any room in the file."""
     w = _Weights(0)
     _residual_block(w, "middle_block.0.", _CHANNELS)
+    if transformer:
+        _linear_transformer(w, "middle_block.1.", 1)
+        _residual_block(w, "middle_block.2.", _CHANNELS)
     return {name: torch.zeros(1).expand(tensor.shape) for name, tensor in w.tensors.items()}
 
 
@@ -288,8 +438,20 @@ def _residual_block(w: _Weights, prefix: str, inputs: int) -> None:
 def _transformer(w: _Weights, prefix: str) -> None:
     w.norm(f"{prefix}norm", _CHANNELS)
     w.conv(f"{prefix}proj_in", _CHANNELS, _CHANNELS, 1)
-    block = f"{prefix}transformer_blocks.0."
-    for attention, inputs, gain in (("attn1", _CHANNELS, 1.0), ("attn2", _CONTEXT, 2.0)):
+    _transformer_block(w, f"{prefix}transformer_blocks.0.", _CONTEXT)
+    w.conv(f"{prefix}proj_out", _CHANNELS, _CHANNELS, 1)
+
+
+def _linear_transformer(w: _Weights, prefix: str, depth: int) -> None:
+    w.norm(f"{prefix}norm", _CHANNELS)
+    w.linear(f"{prefix}proj_in", _CHANNELS, _CHANNELS)
+    for number in range(depth):
+        _transformer_block(w, f"{prefix}transformer_blocks.{number}.", _XL_CONTEXT)
+    w.linear(f"{prefix}proj_out", _CHANNELS, _CHANNELS)
+
+
+def _transformer_block(w: _Weights, block: str, context: int) -> None:
+    for attention, inputs, gain in (("attn1", _CHANNELS, 1.0), ("attn2", context, 2.0)):
         w.linear(f"{block}{attention}.to_q", _CHANNELS, _CHANNELS, gain, bias=False)
         w.linear(f"{block}{attention}.to_k", _CHANNELS, inputs, gain, bias=False)
         w.linear(f"{block}{attention}.to_v", _CHANNELS, inputs, gain, bias=False)
@@ -298,18 +460,24 @@ def _transformer(w: _Weights, prefix: str) -> None:
     w.linear(f"{block}ff.net.2", _CHANNELS, 4 * _CHANNELS)
     for i in (1, 2, 3):
         w.norm(f"{block}norm{i}", _CHANNELS)
-    w.conv(f"{prefix}proj_out", _CHANNELS, _CHANNELS, 1)
 
 
-def _carry_the_input(unet: dict[str, Tensor], share: float = 0.9) -> None:
+def _level(w: _Weights, prefix: str, inputs: int, depth: int) -> None:
+    """A residual block of SDXL's, and so many transformer blocks."""
+    _residual_block(w, f"{prefix}0.", inputs)
+    if depth:
+        _linear_transformer(w, f"{prefix}1.", depth)
+
+
+def _carry_the_input(unet: dict[str, Tensor], share: float = 0.9, last: str = "output_blocks.1.0") -> None:
     """Let the first group of channels hold x and -x from end to end: silu(x) - silu(-x) is x again."""
     first = slice(0, _GROUP)
-    for name in ("input_blocks.0.0", "output_blocks.1.0.out_layers.3", "output_blocks.1.0.skip_connection"):
+    for name in ("input_blocks.0.0", f"{last}.out_layers.3", f"{last}.skip_connection"):
         unet[f"{name}.weight"][first] = 0.0
         unet[f"{name}.bias"][first] = 0.0
     unet["out.2.weight"][:, first] = 0.0
     for i in range(_GROUP):
-        unet["output_blocks.1.0.skip_connection.weight"][i, _CHANNELS + i] = 1.0
+        unet[f"{last}.skip_connection.weight"][i, _CHANNELS + i] = 1.0
     normed = (_GROUP / 8) ** 0.5  # what the last norm makes of x: two of the group's ten channels are empty
     for c in range(4):
         for channel, sign in ((c, 1.0), (4 + c, -1.0)):

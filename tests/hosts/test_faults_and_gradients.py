@@ -304,7 +304,8 @@ def test_after_two_hundred_runs_nothing_has_grown(faulty: ComfyServer, memorised
 
     def run(first: int, count: int) -> float:
         for seed in range(first, first + count):
-            graph = watched(demo(memorised, steps=1, seed=seed), when_flagged="mitigate", explain="flagged")
+            act = "mitigate" if seed % 5 == 0 else "report"  # every run takes gradients, every fifth many of them
+            graph = watched(demo(memorised, steps=1, seed=seed), when_flagged=act, explain="flagged")
             assert report(faulty, graph)["flagged"] is True
         return faulty.rss_mb()
 

@@ -161,7 +161,9 @@ def test_a_plain_text_encode_gets_a_verdict_and_a_word_on_its_words(comfy: Comfy
     )
 
 
-def test_what_the_host_kept_of_another_workflow_does_not_misplace_the_prompt(comfy: ComfyServer, memorised: str) -> None:
+def test_what_the_host_kept_of_another_workflow_does_not_misplace_the_prompt(
+    comfy: ComfyServer, memorised: str
+) -> None:
     graph = watched(demo(memorised, steps=2, seed=52))
     assert report(comfy, graph)["prompt_node"] == "positive"
     graph["moved"] = graph.pop("positive")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,66 +10,22 @@ from typing import Any
 
 import graphs
 import memorising
-import miniature
 import numpy as np
 import pytest
 import webui_server
 from comfyui_server import ComfyServer, make_home
-from host_process import RequestRefused
 from memorising import MEMORISED, ORDINARY
 from PIL import Image
 from watched import report as comfy_report
 from watched import scores as comfy_scores
 from watched import watched as comfy_watched
-from webui_server import Generated, WebUIServer
+from webui_server import WebUIServer
+from webui_watched import KNOWN, NAME, errors_of_ours, pixels, watched
 
 PACK = Path(__file__).parents[2]
-NAME = "Déjà Vu"
-KNOWN = {"sd_model_checkpoint": memorising.FILE}
 # Of the 99 ordinary prompts that are measured here one scores far above the memorised ones: theirs is p = 2 / 100.
 ALPHA = 0.03
 LONG = ", ".join(["a red fox at dawn"] * 20)
-
-SABOTAGE = """
-import sys
-from modules import script_callbacks
-
-def routes(demo, app):
-    @app.post("/sabotage")
-    def sabotage(known: dict):
-        run = sys.modules["sd_dejavu.hosts.webui.run"]
-        for owner, name, method in taken:
-            setattr(owner, name, method)
-        taken.clear()
-        if known.get("method"):
-            owner = {"run": run.Run, "host": type(run.this_host()), "text": run.GuidedModel}[known["of"]]
-            taken.append((owner, known["method"], getattr(owner, known["method"])))
-
-            def raising(*args, **kwargs):
-                raise RuntimeError("broken on purpose")
-
-            setattr(owner, known["method"], raising)
-
-taken = []
-script_callbacks.on_app_started(routes)
-"""
-
-
-def watched(server: WebUIServer, prompt: str, settings: dict[str, Any] | None = None, **payload: Any):
-    """(what was generated, the reports) of a run with the extension on."""
-    script = {"alwayson_scripts": {NAME: {"args": [settings or {}]}}}
-    generated = server.txt2img(prompt=prompt, **script, **payload)
-    return generated, server.get_json("/dejavu/reports")
-
-
-def pixels(generated: Generated, number: int = 0) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(generated.images[number])).convert("RGB")).astype(int)
-
-
-def errors_of_ours(server: WebUIServer) -> list[str]:
-    """The host's own words on our script; that a folder without a remote is no clone is not ours."""
-    return [line for line in server.reported_errors() if "dejavu" in line and "Git repository" not in line]
-
 
 # ------------------------------------------------------------------------------------- measuring
 
@@ -126,20 +80,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "clip skip": {"options": {"CLIP_stop_at_last_layers": 2}},
     "padded": {"prompt": LONG, "options": {"pad_cond_uncond": True}},
 }
-
-
-@pytest.fixture
-def with_options(webui: WebUIServer) -> Iterator[Callable[..., None]]:
-    """Set the host's settings; afterwards they are as they were."""
-    before: dict[str, Any] = {}
-
-    def change(**settings: Any) -> None:
-        known = webui.options()
-        before.update({name: known[name] for name in settings})
-        webui.set_options(**settings)
-
-    yield change
-    webui.set_options(**before)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -232,12 +172,18 @@ def test_memorised_prompts_flag_and_ordinary_ones_do_not(calibrated: WebUIServer
     assert document["ordinary"]["median"] < document["verdicts"][0]["score"]
 
 
-@pytest.mark.parametrize("remedy", ["optimise", "remove-trigger"])
-def test_a_mitigated_picture_is_no_copy(calibrated: WebUIServer, remedy: str) -> None:
+@pytest.mark.parametrize(
+    ("remedy", "sampler"), [("optimise", "Euler"), ("remove-trigger", "Euler"), ("optimise", "DDIM")]
+)
+def test_a_mitigated_picture_is_no_copy(calibrated: WebUIServer, remedy: str, sampler: str) -> None:
+    if sampler != "Euler":
+        chosen = {"count": 99, "width": 64, "height": 64, "steps": 20, "sampler_name": sampler}
+        calibrated.post_json("/dejavu/calibrate", chosen, 900)
+    run = {"sampler_name": sampler, "override_settings": KNOWN}
     prompt, picture = MEMORISED[1].text, 127.5 * (1 + memorising.picture(1).permute(1, 2, 0).numpy())
-    plain = calibrated.txt2img(prompt=prompt, steps=20, override_settings=KNOWN)
+    plain = calibrated.txt2img(prompt=prompt, steps=20, **run)
     settings = {"when_flagged": "mitigate", "remedy": remedy, "explain": "never", "alpha": ALPHA}
-    generated, (document,) = watched(calibrated, prompt, settings, steps=20, override_settings=KNOWN)
+    generated, (document,) = watched(calibrated, prompt, settings, steps=20, **run)
     assert document["flagged"] is True, document["notes"]
     mitigation = document["mitigation"]
     assert mitigation["score_after"] < 0.5 * mitigation["score_before"]
@@ -245,7 +191,7 @@ def test_a_mitigated_picture_is_no_copy(calibrated: WebUIServer, remedy: str) ->
     assert max(mitigation["verdicts"][0]["score_per_step"]) < 0.5 * mitigation["score_before"]
     assert np.abs(pixels(plain) - picture).mean() < 5 < 60 < np.abs(pixels(generated) - picture).mean()
     # The host's cached conditioning is as it was.
-    again = calibrated.txt2img(prompt=prompt, steps=20, override_settings=KNOWN)
+    again = calibrated.txt2img(prompt=prompt, steps=20, **run)
     assert (pixels(again) == pixels(plain)).all()
 
 
@@ -279,69 +225,3 @@ def test_the_score_is_that_of_comfyui(
                 override_settings={**KNOWN, "sgm_noise_multiplier": True},
             )
             assert document["verdicts"][0]["score"] == pytest.approx(expected, rel=1e-3), prompt.text
-
-
-# ------------------------------------------------------------------------------------------ faults
-
-
-@pytest.fixture(scope="module")
-def faulty(
-    webui_kind: webui_server.Kind, webui_models: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[WebUIServer]:
-    """A host whose extension can be broken from outside."""
-    install = webui_server.find_install(webui_kind)
-    assert install is not None
-    extension = tmp_path_factory.mktemp("extensions") / "sabotage"
-    (extension / "scripts").mkdir(parents=True)
-    (extension / "scripts" / "sabotage.py").write_text(SABOTAGE)
-    home = webui_server.make_home(tmp_path_factory.mktemp(webui_kind.folder), PACK, [extension], webui_models)
-    checkpoint = ["--ckpt", str(webui_models / "Stable-diffusion" / miniature.SD15_EVERYWHERE)]
-    with WebUIServer(webui_kind, install, home, checkpoint, page=False) as server:
-        yield server
-
-
-def test_a_raised_error_in_every_callback_leaves_the_picture_whole(faulty: WebUIServer) -> None:
-    plain = pixels(faulty.txt2img())
-    for of, method in (
-        ("run", "begin"),
-        ("run", "_parts"),
-        ("run", "_record"),
-        ("run", "_act"),
-        ("run", "_conditioning"),
-        ("run", "end"),
-        ("run", "reports"),
-        ("host", "step"),
-        ("host", "predict"),
-        ("text", "encode"),
-    ):
-        faulty.post_json("/sabotage", {"of": of, "method": method})
-        generated, documents = watched(faulty, "a red fox in the snow", {"explain": "always"})
-        faulty.post_json("/sabotage", {})
-        assert (pixels(generated) == plain).all(), method
-        told = str(documents) + str(generated.info) + faulty.log(20_000)
-        assert "broken on purpose" in told, method
-    # And nothing of it stays.
-    generated, (document,) = watched(faulty, "a red fox in the snow", {"explain": "always"})
-    assert (pixels(generated) == plain).all() and document["verdicts"][0]["words"] and document["notes"] == []
-
-
-def test_a_broken_calibration_is_told(faulty: WebUIServer) -> None:
-    _, (document,) = watched(faulty, "a red fox", {"explain": "never"})
-    folder = faulty.home / "dejavu" / "calibration"
-    folder.mkdir(parents=True, exist_ok=True)
-    broken = folder / f"{document['setting']['model']}-broken.json"
-    broken.write_text("{")
-    _, (document,) = watched(faulty, "a red fox", {"explain": "never"})
-    broken.unlink()
-    assert "not valid JSON" in document["verdicts"][0]["sentence"]
-    with pytest.raises(RequestRefused, match="from 20 to"):
-        faulty.post_json("/dejavu/calibrate", {"count": 3})
-
-
-def test_installing_takes_no_time_and_says_nothing() -> None:
-    began = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "pass"], check=True)
-    bare = time.perf_counter() - began
-    began = time.perf_counter()
-    done = subprocess.run([sys.executable, str(PACK / "install.py")], check=True, capture_output=True, text=True)
-    assert done.stdout == "" and time.perf_counter() - began - bare < 0.2

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from webui_page import PANEL, open_webui
 from webui_server import WebUIServer
+from webui_watched import NAME
 
 PROMPT = "a red fox, in the <b>snow</b>"
 
@@ -39,6 +40,28 @@ def test_the_panel_below_the_gallery(webui: WebUIServer, theme: str, tmp_path: P
         assert page.prompt == "a red (fox:0.8), in the <b>snow</b>"
         assert page.generate(page.prompt)
         assert [e for e in page.errors if "dejavu" in e] == []
+
+
+def test_parameters_of_a_picture_are_pasted_back(webui: WebUIServer) -> None:
+    settings = {"when_flagged": "stop", "explain": "never", "alpha": 0.05, "perturb": "random-word", "insertions": 3}
+    drawn = webui.txt2img(prompt=PROMPT, alwayson_scripts={NAME: {"args": [settings]}})
+    with open_webui(webui.url) as page:
+        shown = page.ours()
+        assert shown["enabled"] is False and shown["when_flagged"] == "report" and shown["alpha"] == "0.01"
+        page.paste(drawn.infotexts[0])
+        shown = page.ours()
+        assert shown == {"enabled": True, **{name: str(value) for name, value in settings.items()}} | {
+            "without": "negative prompt",
+            "remedy": "optimise",
+            "score": "first step",
+        }
+
+
+def test_our_settings_are_on_the_settings_page(webui: WebUIServer) -> None:
+    with open_webui(webui.url) as page:
+        page.settings("Déjà Vu")
+        text = page.browser.locator("#settings_dejavu").inner_text()
+        assert "Write verdict, score and p-value" in text and "Default alpha" in text
 
 
 def test_calibrating_from_the_page(webui: WebUIServer) -> None:

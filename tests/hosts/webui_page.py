@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from browser import chromium
 from playwright.sync_api import Page as BrowserPage
+
+from sd_dejavu.hosts.webui.controls import OPTIONS
 
 PANEL = "#dejavu_panel_txt2img"
 
@@ -25,6 +28,29 @@ class WebUIPage:
         if not self.browser.locator("#dejavu_alpha_txt2img").first.is_visible():
             self.browser.locator("#dejavu_txt2img .label-wrap .icon").click()
         self.browser.locator("#dejavu_alpha_txt2img").first.wait_for()
+
+    def ours(self) -> dict[str, Any]:
+        """What our accordion's controls show."""
+        shown: dict[str, Any] = self.browser.evaluate(
+            """(names) => Object.fromEntries(names.map((name) => {
+                const box = document.querySelector(`#dejavu_${name}_txt2img input`);
+                return [name, box?.value];
+            }))""",
+            [known.name for known in OPTIONS],
+        )
+        return {"enabled": self.browser.locator("#dejavu_txt2img .input-accordion-checkbox").is_checked(), **shown}
+
+    def paste(self, parameters: str) -> None:
+        """A picture's parameters through the prompt, as a user does."""
+        self.browser.locator("#txt2img_prompt textarea").first.fill(parameters)
+        self.browser.locator("#paste").first.click()
+        self.browser.wait_for_timeout(3000)
+
+    def settings(self, section: str) -> None:
+        """A section of the settings page."""
+        self.browser.locator("#tabs > .tab-nav button", has_text="Settings").first.click()
+        self.browser.locator("#settings > .tab-nav button", has_text=section).first.click()
+        self.browser.wait_for_timeout(500)
 
     def alpha(self, value: float) -> None:
         """Our own slider's number."""

@@ -45,6 +45,7 @@ FORGE = Kind(
 )
 KINDS = {kind.folder: kind for kind in (A1111, FORGE)}
 SETTINGS = {"live_previews_enable": False}  # one of its ways downloads a model
+STYLES = 'name,prompt,negative_prompt\nWoodcut,"{prompt}, woodcut by Moxgaen",blurry\n'  # read at the start
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ def make_home(
         host_process.link({"models": models}, home)
     linked = {folder.name: folder for folder in extensions} | ({"sd-dejavu": extension} if extension else {})
     host_process.link(linked, home / "extensions")
+    (home / "styles.csv").write_text(STYLES, encoding="utf-8")
     (home / "config.json").write_text(json.dumps(SETTINGS | dict(settings or {})), encoding="utf-8")
     return home
 

@@ -46,6 +46,13 @@ class Step:
         return Step(self.denoiser, self.x[images], self.level[images], image_cond, self.text_cond, self.text_uncond)
 
 
+def checkpoint_of(sd_model: Any) -> str:
+    """The host's hash of the file that a model was loaded from."""
+    from modules import shared
+
+    return str(getattr(sd_model, "sd_model_hash", None) or shared.opts.sd_model_checkpoint)
+
+
 def cond_of(conditioning: Conditioning, images: int, like: Cond) -> Cond:
     """A host's conditioning from the core's: its rows, and for SDXL the vector, once for each picture."""
     known = like["crossattn"] if isinstance(like, dict) else like
@@ -125,6 +132,11 @@ class Automatic1111:
         return None
 
     @contextmanager
+    def encoding(self, step: Step) -> Iterator[None]:
+        """While open, the text encoders can be asked in the midst of a run."""
+        yield
+
+    @contextmanager
     def differentiable(self, step: Step) -> Iterator[None]:
         with torch.enable_grad():
             yield
@@ -189,12 +201,17 @@ class Forge:
         return None  # weights that cannot be aliased are refused one by one
 
     @contextmanager
+    def encoding(self, step: Step) -> Iterator[None]:
+        """While open, the text encoders can be asked in the midst of a run, where they may have been unloaded."""
+        with ExitStack() as stack:
+            for engine in engines_of(step.sd_model):
+                stack.enter_context(_reading_where_it_lies(modules_of(engine)))
+            yield
+
+    @contextmanager
     def differentiable(self, step: Step) -> Iterator[None]:
         encoders = [modules_of(engine) for engine in engines_of(step.sd_model)]
-        with ExitStack() as stack:
-            for encoder in encoders:
-                stack.enter_context(_reading_where_it_lies(encoder))
-            stack.enter_context(differentiable([self._unet(step).model, *encoders]))
+        with self.encoding(step), differentiable([self._unet(step).model, *encoders]):
             yield
 
     def loras(self, step: Step) -> str:
@@ -218,6 +235,14 @@ def _reading_where_it_lies(encoder: torch.nn.Module) -> Iterator[None]:
         memory_management.text_encoder_device = known
 
 
+def _heed_interruption() -> None:
+    """Raises the host's own exception when the user has ended or skipped this run."""
+    from modules import sd_samplers_common, shared
+
+    if shared.state.interrupted or shared.state.skipped:
+        raise sd_samplers_common.InterruptedException
+
+
 class GuidedModel:
     """A host's model at one step, as the core's denoiser; it can be asked at that step's noise level only."""
 
@@ -232,9 +257,7 @@ class GuidedModel:
         """The host's hash of the checkpoint, with the LoRAs that are in use."""
         import hashlib
 
-        from modules import shared
-
-        known = str(getattr(self.step.sd_model, "sd_model_hash", None) or shared.opts.sd_model_checkpoint)
+        known = checkpoint_of(self.step.sd_model)
         loras = self.host.loras(self.step)
         return known if not loras else f"{known}-{hashlib.sha256(loras.encode()).hexdigest()[:8]}"
 
@@ -249,22 +272,16 @@ class GuidedModel:
         return seeded_noise(self.latent_shape, seed, images).to(self.step.x)
 
     def encode(self, prompt: str) -> Conditioning:
+        _heed_interruption()
         like = self.step.text_cond
-        encoders = [modules_of(engine) for engine in engines_of(self.step.sd_model)]
-        with ExitStack() as stack:
-            if self.host.name == "Forge":
-                for encoder in encoders:
-                    stack.enter_context(_reading_where_it_lies(encoder))
+        with self.host.encoding(self.step):
             return encode(self.step.sd_model, prompt, like["vector"] if isinstance(like, dict) else None)
 
     def decode(self, latents: Tensor) -> Tensor:
         raise ValueError("pictures are decoded by the host itself")
 
     def __call__(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        from modules import sd_samplers_common, shared
-
-        if shared.state.interrupted or shared.state.skipped:
-            raise sd_samplers_common.InterruptedException
+        _heed_interruption()
         count = x.shape[0] // conditioning.rows.shape[0]
         if count > 1 and conditioning.rows.shape[0] > 1:
             conditioning = conditioning.repeat(count)

@@ -24,7 +24,7 @@ from ...conditioning import Conditioning, Unconditional
 from ...denoiser import Predictions
 from ...measure import Measurement
 from ...monitor import Monitoring, Report, Watch, flagged
-from .guidance import Automatic1111, Cond, Forge, GuidedModel, Step, cond_of, rows_of
+from .guidance import Automatic1111, Cond, Forge, GuidedModel, Step, checkpoint_of, cond_of, rows_of
 
 Host = Automatic1111 | Forge
 
@@ -63,6 +63,7 @@ class Pass:
     title: str
     evaluations: int = 0
     step: Step | None = field(default=None, repr=False)
+    drawn_by: str | None = None  # the checkpoint that its first evaluation was of
 
 
 class Run:
@@ -141,6 +142,11 @@ class Run:
             return
         with self._guarded():
             step = self._open.step = self.host.step(params)
+            drawn_by = checkpoint_of(step.sd_model)
+            self._open.drawn_by = self._open.drawn_by or drawn_by
+            if drawn_by != self._open.drawn_by:
+                self._leave_to_the_refiner()
+                return
             changed = [group for group in self._open.groups if group.instead is not None]
             if changed:
                 params.text_cond = self._with(step.text_cond, self._parts(step), changed)
@@ -238,6 +244,15 @@ class Run:
             else:
                 without, kind = model(x, self.host.sigma(step), model.encode("")), "empty prompt"
         self._keep(step, conditional, without, kind)
+
+    def _leave_to_the_refiner(self) -> None:
+        """Another checkpoint draws from here on: it is not what was calibrated, and takes the prompt as it was typed."""
+        assert self._open is not None
+        self._skip("the refiner draws here, which is another checkpoint")
+        for group in self._open.groups:
+            if group.instead is not None:
+                group.watch.note("the refiner drew the last steps, from the prompt as it was typed")
+        self._open.step = None
 
     def _skip(self, why: str) -> None:
         assert self._open is not None and self._open.step is not None

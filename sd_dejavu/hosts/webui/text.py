@@ -39,7 +39,7 @@ def encode(sd_model: Any, text: str, vector: Tensor | None = None) -> Conditioni
     if not engines:
         raise ValueError("the words of this model's text encoder cannot be read")
     plain = parse(text).text
-    pieces = [[_pieces(engine, chunk.tokens) for chunk in _chunks(engine, text)] for engine in engines]
+    pieces = [[_named(engine, chunk) for chunk in _chunks(engine, text)] for engine in engines]
     tokens = [
         rows_of_chunks(plain, chunks, _pieces(engine, [engine.id_end])[0])
         for engine, chunks in zip(engines, pieces, strict=True)
@@ -78,6 +78,16 @@ def _chunks(engine: Any, text: str) -> list[Any]:
     batches, _ = engine.process_texts([text])
     chunks: list[Any] = batches[0]
     return chunks
+
+
+def _named(engine: Any, chunk: Any) -> list[str]:
+    """The pieces of a chunk; a textual inversion's vectors are called by its name, which stands at the last of them."""
+    pieces = _pieces(engine, chunk.tokens)
+    for offset, embedding in chunk.fixes:
+        places = range(offset + 1, min(offset + 1 + int(embedding.vectors), len(pieces) - 1))
+        for place in places:
+            pieces[place] = embedding.name if place == places[-1] else ""
+    return pieces
 
 
 def _pieces(engine: Any, numbers: Sequence[int]) -> list[str]:

@@ -1,0 +1,159 @@
+"""Faults in Automatic1111 and Forge: whatever goes wrong with us costs no picture, and is told."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import miniature
+import pytest
+import webui_server
+from host_process import RequestRefused
+from webui_server import WebUIServer
+from webui_watched import pixels, watched
+
+PACK = Path(__file__).parents[2]
+
+SABOTAGE = """
+import sys
+from modules import script_callbacks, shared
+
+def routes(demo, app):
+    @app.post("/sabotage")
+    def sabotage(known: dict):
+        run = sys.modules["sd_dejavu.hosts.webui.run"]
+        for owner, name, method in taken:
+            setattr(owner, name, method)
+        taken.clear()
+        if known.get("method"):
+            owner = {"run": run.Run, "host": type(run.this_host()), "text": run.GuidedModel}[known["of"]]
+            taken.append((owner, known["method"], getattr(owner, known["method"])))
+
+            def raising(*args, **kwargs):
+                raise RuntimeError("broken on purpose")
+
+            setattr(owner, known["method"], raising)
+
+    @app.post("/unable")
+    def unable(known: dict):
+        {"lowvram": lowvram, "TensorRT": compiled, "quantised": quantised}[known["of"]](known["on"])
+
+def lowvram(on):
+    shared.cmd_opts.lowvram = on
+
+def compiled(on):
+    from modules import sd_unet
+
+    class Compiled(sd_unet.SdUnet):
+        def forward(self, *args, **kwargs):
+            sd_unet.current_unet = None
+            try:
+                return shared.sd_model.model.diffusion_model(*args, **kwargs)
+            finally:
+                sd_unet.current_unet = self
+
+    sd_unet.current_unet = Compiled() if on else None
+
+def quantised(on):
+    import torch
+
+    class Quantised(torch.nn.Parameter):
+        pass
+
+    unet = shared.sd_model.forge_objects.unet.model.diffusion_model
+    weights = next(m for name, m in unet.named_modules() if name.endswith("attn2.to_k"))._parameters
+    if on:
+        taken.append(weights["weight"])
+        with torch.inference_mode():
+            weights["weight"] = torch.Tensor._make_subclass(Quantised, weights["weight"].clone(), False)
+    else:
+        weights["weight"] = taken.pop()
+
+taken = []
+script_callbacks.on_app_started(routes)
+"""
+
+
+@pytest.fixture(scope="module")
+def faulty(
+    webui_kind: webui_server.Kind, webui_models: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[WebUIServer]:
+    """A host whose extension can be broken from outside."""
+    install = webui_server.find_install(webui_kind)
+    assert install is not None
+    extension = tmp_path_factory.mktemp("extensions") / "sabotage"
+    (extension / "scripts").mkdir(parents=True)
+    (extension / "scripts" / "sabotage.py").write_text(SABOTAGE)
+    home = webui_server.make_home(tmp_path_factory.mktemp(webui_kind.folder), PACK, [extension], webui_models)
+    checkpoint = ["--ckpt", str(webui_models / "Stable-diffusion" / miniature.SD15_EVERYWHERE)]
+    with WebUIServer(webui_kind, install, home, checkpoint, page=False) as server:
+        yield server
+
+
+def test_a_raised_error_in_every_callback_leaves_the_picture_whole(faulty: WebUIServer) -> None:
+    plain = pixels(faulty.txt2img())
+    for of, method in (
+        ("run", "begin"),
+        ("run", "_parts"),
+        ("run", "_record"),
+        ("run", "_act"),
+        ("run", "_conditioning"),
+        ("run", "end"),
+        ("run", "reports"),
+        ("host", "step"),
+        ("host", "predict"),
+        ("text", "encode"),
+    ):
+        faulty.post_json("/sabotage", {"of": of, "method": method})
+        generated, documents = watched(faulty, "a red fox in the snow", {"explain": "always"})
+        faulty.post_json("/sabotage", {})
+        assert (pixels(generated) == plain).all(), method
+        told = str(documents) + str(generated.info) + faulty.log(20_000)
+        assert "broken on purpose" in told, method
+    # And nothing of it stays.
+    generated, (document,) = watched(faulty, "a red fox in the snow", {"explain": "always"})
+    assert (pixels(generated) == plain).all() and document["verdicts"][0]["words"] and document["notes"] == []
+
+
+@pytest.mark.parametrize("what", ["lowvram", "TensorRT", "quantised"])
+def test_without_gradients_the_picture_and_the_score_are_whole(faulty: WebUIServer, what: str) -> None:
+    if (faulty.kind is webui_server.FORGE) != (what == "quantised"):
+        pytest.skip(f"{faulty.name} has no such thing")
+    plain = pixels(faulty.txt2img())
+    _, (before,) = watched(faulty, "a red fox in the snow", {"explain": "never"})
+    faulty.post_json("/unable", {"of": what, "on": True})
+    try:
+        generated, (document,) = watched(faulty, "a red fox in the snow", {"explain": "always"})
+    finally:
+        faulty.post_json("/unable", {"of": what, "on": False})
+    assert (pixels(generated) == plain).all()
+    (verdict,) = document["verdicts"]
+    assert verdict["score"] == pytest.approx(before["verdicts"][0]["score"], rel=1e-5) and verdict["words"] == []
+    assert any(what in note or (what == "quantised" and "Quantised weights" in note) for note in document["notes"])
+    _, (after,) = watched(faulty, "a red fox in the snow", {"explain": "always"})
+    assert after["verdicts"][0]["words"] and after["notes"] == []
+
+
+def test_a_broken_calibration_is_told(faulty: WebUIServer) -> None:
+    _, (document,) = watched(faulty, "a red fox", {"explain": "never"})
+    folder = faulty.home / "dejavu" / "calibration"
+    folder.mkdir(parents=True, exist_ok=True)
+    broken = folder / f"{document['setting']['model']}-broken.json"
+    broken.write_text("{")
+    _, (document,) = watched(faulty, "a red fox", {"explain": "never"})
+    broken.unlink()
+    assert "not valid JSON" in document["verdicts"][0]["sentence"]
+    with pytest.raises(RequestRefused, match="from 20 to"):
+        faulty.post_json("/dejavu/calibrate", {"count": 3})
+
+
+def test_installing_takes_no_time_and_says_nothing() -> None:
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "pass"], check=True)
+    bare = time.perf_counter() - began
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, str(PACK / "install.py")], check=True, capture_output=True, text=True)
+    assert done.stdout == "" and time.perf_counter() - began - bare < 0.2

@@ -1,0 +1,62 @@
+"""A miniature of SDXL in a real Automatic1111 and a real Forge: two text encoders, and conditionings in dictionaries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import miniature
+import numpy as np
+import pytest
+from webui_server import WebUIServer
+from webui_watched import errors_of_ours, pixels, watched
+
+from sd_dejavu.calibration.profile import Null, Profile, Setting
+from sd_dejavu.calibration.store import path_for
+
+PROMPT = "a (red:1.2) fox in snow"
+
+
+@pytest.fixture(scope="module")
+def sdxl(webui: WebUIServer) -> Any:
+    """The host with the miniature of SDXL loaded."""
+    folder = webui.home / "models" / "Stable-diffusion"
+    if not (folder / miniature.SDXL_EVERYWHERE).exists():
+        miniature.write_sdxl_everywhere(folder / miniature.SDXL_EVERYWHERE)
+        webui.post_json("/sdapi/v1/refresh-checkpoints", {})
+    before = webui.options()["sd_model_checkpoint"]
+    webui.set_options(sd_model_checkpoint=miniature.SDXL_EVERYWHERE)
+    yield webui
+    webui.set_options(sd_model_checkpoint=before)
+
+
+def test_dictionaries_of_conditionings(sdxl: WebUIServer) -> None:
+    plain = sdxl.txt2img(prompt=PROMPT, steps=3)
+    generated, (document,) = watched(sdxl, PROMPT, {"explain": "always"}, steps=3)
+    (verdict,) = document["verdicts"]
+    assert (pixels(generated) == pixels(plain)).all()
+    assert verdict["score"] > 0 and len(verdict["score_per_step"]) == 3
+    assert verdict["view"] == "confirmed gradient", document["notes"]
+    assert [word["text"] for word in verdict["words"]] == ["a", "red", "fox", "in", "snow"]
+    assert errors_of_ours(sdxl) == []
+
+
+def test_a_mitigation_swaps_rows_and_vector(sdxl: WebUIServer) -> None:
+    _, (document,) = watched(sdxl, "red fox", {"explain": "never"}, steps=3)
+    known = document["setting"]
+    setting = Setting(**{**known, "latent_shape": tuple(known["latent_shape"])})
+    just_below = 0.99 * document["verdicts"][0]["score"]
+    profile = Profile(setting, tuple(Null("plain", {"first step": (just_below,)}) for _ in range(99)))
+    path = path_for(setting, sdxl.home / "dejavu" / "calibration")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profile.save(path)
+    settings = {"when_flagged": "mitigate", "remedy": "remove-trigger", "explain": "never"}
+    try:
+        generated, (document,) = watched(sdxl, "red fox", settings, steps=3)
+    finally:
+        path.unlink()
+    assert document["flagged"] is True, document["notes"]
+    shorter = document["mitigation"]["prompt"]
+    assert shorter in ("red", "fox")
+    # The picture is the host's own of that prompt, from its first step on.
+    assert np.abs(pixels(generated) - pixels(sdxl.txt2img(prompt="red fox", steps=3))).mean() > 1
+    assert np.abs(pixels(generated) - pixels(sdxl.txt2img(prompt=shorter, steps=3))).mean() < 0.1
