@@ -18,7 +18,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, get_args
 
 import torch
@@ -126,7 +126,7 @@ class ReferenceSet:
             raise ValueError(f"the number of neighbours must be at least 1, not {k}")
         queries = queries.detach().to(self.embeddings.device, torch.float32)
         if self.metric == "cosine":
-            return self._nearest(queries, k, torch.matmul)
+            return self._nearest(queries, k, _dot)
         found = self._nearest(queries, max(k, NEIGHBOURHOOD), _negative_l2)
         denominator = neighbourhood(found.similarity)
         return Neighbours(found.similarity[:, :k] / denominator, found.index[:, :k])
@@ -150,14 +150,14 @@ class ReferenceSet:
 
     @torch.no_grad()
     def _nearest(self, queries: Tensor, k: int, measure: Callable[[Tensor, Tensor], Tensor]) -> Neighbours:
-        """Top k of ``measure(queries [B, D], rows [D, n])``, a chunk of rows after the other."""
+        """Top k of ``measure(queries [B, D], rows [n, D])``, a chunk of rows after the other."""
         batch, width = queries.shape
         k = min(k, len(self))
         step = max(k, CHUNK_ELEMENTS // max(batch, width))
         values, index = queries.new_empty(batch, 0), torch.empty(batch, 0, dtype=torch.int64, device=queries.device)
         for start in range(0, len(self), step):
             rows = self.embeddings[start : start + step].float()
-            fresh, place = measure(queries, rows.T).topk(min(k, len(rows)), dim=1)
+            fresh, place = measure(queries, rows).topk(min(k, len(rows)), dim=1)
             place, order = place.sort(dim=1)
             # Rows in the order of the set, so that a stable sort leaves equals in that order.
             values, index = torch.cat([values, fresh.gather(1, order)], 1), torch.cat([index, place + start], 1)
@@ -247,9 +247,13 @@ def neighbourhood(negative_l2: Tensor) -> Tensor:
     return (0.5 * mean).clamp_min(_DENOMINATOR_MINIMUM)
 
 
+def _dot(queries: Tensor, rows: Tensor) -> Tensor:
+    return queries @ rows.T
+
+
 def _negative_l2(queries: Tensor, rows: Tensor) -> Tensor:
     """By differences: the shorter way, by products, loses the small distances to rounding."""
-    return -torch.cdist(queries, rows.T.contiguous(), compute_mode="donot_use_mm_for_euclid_dist")
+    return -torch.cdist(queries, rows, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def files_of(path: Path) -> tuple[Path, Path]:
@@ -308,7 +312,7 @@ def _text(value: Any) -> str:
 def _relative(name: Any) -> str:
     """A name that stays inside the folder it is joined to, whoever wrote the file."""
     path = PurePosixPath(_text(name))
-    if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in path.parts[0]:
+    if path.is_absolute() or ".." in path.parts or "\\" in name or PureWindowsPath(name).drive:
         raise ValueError(f"the name {name!r} is not relative")
     return name
 
