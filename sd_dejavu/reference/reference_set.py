@@ -18,6 +18,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, get_args
 
@@ -88,6 +89,14 @@ class ReferenceSet:
     near_threshold: float | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Equal for equal rows, names and captions."""
+        return _fingerprint(self.embeddings.detach().cpu().float().contiguous(), self._text_rows())
+
+    def _text_rows(self) -> list[str]:
+        return [json.dumps({"name": n, "caption": c}) for n, c in zip(self.names, self.captions, strict=True)]
+
     def __post_init__(self) -> None:
         if self.metric not in get_args(Metric):
             raise ValueError(f"the metric must be one of {', '.join(get_args(Metric))}, not {self.metric!r}")
@@ -95,7 +104,9 @@ class ReferenceSet:
             raise ValueError(f"embeddings must be rows [N, D], not of the shape {tuple(self.embeddings.shape)}")
         if not self.embeddings.dtype.is_floating_point:
             raise ValueError(f"embeddings must be floating-point numbers, not {self.embeddings.dtype}")
-        lengths = {n: len(getattr(self, n)) for n in ("captions", "names", "duplicates", "near_duplicates", "thumbnails")}
+        lengths = {
+            n: len(getattr(self, n)) for n in ("captions", "names", "duplicates", "near_duplicates", "thumbnails")
+        }
         if wrong := [f"{count} {n.replace('_', ' ')}" for n, count in lengths.items() if count != len(self)]:
             raise ValueError(f"a set of {len(self)} embeddings cannot have {' and '.join(wrong)}")
 
@@ -172,7 +183,9 @@ class ReferenceSet:
                 f"not of the shape {tuple(queries.shape)}"
             )
         if not torch.isfinite(queries).all():
-            raise ValueError("a query holds NaN or infinity, so nothing is near to it: the picture or network is broken")
+            raise ValueError(
+                "a query holds NaN or infinity, so nothing is near to it: the picture or network is broken"
+            )
 
     # ------------------------------------------------------------------------------------ file
 
@@ -181,8 +194,7 @@ class ReferenceSet:
         tensors_file, text_file = files_of(path)
         rows = self.embeddings.detach().cpu().float().contiguous()
         kept = self.thumbnails if isinstance(self.thumbnails, Thumbnails) else Thumbnails.of(self.thumbnails)
-        text = [json.dumps({"name": n, "caption": c}) for n, c in zip(self.names, self.captions, strict=True)]
-        fingerprint = _fingerprint(rows, text)
+        text, fingerprint = self._text_rows(), self.fingerprint
         head = {
             "format": FORMAT,
             "schema_version": SCHEMA_VERSION,
@@ -236,6 +248,7 @@ class ReferenceSet:
                 raise ValueError("embeddings hold NaN or infinity")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"the reference set {text_file} is damaged ({error}): build it again") from error
+        found.__dict__["fingerprint"] = document["fingerprint"]  # so that it need not be computed again
         if features is not None:
             found.check(features)
         return found
