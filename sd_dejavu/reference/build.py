@@ -320,7 +320,7 @@ def _write_piece(
     kept = Thumbnails.of(thumbnails)
     tensors = {"embeddings": embeddings, "thumbnails": kept.data, "thumbnail_ends": kept.ends}
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={"rows": json.dumps(rows), "skipped": json.dumps(skipped)})
+    save_file(tensors, partial, metadata={"records": json.dumps({"rows": rows, "skipped": skipped})})
     partial.replace(path)
 
 
@@ -333,12 +333,12 @@ def _assembled(work: Path, features: Features, near: float, details: dict[str, A
     copies: list[dict[str, str]] = []
     for number in range(_pieces_done(work)):
         with safe_open(_piece_file(work, number), framework="pt") as file:
-            metadata = file.metadata()
+            records = json.loads(file.metadata()["records"])
             found = file.get_tensor("embeddings")
             small = Thumbnails(file.get_tensor("thumbnails"), file.get_tensor("thumbnail_ends"))
-        skipped += json.loads(metadata["skipped"])
+        skipped += records["skipped"]
         kept = []
-        for place, row in enumerate(json.loads(metadata["rows"])):
+        for place, row in enumerate(records["rows"]):
             if not torch.isfinite(found[place]).all():
                 skipped.append({"name": row["name"], "reason": "the feature network gives NaN or infinity for it"})
             elif (first := rows.get(row["digest"])) is not None:

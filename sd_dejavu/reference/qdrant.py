@@ -156,7 +156,7 @@ def _client(place: str) -> QdrantClient:
     from qdrant_client import QdrantClient
 
     if is_address(place):
-        return QdrantClient(url=place, api_key=os.environ.get(KEY_VARIABLE))
+        return QdrantClient(url=place, api_key=os.environ.get(KEY_VARIABLE), check_compatibility=False)
     folder: Any = Path(place)
     folder.parent.mkdir(parents=True, exist_ok=True)
     return QdrantClient(path=str(folder))

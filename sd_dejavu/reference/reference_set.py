@@ -214,7 +214,7 @@ class ReferenceSet:
         }
         tensors_file.parent.mkdir(parents=True, exist_ok=True)
         partial = tensors_file.with_name(tensors_file.name + ".partial")
-        save_file(tensors, partial, metadata={"format": FORMAT, "fingerprint": fingerprint})
+        save_file(tensors, partial, metadata={FORMAT: fingerprint})
         partial.replace(tensors_file)
         # One picture a line: readable, and small differences show as small differences.
         document = json.dumps(head, indent=1)[:-2] + ',\n "rows": [\n  ' + ",\n  ".join(text) + "\n ]\n}\n"
@@ -228,7 +228,7 @@ class ReferenceSet:
         tensors_file, text_file = files_of(path)
         document = read_document(text_file)
         tensors, metadata = _read_tensors(tensors_file)
-        if metadata.get("format") != FORMAT or metadata.get("fingerprint") != document["fingerprint"]:
+        if metadata.get(FORMAT) != document["fingerprint"]:
             raise ValueError(f"{tensors_file.name} and {text_file.name} are not of one reference set: build it again")
         try:
             rows = document["rows"]

@@ -220,7 +220,7 @@ def retensored(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path]
         tensors = {name: value.clone() for name, value in load_file(file).items()}
         fingerprint = json.loads((folder / "set.json").read_text())["fingerprint"]
         change(tensors)
-        save_file(tensors, file, metadata={"format": "dejavu-reference-set", "fingerprint": fingerprint})
+        save_file(tensors, file, metadata={"dejavu-reference-set": fingerprint})
 
     return edit
 
