@@ -93,7 +93,8 @@ class QdrantSearch:
         """Dot products, or negative distances, nearest first; of equals the first row goes first."""
         from qdrant_client import models
 
-        exact = models.SearchParams(exact=True)
+        # A server would search by its graph, which is approximate; the embedded mode knows no other way than exactly.
+        exact = models.SearchParams(exact=True) if is_address(self._place) else None
         requests = [
             models.QueryRequest(query=row, limit=k, params=exact)
             for row in queries.detach().cpu().float().numpy().tolist()

@@ -607,7 +607,9 @@ def test_a_finished_set_is_left_alone(tmp_path: Path, source: Path) -> None:
     before = (tmp_path / "set.json").stat().st_mtime_ns
     assert build(source, tmp_path / "set", Grey()).fingerprint == first.fingerprint
     assert (tmp_path / "set.json").stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match=r"set\.json is there already, made from another source or with other settings"):
+    with pytest.raises(
+        ValueError, match=r"set\.json is there already, made from another source or with other settings"
+    ):
         build(source, tmp_path / "set", Pixels())
     assert build(source, tmp_path / "set", Pixels(), restart=True).features == "pixels 32"
 

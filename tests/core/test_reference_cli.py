@@ -92,9 +92,7 @@ def test_small_sets_get_no_verdict_from_the_normalised_distance(
     assert row["neighbours"][0]["similarity"] == 0
 
 
-def test_weights_are_named_again_and_checked(
-    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_weights_are_named_again_and_checked(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Means(torch.nn.Module):
         def __init__(self, power: float) -> None:
             super().__init__()
