@@ -1,5 +1,9 @@
 """Mitigations: what to sample with instead. One method a file; the folder is the register.
 
+Whatever a method touches (the prompt's text, its conditioning, the noise a run starts from, guidance, or
+attention), its answer is an :class:`Outcome`, and an outcome is sampled in one way: its conditioning, which
+carries its attention rule, from its x_T, under a guidance rule made for the run.
+
 A module of this folder that mitigates ends in ``MITIGATIONS``, a tuple of :class:`Mitigation`; nothing
 else has to know of it.
 """
@@ -9,17 +13,19 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor
 
+from ..attention import AttentionRule
 from ..conditioning import Conditioning
 from ..denoiser import Denoiser, Model, Predictions, initial_latent
 from ..detectors.magnitude import magnitude
+from ..guidance import GuidanceRule
 from ..sampling import levels_of, predict
 
-Touches = Literal["prompt", "conditioning"]
+Touches = Literal["prompt", "conditioning", "noise", "guidance", "attention"]
 
 
 @dataclass(frozen=True)
@@ -28,12 +34,13 @@ class Start:
 
     ``base`` is the denoised prediction there without the prompt, computed once. ``ordinary`` is the highest
     score that still counts as ordinary, for methods that stop there; the target where it is not known.
+    ``unconditional`` is None where a host hands over its prediction only: methods that move x_T need it.
     """
 
     x: Tensor
     sigma: Tensor
     noise: Tensor
-    unconditional: Conditioning
+    unconditional: Conditioning | None
     base: Tensor
     target: float
     seed: int = 0
@@ -59,6 +66,15 @@ class Start:
         base = predict(model, x, levels, unconditional)
         return cls(x, levels, noise, unconditional, base, target, seed, ordinary)
 
+    def moved(self, denoiser: Denoiser, x: Tensor) -> Start:
+        """The same run from another x_T; one more evaluation without the prompt.
+
+        Raises ValueError where the conditioning without the prompt is not at hand.
+        """
+        if self.unconditional is None:
+            raise ValueError("the conditioning without the prompt is not at hand here, so the noise cannot be changed")
+        return replace(self, x=x, base=predict(denoiser, x, self.sigma, self.unconditional))
+
     def score(self, denoiser: Denoiser, conditioning: Conditioning) -> float:
         """Mean first-step magnitude over the images, without gradients."""
         denoised = predict(denoiser, self.x, self.sigma, conditioning)
@@ -67,12 +83,23 @@ class Start:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What to go on with, the first-step score before and after, and how it was reached."""
+    """What to go on with, the first-step score before and after, and how it was reached.
+
+    ``x`` is the x_T [images, C, H, W] to sample from instead, at the noise level of the start; None leaves it.
+    ``rule`` makes a guidance rule for one run; None leaves plain guidance. ``conditioning`` carries the attention
+    rule where there is one.
+    """
 
     conditioning: Conditioning
     score_before: float
     score_after: float
     details: dict[str, Any] = field(default_factory=dict)
+    x: Tensor | None = None
+    rule: Callable[[], GuidanceRule] | None = None
+
+    @property
+    def attention(self) -> AttentionRule | None:
+        return self.conditioning.attention
 
 
 @dataclass(frozen=True)
