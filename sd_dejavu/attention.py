@@ -102,7 +102,7 @@ def watched_attention(network: nn.Module) -> Iterator[AttentionMass]:
     """
     found = AttentionMass([])
     attentions = [module for name, module in network.named_modules() if name.endswith(ATTENTION)]
-    hooks = [_reader(int(attention.heads), found.shares) for attention in attentions]  # type: ignore[arg-type]
+    hooks = [_reader(int(attention.heads), found.shares) for attention in attentions]
     with (  # in all hosts' models the queries are made before the keys
         _hooked(_layers(network, QUERIES), [on_queries for on_queries, _ in hooks]),
         _hooked(_layers(network, KEYS), [on_keys for _, on_keys in hooks]),

@@ -97,6 +97,11 @@ class Outcome:
     x: Tensor | None = None
     rule: Callable[[], GuidanceRule] | None = None
 
+    @classmethod
+    def unchanged(cls, conditioning: Conditioning, score: float) -> Outcome:
+        """Nothing needs to be done: the run goes on as it came."""
+        return cls(conditioning, score, score, {"reached": True})
+
     @property
     def attention(self) -> AttentionRule | None:
         return self.conditioning.attention

@@ -260,7 +260,15 @@ class GuidedModel:
     def decode(self, latents: Tensor) -> Tensor:
         raise ValueError("pictures are decoded by the host itself")
 
+    def pictures_of(self, latents: Tensor) -> Tensor:
+        raise ValueError("pictures are decoded by the host itself")
+
+    def attention_mass(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        raise ValueError("the attention of tokens cannot be read here")
+
     def __call__(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        if conditioning.attention is not None:
+            raise ValueError("the attention of tokens cannot be changed here")
         from modules import sd_samplers_common, shared
 
         if shared.state.interrupted or shared.state.skipped:
