@@ -13,6 +13,7 @@ from torch import Tensor
 
 COPY_THRESHOLD = 0.8
 _SIDE = 32
+_LUMA = (0.299, 0.587, 0.114)
 
 
 def grey_correlation(a: Tensor, b: Tensor) -> Tensor:
@@ -20,13 +21,14 @@ def grey_correlation(a: Tensor, b: Tensor) -> Tensor:
 
     A picture of one single grey correlates with nothing (0).
     """
-    first, second = _centred(a), _centred(b)
+    first, second = structure(a), structure(b)
     norms = first.norm(dim=1)[:, None] * second.norm(dim=1)[None]
     return torch.where(norms > 1e-6, first @ second.T / norms.clamp_min(1e-6), torch.zeros(()))
 
 
-def _centred(pictures: Tensor) -> Tensor:
-    grey = (pictures.float() * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+def structure(pictures: Tensor) -> Tensor:
+    """Centred grey values at 32 x 32, [B, 1024], of pictures [B, 3, H, W]; zeros for a picture of one single grey."""
+    grey = (pictures.float() * pictures.new_tensor(_LUMA, dtype=torch.float32)[:, None, None]).sum(1, keepdim=True)
     flat = F.adaptive_avg_pool2d(grey, _SIDE).flatten(1)
     centred = flat - flat.mean(1, keepdim=True)
     # What is left of an even picture is rounding; one 8-bit step in one of 64 x 64 pixels gives ten times this.

@@ -1,0 +1,357 @@
+"""Builds a reference set from a source, piece by piece, so that a build that was stopped goes on where it stood.
+
+Every 128 records one finished piece is renamed into a work folder beside the set; the set itself is put together
+from all pieces at the end. Pieces have fixed borders and the names of a stopped run's settings are compared, so
+the result is the same, however often the build was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..settings import option, validate
+from .features import KINDS, Features, Staged
+from .pictures import PictureError, digest, open_picture, thumbnail, to_tensor
+from .reference_set import (
+    CHUNK_ELEMENTS,
+    NEIGHBOURHOOD,
+    ReferenceSet,
+    Thumbnails,
+    files_of,
+    neighbourhood,
+    read_document,
+)
+from .sources import Columns, Record, Source, open_source
+
+PIECE = 128
+THUMBNAIL_SIDE = 128
+_NEAR = {"cosine": 0.95, "normalised L2": -0.5}  # for features that are none of KINDS
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """How a reference set is built, apart from its features."""
+
+    near_threshold: float | None = option(
+        None,
+        "similarity above which two training pictures count as near duplicates (default: "
+        + ", ".join(f"{name} {kind.near:g}" for name, kind in KINDS.items())
+        + ")",
+        kind=float,
+        maximum=1.0,
+    )
+    count_near_up_to: int = option(
+        50_000, "near duplicates are not counted in larger sets: the work grows with the square", minimum=0
+    )
+    thumbnail_side: int = option(THUMBNAIL_SIDE, "longest side of the thumbnails in pixels", minimum=16, maximum=1024)
+    ignore_repeats: bool = option(False, "do not read folder names such as 10_cat as 'shown 10 times an epoch'")
+    image_column: str = option("", "Parquet column that holds the pictures (default: image, jpg, png, ...)")
+    caption_column: str = option("", "Parquet column that holds the captions (default: caption, text, prompt)")
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+def near_threshold_of(features: Features, wanted: float | None = None) -> float:
+    """What the user wants, else the threshold of this kind of features."""
+    if wanted is not None:
+        return wanted
+    kind = KINDS.get(features.name.split()[0])
+    return kind.near if kind else _NEAR[features.metric]
+
+
+def build(
+    source: Path,
+    out: Path,
+    features: Features,
+    wanted: BuildSettings = BuildSettings(),
+    made_with: dict[str, Any] | None = None,
+    batch_size: int = 32,
+    device: str = "cpu",
+    restart: bool = False,
+    on_progress: Progress = lambda stage, done, total: None,
+) -> ReferenceSet:
+    """The set of all pictures of ``source``, saved as ``out``; goes on with a build that was stopped.
+
+    ``made_with`` is stored with the set, to make the same features again; it must hold no paths. ``restart`` drops
+    what is there under this name. ``on_progress(stage, done, total)`` is called as the work goes on. A set that is
+    finished and of the same source and settings is left as it is. Raises ValueError with a sentence where there is
+    another one, or no usable picture.
+    """
+    columns = Columns(wanted.image_column or None, wanted.caption_column or None)
+    records = open_source(source, columns, not wanted.ignore_repeats)
+    near = near_threshold_of(features, wanted.near_threshold)
+    begun = {
+        "source": records.identity,
+        "features": features.name,
+        "metric": features.metric,
+        "near_threshold": near,
+        "count_near_up_to": wanted.count_near_up_to,
+        "thumbnail_side": wanted.thumbnail_side,
+        "piece": PIECE,
+    }
+    work = files_of(out)[0].with_suffix(".unfinished")
+    if restart:
+        _discard(out, work)
+    elif not work.is_dir() and (found := _finished(out, begun, features)) is not None:
+        return found
+    _begin(work, begun)
+    _embed_pieces(records, work, features, wanted.thumbnail_side, batch_size, device, on_progress)
+    built = _assembled(work, features, near, {"source": records.description, "made_with": made_with or {}, "begun": begun})
+    if len(built) <= wanted.count_near_up_to:
+        counts = near_duplicates(built.to(device), near, lambda done, total: on_progress("near duplicates", done, total))
+        built = replace(built, near_duplicates=counts)
+    built.save(out)
+    _discard_folder(work)
+    return built
+
+
+def from_pictures(
+    pictures: Tensor,
+    captions: Sequence[str],
+    names: Sequence[str],
+    features: Features,
+    duplicates: Sequence[int] | None = None,
+    near_threshold: float | None = None,
+    thumbnail_side: int = THUMBNAIL_SIDE,
+    batch_size: int = 32,
+) -> ReferenceSet:
+    """A set of pictures [N, 3, H, W] in 0..1 that are in memory already, in their order; equal ones stay apart."""
+    from PIL import Image
+
+    with torch.no_grad():
+        rows = torch.cat([features(part).float().cpu() for part in pictures.split(batch_size)])
+    eights = (pictures.detach().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    counts = torch.ones(len(rows), dtype=torch.int64) if duplicates is None else torch.tensor(list(duplicates))
+    near = near_threshold_of(features, near_threshold)
+    made = ReferenceSet(
+        rows,
+        tuple(captions),
+        tuple(names),
+        counts,
+        torch.full((len(rows),), -1),
+        Thumbnails.of([thumbnail(Image.fromarray(picture), thumbnail_side) for picture in eights]),
+        features.name,
+        features.metric,
+        near,
+    )
+    return replace(made, near_duplicates=near_duplicates(made, near))
+
+
+def embed(features: Features, pictures: Iterable[Tensor], batch_size: int = 32, device: str = "cpu") -> Tensor:
+    """Rows [N, D] on the CPU for pictures [1, 3, H, W] of any sizes, in their order.
+
+    Pictures are reduced one by one where the features can do that, so that only small ones are held together.
+    """
+    if not isinstance(features, Staged):
+        with torch.no_grad():
+            return torch.cat([features(picture.to(device)).float().cpu() for picture in pictures])
+    with torch.no_grad():
+        prepared = [features.prepare(picture.to(device)) for picture in pictures]
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for number, one in enumerate(prepared):
+            by_shape.setdefault(tuple(one.shape), []).append(number)
+        rows: list[Tensor] = [torch.empty(0)] * len(prepared)
+        for numbers in by_shape.values():
+            for start in range(0, len(numbers), batch_size):
+                part = numbers[start : start + batch_size]
+                for number, row in zip(part, features.embed(torch.cat([prepared[n] for n in part])), strict=True):
+                    rows[number] = row.float().cpu()
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def near_duplicates(
+    reference: ReferenceSet, threshold: float, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> Tensor:
+    """For each row how many others are more similar than ``threshold``, [N] int64 on the CPU."""
+    rows = reference.embeddings.float()
+    count = len(rows)
+    step = max(1, CHUNK_ELEMENTS // max(count, rows.shape[1]))
+    found = []
+    for start in range(0, count, step):
+        part = rows[start : start + step]
+        if reference.metric == "cosine":
+            similarity = part @ rows.T
+        else:
+            # By products: far quicker, and a threshold is far from the small distances that this loses.
+            distance = torch.cdist(part, rows, compute_mode="use_mm_for_euclid_dist")
+            distance[torch.arange(len(part)), torch.arange(start, start + len(part))] = 0
+            similarity = -distance / neighbourhood((-distance).topk(min(NEIGHBOURHOOD, count), dim=1).values)
+        similarity[torch.arange(len(part)), torch.arange(start, start + len(part))] = -torch.inf
+        found.append((similarity > threshold).sum(1).cpu())
+        on_progress(min(start + step, count), count)
+    return torch.cat(found)
+
+
+# ----------------------------------------------------------------------------------------- the work folder
+
+
+def _finished(out: Path, begun: dict[str, Any], features: Features) -> ReferenceSet | None:
+    """The finished set of this very source and settings, or None where there is none under this name."""
+    text_file = files_of(out)[1]
+    if not text_file.exists():
+        return None
+    if read_document(text_file).get("details", {}).get("begun") != begun:
+        raise ValueError(
+            f"{text_file} is there already, made from another source or with other settings: give another name, or "
+            "--restart to replace it"
+        )
+    return ReferenceSet.load(out, features)
+
+
+def _begin(work: Path, begun: dict[str, Any]) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    note = work / "begun.json"
+    if not note.exists():
+        _write(note, json.dumps(begun, indent=1).encode())
+        return
+    before = json.loads(note.read_text(encoding="utf-8"))
+    changed = [name.replace("_", " ") for name in begun if before.get(name) != begun[name]]
+    if changed:
+        raise ValueError(
+            f"{work.name} holds an unfinished build with another {' and '.join(changed)}: build as it was begun, or "
+            "give --restart to begin anew"
+        )
+
+
+def _discard(out: Path, work: Path) -> None:
+    for file in reversed(files_of(out)):
+        file.unlink(missing_ok=True)
+    _discard_folder(work)
+
+
+def _discard_folder(work: Path) -> None:
+    """Renamed first: half a folder must not be taken for an unfinished build."""
+    if work.is_dir():
+        gone = work.with_suffix(".finished")
+        shutil.rmtree(gone, ignore_errors=True)
+        work.rename(gone)
+        shutil.rmtree(gone)
+
+
+def _write(path: Path, data: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    partial.replace(path)
+
+
+def _piece_file(work: Path, number: int) -> Path:
+    return work / f"{number:08d}.safetensors"
+
+
+def _pieces_done(work: Path) -> int:
+    """Sound pieces from the first on; one that was not wholly written (the machine lost power) is made again."""
+    number = 0
+    while _piece_file(work, number).exists():
+        try:
+            with safe_open(_piece_file(work, number), framework="pt"):
+                number += 1
+        except (SafetensorError, OSError):
+            break
+    return number
+
+
+def _embed_pieces(
+    source: Source,
+    work: Path,
+    features: Features,
+    side: int,
+    batch_size: int,
+    device: str,
+    on_progress: Progress,
+) -> None:
+    total, number = source.count(), _pieces_done(work)
+    on_progress("embedding", min(number * PIECE, total), total)
+    records = source.records(number * PIECE)
+    while piece := list(islice(records, PIECE)):
+        _write_piece(_piece_file(work, number), piece, features, side, batch_size, device)
+        number += 1
+        on_progress("embedding", min(number * PIECE, total), total)
+
+
+def _write_piece(
+    path: Path, records: Sequence[Record], features: Features, side: int, batch_size: int, device: str
+) -> None:
+    rows: list[dict[str, Any]] = []
+    skipped: list[dict[str, str]] = []
+    thumbnails: list[bytes] = []
+
+    def pictures() -> Iterator[Tensor]:
+        for record in records:
+            try:
+                if record.fault:
+                    raise PictureError(record.fault)
+                image = open_picture(record.data)
+            except PictureError as error:
+                skipped.append({"name": record.name, "reason": str(error)})
+                continue
+            rows.append(
+                {"name": record.name, "caption": record.caption, "repeats": record.repeats, "digest": digest(image)}
+            )
+            thumbnails.append(thumbnail(image, side))
+            yield to_tensor(image)
+
+    embeddings = embed(features, pictures(), batch_size, device)
+    kept = Thumbnails.of(thumbnails)
+    tensors = {"embeddings": embeddings, "thumbnails": kept.data, "thumbnail_ends": kept.ends}
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata={"rows": json.dumps(rows), "skipped": json.dumps(skipped)})
+    partial.replace(path)
+
+
+def _assembled(work: Path, features: Features, near: float, details: dict[str, Any]) -> ReferenceSet:
+    """All pieces as one set: of the pictures with the same pixels the first gives the row, the others are counted."""
+    rows: dict[str, dict[str, Any]] = {}
+    embeddings: list[Tensor] = []
+    thumbnails: list[bytes] = []
+    skipped: list[dict[str, str]] = []
+    copies: list[dict[str, str]] = []
+    for number in range(_pieces_done(work)):
+        with safe_open(_piece_file(work, number), framework="pt") as file:
+            metadata = file.metadata()
+            found = file.get_tensor("embeddings")
+            small = Thumbnails(file.get_tensor("thumbnails"), file.get_tensor("thumbnail_ends"))
+        skipped += json.loads(metadata["skipped"])
+        kept = []
+        for place, row in enumerate(json.loads(metadata["rows"])):
+            if not torch.isfinite(found[place]).all():
+                skipped.append({"name": row["name"], "reason": "the feature network gives NaN or infinity for it"})
+            elif (first := rows.get(row["digest"])) is not None:
+                first["repeats"] += row["repeats"]
+                first["caption"] = first["caption"] or row["caption"]
+                copies.append({"name": row["name"], "caption": row["caption"], "of": first["name"]})
+            else:
+                rows[row["digest"]] = row
+                kept.append(place)
+                thumbnails.append(small[place])
+        embeddings.append(found[kept])
+    if not rows:
+        first_reason = f"; the first, {skipped[0]['name']}: {skipped[0]['reason']}" if skipped else ""
+        raise ValueError(f"none of the {len(skipped)} pictures can be used{first_reason}")
+    return ReferenceSet(
+        torch.cat([part for part in embeddings if len(part)]),
+        tuple(row["caption"] for row in rows.values()),
+        tuple(row["name"] for row in rows.values()),
+        torch.tensor([row["repeats"] for row in rows.values()]),
+        torch.full((len(rows),), -1),
+        Thumbnails.of(thumbnails),
+        features.name,
+        features.metric,
+        near,
+        {**details, "copies": copies, "skipped": skipped},
+    )
+

@@ -1,0 +1,423 @@
+"""Feature networks: what makes two pictures near to each other.
+
+* ``sscd``: Self-Supervised Copy Detection (Pizzi et al., CVPR 2022), a TorchScript file named by the user, at its
+  authors' preprocessing: ImageNet normalisation, short side 288 or 320 x 320.
+* ``clip``, ``dinov2``: a vision model through transformers, a local folder or a hub id named by the user.
+* ``pixels``, ``latents``: no network; the pixels, or an autoencoder's latents, of pictures reduced to one side, with
+  the normalised L2 distance of Carlini et al. (USENIX Security 2023).
+* ``grey``: the structural metric by which copies of the bundled model are judged (:mod:`sd_dejavu.similarity`).
+* :class:`HostVision`: the vision model that a host has loaded.
+
+All are differentiable in the pictures. Nothing here reaches the network but a hub id given by the user.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..settings import option, validate
+from ..similarity import COPY_THRESHOLD, structure
+
+Metric = Literal["cosine", "normalised L2"]
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+OPENAI_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+_PIXELS_SIDE, _LATENTS_SIDE = 32, 512
+
+
+class Features(Protocol):
+    """Pictures [B, 3, H, W] in 0..1 -> rows [B, D] in fp32; differentiable; unit rows for cosine."""
+
+    @property
+    def name(self) -> str:
+        """Stored with a reference set: rows of two networks compare only where their names agree."""
+        ...
+
+    @property
+    def metric(self) -> Metric: ...
+
+    def __call__(self, pictures: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class Staged(Protocol):
+    """Features in two steps, so that pictures of many sizes are reduced one by one and embedded together."""
+
+    def prepare(self, pictures: Tensor) -> Tensor:
+        """[B, 3, H, W] in 0..1 -> what the network takes in, [B, 3, h, w]."""
+        ...
+
+    def embed(self, prepared: Tensor) -> Tensor:
+        """[B, 3, h, w] -> rows [B, D]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One choice of features.
+
+    ``near``: two training pictures more similar than this count as near duplicates. ``copy``: a generated picture
+    at least this similar to a training picture is called its copy; None where no threshold is established.
+    """
+
+    help: str
+    needs_weights: bool
+    near: float
+    copy: float | None
+
+
+KINDS: dict[str, Kind] = {
+    "pixels": Kind("pixels of the reduced picture, normalised L2", False, -0.5, -1.4),
+    "latents": Kind("latents of an autoencoder, normalised L2", False, -0.5, -1.4),
+    "grey": Kind("structure: grey values at 32 x 32, correlation", False, 0.95, COPY_THRESHOLD),
+    "sscd": Kind("SSCD copy detection, a TorchScript file", True, 0.75, 0.5),
+    "clip": Kind("a CLIP vision model through transformers", True, 0.95, None),
+    "dinov2": Kind("a DINOv2 model through transformers", True, 0.9, None),
+}
+
+
+@dataclass(frozen=True)
+class FeatureSettings:
+    """Which features, and what they are made from."""
+
+    features: str = option("pixels", "; ".join(f"{n}: {k.help}" for n, k in KINDS.items()), choices=tuple(KINDS))
+    weights: str = option(
+        "",
+        "sscd: a TorchScript file, which can hold code that runs when it is loaded, so only one from authors you "
+        "trust; clip, dinov2: a folder in transformers' layout, or a hub id, which is fetched from the network; "
+        "latents: a diffusers folder with an autoencoder (default: the bundled model's)",
+    )
+    side: int | None = option(
+        None,
+        f"pixels, latents: side in pixels that pictures are reduced to (default: {_PIXELS_SIDE}, or the autoencoder's)",
+        kind=int,
+        minimum=4,
+        maximum=2048,
+    )
+    sscd_size: str = option("288", "sscd: short side 288, or 320 x 320 without regard to shape", choices=("288", "320"))
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+class FeatureError(ValueError):
+    """Features that cannot be used; the text says why and what to do."""
+
+
+# ------------------------------------------------------------------------------------- without a network
+
+
+class _InTwoSteps:
+    """``__call__`` from ``prepare`` and ``embed``."""
+
+    def prepare(self, pictures: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def embed(self, prepared: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        return self.embed(self.prepare(pictures))
+
+
+class Pixels(_InTwoSteps):
+    """Pixels of the picture reduced to ``side`` x ``side``: [B, 3 * side * side], for the normalised L2 distance."""
+
+    metric: Metric = "normalised L2"
+
+    def __init__(self, side: int = _PIXELS_SIDE) -> None:
+        self.side = side
+        self.name = f"pixels {side}"
+
+    def prepare(self, pictures: Tensor) -> Tensor:
+        return resized(pictures.float(), self.side, self.side)
+
+    def embed(self, prepared: Tensor) -> Tensor:
+        return prepared.flatten(1)
+
+
+class Latents(_InTwoSteps):
+    """Latents of the picture reduced to ``side`` x ``side``, for the normalised L2 distance.
+
+    ``encode`` takes pictures [B, 3, side, side] in 0..1 and gives latents [B, C, h, w]; ``name`` tells encoders apart.
+    """
+
+    metric: Metric = "normalised L2"
+
+    def __init__(self, encode: Callable[[Tensor], Tensor], name: str, side: int = _LATENTS_SIDE) -> None:
+        self._encode = encode
+        self.side = side
+        self.name = f"latents {side} {name}"
+
+    def prepare(self, pictures: Tensor) -> Tensor:
+        return resized(pictures.float(), self.side, self.side)
+
+    def embed(self, prepared: Tensor) -> Tensor:
+        return self._encode(prepared).float().flatten(1)
+
+
+class Grey(_InTwoSteps):
+    """Centred grey values at 32 x 32 as unit rows: their cosine is :func:`sd_dejavu.similarity.grey_correlation`."""
+
+    metric: Metric = "cosine"
+    name = "grey 32"
+
+    def prepare(self, pictures: Tensor) -> Tensor:
+        return structure(pictures)
+
+    def embed(self, prepared: Tensor) -> Tensor:
+        return F.normalize(prepared, dim=1)
+
+
+class HostVision:
+    """A vision model that a host has loaded, for cosine.
+
+    ``encode`` takes pictures [B, 3, H, W] in 0..1, does the host's own preprocessing and gives [B, D] or [B, 1, D];
+    it must not switch gradients off where they are wanted. ``name`` tells models apart.
+    """
+
+    metric: Metric = "cosine"
+
+    def __init__(self, encode: Callable[[Tensor], Tensor], name: str) -> None:
+        self._encode = encode
+        self.name = f"host {name}"
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        return F.normalize(self._encode(pictures).float().flatten(1), dim=1)
+
+
+# ---------------------------------------------------------------------------------------- with a network
+
+
+class SSCD(_InTwoSteps):
+    """A TorchScript file of the SSCD authors; ``size`` 288 is the short side, 320 the side of a square."""
+
+    metric: Metric = "cosine"
+
+    def __init__(self, path: Path, size: Literal[288, 320] = 288, device: str = "cpu") -> None:
+        self._module = _torchscript(path, device)
+        self._size = size
+        self.name = f"sscd {size} {_file_digest(path)}"
+        _check_rows(self, str(path), device)
+
+    def prepare(self, pictures: Tensor) -> Tensor:
+        if self._size == 320:
+            return resized(pictures.float(), 320, 320)
+        return short_side(pictures.float(), 288)
+
+    def embed(self, prepared: Tensor) -> Tensor:
+        return F.normalize(self._module(normalised(prepared, *IMAGENET)).float().flatten(1), dim=1)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Short side (or both, where ``square``) to ``side``, the middle ``crop`` x ``crop`` of it, then mean and std."""
+
+    side: int
+    crop: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    square: bool = False
+
+
+class Transformers(_InTwoSteps):
+    """A CLIP or DINOv2 vision model: CLIP's projected image embedding, or DINOv2's class token."""
+
+    metric: Metric = "cosine"
+
+    def __init__(self, kind: Literal["clip", "dinov2"], weights: str, device: str = "cpu") -> None:
+        self._module, self.preprocessing = _transformers_model(kind, weights, device)
+        self._output = "image_embeds" if kind == "clip" else "pooler_output"
+        self.name = f"{kind} {self.preprocessing.crop} {_weights_digest(self._module)}"
+        _check_rows(self, weights, device)
+
+    def prepare(self, pictures: Tensor) -> Tensor:
+        wanted, pictures = self.preprocessing, pictures.float()
+        if wanted.square:
+            reduced = resized(pictures, wanted.side, wanted.side, "bicubic")
+        else:
+            reduced = short_side(pictures, wanted.side, "bicubic")
+        return centre(reduced.clamp(0, 1), wanted.crop)
+
+    def embed(self, prepared: Tensor) -> Tensor:
+        inputs = normalised(prepared, self.preprocessing.mean, self.preprocessing.std)
+        return F.normalize(getattr(self._module(pixel_values=inputs), self._output).float(), dim=1)
+
+
+def load(settings: FeatureSettings, device: str = "cpu") -> Features:
+    """The features a user asked for. Raises FeatureError with a sentence where they cannot be had."""
+    kind = settings.features
+    if KINDS[kind].needs_weights and not settings.weights:
+        raise FeatureError(f"the features {kind!r} need weights ({KINDS[kind].help}): name them with --weights")
+    if settings.weights and kind in ("pixels", "grey"):
+        raise FeatureError(f"the features {kind!r} take no weights: leave {settings.weights!r} out")
+    if settings.side is not None and kind not in ("pixels", "latents"):
+        raise FeatureError(f"the features {kind!r} have a size of their own: leave the side {settings.side} out")
+    if kind == "pixels":
+        return Pixels(settings.side or _PIXELS_SIDE)
+    if kind == "grey":
+        return Grey()
+    if kind == "latents":
+        return _autoencoder(settings.weights, settings.side, device)
+    if kind == "sscd":
+        return SSCD(Path(settings.weights), 320 if settings.sscd_size == "320" else 288, device)
+    return Transformers("clip" if kind == "clip" else "dinov2", settings.weights, device)
+
+
+# ------------------------------------------------------------------------------------------- preprocessing
+
+
+def resized(pictures: Tensor, height: int, width: int, mode: str = "bilinear") -> Tensor:
+    """[B, C, H, W] -> [B, C, height, width], smoothed where it gets smaller, as Pillow and torchvision do it."""
+    if pictures.shape[-2:] == (height, width):
+        return pictures
+    return F.interpolate(pictures, (height, width), mode=mode, align_corners=False, antialias=True)
+
+
+def short_side(pictures: Tensor, side: int, mode: str = "bilinear") -> Tensor:
+    """The short side becomes ``side``; the long side is rounded down, as torchvision's Resize does."""
+    height, width = pictures.shape[-2:]
+    short = min(height, width)
+    return resized(pictures, side * height // short, side * width // short, mode)
+
+
+def centre(pictures: Tensor, side: int) -> Tensor:
+    """The middle [B, C, side, side]."""
+    top, left = ((have - side) // 2 for have in pictures.shape[-2:])
+    return pictures[..., top : top + side, left : left + side]
+
+
+def normalised(pictures: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(pictures - mean) / std, a channel each."""
+    return (pictures - pictures.new_tensor(mean)[:, None, None]) / pictures.new_tensor(std)[:, None, None]
+
+
+# ------------------------------------------------------------------------------------------------- loading
+
+
+def _torchscript(path: Path, device: str) -> Any:
+    if not path.is_file():
+        raise FeatureError(f"there is no file {path}: name the TorchScript file of SSCD, such as sscd_disc_mixup")
+    try:
+        module = torch.jit.load(str(path), map_location=device)
+    except (RuntimeError, ValueError) as error:
+        raise FeatureError(f"{path} cannot be loaded as TorchScript: {_first_line(error)}") from error
+    module.eval()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return module
+
+
+_MODEL_TYPES = {
+    "clip": ("clip", "clip_vision_model"),
+    "dinov2": ("dinov2", "dinov2_with_registers"),
+}
+
+
+def _transformers_model(kind: str, weights: str, device: str) -> tuple[torch.nn.Module, Preprocessing]:
+    """Only safetensors are read, and no code that a repository brings along is run."""
+    from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
+
+    local = Path(weights).is_dir()
+    if not local and (Path(weights).is_absolute() or weights.startswith((".", "~")) or weights.count("/") > 1):
+        raise FeatureError(f"there is no folder {weights}: name a folder in transformers' layout, or a hub id")
+    try:
+        config = AutoConfig.from_pretrained(weights, local_files_only=local)
+        if config.model_type not in _MODEL_TYPES[kind]:
+            raise FeatureError(f"{weights} holds a model of the type {config.model_type!r}, not {kind}")
+        loader = CLIPVisionModelWithProjection if kind == "clip" else AutoModel
+        module = loader.from_pretrained(weights, local_files_only=local, use_safetensors=True)
+        preprocessing = _preprocessing(kind, weights, local, module.config)
+    except FeatureError:
+        raise
+    except Exception as error:  # the loaders raise dozens of types; all mean that this is not a usable model
+        raise FeatureError(f"{weights} cannot be loaded as a {kind} vision model: {_first_line(error)}") from error
+    return module.to(device).eval().requires_grad_(False), preprocessing
+
+
+def _preprocessing(kind: str, weights: str, local: bool, config: Any) -> Preprocessing:
+    """What the model's preprocessor_config.json says, else its authors' numbers."""
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        weights, "preprocessor_config.json", local_files_only=local, _raise_exceptions_for_missing_entries=False
+    )
+    said = {} if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
+    mean, std = OPENAI_CLIP if kind == "clip" else IMAGENET
+    size = said.get("size", config.image_size if kind == "clip" else 256)
+    square = isinstance(size, dict) and "shortest_edge" not in size
+    side = int(size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size)
+    crop: Any = said.get("crop_size", config.image_size if kind == "clip" else 224)
+    crop = side if square and not said.get("do_center_crop") else int(crop["height"] if isinstance(crop, dict) else crop)
+    if crop > side:
+        raise FeatureError(f"{weights} asks for a crop of {crop} from pictures of {side}: its configuration is broken")
+    return Preprocessing(side, crop, said.get("image_mean", mean), said.get("image_std", std), square)
+
+
+def _autoencoder(weights: str, side: int | None, device: str) -> Latents:
+    """The autoencoder of a diffusers folder (its subfolder ``vae``, or the folder itself)."""
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    from ..hosts.diffusers import bundled_model_folder
+
+    folder = Path(weights) if weights else bundled_model_folder()
+    folder = folder / "vae" if (folder / "vae").is_dir() else folder
+    if not (folder / "config.json").is_file():
+        raise FeatureError(f"there is no autoencoder in {weights}: name a diffusers folder, or its folder 'vae'")
+    classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        chosen = classes[config["_class_name"]]
+        module = chosen.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    except Exception as error:  # as above
+        raise FeatureError(f"{folder} cannot be loaded as an autoencoder: {_first_line(error)}") from error
+    module = module.to(device).eval().requires_grad_(False)
+
+    def encode(pictures: Tensor) -> Tensor:
+        encoded = module.encode(pictures * 2 - 1)
+        return encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+
+    own = config.get("sample_size") or (64 if not weights else _LATENTS_SIDE)
+    return Latents(encode, _weights_digest(module), side or int(own))
+
+
+def _check_rows(features: Features, weights: str, device: str) -> None:
+    """One picture through the network: better now than after an hour. Raises FeatureError."""
+    try:
+        with torch.no_grad():
+            rows = features(torch.linspace(0, 1, 3 * 48 * 64, device=device).view(1, 3, 48, 64))
+    except Exception as error:  # whatever a network of another shape raises
+        raise FeatureError(f"{weights} does not take a picture: {_first_line(error)}") from error
+    if rows.ndim != 2 or rows.shape[0] != 1 or not torch.isfinite(rows).all():
+        raise FeatureError(f"{weights} does not give one row of finite numbers for one picture: it is not such a network")
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()[:8]
+
+
+def _weights_digest(module: torch.nn.Module) -> str:
+    """8 hexadecimal digits from names, shapes and sampled values of all weights."""
+    digest = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        flat = value.detach().reshape(-1)
+        chosen = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
+        digest.update(f"{key}{tuple(value.shape)}".encode() + chosen.numpy().tobytes())
+    return digest.hexdigest()[:8]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0][:300]

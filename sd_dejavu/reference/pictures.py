@@ -1,0 +1,66 @@
+"""Pictures from files' bytes, as a trainer sees them, and their thumbnails."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+LONGEST = 50  # times as long as wide: more is no picture, and would fill the memory at a network's size
+
+
+class PictureError(ValueError):
+    """Bytes that are no usable picture; the text says why."""
+
+
+def open_picture(data: bytes) -> Image:
+    """In RGB, turned as its EXIF data says; what lies under transparency stays, as with the trainers.
+
+    Raises PictureError with the reason.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+    except Image.UnidentifiedImageError as error:
+        raise PictureError(f"not a picture of a known format ({', '.join(FORMATS)})") from error
+    except Exception as error:  # Pillow's decoders raise many types for broken bytes
+        raise PictureError(f"broken: {str(error) or type(error).__name__}") from error
+    if upright.mode == "I;16":
+        upright = upright.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    width, height = upright.size
+    if max(width, height) > LONGEST * min(width, height):
+        raise PictureError(f"{width} x {height} pixels: too long and narrow")
+    return upright.convert("RGB")
+
+
+def to_tensor(image: Image) -> Tensor:
+    """[1, 3, H, W] in 0..1."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+
+
+def digest(image: Image) -> str:
+    """Equal for equal size and pixels, whatever the file format."""
+    return hashlib.blake2b(image.tobytes() + repr(image.size).encode(), digest_size=16).hexdigest()
+
+
+def thumbnail(image: Image, side: int) -> bytes:
+    """JPEG, at most ``side`` x ``side``; smaller pictures stay as they are."""
+    small = image.copy()
+    small.thumbnail((side, side))
+    file = io.BytesIO()
+    small.save(file, "JPEG", quality=85)
+    return file.getvalue()

@@ -1,0 +1,330 @@
+"""A reference set: training pictures as embeddings with captions and counts, and the exact search for the nearest.
+
+Similarity is the dot product of unit rows for cosine, and for the normalised L2 distance its negative
+(Carlini et al., USENIX Security 2023; Chen et al., CVPR 2024):
+
+    s(x, n) = -l2(x, n) / (0.5 * mean l2 from x to its 50 nearest reference pictures)
+
+so that a higher value is always nearer, 0 is the very same row and about -2 is no nearer than the neighbourhood.
+A set of fewer than 50 pictures takes the mean over all it has, and its values say little.
+
+On disk a set is two files beside each other: NAME.safetensors with all numbers and thumbnails, NAME.json with the
+text. Both carry the same fingerprint, so that halves of two sets are not taken for one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, get_args
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .features import Features, Metric
+
+SCHEMA_VERSION = 1
+FORMAT = "dejavu-reference-set"
+NEIGHBOURHOOD = 50  # pictures whose mean distance normalises L2
+CHUNK_ELEMENTS = 1 << 25  # similarities, and elements of rows, held at a time: 128 MiB in fp32 each
+_DENOMINATOR_MINIMUM = 1e-12
+_TENSORS = ("embeddings", "duplicates", "near_duplicates", "thumbnails", "thumbnail_ends")
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The nearest reference pictures of each query, nearest first: similarity [B, k] and index [B, k] (int64)."""
+
+    similarity: Tensor
+    index: Tensor
+
+
+class Thumbnails(Sequence[bytes]):
+    """JPEG pictures kept end to end in one uint8 tensor; ``ends`` [N] says where each is over."""
+
+    def __init__(self, data: Tensor, ends: Tensor) -> None:
+        self.data, self.ends = data, ends
+
+    @classmethod
+    def of(cls, pictures: Sequence[bytes]) -> Thumbnails:
+        data = torch.frombuffer(bytearray(b"".join(pictures)) or bytearray(1), dtype=torch.uint8)
+        lengths = torch.tensor([len(p) for p in pictures], dtype=torch.int64)
+        return cls(data[: int(lengths.sum())], lengths.cumsum(0))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[n] for n in range(*number.indices(len(self)))]
+        place = range(len(self))[number]
+        start = int(self.ends[place - 1]) if place else 0
+        return self.data[start : int(self.ends[place])].numpy().tobytes()
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceSet:
+    """N different pictures. Exact copies of one picture share one row.
+
+    ``embeddings`` [N, D] fp32, unit rows for cosine. ``duplicates`` [N] int64: how many times the very same picture
+    is shown in one epoch (1: once). ``near_duplicates`` [N] int64: how many other rows are more similar than
+    ``near_threshold``; -1 where that was not counted. ``features`` names the network that made the rows;
+    ``details`` says how (its settings, without paths) and what was skipped.
+    """
+
+    embeddings: Tensor
+    captions: tuple[str, ...]
+    names: tuple[str, ...]
+    duplicates: Tensor
+    near_duplicates: Tensor
+    thumbnails: Sequence[bytes]
+    features: str
+    metric: Metric
+    near_threshold: float | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.metric not in get_args(Metric):
+            raise ValueError(f"the metric must be one of {', '.join(get_args(Metric))}, not {self.metric!r}")
+        if self.embeddings.ndim != 2 or 0 in self.embeddings.shape:
+            raise ValueError(f"embeddings must be rows [N, D], not of the shape {tuple(self.embeddings.shape)}")
+        if not self.embeddings.dtype.is_floating_point:
+            raise ValueError(f"embeddings must be floating-point numbers, not {self.embeddings.dtype}")
+        lengths = {n: len(getattr(self, n)) for n in ("captions", "names", "duplicates", "near_duplicates", "thumbnails")}
+        if wrong := [f"{count} {n.replace('_', ' ')}" for n, count in lengths.items() if count != len(self)]:
+            raise ValueError(f"a set of {len(self)} embeddings cannot have {' and '.join(wrong)}")
+
+    def __len__(self) -> int:
+        return self.embeddings.shape[0]
+
+    def to(self, device: str | torch.device) -> ReferenceSet:
+        """With the embeddings on the device on which is searched."""
+        return replace(self, embeddings=self.embeddings.to(device))
+
+    def check(self, features: Features) -> None:
+        """Raises ValueError where the rows were made by other features."""
+        if (features.name, features.metric) != (self.features, self.metric):
+            raise ValueError(
+                f"the reference set was made with the features {self.features!r} ({self.metric}), not with "
+                f"{features.name!r} ({features.metric}): use the same features, or build the set again"
+            )
+
+    # ---------------------------------------------------------------------------------- search
+
+    def search(self, queries: Tensor, k: int) -> Neighbours:
+        """The k nearest (all, if there are fewer) of each query [B, D], exactly. Memory does not grow with N.
+
+        Of equally similar rows the first goes first. Raises ValueError for queries of another width, or not finite.
+        """
+        self._check_queries(queries)
+        if k < 1:
+            raise ValueError(f"the number of neighbours must be at least 1, not {k}")
+        queries = queries.detach().to(self.embeddings.device, torch.float32)
+        if self.metric == "cosine":
+            return self._nearest(queries, k, _dot)
+        found = self._nearest(queries, max(k, NEIGHBOURHOOD), _negative_l2)
+        denominator = neighbourhood(found.similarity)
+        return Neighbours(found.similarity[:, :k] / denominator, found.index[:, :k])
+
+    def similarity(self, query: Tensor, index: Tensor) -> Tensor:
+        """Similarity [B] of each query [B, D] to the row it is paired with by index [B]; differentiable in the query.
+
+        The denominator of the normalised distance is taken as a constant.
+        """
+        self._check_queries(query)
+        rows = self.embeddings[index.to(self.embeddings.device)].to(query.device, query.dtype)
+        if self.metric == "cosine":
+            return (query * rows).sum(1)
+        return -torch.linalg.vector_norm(query - rows, dim=1) / self.denominator(query)
+
+    def denominator(self, queries: Tensor) -> Tensor:
+        """0.5 * mean l2 [B] of each query [B, D] to its 50 nearest rows, without gradient."""
+        on_device = queries.detach().to(self.embeddings.device, torch.float32)
+        found = self._nearest(on_device, NEIGHBOURHOOD, _negative_l2)
+        return neighbourhood(found.similarity)[:, 0].to(queries.device, queries.dtype)
+
+    @torch.no_grad()
+    def _nearest(self, queries: Tensor, k: int, measure: Callable[[Tensor, Tensor], Tensor]) -> Neighbours:
+        """Top k of ``measure(queries [B, D], rows [n, D])``, a chunk of rows after the other."""
+        batch, width = queries.shape
+        k = min(k, len(self))
+        step = max(k, CHUNK_ELEMENTS // max(batch, width))
+        values, index = queries.new_empty(batch, 0), torch.empty(batch, 0, dtype=torch.int64, device=queries.device)
+        for start in range(0, len(self), step):
+            rows = self.embeddings[start : start + step].float()
+            fresh, place = measure(queries, rows).topk(min(k, len(rows)), dim=1)
+            place, order = place.sort(dim=1)
+            # Rows in the order of the set, so that a stable sort leaves equals in that order.
+            values, index = torch.cat([values, fresh.gather(1, order)], 1), torch.cat([index, place + start], 1)
+            values, order = values.sort(dim=1, descending=True, stable=True)
+            values, index = values[:, :k], index.gather(1, order)[:, :k]
+        return Neighbours(values, index)
+
+    def _check_queries(self, queries: Tensor) -> None:
+        if queries.ndim != 2 or queries.shape[1] != self.embeddings.shape[1]:
+            raise ValueError(
+                f"queries must be rows [B, {self.embeddings.shape[1]}] of the features {self.features!r}, "
+                f"not of the shape {tuple(queries.shape)}"
+            )
+        if not torch.isfinite(queries).all():
+            raise ValueError("a query holds NaN or infinity, so nothing is near to it: the picture or network is broken")
+
+    # ------------------------------------------------------------------------------------ file
+
+    def save(self, path: Path) -> None:
+        """Writes NAME.safetensors and NAME.json; ``path`` may name either, or have no ending."""
+        tensors_file, text_file = files_of(path)
+        rows = self.embeddings.detach().cpu().float().contiguous()
+        kept = self.thumbnails if isinstance(self.thumbnails, Thumbnails) else Thumbnails.of(self.thumbnails)
+        text = [json.dumps({"name": n, "caption": c}) for n, c in zip(self.names, self.captions, strict=True)]
+        fingerprint = _fingerprint(rows, text)
+        head = {
+            "format": FORMAT,
+            "schema_version": SCHEMA_VERSION,
+            "features": self.features,
+            "metric": self.metric,
+            "pictures": len(self),
+            "fingerprint": fingerprint,
+            "near_threshold": self.near_threshold,
+            "details": self.details,
+        }
+        tensors = {
+            "embeddings": rows,
+            "duplicates": self.duplicates.cpu().contiguous(),
+            "near_duplicates": self.near_duplicates.cpu().contiguous(),
+            "thumbnails": kept.data.contiguous(),
+            "thumbnail_ends": kept.ends.contiguous(),
+        }
+        tensors_file.parent.mkdir(parents=True, exist_ok=True)
+        partial = tensors_file.with_name(tensors_file.name + ".partial")
+        save_file(tensors, partial, metadata={"format": FORMAT, "fingerprint": fingerprint})
+        partial.replace(tensors_file)
+        # One picture a line: readable, and small differences show as small differences.
+        document = json.dumps(head, indent=1)[:-2] + ',\n "rows": [\n  ' + ",\n  ".join(text) + "\n ]\n}\n"
+        partial = text_file.with_name(text_file.name + ".partial")
+        partial.write_text(document, encoding="utf-8")
+        partial.replace(text_file)
+
+    @classmethod
+    def load(cls, path: Path, features: Features | None = None) -> ReferenceSet:
+        """Raises ValueError with a sentence for anything that is not a sound set made with ``features`` (if given)."""
+        tensors_file, text_file = files_of(path)
+        document = read_document(text_file)
+        tensors, metadata = _read_tensors(tensors_file)
+        if metadata.get("format") != FORMAT or metadata.get("fingerprint") != document["fingerprint"]:
+            raise ValueError(f"{tensors_file.name} and {text_file.name} are not of one reference set: build it again")
+        try:
+            rows = document["rows"]
+            found = cls(
+                tensors["embeddings"],
+                tuple(_text(row["caption"]) for row in rows),
+                tuple(_relative(row["name"]) for row in rows),
+                _counts(tensors["duplicates"], 1),
+                _counts(tensors["near_duplicates"], -1),
+                _thumbnails(tensors["thumbnails"], tensors["thumbnail_ends"]),
+                _text(document["features"]),
+                document["metric"],
+                None if document["near_threshold"] is None else float(document["near_threshold"]),
+                dict(document["details"]),
+            )
+            if not all(torch.isfinite(part).all() for part in found.embeddings.split(1 << 16)):
+                raise ValueError("embeddings hold NaN or infinity")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"the reference set {text_file} is damaged ({error}): build it again") from error
+        if features is not None:
+            found.check(features)
+        return found
+
+
+def neighbourhood(negative_l2: Tensor) -> Tensor:
+    """0.5 * the mean of the 50 smallest distances, [B, 1], from negative distances [B, n], nearest first."""
+    mean = -negative_l2[:, :NEIGHBOURHOOD].mean(1, keepdim=True)
+    return (0.5 * mean).clamp_min(_DENOMINATOR_MINIMUM)
+
+
+def _dot(queries: Tensor, rows: Tensor) -> Tensor:
+    return queries @ rows.T
+
+
+def _negative_l2(queries: Tensor, rows: Tensor) -> Tensor:
+    """By differences: the shorter way, by products, loses the small distances to rounding."""
+    return -torch.cdist(queries, rows, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def files_of(path: Path) -> tuple[Path, Path]:
+    """(safetensors, JSON) of a set named by either of them or without an ending."""
+    base = path.name.removesuffix(".safetensors").removesuffix(".json")
+    return path.with_name(base + ".safetensors"), path.with_name(base + ".json")
+
+
+def read_document(text_file: Path) -> dict[str, Any]:
+    """The JSON of a set. Raises ValueError with a sentence for anything else."""
+    try:
+        document = json.loads(text_file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"the reference set {text_file} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the reference set {text_file} is not valid JSON: {error}") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ValueError(f"{text_file} is not a Déjà Vu reference set")
+    version = document.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise ValueError(
+            f"the reference set {text_file} has schema version {version!r}, this program reads {SCHEMA_VERSION}: "
+            "build it again"
+        )
+    if not isinstance(document.get("fingerprint"), str):
+        raise ValueError(f"the reference set {text_file} is damaged (no fingerprint): build it again")
+    return document
+
+
+def _read_tensors(tensors_file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not tensors_file.is_file():
+        raise ValueError(f"the reference set's file {tensors_file} is missing: keep it beside its JSON file")
+    try:
+        with safe_open(tensors_file, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if missing := set(_TENSORS) - set(file.keys()):
+                raise ValueError(f"{tensors_file} is not a reference set: it lacks {', '.join(sorted(missing))}")
+            return {name: file.get_tensor(name) for name in _TENSORS}, metadata
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{tensors_file} is not a sound safetensors file ({error}): build the set again") from error
+
+
+def _fingerprint(rows: Tensor, text: Sequence[str]) -> str:
+    digest = hashlib.blake2b(rows.numpy().data, digest_size=16)
+    for line in text:
+        digest.update(line.encode())
+    return digest.hexdigest()
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not text")
+    return value
+
+
+def _relative(name: Any) -> str:
+    """A name that stays inside the folder it is joined to, whoever wrote the file."""
+    path = PurePosixPath(_text(name))
+    if path.is_absolute() or ".." in path.parts or "\\" in name or PureWindowsPath(name).drive:
+        raise ValueError(f"the name {name!r} is not relative")
+    return name
+
+
+def _counts(values: Tensor, least: int) -> Tensor:
+    if values.dtype != torch.int64 or values.ndim != 1 or bool((values < least).any()):
+        raise ValueError("the duplicate counts are not counts")
+    return values
+
+
+def _thumbnails(data: Tensor, ends: Tensor) -> Thumbnails:
+    sound = data.dtype == torch.uint8 and data.ndim == 1 and ends.dtype == torch.int64 and ends.ndim == 1
+    if not sound or len(ends) == 0 or int(ends[-1]) != len(data) or bool((ends.diff() < 0).any()) or int(ends[0]) < 0:
+        raise ValueError("the thumbnails are not whole")
+    return Thumbnails(data, ends)
