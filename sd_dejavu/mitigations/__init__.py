@@ -24,6 +24,7 @@ from ..denoiser import Denoiser, Model, Predictions, initial_latent
 from ..detectors.magnitude import magnitude
 from ..guidance import GuidanceRule
 from ..sampling import levels_of, predict
+from .guard import Guard
 
 Touches = Literal["prompt", "conditioning", "noise", "guidance", "attention"]
 
@@ -35,6 +36,7 @@ class Start:
     ``base`` is the denoised prediction there without the prompt, computed once. ``ordinary`` is the highest
     score that still counts as ordinary, for methods that stop there; the target where it is not known.
     ``unconditional`` is None where a host hands over its prediction only: methods that move x_T need it.
+    ``guard`` holds the reference pictures of methods that compare with them.
     """
 
     x: Tensor
@@ -45,6 +47,7 @@ class Start:
     target: float
     seed: int = 0
     ordinary: float | None = None
+    guard: Guard | None = None
 
     @property
     def acceptable(self) -> float:
@@ -60,11 +63,12 @@ class Start:
         target: float,
         seed: int = 0,
         ordinary: float | None = None,
+        guard: Guard | None = None,
     ) -> Start:
         x = initial_latent(noise, sigma, model.prediction_type)
         levels = levels_of(x, sigma)
         base = predict(model, x, levels, unconditional)
-        return cls(x, levels, noise, unconditional, base, target, seed, ordinary)
+        return cls(x, levels, noise, unconditional, base, target, seed, ordinary, guard)
 
     def moved(self, denoiser: Denoiser, x: Tensor) -> Start:
         """The same run from another x_T; one more evaluation without the prompt.

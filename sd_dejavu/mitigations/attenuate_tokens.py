@@ -32,8 +32,8 @@ from .start_token import is_padding
 
 @dataclass(frozen=True)
 class Settings:
-    factor: float = option(0.3, "factor on an outlying token's attention logits", minimum=0, maximum=1)
-    deviations: float = option(
+    attenuation: float = option(0.3, "factor on an outlying token's attention logits", minimum=0, maximum=1)
+    outlier_deviations: float = option(
         3.0, "a token is outlying this many robust standard deviations above the median", minimum=0, maximum=100
     )
 
@@ -63,8 +63,8 @@ def _apply(model: Model, conditioning: Conditioning, start: Start, settings: Set
     if score <= start.acceptable:
         return Outcome.unchanged(conditioning, score)
     mass = model.attention_mass(start.x, start.sigma, conditioning).mean(0)
-    chosen = outlying(mass, conditioning, settings.deviations)
-    factors = torch.where(chosen, settings.factor, 1.0)
+    chosen = outlying(mass, conditioning, settings.outlier_deviations)
+    factors = torch.where(chosen, settings.attenuation, 1.0)
     changed = replace(conditioning, attention=AttentionRule(factors, torch.ones_like(chosen)))
     padding = is_padding(conditioning.tokens)
     words = [

@@ -32,9 +32,9 @@ from . import Mitigation, Outcome, Start
 
 @dataclass(frozen=True)
 class Settings:
-    rounds: int = option(2, "how often the noise is adjusted", minimum=1, maximum=100)
-    strength: float = option(0.7, "the paper's gamma: how far each round goes", minimum=0, maximum=100)
-    radius: float = option(
+    noise_rounds: int = option(2, "how often the noise is adjusted", minimum=1, maximum=100)
+    noise_strength: float = option(0.7, "the paper's gamma: how far each round goes", minimum=0, maximum=100)
+    noise_radius: float = option(
         50 / 128,
         "the paper's rho, in norms of the noise: how far away the difference is compared",
         minimum=0,
@@ -69,16 +69,16 @@ def adjust(model: Model, conditioning: Conditioning, start: Start, settings: Set
     """The start with its noise adjusted. Raises ValueError where the conditioning without the prompt is not at hand."""
     sigma = float(start.sigma[0])
     unit = float(initial_latent(torch.ones(()), sigma, model.prediction_type))
-    radius = settings.radius * start.x[0].numel() ** 0.5
+    radius = settings.noise_radius * start.x[0].numel() ** 0.5
 
     def delta(at: Start) -> Tensor:
         return difference(Predictions(predict(model, at.x, at.sigma, conditioning), at.base, at.sigma))
 
-    for _ in range(settings.rounds):
+    for _ in range(settings.noise_rounds):
         here = delta(start)
         norms = here.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None, None]
         there = delta(start.moved(model, start.x + unit * radius * here / norms))
-        start = start.moved(model, start.x - unit * settings.strength * (there - here))
+        start = start.moved(model, start.x - unit * settings.noise_strength * (there - here))
     return start
 
 

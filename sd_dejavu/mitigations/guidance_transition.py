@@ -30,7 +30,7 @@ Before = Literal["off", "opposite"]
 
 @dataclass(frozen=True)
 class Settings:
-    before: Before = option(
+    before_transition: Before = option(
         "off",
         "guidance before the transition; off: the prediction without the prompt, opposite: away from the prompt",
         choices=get_args(Before),
@@ -58,7 +58,9 @@ class Transition:
         self.guiding = self.guiding | (falls & (found > self._last))
         self._last = torch.where(falls, found, self._last)
         self._lowest_sigma = torch.minimum(self._lowest_sigma, step.sigma)
-        early = step.unconditional if self._before == "off" else guided(step.conditional, step.unconditional, -step.scale)
+        early = (
+            step.unconditional if self._before == "off" else guided(step.conditional, step.unconditional, -step.scale)
+        )
         return torch.where(self.guiding[:, None, None, None], step.plain, early)
 
 
@@ -66,7 +68,7 @@ def _apply(model: Model, conditioning: Conditioning, start: Start, settings: Set
     score = start.score(model, conditioning)
     if score <= start.acceptable:
         return Outcome.unchanged(conditioning, score)
-    return Outcome(conditioning, score, score, rule=partial(Transition, settings.before))
+    return Outcome(conditioning, score, score, rule=partial(Transition, settings.before_transition))
 
 
 MITIGATIONS = (

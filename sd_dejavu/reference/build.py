@@ -110,9 +110,13 @@ def build(
         return found
     _begin(work, begun)
     _embed_pieces(records, work, features, wanted.thumbnail_side, batch_size, device, on_progress)
-    built = _assembled(work, features, near, {"source": records.description, "made_with": made_with or {}, "begun": begun})
+    built = _assembled(
+        work, features, near, {"source": records.description, "made_with": made_with or {}, "begun": begun}
+    )
     if len(built) <= wanted.count_near_up_to:
-        counts = near_duplicates(built.to(device), near, lambda done, total: on_progress("near duplicates", done, total))
+        counts = near_duplicates(
+            built.to(device), near, lambda done, total: on_progress("near duplicates", done, total)
+        )
         built = replace(built, near_duplicates=counts)
     built.save(out)
     _discard_folder(work)
@@ -354,4 +358,3 @@ def _assembled(work: Path, features: Features, near: float, details: dict[str, A
         near,
         {**details, "copies": copies, "skipped": skipped},
     )
-

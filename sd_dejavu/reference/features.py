@@ -357,7 +357,9 @@ def _preprocessing(kind: str, weights: str, local: bool, config: Any) -> Preproc
     square = isinstance(size, dict) and "shortest_edge" not in size
     side = int(size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size)
     crop: Any = said.get("crop_size", config.image_size if kind == "clip" else 224)
-    crop = side if square and not said.get("do_center_crop") else int(crop["height"] if isinstance(crop, dict) else crop)
+    crop = (
+        side if square and not said.get("do_center_crop") else int(crop["height"] if isinstance(crop, dict) else crop)
+    )
     if crop > side:
         raise FeatureError(f"{weights} asks for a crop of {crop} from pictures of {side}: its configuration is broken")
     return Preprocessing(side, crop, said.get("image_mean", mean), said.get("image_std", std), square)
@@ -398,7 +400,9 @@ def _check_rows(features: Features, weights: str, device: str) -> None:
     except Exception as error:  # whatever a network of another shape raises
         raise FeatureError(f"{weights} does not take a picture: {_first_line(error)}") from error
     if rows.ndim != 2 or rows.shape[0] != 1 or not torch.isfinite(rows).all():
-        raise FeatureError(f"{weights} does not give one row of finite numbers for one picture: it is not such a network")
+        raise FeatureError(
+            f"{weights} does not give one row of finite numbers for one picture: it is not such a network"
+        )
 
 
 def _file_digest(path: Path) -> str:

@@ -95,7 +95,9 @@ class ReferenceSet:
             raise ValueError(f"embeddings must be rows [N, D], not of the shape {tuple(self.embeddings.shape)}")
         if not self.embeddings.dtype.is_floating_point:
             raise ValueError(f"embeddings must be floating-point numbers, not {self.embeddings.dtype}")
-        lengths = {n: len(getattr(self, n)) for n in ("captions", "names", "duplicates", "near_duplicates", "thumbnails")}
+        lengths = {
+            n: len(getattr(self, n)) for n in ("captions", "names", "duplicates", "near_duplicates", "thumbnails")
+        }
         if wrong := [f"{count} {n.replace('_', ' ')}" for n, count in lengths.items() if count != len(self)]:
             raise ValueError(f"a set of {len(self)} embeddings cannot have {' and '.join(wrong)}")
 
@@ -172,7 +174,9 @@ class ReferenceSet:
                 f"not of the shape {tuple(queries.shape)}"
             )
         if not torch.isfinite(queries).all():
-            raise ValueError("a query holds NaN or infinity, so nothing is near to it: the picture or network is broken")
+            raise ValueError(
+                "a query holds NaN or infinity, so nothing is near to it: the picture or network is broken"
+            )
 
     # ------------------------------------------------------------------------------------ file
 

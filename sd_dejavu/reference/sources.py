@@ -399,7 +399,9 @@ def _column(names: Sequence[str], wanted: str | None, usual: Sequence[str]) -> s
 def safe_name(name: str) -> str:
     """A relative name with '/' between its parts that leads nowhere else, on any system."""
     drive = re.sub(r"^[A-Za-z]:", "", cleaned(name).replace("\\", "/"))
-    return "/".join(part for part in PurePosixPath(drive.replace("\0", "")).parts if part not in ("/", "//", "..")) or "_"
+    return (
+        "/".join(part for part in PurePosixPath(drive.replace("\0", "")).parts if part not in ("/", "//", "..")) or "_"
+    )
 
 
 def decoded(data: bytes) -> str:
