@@ -306,7 +306,7 @@ def load(
     path = bundled_model_folder() if model is None else Path(model)
     name = "bundled model" if model is None else str(model)
     try:
-        with _quiet():
+        with quiet():
             pipeline = _load_pipeline(path, name, _DTYPES[dtype], config)
             _refuse_incomplete(pipeline, name)
             return DiffusersModel(pipeline.to(place), name, prompt_weights)
@@ -353,7 +353,7 @@ def _incomplete(name: str, part: str, lacking: Sequence[str]) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Loading without the libraries' progress bars and remarks; what goes wrong still raises."""
     import diffusers
     import transformers

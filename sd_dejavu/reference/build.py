@@ -36,6 +36,7 @@ from .sources import Columns, Record, Source, open_source
 
 PIECE = 128
 THUMBNAIL_SIDE = 128
+_WORK, _WORK_OVER = ".refset-unfinished", ".refset-over"
 _NEAR = {"cosine": 0.95, "normalised L2": -0.5}  # for features that are none of KINDS
 
 Progress = Callable[[str, int, int], None]
@@ -103,7 +104,8 @@ def build(
         "thumbnail_side": wanted.thumbnail_side,
         "piece": PIECE,
     }
-    work = files_of(out)[0].with_suffix(".unfinished")
+    work = files_of(out)[0].with_suffix(_WORK)
+    shutil.rmtree(work.with_suffix(_WORK_OVER), ignore_errors=True)
     if restart:
         _discard(out, work)
     elif not work.is_dir() and (found := _finished(out, begun, features)) is not None:
@@ -162,7 +164,8 @@ def embed(features: Features, pictures: Iterable[Tensor], batch_size: int = 32, 
     """
     if not isinstance(features, Staged):
         with torch.no_grad():
-            return torch.cat([features(picture.to(device)).float().cpu() for picture in pictures])
+            single = [features(picture.to(device))[0].float().cpu() for picture in pictures]
+        return torch.stack(single) if single else torch.empty(0, 0)
     with torch.no_grad():
         prepared = [features.prepare(picture.to(device)) for picture in pictures]
         by_shape: dict[tuple[int, ...], list[int]] = {}
@@ -174,7 +177,7 @@ def embed(features: Features, pictures: Iterable[Tensor], batch_size: int = 32, 
                 part = numbers[start : start + batch_size]
                 for number, row in zip(part, features.embed(torch.cat([prepared[n] for n in part])), strict=True):
                     rows[number] = row.float().cpu()
-    return torch.stack(rows)
+    return torch.stack(rows) if rows else torch.empty(0, 0)
 
 
 @torch.no_grad()
@@ -221,9 +224,14 @@ def _begin(work: Path, begun: dict[str, Any]) -> None:
     work.mkdir(parents=True, exist_ok=True)
     note = work / "begun.json"
     if not note.exists():
+        if any(file.suffix != ".partial" for file in work.iterdir()):
+            raise ValueError(f"the folder {work.name} is not an unfinished build: move it away, or give another name")
         _write(note, json.dumps(begun, indent=1).encode())
         return
-    before = json.loads(note.read_text(encoding="utf-8"))
+    try:
+        before = json.loads(note.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"the unfinished build {work.name} is damaged: give --restart to begin anew") from error
     changed = [name.replace("_", " ") for name in begun if before.get(name) != begun[name]]
     if changed:
         raise ValueError(
@@ -241,8 +249,7 @@ def _discard(out: Path, work: Path) -> None:
 def _discard_folder(work: Path) -> None:
     """Renamed first: half a folder must not be taken for an unfinished build."""
     if work.is_dir():
-        gone = work.with_suffix(".finished")
-        shutil.rmtree(gone, ignore_errors=True)
+        gone = work.with_suffix(_WORK_OVER)
         work.rename(gone)
         shutil.rmtree(gone)
 
@@ -313,7 +320,7 @@ def _write_piece(
     kept = Thumbnails.of(thumbnails)
     tensors = {"embeddings": embeddings, "thumbnails": kept.data, "thumbnail_ends": kept.ends}
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={"rows": json.dumps(rows), "skipped": json.dumps(skipped)})
+    save_file(tensors, partial, metadata={"records": json.dumps({"rows": rows, "skipped": skipped})})
     partial.replace(path)
 
 
@@ -326,12 +333,12 @@ def _assembled(work: Path, features: Features, near: float, details: dict[str, A
     copies: list[dict[str, str]] = []
     for number in range(_pieces_done(work)):
         with safe_open(_piece_file(work, number), framework="pt") as file:
-            metadata = file.metadata()
+            records = json.loads(file.metadata()["records"])
             found = file.get_tensor("embeddings")
             small = Thumbnails(file.get_tensor("thumbnails"), file.get_tensor("thumbnail_ends"))
-        skipped += json.loads(metadata["skipped"])
+        skipped += records["skipped"]
         kept = []
-        for place, row in enumerate(json.loads(metadata["rows"])):
+        for place, row in enumerate(records["rows"]):
             if not torch.isfinite(found[place]).all():
                 skipped.append({"name": row["name"], "reason": "the feature network gives NaN or infinity for it"})
             elif (first := rows.get(row["digest"])) is not None:
@@ -343,9 +350,11 @@ def _assembled(work: Path, features: Features, near: float, details: dict[str, A
                 kept.append(place)
                 thumbnails.append(small[place])
         embeddings.append(found[kept])
+    if not rows and not skipped:
+        raise ValueError(f"the source ({details['source']}) holds no pictures")
     if not rows:
-        first_reason = f"; the first, {skipped[0]['name']}: {skipped[0]['reason']}" if skipped else ""
-        raise ValueError(f"none of the {len(skipped)} pictures can be used{first_reason}")
+        first_reason = f"{skipped[0]['name']}: {skipped[0]['reason']}"
+        raise ValueError(f"none of the {len(skipped)} pictures can be used; the first, {first_reason}")
     return ReferenceSet(
         torch.cat([part for part in embeddings if len(part)]),
         tuple(row["caption"] for row in rows.values()),

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -308,7 +309,9 @@ def _torchscript(path: Path, device: str) -> Any:
     if not path.is_file():
         raise FeatureError(f"there is no file {path}: name the TorchScript file of SSCD, such as sscd_disc_mixup")
     try:
-        module = torch.jit.load(str(path), map_location=device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # the only format in which SSCD is published
+            module = torch.jit.load(str(path), map_location=device)
     except (RuntimeError, ValueError) as error:
         raise FeatureError(f"{path} cannot be loaded as TorchScript: {_first_line(error)}") from error
     module.eval()
@@ -327,6 +330,8 @@ def _transformers_model(kind: str, weights: str, device: str) -> tuple[torch.nn.
     """Only safetensors are read, and no code that a repository brings along is run."""
     from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
 
+    from ..hosts.diffusers import quiet
+
     local = Path(weights).is_dir()
     if not local and (Path(weights).is_absolute() or weights.startswith((".", "~")) or weights.count("/") > 1):
         raise FeatureError(f"there is no folder {weights}: name a folder in transformers' layout, or a hub id")
@@ -334,14 +339,16 @@ def _transformers_model(kind: str, weights: str, device: str) -> tuple[torch.nn.
         config = AutoConfig.from_pretrained(weights, local_files_only=local)
         if config.model_type not in _MODEL_TYPES[kind]:
             raise FeatureError(f"{weights} holds a model of the type {config.model_type!r}, not {kind}")
-        loader = CLIPVisionModelWithProjection if kind == "clip" else AutoModel
-        module = loader.from_pretrained(weights, local_files_only=local, use_safetensors=True)
+        loader: Any = CLIPVisionModelWithProjection if kind == "clip" else AutoModel
+        with quiet():
+            module = loader.from_pretrained(weights, local_files_only=local, use_safetensors=True)
         preprocessing = _preprocessing(kind, weights, local, module.config)
     except FeatureError:
         raise
     except Exception as error:  # the loaders raise dozens of types; all mean that this is not a usable model
         raise FeatureError(f"{weights} cannot be loaded as a {kind} vision model: {_first_line(error)}") from error
-    return module.to(device).eval().requires_grad_(False), preprocessing
+    module.to(device).eval().requires_grad_(False)
+    return module, preprocessing
 
 
 def _preprocessing(kind: str, weights: str, local: bool, config: Any) -> Preprocessing:
@@ -353,9 +360,9 @@ def _preprocessing(kind: str, weights: str, local: bool, config: Any) -> Preproc
     )
     said = {} if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
     mean, std = OPENAI_CLIP if kind == "clip" else IMAGENET
-    size = said.get("size", config.image_size if kind == "clip" else 256)
+    size: Any = said.get("size", config.image_size if kind == "clip" else 256)
     square = isinstance(size, dict) and "shortest_edge" not in size
-    side = int(size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size)
+    side = int(size["height" if square else "shortest_edge"] if isinstance(size, dict) else size)
     crop: Any = said.get("crop_size", config.image_size if kind == "clip" else 224)
     crop = (
         side if square and not said.get("do_center_crop") else int(crop["height"] if isinstance(crop, dict) else crop)
@@ -369,7 +376,7 @@ def _autoencoder(weights: str, side: int | None, device: str) -> Latents:
     """The autoencoder of a diffusers folder (its subfolder ``vae``, or the folder itself)."""
     from diffusers import AutoencoderKL, AutoencoderTiny
 
-    from ..hosts.diffusers import bundled_model_folder
+    from ..hosts.diffusers import bundled_model_folder, quiet
 
     folder = Path(weights) if weights else bundled_model_folder()
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
@@ -379,7 +386,8 @@ def _autoencoder(weights: str, side: int | None, device: str) -> Latents:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         chosen = classes[config["_class_name"]]
-        module = chosen.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        with quiet():
+            module = chosen.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except Exception as error:  # as above
         raise FeatureError(f"{folder} cannot be loaded as an autoencoder: {_first_line(error)}") from error
     module = module.to(device).eval().requires_grad_(False)

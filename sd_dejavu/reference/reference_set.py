@@ -18,6 +18,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, get_args
 
@@ -87,6 +88,14 @@ class ReferenceSet:
     metric: Metric
     near_threshold: float | None = None
     details: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Equal for equal rows, names and captions."""
+        return _fingerprint(self.embeddings.detach().cpu().float().contiguous(), self._text_rows())
+
+    def _text_rows(self) -> list[str]:
+        return [json.dumps({"name": n, "caption": c}) for n, c in zip(self.names, self.captions, strict=True)]
 
     def __post_init__(self) -> None:
         if self.metric not in get_args(Metric):
@@ -185,8 +194,7 @@ class ReferenceSet:
         tensors_file, text_file = files_of(path)
         rows = self.embeddings.detach().cpu().float().contiguous()
         kept = self.thumbnails if isinstance(self.thumbnails, Thumbnails) else Thumbnails.of(self.thumbnails)
-        text = [json.dumps({"name": n, "caption": c}) for n, c in zip(self.names, self.captions, strict=True)]
-        fingerprint = _fingerprint(rows, text)
+        text, fingerprint = self._text_rows(), self.fingerprint
         head = {
             "format": FORMAT,
             "schema_version": SCHEMA_VERSION,
@@ -206,7 +214,7 @@ class ReferenceSet:
         }
         tensors_file.parent.mkdir(parents=True, exist_ok=True)
         partial = tensors_file.with_name(tensors_file.name + ".partial")
-        save_file(tensors, partial, metadata={"format": FORMAT, "fingerprint": fingerprint})
+        save_file(tensors, partial, metadata={FORMAT: fingerprint})
         partial.replace(tensors_file)
         # One picture a line: readable, and small differences show as small differences.
         document = json.dumps(head, indent=1)[:-2] + ',\n "rows": [\n  ' + ",\n  ".join(text) + "\n ]\n}\n"
@@ -220,7 +228,7 @@ class ReferenceSet:
         tensors_file, text_file = files_of(path)
         document = read_document(text_file)
         tensors, metadata = _read_tensors(tensors_file)
-        if metadata.get("format") != FORMAT or metadata.get("fingerprint") != document["fingerprint"]:
+        if metadata.get(FORMAT) != document["fingerprint"]:
             raise ValueError(f"{tensors_file.name} and {text_file.name} are not of one reference set: build it again")
         try:
             rows = document["rows"]
@@ -240,6 +248,7 @@ class ReferenceSet:
                 raise ValueError("embeddings hold NaN or infinity")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"the reference set {text_file} is damaged ({error}): build it again") from error
+        found.__dict__["fingerprint"] = document["fingerprint"]  # so that it need not be computed again
         if features is not None:
             found.check(features)
         return found

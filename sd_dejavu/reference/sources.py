@@ -15,7 +15,7 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -108,8 +108,8 @@ def _walk(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
                 found[1].append(Path(place, name))
             elif low.endswith(".parquet"):
                 found[2].append(Path(place, name))
-    for files in found:
-        files.sort(key=lambda file: file.relative_to(folder).as_posix())
+    for kind in found:
+        kind.sort(key=lambda file: file.relative_to(folder).as_posix())
     return found
 
 
@@ -205,27 +205,26 @@ class TarSource:
         return _identity(self.tars)
 
     def count(self) -> int:
-        return sum(1 for tar in self.tars for _ in _samples(tar, lambda number: False))
+        return sum(1 for tar in self.tars for _ in _samples(tar, None))
 
     def records(self, start: int = 0) -> Iterator[Record]:
-        before = 0
         for tar in self.tars:
-            skipped = start - before
             number = -1
-            for number, sample in enumerate(_samples(tar, lambda n, skipped=skipped: n >= skipped)):
-                if number >= skipped:
+            for number, sample in enumerate(_samples(tar, start)):
+                if number >= start:
                     name = safe_name(f"{tar.name}/{sample.name or sample.key}")
                     yield Record(name, sample.data, sample.caption, fault=sample.fault)
-            before += number + 1
+            start = max(0, start - number - 1)
 
 
-def _samples(path: Path, wanted: Callable[[int], bool]) -> Iterator[_Sample]:
-    """The samples with a picture; only of a ``wanted`` number is the picture read.
+def _samples(path: Path, start: int | None) -> Iterator[_Sample]:
+    """The samples with a picture; what is in them is read from the number ``start`` on, of none for None.
 
     A tar that breaks off ends in a sample that says so.
     """
     number, sample = 0, None
     try:
+        tar: Any
         with tarfile.open(path) as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # the list of all members would fill the memory
@@ -241,9 +240,9 @@ def _samples(path: Path, wanted: Callable[[int], bool]) -> Iterator[_Sample]:
                     sample = _Sample(key)
                 if ending in PICTURE_ENDINGS and not sample.name:
                     sample.name = member.name
-                    if wanted(number):
+                    if start is not None and number >= start:
                         sample.data = _contents(tar, member)
-                elif ending in (*CAPTION_ENDINGS, "json") and wanted(number):
+                elif ending in (*CAPTION_ENDINGS, "json") and start is not None and number >= start:
                     text = decoded(_contents(tar, member))
                     sample.captions[ending] = _json_caption(text) if ending == "json" else text
             _check_end(tar)

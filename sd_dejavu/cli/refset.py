@@ -1,0 +1,273 @@
+"""Reference sets: build one from training pictures, and ask whether a picture is a copy of one of them.
+
+refset build SOURCE OUT        from a folder, webdataset tars or Parquet files
+refset search REFSET IMAGE...  the nearest training pictures
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, TaskID
+from rich.table import Table
+
+from ..reference.build import BuildSettings, build, embed
+from ..reference.features import KINDS, Features, FeatureSettings, load
+from ..reference.pictures import PictureError, open_picture, to_tensor
+from ..reference.qdrant import QdrantSearch
+from ..reference.reference_set import NEIGHBOURHOOD, ReferenceSet, files_of
+from . import common
+
+BUNDLED = "bundled"
+_SHOWN = 10
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    making = actions.add_parser("build", help="make a reference set", description=_build.__doc__)
+    making.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="folder of pictures with .txt captions beside them, webdataset .tar or .parquet (or a folder of those); "
+        "'bundled' for the bundled model's training pictures",
+    )
+    making.add_argument("out", type=Path, metavar="OUT", help="the set becomes OUT.safetensors and OUT.json")
+    common.add_settings(making, FeatureSettings, "features")
+    common.add_settings(making, BuildSettings, "building")
+    making.add_argument("--restart", action="store_true", help="drop what is there under this name and begin anew")
+    making.set_defaults(do=_build)
+    asking = actions.add_parser("search", help="is this picture a copy?", description=_search.__doc__)
+    asking.add_argument("refset", type=Path, metavar="REFSET", help="a reference set's .json or .safetensors")
+    asking.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    asking.add_argument("--count", type=common.positive, default=5, help="nearest pictures to show (default: 5)")
+    asking.add_argument(
+        "--threshold",
+        type=float,
+        help="similarity from which a picture is called a copy (default: "
+        + ", ".join(f"{name} {kind.copy:g}" for name, kind in KINDS.items() if kind.copy is not None)
+        + "; none for the others)",
+    )
+    asking.add_argument("--weights", default="", help="the weights the set was made with, where it was with any")
+    asking.add_argument(
+        "--qdrant",
+        metavar="PLACE",
+        help="search in Qdrant: a server's http address (its key in QDRANT_API_KEY), or a folder for the embedded mode; "
+        "'-' is a folder beside the set. Rows that are not there yet are uploaded",
+    )
+    asking.set_defaults(do=_search)
+    for action in (making, asking):
+        action.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: cpu)")
+        action.add_argument("--batch-size", type=common.positive, default=32, help="pictures at a time (default: 32)")
+    making.add_argument("--json", action="store_true", help="print what was made as one JSON object")
+    asking.add_argument("--json", action="store_true", help="one JSON object a picture, a line each")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    _check_device(arguments.device)
+    return arguments.do(arguments)
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    """Build a reference set. One that was stopped goes on where it stood when the command is given again."""
+    chosen = common.from_arguments(FeatureSettings, arguments)
+    wanted = common.from_arguments(BuildSettings, arguments)
+    features = load(chosen, arguments.device)
+    bundled = arguments.source == BUNDLED and not Path(BUNDLED).exists()
+    with common.progress_bar(Console(stderr=True)) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage)
+            _show(bar, tasks[stage], done, total)
+
+        if bundled:
+            made = _bundled(arguments, features, chosen, wanted)
+        else:
+            made = build(
+                Path(arguments.source),
+                arguments.out,
+                features,
+                wanted,
+                _made_with(chosen),
+                arguments.batch_size,
+                arguments.device,
+                arguments.restart,
+                show,
+            )
+    summary = _summary(made, arguments.out)
+    if arguments.json:
+        print(json.dumps(summary, ensure_ascii=False))
+        return 0
+    Console().print(escape(_told(summary)), soft_wrap=True)
+    skipped = summary["skipped"]
+    if skipped:
+        listed = "\n".join(f"  {s['name']}: {s['reason']}" for s in skipped[:_SHOWN])
+        more = f"\n  and {len(skipped) - _SHOWN} more, all listed in {files_of(arguments.out)[1]}"
+        text = f"{len(skipped)} pictures skipped:\n{listed}{more if len(skipped) > _SHOWN else ''}"
+        Console(stderr=True).print(escape(text), soft_wrap=True)
+    return 0
+
+
+def _bundled(
+    arguments: argparse.Namespace, features: Features, chosen: FeatureSettings, wanted: BuildSettings
+) -> ReferenceSet:
+    from ..demo.reference import bundled_reference
+
+    if files_of(arguments.out)[1].exists() and not arguments.restart:
+        raise ValueError(
+            f"{files_of(arguments.out)[1]} is there already: give another name, or --restart to replace it"
+        )
+    made = bundled_reference(features, wanted.near_threshold, wanted.thumbnail_side)
+    made = replace(made, details={"source": "the bundled model's training pictures", "made_with": _made_with(chosen)})
+    made.save(arguments.out)
+    return made
+
+
+def _made_with(chosen: FeatureSettings) -> dict[str, Any]:
+    """What makes the same features again, but for the weights, whose place is another on every machine."""
+    return {name: value for name, value in asdict(chosen).items() if name != "weights"}
+
+
+def _summary(made: ReferenceSet, out: Path) -> dict[str, Any]:
+    return {
+        "refset": str(files_of(out)[1]),
+        "source": made.details.get("source", ""),
+        "pictures": len(made),
+        "with_caption": sum(bool(caption) for caption in made.captions),
+        "shown_in_an_epoch": int(made.duplicates.sum()),
+        "with_duplicates": int((made.duplicates > 1).sum()),
+        "with_near_duplicates": int((made.near_duplicates > 0).sum()) if int(made.near_duplicates.min()) >= 0 else None,
+        "near_threshold": made.near_threshold,
+        "features": made.features,
+        "metric": made.metric,
+        "skipped": made.details.get("skipped", []),
+    }
+
+
+def _told(summary: dict[str, Any]) -> str:
+    near = summary["with_near_duplicates"]
+    return (
+        f"{summary['source']}: {summary['pictures']} different pictures, {summary['with_caption']} with a caption, "
+        f"{summary['shown_in_an_epoch']} shown in an epoch\n"
+        f"{summary['with_duplicates']} more than once; "
+        + ("near duplicates not counted" if near is None else f"{near} with near duplicates")
+        + f" (similarity above {summary['near_threshold']:g})\n"
+        f"features {summary['features']}, {summary['metric']}\nsaved as {summary['refset']}"
+    )
+
+
+def _search(arguments: argparse.Namespace) -> int:
+    """The training pictures nearest to each picture, with similarity, caption and duplicate count."""
+    reference = ReferenceSet.load(arguments.refset)
+    features = _same_features(reference, arguments.weights, arguments.device)
+    kind = KINDS.get(features.name.split()[0])
+    threshold = arguments.threshold
+    if threshold is None and kind is not None:
+        threshold = kind.copy
+    queries = [_query(path, features, arguments.device) for path in arguments.images]
+    with ExitStack() as stack:
+        searched: ReferenceSet | QdrantSearch
+        if arguments.qdrant is None:
+            searched = reference.to(arguments.device)
+        else:
+            beside = str(files_of(arguments.refset)[0].with_suffix(".qdrant"))
+            bar = stack.enter_context(common.progress_bar(Console(stderr=True)))
+            task = bar.add_task("uploading", total=len(reference))
+            place = beside if arguments.qdrant == "-" else arguments.qdrant
+            searched = stack.enter_context(QdrantSearch(reference, place, partial(_show, bar, task)))
+        for path, query in zip(arguments.images, queries, strict=True):
+            found = searched.search(query, arguments.count)
+            rows = [
+                {
+                    "name": reference.names[number],
+                    "caption": reference.captions[number],
+                    "similarity": value,
+                    "duplicates": int(reference.duplicates[number]),
+                    "near_duplicates": int(reference.near_duplicates[number]),
+                }
+                for value, number in zip(found.similarity[0].tolist(), found.index[0].tolist(), strict=True)
+            ]
+            record = {
+                "image": str(path),
+                **_verdict(reference, rows[0]["similarity"], threshold),
+                "neighbours": rows,
+                "features": reference.features,
+                "metric": reference.metric,
+            }
+            if arguments.json:
+                print(json.dumps(record, ensure_ascii=False))
+            else:
+                Console().print(_table(record))
+    return 0
+
+
+def _show(bar: Progress, task: TaskID, done: int, total: int) -> None:
+    bar.update(task, completed=done, total=total)
+
+
+def _verdict(reference: ReferenceSet, nearest: float, threshold: float | None) -> dict[str, Any]:
+    """Whether the nearest picture is near enough to be called the original; None where that cannot be said."""
+    if threshold is None:
+        why = f"no threshold is established for {reference.features}: give one"
+        return {"copy": None, "threshold": None, "why": why}
+    if reference.metric == "normalised L2" and len(reference) < NEIGHBOURHOOD:
+        why = (
+            f"a set of {len(reference)} pictures is too small for the normalised distance, which needs {NEIGHBOURHOOD}"
+        )
+        return {"copy": None, "threshold": threshold, "why": why}
+    return {"copy": nearest >= threshold, "threshold": threshold, "why": ""}
+
+
+def _same_features(reference: ReferenceSet, weights: str, device: str) -> Features:
+    """The features that the set was made with. Raises ValueError where they are others, or a host's own."""
+    made_with = reference.details.get("made_with")
+    if not isinstance(made_with, dict) or not made_with:
+        raise ValueError(f"the reference set does not say how to make its features {reference.features!r} again")
+    try:
+        chosen = FeatureSettings(**{**made_with, "weights": weights})
+    except TypeError as error:
+        raise ValueError(f"the reference set is damaged ({error}): build it again") from error
+    features = load(chosen, device)
+    reference.check(features)
+    return features
+
+
+def _query(path: Path, features: Features, device: str) -> torch.Tensor:
+    try:
+        return embed(features, [to_tensor(open_picture(path.read_bytes()))], device=device)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    except PictureError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
+
+
+def _table(record: dict[str, Any]) -> Table:
+    answers = {True: "a copy", False: "no copy found", None: "nearest training pictures"}
+    limit = record["why"] or f"a copy from {record['threshold']:g} on"
+    table = Table("similarity", "times shown", "near duplicates", "training picture", "caption")
+    table.title = escape(f"{record['image']}: {answers[record['copy']]} ({record['metric']}; {limit})")
+    table.title_justify = "left"
+    for row in record["neighbours"]:
+        near = str(row["near_duplicates"]) if row["near_duplicates"] >= 0 else "-"
+        table.add_row(
+            f"{row['similarity']:.3f}", str(row["duplicates"]), near, escape(row["name"]), escape(row["caption"])
+        )
+    return table
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"the device {name!r} cannot be used here: give cpu, cuda, cuda:1 or mps") from error
