@@ -16,6 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .attention import AttentionRule
+
 Role = Literal["start", "word", "end"]  # 'end' is the end token and all padding behind it
 Unconditional = Literal["empty prompt", "negative prompt"]
 
@@ -64,6 +66,7 @@ class Conditioning:
 
     ``extras`` are further tensors the model takes with the rows ([B, ...]: pooled vector, size
     numbers). ``tokens`` has N entries where the tokens are known and is empty where they are not.
+    ``attention`` is how the model shall attend to the N rows, where that is not as usual.
     """
 
     rows: Tensor
@@ -72,12 +75,17 @@ class Conditioning:
     words: tuple[Word, ...] = ()
     tokens: tuple[TokenRow, ...] = ()
     reencoding: Reencoding | None = None
+    attention: AttentionRule | None = None
 
     def __post_init__(self) -> None:
         if self.rows.ndim != 3:
             raise ValueError(f"conditioning rows must have shape [batch, tokens, width], not {list(self.rows.shape)}")
         if self.tokens and len(self.tokens) != self.rows.shape[1]:
             raise ValueError(f"{len(self.tokens)} tokens were given for {self.rows.shape[1]} conditioning rows")
+        if self.attention is not None and len(self.attention.keep) != self.rows.shape[1]:
+            raise ValueError(
+                f"an attention rule for {len(self.attention.keep)} tokens was given for {self.rows.shape[1]} rows"
+            )
 
     def with_rows(self, rows: Tensor, extras: Mapping[str, Tensor] | None = None) -> Conditioning:
         """The same prompt with other rows; the way back through the encoder no longer holds and is dropped."""
@@ -96,7 +104,12 @@ class Conditioning:
 
 
 def stack(conditionings: Sequence[Conditioning]) -> Conditioning:
-    """One batch from several prompts of equal length; words and tokens do not survive."""
+    """One batch from several prompts of equal length; words and tokens do not survive.
+
+    Raises ValueError for different lengths, or where one of them is attended to in a way of its own.
+    """
+    if any(c.attention is not None for c in conditionings):
+        raise ValueError("a prompt with an attention rule cannot share a batch with others")
     lengths = {c.rows.shape[1] for c in conditionings}
     if len(lengths) != 1:
         raise ValueError(f"conditionings of different lengths cannot share a batch: {sorted(lengths)} rows")

@@ -20,7 +20,10 @@ PredictionType = Literal["epsilon", "v_prediction", "flow"]
 
 
 class Denoiser(Protocol):
-    """A model bound to its weights; differentiable in ``x`` and in the conditioning's rows and extras."""
+    """A model bound to its weights; differentiable in ``x`` and in the conditioning's rows and extras.
+
+    A conditioning that carries an attention rule is attended to by that rule.
+    """
 
     @property
     def prediction_type(self) -> PredictionType: ...
@@ -58,6 +61,17 @@ class Model(Denoiser, Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, H, W] -> pictures [B, 3, height, width] in 0..1 on the CPU."""
+        ...
+
+    def pictures_of(self, latents: Tensor) -> Tensor:
+        """As :meth:`decode`, but differentiable, on the model's device and not cut to 0..1."""
+        ...
+
+    def attention_mass(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """Share of the cross-attention that each of the prompt's rows gets, [B, N], over layers, heads and places.
+
+        Raises ValueError for a model without cross-attention of its own.
+        """
         ...
 
     def differentiable(self, checkpointing: bool = False) -> AbstractContextManager[None]:

@@ -13,9 +13,10 @@ from .calibration.ordinary_prompts import style_of
 from .calibration.profile import ALPHA_DEFAULT, EVALUATIONS, Profile, ScoreKind, Setting
 from .conditioning import Conditioning, Unconditional
 from .denoiser import Model, initial_latent
-from .sampling import Guidance, Run, first_step, sample_prompts
+from .mitigations import Outcome
+from .sampling import Guidance, Run, first_step, sample, sample_prompts
 from .settings import option, validate
-from .trace import NotMeasured
+from .trace import NotMeasured, Trace
 from .verdict import Explanation, Verdict
 
 
@@ -140,6 +141,18 @@ def measure_runs(
     sigmas = model.sigmas(wanted.steps)
     runs = sample_prompts(model, conditionings, guidance, noise, sigmas, evaluations, batch_size, on_prompts)
     return [_measured(run, conditioning.prompt, wanted) for run, conditioning in zip(runs, conditionings, strict=True)]
+
+
+def drawn_with(model: Model, outcome: Outcome, x: Tensor, wanted: Measurement) -> Measured:
+    """The pictures of one prompt under a mitigation, whatever it touches, measured on the way.
+
+    x [images, C, H, W] is the run's x_T, from which it starts unless the outcome says otherwise.
+    """
+    start = x if outcome.x is None else outcome.x
+    rule = None if outcome.rule is None else outcome.rule()
+    sigmas, trace = model.sigmas(wanted.steps), Trace()
+    latents = sample(model, start, sigmas, outcome.conditioning, guidance_of(model, wanted), trace, rule=rule)
+    return _measured(Run(trace, latents), outcome.conditioning.prompt, wanted)
 
 
 def _measured(run: Run, prompt: str, wanted: Measurement) -> Measured:

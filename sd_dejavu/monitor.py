@@ -105,9 +105,18 @@ class Watch:
             self.explanation = view.explain(model, x.clone(), sigma.clone(), named, base.float().clone())
 
     def find_remedy(
-        self, model: Model, conditioning: Conditioning, x: Tensor, sigma: Tensor, base: Tensor
-    ) -> Conditioning:
-        """What to go on with instead, by the monitor's remedy. Needs the profile by which the run was flagged."""
+        self,
+        model: Model,
+        conditioning: Conditioning,
+        x: Tensor,
+        sigma: Tensor,
+        base: Tensor,
+        unconditional: Conditioning | None = None,
+    ) -> Outcome:
+        """What to go on with instead, by the monitor's remedy. Needs the profile by which the run was flagged.
+
+        ``unconditional`` is what ``base`` was predicted with, for remedies that change the noise.
+        """
         assert self.profile is not None
         with torch.inference_mode(False):
             x, sigma, base = x.clone(), sigma.clone(), base.float().clone()
@@ -115,7 +124,7 @@ class Watch:
             x,
             sigma,
             x,
-            conditioning,
+            unconditional,
             base,
             self.profile.quantile(0.5, "first step", 1),
             0,
@@ -129,7 +138,7 @@ class Watch:
             settings = OptimiseSettings()
         outcome = method.apply(model, conditioning, start, settings)
         self.mitigated(outcome)
-        return outcome.conditioning
+        return outcome
 
     def verdicts(self, kind: ScoreKind | None = None) -> list[Verdict]:
         """A verdict for each picture, on the conditioning that came in; one without a score when nothing was read."""

@@ -1,7 +1,7 @@
 """The reference sampler: DDIM with classifier-free guidance, over any denoiser.
 
 In the scale x = x0 + sigma * noise a deterministic DDIM step (Song et al., 2021) is
-x' = D + (sigma' / sigma) (x - D), and guidance (Ho & Salimans, 2022) is D = D_u + s (D_c - D_u).
+x' = D + (sigma' / sigma) (x - D), with the guided D of :mod:`sd_dejavu.guidance`.
 For rectified flow the same formula is Euler's step. Hosts bring their own samplers; this one serves
 the command line, calibration and the benchmarks.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from .conditioning import Conditioning, Unconditional, stack
 from .denoiser import Denoiser, Predictions, initial_latent
 from .detectors.magnitude import magnitude
+from .guidance import GuidanceRule, GuidedStep, guided
 from .trace import Trace
 
 
@@ -45,11 +47,12 @@ def sample(
     trace: Trace | None = None,
     measured_steps: int | None = None,
     on_step: Callable[[int], None] = lambda step: None,
+    rule: GuidanceRule | None = None,
 ) -> Tensor:
     """From x [B, C, H, W] at ``sigmas[0]`` down to the last of ``sigmas``; returns the latents in fp32.
 
     ``trace`` records the first ``measured_steps`` evaluations (None: all). A shorter ``sigmas`` ends
-    the run early. ``on_step`` is called after each step.
+    the run early. ``on_step`` is called after each step. ``rule`` takes the place of plain guidance.
     """
     with torch.no_grad():
         for number, (level, following) in enumerate(pairwise(sigmas)):
@@ -62,7 +65,11 @@ def sample(
                     trace.record(Predictions(with_prompt, without, sigma, kind))
                 else:
                     trace.record(Predictions(with_prompt, denoiser(x, sigma, guidance.measured_against), sigma))
-            denoised = without + guidance.scale * (with_prompt - without)
+            if rule is None:
+                denoised = guided(with_prompt, without, guidance.scale)
+            else:
+                ask = partial(denoiser, x, sigma)
+                denoised = rule(GuidedStep(x, sigma, with_prompt, without, guidance.scale, number, ask))
             x = denoised + (following / level) * (x - denoised)
             on_step(number)
     return x

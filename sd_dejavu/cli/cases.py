@@ -13,7 +13,7 @@ from torch import Tensor
 from ..calibration.profile import Profile
 from ..denoiser import Model
 from ..explain.views import explain
-from ..measure import Measured, Measurement, judge, measure_runs, setting_of
+from ..measure import Measured, Measurement, drawn_with, judge, measure_runs, setting_of
 from ..mitigations import Outcome, Start, available
 from ..report import html
 from ..similarity import COPY_THRESHOLD, grey_correlation
@@ -71,7 +71,7 @@ def run_case(
     mitigated = []
     for name, settings in methods.items():
         outcome = available()[name].apply(model, conditioning, start, settings)
-        (after,) = measure_runs(model, [outcome.conditioning], start.noise, wanted)
+        after = drawn_with(model, outcome, start.x, wanted)
         on_run()
         assert after.latents is not None
         drawn = model.decode(after.latents)

@@ -30,7 +30,7 @@ def add_settings(parser: argparse.ArgumentParser, settings: type, title: str) ->
     for known in options_of(settings):
         flag = "--" + known.name.replace("_", "-")
         if known.kind is bool:
-            group.add_argument(flag, action="store_true", help=known.help)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=known.default, help=_help(known))
         else:
             group.add_argument(flag, type=known.kind, default=known.default, help=_help(known), **_choices(known))
 

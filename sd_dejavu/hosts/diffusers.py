@@ -12,13 +12,14 @@ import logging
 import pickle
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..attention import AttentionRule, scaled_keys, watched_attention
 from ..conditioning import Conditioning, EncoderInput, Reencoding, TokenRow, align
 from ..denoiser import PredictionType, denoised_from_output, model_input, seeded_noise
 from ..prompt_weights import encode_weighted
@@ -98,21 +99,32 @@ class DiffusersModel:
 
     def __call__(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         dtype = self._unet.dtype
-        rows = conditioning.rows
+        rule = conditioning.attention
+        rows = conditioning.rows if rule is None else rule.rows(conditioning.rows)
         if rows.shape[0] == 1:
             rows = rows.expand(x.shape[0], -1, -1)
         extras = {
             k: (v.expand(x.shape[0], *v.shape[1:]) if v.shape[0] == 1 else v).to(dtype)
             for k, v in conditioning.extras.items()
         }
-        output = self._unet(
-            model_input(x, sigma).to(dtype),
-            self._timestep(sigma),
-            encoder_hidden_states=rows.to(dtype),
-            added_cond_kwargs=extras or None,
-            return_dict=False,
-        )[0]
+        with self.attending(rule):
+            output = self._unet(
+                model_input(x, sigma).to(dtype),
+                self._timestep(sigma),
+                encoder_hidden_states=rows.to(dtype),
+                added_cond_kwargs=extras or None,
+                return_dict=False,
+            )[0]
         return denoised_from_output(output, x, sigma, self.prediction_type)
+
+    def attending(self, rule: AttentionRule | None) -> AbstractContextManager[None]:
+        """While open, the UNet attends by ``rule``; it must be given ``rule.rows(...)`` of the prompt and no others."""
+        return nullcontext() if rule is None else scaled_keys(self._unet, rule)
+
+    def attention_mass(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        with torch.no_grad(), watched_attention(self._unet) as mass:
+            self(x, sigma, conditioning)
+        return mass.mean()
 
     def _timestep(self, sigma: Tensor) -> Tensor:
         """sigma [B] -> fractional timestep [B], linear in log sigma between the schedule's levels."""
@@ -141,10 +153,14 @@ class DiffusersModel:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, H, W] -> pictures [B, 3, height, width] in 0..1, on the CPU."""
+        return self.pictures_of(latents).cpu().clamp(0, 1)
+
+    def pictures_of(self, latents: Tensor) -> Tensor:
+        """As :meth:`decode`, but differentiable, on the model's device and not cut to 0..1."""
         scale = getattr(self._vae.config, "scaling_factor", 1.0)
         shift = getattr(self._vae.config, "shift_factor", None) or 0.0
         pictures = self._vae.decode((latents / scale + shift).to(self._vae.dtype), return_dict=False)[0]
-        return (pictures.float().cpu() / 2 + 0.5).clamp(0, 1)
+        return pictures.float() / 2 + 0.5
 
     @contextmanager
     def differentiable(self, checkpointing: bool = False) -> Iterator[None]:

@@ -83,7 +83,15 @@ class ComfyModel:
     def decode(self, latents: Tensor) -> Tensor:
         raise ValueError("pictures are decoded by the host's own nodes")
 
+    def pictures_of(self, latents: Tensor) -> Tensor:
+        raise ValueError("pictures are decoded by the host's own nodes")
+
+    def attention_mass(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        raise ValueError("the attention of tokens cannot be read here")
+
     def __call__(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        if conditioning.attention is not None:
+            raise ValueError("the attention of tokens cannot be changed here")
         comfy.model_management.throw_exception_if_processing_interrupted()
         return self.calculate([self.entry_with(conditioning, x)], x, sigma)
 

@@ -292,7 +292,7 @@ class Monitor:
             raise Stopped(_stop_message(watch))
         if not mitigating or conditioning is None:
             return False
-        changed = watch.find_remedy(model, conditioning, x, sigma, run.uncond)
+        changed = watch.find_remedy(model, conditioning, x, sigma, run.uncond).conditioning
         guider.conds["positive"] = [model.entry_with(changed, x)]
         return True
 

@@ -280,7 +280,15 @@ class GuidedModel:
     def decode(self, latents: Tensor) -> Tensor:
         raise ValueError("pictures are decoded by the host itself")
 
+    def pictures_of(self, latents: Tensor) -> Tensor:
+        raise ValueError("pictures are decoded by the host itself")
+
+    def attention_mass(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        raise ValueError("the attention of tokens cannot be read here")
+
     def __call__(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        if conditioning.attention is not None:
+            raise ValueError("the attention of tokens cannot be changed here")
         _heed_interruption()
         count = x.shape[0] // conditioning.rows.shape[0]
         if count > 1 and conditioning.rows.shape[0] > 1:

@@ -292,7 +292,8 @@ class Run:
                         with self._guarded(group):
                             watch.look_at_words(own_model, conditioning, x, level, watch.base)
                     if mitigating and conditioning is not None:
-                        group.instead = watch.find_remedy(own_model, conditioning, x, level, watch.base)
+                        found = watch.find_remedy(own_model, conditioning, x, level, watch.base)
+                        group.instead = found.conditioning
                         one = cond_of(group.instead, 1, step.text_cond)
                         changed.update(dict.fromkeys(group.images, one))
                         self._record_after(own, own_model, group, x, level)

@@ -1,0 +1,222 @@
+"""Anti-Memorization Guidance (AMG): steer away from the nearest reference picture, only while it is near.
+
+Chen, Liu, Xu: *Towards Memorization-Free Diffusion Models*, CVPR 2024. At each evaluation, with the guided noise
+prediction eps and x0_hat = (x_t - sqrt(1 - abar) eps) / sqrt(abar), n the nearest reference picture and s its
+similarity to x0_hat (cosine of features, or the negative normalised L2 distance, equations 8 and 9):
+
+    eps <- eps + 1{s > lambda_t} (G_spe + G_dup + G_sim)                                         (10)
+    G_spe = -s1 (eps(x, y) - eps(x)),      s1 = clip(c1 s, 0, s0 - 1)           despecification  (13, 14)
+    G_dup = -s2 (eps(x, y_n) - eps(x)),    s2 = clip(c2 s, 0, s0 - s1 - 1)      deduplication    (15, 16)
+    G_sim = c3 sqrt(1 - abar) grad_{x_t} s                                      dissimilarity    (17)
+
+s0 is the guidance scale, y_n the caption of n. eps is taken as a constant in the gradient, which flows through the
+decoder and the feature network only. lambda_t = threshold + rise * exp(-rate t), low early, when x0_hat is vague.
+
+In this project's scale x = x_t / sqrt(abar), so abar = 1 / (1 + sigma^2), eps = (x - D) / sigma and x0_hat = D. With
+eps constant dx0_hat/dx_t = 1 / sqrt(abar) = sqrt(1 + sigma^2), so sqrt(1 - abar) grad_{x_t} s = sigma grad_D s, and
+D' = x - sigma eps' gives
+
+    D' = D - 1{s > lambda_t} [ s1 (D_c - D_u) + s2 (D_n - D_u) + c3 sigma^2 grad_D s ].
+
+t is the place, 0 to 1, of sigma in the training schedule of Stable Diffusion or of DDPM. Each picture of a batch is
+judged by itself; one that no step finds near is left as it is, bit for bit.
+
+Paper and published code differ, and the paper's formula is what is done: the code weakens guidance at every step
+with a positive similarity (here: only above lambda_t, so ordinary pictures stay), measures the similarity again
+after each term, searches for a caption in every tenth step only, and leaves the first 21 pictures unguarded. Its
+c3 is no constant but 100 (s - 0.3) exp((1000 - t) / 170), t in 0..1000: the schedule 'published'.
+The code's numbers (guidance scale 7.5) are c1 = 13, c2 = 6.5 / 0.3, lambda_t = 0.3 + 0.1 exp(-5 t), the defaults
+here; for normalised L2 on CIFAR-10's DDPM, lambda_t = -1.95 + 0.45 exp(-6.25 t), see :data:`DDPM`.
+
+An unconditional model has D_c = D_u = D_n: the first two terms vanish, the third works as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..conditioning import Conditioning, stack
+from ..denoiser import Model, over_pixels
+from ..guidance import GuidedStep
+from ..settings import option, validate
+from . import Mitigation, Outcome, Start
+from .guard import Guard
+
+TrainingSchedule = Literal["stable diffusion", "ddpm"]
+Strength = Literal["constant", "published"]
+STEEPNESS = 1000 / 170  # of the published strength, with t in 0..1
+GRADIENT_SCALE = 2.0**12  # exact in fp32; in a half-precision decoder the gradients would underflow without it
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A strength of 0 switches its term off."""
+
+    despecification: float = option(13.0, "the paper's c1: less guidance towards the prompt", minimum=0, maximum=1e6)
+    deduplication: float = option(
+        6.5 / 0.3,
+        "the paper's c2: away from what the nearest reference picture's caption gives; one more evaluation",
+        minimum=0,
+        maximum=1e6,
+    )
+    dissimilarity: float = option(
+        100.0, "the paper's c3: down the gradient of the similarity to the nearest picture", minimum=0, maximum=1e9
+    )
+    dissimilarity_strength: Strength = option(
+        "published",
+        "constant: c3 at every step, as in the paper; published: c3 (s - threshold) exp((1 - t) 1000 / 170), as in "
+        "its code",
+        choices=get_args(Strength),
+    )
+    threshold: float = option(0.3, "similarity above which the guidance acts, early on", minimum=-100, maximum=1)
+    threshold_rise: float = option(0.1, "how much higher it is at the end", minimum=-100, maximum=100)
+    threshold_rate: float = option(
+        5.0, "how late it rises: rise * exp(-rate t), t from 1 down to 0", minimum=0, maximum=1e3
+    )
+    training_schedule: TrainingSchedule = option(
+        "stable diffusion", "the noise levels in which t is counted", choices=get_args(TrainingSchedule)
+    )
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+DDPM = Settings(
+    despecification=0,
+    deduplication=0,
+    dissimilarity_strength="constant",
+    threshold=-1.95,
+    threshold_rise=0.45,
+    threshold_rate=6.25,
+    training_schedule="ddpm",
+)
+
+
+@cache
+def _log_levels(schedule: TrainingSchedule) -> Tensor:
+    """log sigma of the 1000 training steps, rising."""
+    if schedule == "ddpm":
+        betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    else:
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    abar = (1 - betas).cumprod(0)
+    return ((1 - abar) / abar).sqrt().log().float()
+
+
+def time_of(sigma: Tensor, schedule: TrainingSchedule) -> Tensor:
+    """sigma [B] -> its place t [B] in the training schedule, 0 to 1; linear in log sigma between the levels."""
+    levels = _log_levels(schedule).to(sigma.device)
+    log = sigma.float().clamp_min(1e-10).log()
+    high = torch.searchsorted(levels, log.contiguous()).clamp(1, len(levels) - 1)
+    share = (log - levels[high - 1]) / (levels[high] - levels[high - 1])
+    return (high - 1 + share.clamp(0, 1)) / len(levels)
+
+
+def threshold_at(t: Tensor, settings: Settings) -> Tensor:
+    """lambda_t [B]."""
+    return settings.threshold + settings.threshold_rise * (-settings.threshold_rate * t).exp()
+
+
+def strengths(s: Tensor, scale: float, settings: Settings) -> tuple[Tensor, Tensor]:
+    """s1 and s2 [B]: together they never take more than leaves a guidance of 1."""
+    room = torch.full_like(s, max(scale - 1, 0.0))
+    s1 = torch.minimum(settings.despecification * s, room).clamp_min(0)
+    s2 = torch.minimum(settings.deduplication * s, room - s1).clamp_min(0)
+    return s1, s2
+
+
+class AntiMemorization:
+    """The rule of one run. ``acted`` holds, an evaluation each, which pictures were steered, [B] booleans.
+
+    ``pictures`` decodes latents [B, C, H, W] to pictures in 0..1, differentiably (identity for a pixel model);
+    ``encode`` makes a conditioning of a caption, None where there are no captions to encode.
+    """
+
+    def __init__(
+        self,
+        guard: Guard,
+        pictures: Callable[[Tensor], Tensor],
+        encode: Callable[[str], Conditioning] | None,
+        settings: Settings,
+    ) -> None:
+        self._guard, self._pictures, self._settings = guard, pictures, settings
+        self._encode = encode if settings.deduplication else None
+        self._encoded: dict[str, Conditioning] = {}
+        self.acted: list[Tensor] = []
+
+    def __call__(self, step: GuidedStep) -> Tensor:
+        plain, settings = step.plain, self._settings
+        with torch.no_grad():
+            found = self._guard.references.search(self._guard.features(self._pictures(plain)), 1)
+        s, index = found.similarity[:, 0].to(plain.device), found.index[:, 0]
+        t = time_of(step.sigma, settings.training_schedule)
+        acts = s > threshold_at(t, settings)
+        self.acted.append(acts)
+        near = acts.nonzero()[:, 0]
+        if not len(near):
+            return plain
+        s1, s2 = strengths(s, step.scale, settings)
+        away = over_pixels(s1) * (step.conditional - step.unconditional)
+        if self._encode is not None and bool((s2[near] > 0).any()):
+            captions = [self._guard.references.captions[i] for i in index[near.to(index.device)].tolist()]
+            away = away + over_pixels(s2) * self._towards(step, near.tolist(), captions)
+        if settings.dissimilarity:
+            c3 = torch.full_like(s, settings.dissimilarity)
+            if settings.dissimilarity_strength == "published":
+                c3 = c3 * (s - settings.threshold) * (STEEPNESS * (1 - t)).exp()
+            slope = similarity_gradient(self._guard, self._pictures, plain[near], index[near.to(index.device)])
+            away = away.index_add(0, near, over_pixels(c3[near] * step.sigma[near] ** 2) * slope)
+        return torch.where(acts[:, None, None, None], plain - away.to(plain.dtype), plain)
+
+    def _towards(self, step: GuidedStep, near: list[int], captions: list[str]) -> Tensor:
+        """D_n - D_u [B, C, H, W] under each near picture's caption; 0 for the others, and without a caption.
+
+        Captions of one length share an evaluation.
+        """
+        assert self._encode is not None
+        for caption in captions:
+            if caption.strip() and caption not in self._encoded:
+                self._encoded[caption] = self._encode(caption)
+        wanted = {place: self._encoded[c] for place, c in zip(near, captions, strict=True) if c in self._encoded}
+        found = torch.zeros_like(step.unconditional)
+        for length in sorted({c.rows.shape[1] for c in wanted.values()}):
+            places = [place for place, c in wanted.items() if c.rows.shape[1] == length]
+            filled = [wanted[place if place in places else places[0]] for place in range(len(step.x))]
+            towards = step.predict(stack(filled)) - step.unconditional
+            found[places] = towards[places].to(found.dtype)
+        return found
+
+
+def similarity_gradient(guard: Guard, pictures: Callable[[Tensor], Tensor], latents: Tensor, index: Tensor) -> Tensor:
+    """grad_D s [B, C, H, W] of the similarity of each decoded latent [B, C, H, W] to reference ``index`` [B]."""
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = latents.detach().float().clone().requires_grad_(True)
+        s = guard.references.similarity(guard.features(pictures(leaf)), index)
+        (gradient,) = torch.autograd.grad(s.sum() * GRADIENT_SCALE, leaf)
+    return gradient / GRADIENT_SCALE
+
+
+def _apply(model: Model, conditioning: Conditioning, start: Start, settings: Settings) -> Outcome:
+    if start.guard is None:
+        raise ValueError("anti-memorization guidance compares with reference pictures: name a reference set")
+    rule = partial(AntiMemorization, start.guard, model.pictures_of, model.encode, settings)
+    score = start.score(model, conditioning)
+    return Outcome(conditioning, score, score, rule=rule)
+
+
+MITIGATIONS = (
+    Mitigation(
+        "amg",
+        "steer away from the nearest reference picture while it is near",
+        touches="guidance",
+        cost="decoding, features and a search a step; where it acts, a backward pass through both and an evaluation",
+        settings=Settings,
+        apply=_apply,
+    ),
+)
