@@ -12,7 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before anything imports torch; proces
 TOGETHER = ("webui_kind", "front_end")  # parameters for whose sake a server is started
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         item.add_marker(pytest.mark.xdist_group(_group(item)))
