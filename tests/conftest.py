@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before anything imports torch; processes that tests start inherit it
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
-TOGETHER = ("webui_kind", "front_end")  # parameters for whose sake a server is started
+SERVERS = ("a1111", "forge", "pinned", "newest")  # parameters for whose sake a server is started
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
+class Together(LoadScopeScheduling):
+    """One file in one process, but all tests of a server of Automatic1111's, Forge's or a front end's in one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        parameters = re.findall(r"[^\[\]-]+", nodeid.partition("[")[2])
+        return next((name for name in SERVERS if name in parameters), nodeid.partition("::")[0])
 
 
-def _group(item: pytest.Item) -> str:
-    parameters = getattr(getattr(item, "callspec", None), "params", {})
-    shared = [str(parameters[name]) for name in TOGETHER if name in parameters]
-    return shared[0] if shared else item.path.stem
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return Together(config, log)
