@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 ORDINARY, ORDINARY_SEED = 20, 77
 IMAGES = 1
+PLOT = "compare.svg"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
     from ..hosts.diffusers import load
 
     methods = _chosen(arguments.methods, evaluation.every_mitigation())
+    for file in (arguments.json, arguments.csv, arguments.out and arguments.out / PLOT):
+        if file is not None:  # so that a place that cannot be written to is told before the work
+            file.parent.mkdir(parents=True, exist_ok=True)
     wanted = Measurement(images=arguments.images, steps=arguments.steps, seed=arguments.seed)
     pairs = spread(evaluation.held_out_pairs(), arguments.pairs)
     ordinary = bundled.held_out_ordinary(arguments.ordinary, ORDINARY_SEED)
@@ -74,8 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
             writer.writeheader()
             writer.writerows(records)
     if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "compare.svg").write_text(plot(rows), encoding="utf-8")
+        (arguments.out / PLOT).write_text(plot(rows), encoding="utf-8")
     if str(arguments.json) != "-":
         Console().print(_table(rows, len(pairs), len(ordinary)))
     return 0
