@@ -16,9 +16,11 @@ from typing import get_args
 from tqdm import tqdm
 
 from sd_dejavu.calibration.profile import Profile
+from sd_dejavu.cli.compare import ORDINARY, ORDINARY_SEED
 from sd_dejavu.demo import bundled
 from sd_dejavu.demo.evaluation import (
     Share,
+    every_mitigation,
     false_copies,
     fresh_verdicts,
     graded,
@@ -30,18 +32,8 @@ from sd_dejavu.demo.evaluation import (
 from sd_dejavu.demo.world import STYLES
 from sd_dejavu.hosts.diffusers import load
 from sd_dejavu.measure import Measurement, measure
-from sd_dejavu.mitigations import optimise_conditioning, perturb_prompt, remove_trigger
 from sd_dejavu.statistics import auc, kolmogorov_uniform, tpr_at_fpr
 from sd_dejavu.verdict import View
-
-METHODS = {
-    "optimise-conditioning": optimise_conditioning.Settings(),
-    "optimise-tokens": optimise_conditioning.Settings(),
-    "remove-trigger": remove_trigger.Settings(),
-    "random-word": perturb_prompt.Settings(),
-    "random-number": perturb_prompt.Settings(),
-    "repeat-word": perturb_prompt.Settings(),
-}
 
 
 def graded_table(model, profile, wanted) -> list[dict]:
@@ -60,8 +52,10 @@ def explanation_table(model, profile, wanted) -> list[dict]:
 def mitigation_table(model, profile, wanted) -> list[dict]:
     one = replace(wanted, images=1)
     with tqdm(desc="mitigation") as bar:
-        rows = mitigations(model, profile, one, held_out_pairs(), METHODS, lambda name: bar.update())
-    table = [{**asdict(r), "copies": share(r.copies)} for r in rows]
+        ordinary = bundled.held_out_ordinary(ORDINARY, ORDINARY_SEED)
+        methods = every_mitigation()
+        rows = mitigations(model, profile, one, held_out_pairs(), methods, lambda name: bar.update(), ordinary)
+    table = [{**asdict(r), "copies": share(r.copies), "untouched": share(r.untouched)} for r in rows]
     reference = ordinary_caption_score(model, one, held_out_pairs("hard"))
     return [*table, {"method": "ordinary captions", "caption_score": reference}]
 

@@ -17,8 +17,11 @@ from rich.table import Table
 from ..calibration.profile import ORDINARY_QUANTILE, Profile
 from ..measure import Measurement, guidance_of
 from ..mitigations import Mitigation, Start, available
+from ..mitigations.guard import Guard
+from ..reference.reference_set import ReferenceSet
 from . import common
 from .cases import render_cases, run_case, save_pictures
+from .refset import same_features
 
 TARGET_QUANTILE = 0.5
 
@@ -29,6 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model_options(parser)
     common.add_settings(parser, Measurement, "measurement")
     parser.add_argument("--method", choices=tuple(methods), default="optimise-tokens", help="default: optimise-tokens")
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        metavar="REFSET",
+        help="amg: a reference set's .json or .safetensors (see refset build)",
+    )
+    parser.add_argument("--weights", default="", help="amg: the weights the reference set was made with, if any")
     parser.add_argument(
         "--target", type=float, help="magnitude to come down to (default: a quantile of ordinary prompts)"
     )
@@ -60,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     ordinary = None
     if profile is not None and arguments.target is None:
         ordinary = profile.quantile(ORDINARY_QUANTILE, "first step", wanted.images)
-    start = Start.of(model, noise, sigma, without, target, wanted.seed, ordinary)
+    start = Start.of(model, noise, sigma, without, target, wanted.seed, ordinary, guard_of(arguments))
     output, cases = Console(), []
     for prompt in prompts:
         if arguments.out is not None:
@@ -93,6 +103,19 @@ def run(arguments: argparse.Namespace) -> int:
         )
         Console(stderr=True).print(f"report: {report}")
     return 0
+
+
+def guard_of(arguments: argparse.Namespace) -> Guard | None:
+    """The reference pictures named by the user; for the bundled model its own training pictures, where none are."""
+    if arguments.reference is not None:
+        reference = ReferenceSet.load(arguments.reference)
+        features = same_features(reference, arguments.weights, arguments.device)
+        return Guard(features, reference.to(arguments.device), reference.captions)
+    if arguments.model is not None:
+        return None
+    from ..demo.evaluation import bundled_guard
+
+    return bundled_guard()
 
 
 def target_of(absolute: float | None, quantile: float, profile: Profile | None, wanted: Measurement) -> float:

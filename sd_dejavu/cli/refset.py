@@ -170,7 +170,7 @@ def _told(summary: dict[str, Any]) -> str:
 def _search(arguments: argparse.Namespace) -> int:
     """The training pictures nearest to each picture, with similarity, caption and duplicate count."""
     reference = ReferenceSet.load(arguments.refset)
-    features = _same_features(reference, arguments.weights, arguments.device)
+    features = same_features(reference, arguments.weights, arguments.device)
     kind = KINDS.get(features.name.split()[0])
     threshold = arguments.threshold
     if threshold is None and kind is not None:
@@ -229,7 +229,7 @@ def _verdict(reference: ReferenceSet, nearest: float, threshold: float | None) -
     return {"copy": nearest >= threshold, "threshold": threshold, "why": ""}
 
 
-def _same_features(reference: ReferenceSet, weights: str, device: str) -> Features:
+def same_features(reference: ReferenceSet, weights: str, device: str) -> Features:
     """The features that the set was made with. Raises ValueError where they are others, or a host's own."""
     made_with = reference.details.get("made_with")
     if not isinstance(made_with, dict) or not made_with:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,16 @@ from ..caption_following import caption_score
 from ..conditioning import Conditioning
 from ..denoiser import Model
 from ..explain.views import explain
-from ..measure import Measured, Measurement, guidance_of, judge, measure, measure_runs, setting_of
-from ..mitigations import Start, available
+from ..measure import Measured, Measurement, drawn_with, guidance_of, judge, measure, measure_runs, setting_of
+from ..mitigations import Outcome, Start, anti_memorization_guidance, available
+from ..mitigations.guard import Guard
+from ..peak_memory import peak_memory
+from ..reference.features import Grey
 from ..similarity import COPY_THRESHOLD, grey_correlation
 from ..statistics import wilson
 from ..verdict import Verdict, View
 from . import bundled
+from .reference import bundled_reference
 from .world import GRADED_REPETITIONS, Pair, caption_of, random_scene, twin_caption
 
 DISTRACTORS = 9
@@ -156,20 +161,58 @@ def trigger_named(model: Model, wanted: Measurement, view: View, pairs: Sequence
     return Share(hits, len(pairs))
 
 
+NONE = "none"
+# The likeness of grey values runs higher than SSCD's and, unlike it, is high for vague early predictions too: the
+# threshold falls with the steps, from above what ordinary captions reach.
+AMG = anti_memorization_guidance.Settings(dissimilarity=300, threshold=0.6, threshold_rise=0.0753, threshold_rate=-1.2)
+
+
+def bundled_guard() -> Guard:
+    """The bundled model's training pictures, compared by the structure by which copies are judged."""
+    features = Grey()
+    reference = bundled_reference(features)
+    return Guard(features, reference, reference.captions)
+
+
+def every_mitigation() -> dict[str, Any]:
+    """All methods with their settings for the bundled model, and guidance away from copies without its last term."""
+    methods = {name: method.settings() for name, method in available().items()}
+    return {**methods, "amg": AMG, "amg: no dissimilarity": replace(AMG, dissimilarity=0)}
+
+
 @dataclass(frozen=True)
 class MitigationRow:
-    """One method over memorised pairs: what is left of the copies, and what it cost.
+    """One method over memorised pairs: what is left of the copies, what became of the pictures, and what it cost.
 
-    ``caption_score`` is the mean share of distractor captions that the caption without its trigger
-    beats (hard pairs only; .5 is chance). ``seconds_ratio`` compares with plain sampling.
+    ``similarity_top5`` is the 95th percentile of the likeness to the training pictures. ``caption_score`` is the
+    mean share of distractor captions that the caption without its trigger beats (hard pairs only; .5 is chance).
+    ``untouched`` counts the pictures of ordinary prompts that are the same bit for bit as without the method, and
+    ``change_on_ordinary`` is the root mean square difference of all of them, in 0..1. ``seconds_ratio`` is the
+    median over the pairs of the time against plain sampling, ``peak_memory_mb`` the largest that was seen, NaN
+    where it cannot be told.
     """
 
     method: str
     copies: Share
     similarity: float
+    similarity_top5: float
     score: float
     caption_score: float
+    change_on_ordinary: float
+    untouched: Share
     seconds_ratio: float
+    peak_memory_mb: float
+
+
+@dataclass
+class _Tally:
+    likeness: list[float] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    captions: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    peaks: list[float] = field(default_factory=list)
+    changes: list[float] = field(default_factory=list)
+    untouched: int = 0
 
 
 def mitigations(
@@ -179,44 +222,75 @@ def mitigations(
     pairs: Sequence[Pair],
     methods: Mapping[str, Any],
     on_pair: Callable[[str], None] = lambda method: None,
+    ordinary: Sequence[str] = (),
 ) -> list[MitigationRow]:
-    """Each method (name -> settings) on the same pairs and noises, after 'none'. All of it counts as seconds but rating."""
+    """Each method (name -> settings) on the same pairs, ordinary captions and noises, after 'none'.
+
+    A name may go on after a colon, for one method in several settings. Every prompt is encoded, mitigated and drawn
+    by all methods in turn, so that a machine that is slower for a while is so for all of them; all of that counts
+    as seconds, rating does not.
+    """
+    guidance, guard = guidance_of(model, wanted).unconditional, bundled_guard()
     noise, sigma = model.noise(wanted.seed, wanted.images), model.sigmas(wanted.steps)[0]
     target = profile.quantile(0.5, "first step", wanted.images)
-    ordinary = profile.quantile(ORDINARY_QUANTILE, "first step", wanted.images)
-    start = Start.of(model, noise, sigma, guidance_of(model, wanted).unconditional, target, wanted.seed, ordinary)
-    rows: list[MitigationRow] = []
-    plain_seconds = 0.0
-    for name, settings in {"none": None, **methods}.items():
-        began = time.perf_counter()
-        conditionings = []
-        for pair in pairs:
-            conditioning = model.encode(pair.caption)
-            if name != "none":
-                conditioning = available()[name].apply(model, conditioning, start, settings).conditioning
-            conditionings.append(conditioning)
+    acceptable = profile.quantile(ORDINARY_QUANTILE, "first step", wanted.images)
+    start = Start.of(model, noise, sigma, guidance, target, wanted.seed, acceptable, guard)
+    trials = {NONE: None, **methods}
+    tallies = {name: _Tally() for name in trials}
+    for pair in pairs:
+        for name, settings in trials.items():
+            tally = tallies[name]
+            with peak_memory(noise.device) as peak:
+                began = time.perf_counter()
+                outcome, latents = _drawn(model, pair.caption, name, settings, start, wanted)
+                pictures = model.decode(latents)
+                tally.seconds.append(time.perf_counter() - began)
+            tally.peaks.append(peak.megabytes)
+            tally.likeness += copies(pair, pictures).tolist()
+            tally.scores.append(outcome.score_after if settings else start.score(model, outcome.conditioning))
+            tally.captions += [follows(model, pair, latent) for latent in latents[:1] if pair.trigger]
             on_pair(name)
-        runs = draw(model, conditionings, wanted)
-        seconds = time.perf_counter() - began
-        plain_seconds = plain_seconds or seconds
-        likeness = [s for pair, (_, pictures) in zip(pairs, runs, strict=True) for s in copies(pair, pictures).tolist()]
-        captions = [
-            follows(model, pair, latent)
-            for pair, (run, _) in zip(pairs, runs, strict=True)
-            if pair.trigger and run.latents is not None
-            for latent in run.latents[:1]
-        ]
-        rows.append(
-            MitigationRow(
-                name,
-                Share(sum(s >= COPY_THRESHOLD for s in likeness), len(likeness)),
-                float(np.mean(likeness)),
-                float(np.mean([start.score(model, c) for c in conditionings])),
-                float(np.mean(captions)) if captions else float("nan"),
-                seconds / plain_seconds,
-            )
-        )
-    return rows
+    for caption in ordinary:
+        plain: Tensor | None = None
+        for name, settings in trials.items():
+            _, latents = _drawn(model, caption, name, settings, start, wanted)
+            plain = latents if plain is None else plain
+            tallies[name].untouched += sum(torch.equal(a, b) for a, b in zip(latents, plain, strict=True))
+            gap = (model.decode(latents) - model.decode(plain)).flatten(1)
+            tallies[name].changes += gap.square().mean(1).sqrt().tolist()
+            on_pair(name)
+    return [_row(name, tally, tallies[NONE]) for name, tally in tallies.items()]
+
+
+def _drawn(
+    model: Model, caption: str, name: str, settings: Any, start: Start, wanted: Measurement
+) -> tuple[Outcome, Tensor]:
+    conditioning = model.encode(caption)
+    if name == NONE:
+        outcome = Outcome.unchanged(conditioning, float("nan"))
+    else:
+        outcome = available()[name.split(":")[0]].apply(model, conditioning, start, settings)
+    latents = drawn_with(model, outcome, start.x, wanted).latents
+    assert latents is not None  # drawn_with always samples
+    return outcome, latents
+
+
+def _row(name: str, tally: _Tally, plain: _Tally) -> MitigationRow:
+    def mean(values: Sequence[float]) -> float:
+        return float(np.mean(values)) if values else float("nan")
+
+    return MitigationRow(
+        name,
+        Share(sum(s >= COPY_THRESHOLD for s in tally.likeness), len(tally.likeness)),
+        mean(tally.likeness),
+        float(np.quantile(tally.likeness, 0.95)),
+        mean(tally.scores),
+        mean(tally.captions),
+        mean(tally.changes),
+        Share(tally.untouched, len(tally.changes)),
+        median(own / other for own, other in zip(tally.seconds, plain.seconds, strict=True)),
+        max(tally.peaks),
+    )
 
 
 def ordinary_caption_score(model: Model, wanted: Measurement, pairs: Sequence[Pair]) -> float:

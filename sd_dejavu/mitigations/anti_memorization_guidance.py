@@ -77,7 +77,7 @@ class Settings:
     threshold: float = option(0.3, "similarity above which the guidance acts, early on", minimum=-100, maximum=1)
     threshold_rise: float = option(0.1, "how much higher it is at the end", minimum=-100, maximum=100)
     threshold_rate: float = option(
-        5.0, "how late it rises: rise * exp(-rate t), t from 1 down to 0", minimum=0, maximum=1e3
+        5.0, "the rise goes as exp(-rate t), t from 1 down to 0; below 0 it falls", minimum=-1e3, maximum=1e3
     )
     training_schedule: TrainingSchedule = option(
         "stable diffusion", "the noise levels in which t is counted", choices=get_args(TrainingSchedule)
@@ -164,7 +164,7 @@ class AntiMemorization:
         s1, s2 = strengths(s, step.scale, settings)
         away = over_pixels(s1) * (step.conditional - step.unconditional)
         if self._encode is not None and bool((s2[near] > 0).any()):
-            captions = [self._guard.references.captions[i] for i in index[near.to(index.device)].tolist()]
+            captions = [self._guard.captions[i] for i in index[near.to(index.device)].tolist()]
             away = away + over_pixels(s2) * self._towards(step, near.tolist(), captions)
         if settings.dissimilarity:
             c3 = torch.full_like(s, settings.dissimilarity)

@@ -12,11 +12,8 @@ from ..reference.features import Features
 from ..reference.reference_set import Neighbours
 
 
-class References(Protocol):
+class Searched(Protocol):
     """What a mitigation needs of a reference set, wherever it is searched."""
-
-    @property
-    def captions(self) -> Sequence[str]: ...
 
     def search(self, queries: Tensor, k: int) -> Neighbours: ...
 
@@ -25,7 +22,8 @@ class References(Protocol):
 
 @dataclass(frozen=True)
 class Guard:
-    """Reference pictures, and the features that their rows were made with."""
+    """Reference pictures, the features that their rows were made with, and their captions ('' where unknown)."""
 
     features: Features
-    references: References
+    references: Searched
+    captions: Sequence[str]

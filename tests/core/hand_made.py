@@ -6,7 +6,8 @@ The network puts out, for an image x with mean m(x), the 4 numbers
 
 as a picture [1, 2, 2]. Hence for two conditionings with d = sum_n w_n (c_n - u_n), g = 1 + gain * m(x):
 the magnitude is k * |g| * ||d||, its gradient at row n is k * |g| * w_n * d / ||d||, and the norm of
-that is k * |g| * |w_n|. k is 1 for epsilon and flow and 1 / sqrt(1 + sigma^2) for v, whose noise
+that is k * |g| * |w_n|. A conditioning with an attention rule gives sum_n f_n w_n r_n over the rows kept, and the
+attention that row n gets is |r_n| / sum |r_m|. k is 1 for epsilon and flow and 1 / sqrt(1 + sigma^2) for v, whose noise
 prediction is eps = alpha * v + ... with alpha = 1 / sqrt(1 + sigma^2).
 """
 
@@ -45,7 +46,10 @@ class LinearDenoiser:
 
     def __call__(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         self.calls.append((x.shape[0], conditioning))
-        return denoised_from_output(self.output(x, conditioning.rows), x, sigma, self.prediction_type)
+        rows, rule = conditioning.rows, conditioning.attention
+        if rule is not None:
+            rows = rows * (rule.factors * rule.keep)[:, None]
+        return denoised_from_output(self.output(x, rows), x, sigma, self.prediction_type)
 
     # The rest of a Model.
     def encode(self, prompt: str) -> Conditioning:
@@ -58,7 +62,14 @@ class LinearDenoiser:
         return seeded_noise(SHAPE, seed, images)
 
     def decode(self, latents: Tensor) -> Tensor:
+        return self.pictures_of(latents)
+
+    def pictures_of(self, latents: Tensor) -> Tensor:
         return latents.expand(-1, 3, -1, -1)
+
+    def attention_mass(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        mass = conditioning.rows.norm(dim=2)
+        return (mass / mass.sum()).expand(x.shape[0], -1)
 
     @contextmanager
     def differentiable(self, checkpointing: bool = False) -> Iterator[None]:

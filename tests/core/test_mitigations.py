@@ -10,12 +10,15 @@ import torch
 from hand_made import LinearDenoiser, encoder, v_scale
 
 from sd_dejavu.conditioning import Conditioning, EncoderInput, Reencoding, TokenRow
+from sd_dejavu.demo.reference import bundled_reference
 from sd_dejavu.denoiser import seeded_noise
 from sd_dejavu.mitigations import Start, available, optimise_tokens
+from sd_dejavu.mitigations.guard import Guard
 from sd_dejavu.mitigations.optimise_conditioning import Settings, optimise
 from sd_dejavu.mitigations.perturb_prompt import perturb
 from sd_dejavu.mitigations.remove_trigger import Removed, remove_trigger
 from sd_dejavu.mitigations.remove_trigger import Settings as RemoveSettings
+from sd_dejavu.reference.features import Pixels
 
 SIGMA = 2.0
 TOKENS = (TokenRow("<s>", "start"), TokenRow("fox", "word", 0), TokenRow("</s>", "end"), TokenRow("pad", "end"))
@@ -301,12 +304,18 @@ def test_without_its_encoder_a_conditioning_is_refused() -> None:
 
 def test_every_method_of_the_folder_is_registered_once() -> None:
     assert list(available()) == [
+        "amg",
+        "attenuate-tokens",
+        "batch-wise-noise",
+        "guidance-transition",
         "optimise-conditioning",
         "optimise-tokens",
+        "per-sample-noise",
         "random-word",
         "random-number",
         "repeat-word",
         "remove-trigger",
+        "start-token",
     ]
 
 
@@ -314,13 +323,21 @@ def test_every_method_of_the_folder_is_registered_once() -> None:
 def test_outcomes_report_the_scores_that_measuring_again_gives(name: str) -> None:
     model, method = LinearDenoiser(), available()[name]
     model.encode = encoder(STRENGTHS)
-    given, begin = model.encode(PROMPT), start(model, 3.3)
+    guard = Guard(Pixels(2), bundled_reference(Pixels(2)), ["a caption"] * 200)
+    given, begin = model.encode(PROMPT), replace(start(model, 3.3), guard=guard)
     outcome = method.apply(model, given, begin, method.settings())
     without = sum(size for size, c in model.calls if c.prompt == "")
-    assert without == 2  # the unconditional prediction, once for each of 2 noises
+    if method.touches != "noise":
+        assert without == 2  # the unconditional prediction, once for each of 2 noises
     assert outcome.score_before == pytest.approx(9.2, rel=1e-4)
-    assert outcome.score_after == pytest.approx(begin.score(LinearDenoiser(), outcome.conditioning), rel=1e-4)
-    assert (outcome.conditioning.prompt == PROMPT) == (method.touches == "conditioning")
+    moved = begin if outcome.x is None else begin.moved(LinearDenoiser(), outcome.x)
+    assert outcome.score_after == pytest.approx(moved.score(LinearDenoiser(), outcome.conditioning), rel=1e-4)
+    assert (outcome.conditioning.prompt != PROMPT) == (method.touches == "prompt")
+    assert (outcome.x is not None) == (method.touches == "noise")
+    assert (outcome.attention is not None) == (method.touches == "attention")
+    if method.touches == "guidance":
+        assert outcome.rule is not None and outcome.rule() is not outcome.rule()  # a fresh one for each run
+        assert torch.equal(outcome.conditioning.rows, given.rows)
     if name in ("optimise-conditioning", "optimise-tokens", "remove-trigger"):
         assert outcome.details["reached"] == (outcome.score_after <= 3.3)
         assert model.differentiable_opened == 1
@@ -334,3 +351,25 @@ def test_a_start_scores_the_mean_magnitude_at_the_first_step(prediction_type) ->
     means = [stretch * float(image.mean()) for image in seeded_noise((1, 2, 2), 0, 3)]
     expected = v_scale(prediction_type, SIGMA) * sum(9.2 * abs(1 + 0.5 * m) for m in means) / 3
     assert begin.score(model, encode(PROMPT)) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["attenuate-tokens", "batch-wise-noise", "guidance-transition", "per-sample-noise", "start-token"]
+)
+def test_an_ordinary_prompt_is_left_alone(name: str) -> None:
+    model, method = LinearDenoiser(), available()[name]
+    given = encoder(STRENGTHS)(PROMPT)
+    outcome = method.apply(model, given, start(model, 9.3), method.settings())  # it scores 9.2
+    assert outcome.conditioning is given
+    assert (outcome.x, outcome.rule, outcome.attention) == (None, None, None)
+    assert outcome.score_after == outcome.score_before == pytest.approx(9.2, rel=1e-4)
+
+
+def test_methods_that_lack_what_they_need_say_so() -> None:
+    model, given = LinearDenoiser(), encoder(STRENGTHS)(PROMPT)
+    begin = start(model, 1.0)
+    with pytest.raises(ValueError, match="name a reference set"):
+        available()["amg"].apply(model, given, begin, available()["amg"].settings())
+    for name in ("batch-wise-noise", "per-sample-noise"):
+        with pytest.raises(ValueError, match="conditioning without the prompt is not at hand"):
+            available()[name].apply(model, given, replace(begin, unconditional=None), available()[name].settings())
