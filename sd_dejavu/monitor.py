@@ -22,7 +22,6 @@ from .conditioning import Conditioning, Unconditional, by_position
 from .denoiser import Model
 from .explain import confirmed_gradient, output_gradient
 from .mitigations import Outcome, Start, available
-from .mitigations.optimise_conditioning import Settings as OptimiseSettings
 from .settings import option, validate
 from .trace import NotMeasured, Trace
 from .verdict import BandStep, Explanation, Verdict
@@ -31,7 +30,12 @@ MAP_SIDE = 32  # of the where-map in a report
 
 WhenFlagged = Literal["report", "stop", "mitigate"]
 When = Literal["never", "flagged", "always"]
-Remedy = Literal["optimise", "remove-trigger"]
+OPTIMISE = "optimise"  # through the text encoder where it is at hand, else by its output rows
+OPTIMISING = ("optimise-tokens", "optimise-conditioning")
+REMEDIES = (
+    OPTIMISE,
+    *(name for name, known in available().items() if name not in OPTIMISING and not known.needs_references),
+)
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,11 @@ class Monitoring:
         "report: say so; stop: end the run at the first step; mitigate: go on with a conditioning that is not memorised",
         choices=get_args(WhenFlagged),
     )
-    remedy: Remedy = option(
-        "optimise",
-        "optimise: move the prompt's embedding; remove-trigger: drop the word that brings the memory about",
-        choices=get_args(Remedy),
+    remedy: str = option(
+        OPTIMISE,
+        "how to mitigate: "
+        + "; ".join(f"{name}: {available()[OPTIMISING[0] if name == OPTIMISE else name].help}" for name in REMEDIES),
+        choices=REMEDIES,
     )
     explain: When = option("flagged", "when to find out which words bring the score about", choices=get_args(When))
     score: ScoreKind = option("first step", "which evaluations the score averages", choices=get_args(ScoreKind))
@@ -130,13 +135,11 @@ class Watch:
             0,
             self.profile.quantile(ORDINARY_QUANTILE, "first step", 1),
         )
-        if self.monitoring.remedy == "remove-trigger":
-            method = available()["remove-trigger"]
-            settings = method.settings()
-        else:
-            method = available()["optimise-tokens" if conditioning.reencoding else "optimise-conditioning"]
-            settings = OptimiseSettings()
-        outcome = method.apply(model, conditioning, start, settings)
+        name = self.monitoring.remedy
+        if name == OPTIMISE:
+            name = OPTIMISING[0] if conditioning.reencoding else OPTIMISING[1]
+        method = available()[name]
+        outcome = method.apply(model, conditioning, start, method.settings())
         self.mitigated(outcome)
         return outcome
 

@@ -121,6 +121,7 @@ class Mitigation:
     cost: str
     settings: type
     apply: Callable[[Model, Conditioning, Start, Any], Outcome]
+    needs_references: bool = False
 
 
 def available() -> dict[str, Mitigation]:

@@ -218,5 +218,6 @@ MITIGATIONS = (
         cost="decoding, features and a search a step; where it acts, a backward pass through both and an evaluation",
         settings=Settings,
         apply=_apply,
+        needs_references=True,
     ),
 )

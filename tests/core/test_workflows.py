@@ -1,11 +1,12 @@
 """What the pack shows in ComfyUI beside its nodes: example workflows, help pages, texts. Read without the host.
 
-The nodes are read from their source, so nothing of the host or of torch is imported here.
+The nodes are read from their source, so nothing of the host is imported here; settings are the core's own.
 """
 
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from sd_dejavu.settings import options_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SOCKETS = ROOT / "nodes" / "sockets.py"
@@ -168,15 +171,11 @@ def _type(kind: ast.expr) -> str:
 
 def _settings(name: str, path: Path) -> Iterator[Input]:
     """The inputs that sockets.inputs_of makes of a settings class."""
-    path = _source(name, path)
-    (settings,) = (c for c in _tree(path).body if isinstance(c, ast.ClassDef) and c.name == name)
-    for line in settings.body:
-        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and isinstance(line.value, ast.Call):
-            choices = [k.value for k in line.value.keywords if k.arg == "choices"]
-            options = _literal(ast.unparse(choices[0]).removeprefix("get_args(")[:-1], path) if choices else ()
-            kinds = {"bool": "BOOLEAN", "int": "INT", "float": "FLOAT", "float | None": "FLOAT"}
-            kind = "COMBO" if options else kinds[ast.unparse(line.annotation)]
-            yield Input(line.target.id, kind, ast.literal_eval(line.value.args[1]), options=options)
+    place = _source(name, path).relative_to(ROOT).with_suffix("")
+    for known in options_of(getattr(importlib.import_module(".".join(place.parts)), name)):
+        kinds = {bool: "BOOLEAN", int: "INT", float: "FLOAT"}
+        kind = kinds.get(known.kind, "COMBO" if known.choices else "STRING")
+        yield Input(known.name, kind, known.help, options=known.choices)
 
 
 def _assigned(name: str, path: Path) -> ast.expr:

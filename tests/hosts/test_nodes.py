@@ -6,10 +6,13 @@ import base64
 import io
 import json
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import graphs
 import miniature
+import numpy as np
 import pytest
 from comfyui_server import ComfyServer
 from graphs import node
@@ -31,6 +34,10 @@ OURS = {
     "DejaVuPerturbPrompt",
     "DejaVuDemoModel",
 }
+
+
+def pixels(comfy: ComfyServer, outputs: dict[str, Any]) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(comfy.view(outputs["save"]["images"][0]))).convert("RGB"))
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +234,38 @@ def test_a_flagged_run_goes_on_with_another_conditioning(comfy: ComfyServer, mem
     assert mitigation["verdicts"][0]["flagged"] is False
     # The model is as it was: the same prompt flags with the same score again.
     assert scores(report(comfy, watched(demo(memorised, steps=3)))) == pytest.approx(scores(document), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("remedy", "sampler"),
+    [
+        *product(
+            ["guidance-transition", "batch-wise-noise", "start-token", "attenuate-tokens"],
+            ["euler", "dpmpp_2m", "heun"],
+        ),
+        ("per-sample-noise", "euler"),  # takes its time
+    ],
+)
+def test_a_flagged_run_goes_on_from_other_noise_or_with_another_rule(
+    comfy: ComfyServer, memorised: str, remedy: str, sampler: str
+) -> None:
+    run = {"steps": 8, "seed": 60, "sampler": sampler}
+    plain, mitigated = (
+        comfy.run(watched(demo(memorised, **run), when_flagged=act, remedy=remedy)) for act in ("report", "mitigate")
+    )
+    (document,) = mitigated["verdict"]["dejavu"]
+    (before,) = plain["verdict"]["dejavu"][0]["verdicts"]
+    assert document["flagged"] is True and document["notes"] == []
+    assert document["verdicts"][0]["score"] == pytest.approx(before["score"], rel=1e-5)
+    mitigation = document["mitigation"]
+    # What was read of the run that was drawn is what the method has said.
+    assert mitigation["verdicts"][0]["score"] == pytest.approx(mitigation["score_after"], rel=1e-2)
+    assert len(mitigation["verdicts"][0]["score_per_step"]) == len(before["score_per_step"])
+    drawn = [pixels(comfy, outputs) for outputs in (plain, mitigated)]
+    assert np.abs(drawn[0].astype(int) - drawn[1]).mean() > 3
+    # Nothing stays with the model.
+    again = comfy.run(watched(demo(memorised, **run), when_flagged="report", explain="always"))
+    assert (pixels(comfy, again) == drawn[0]).all()
 
 
 def test_a_flagged_run_can_be_ended_with_a_reason(comfy: ComfyServer, memorised: str) -> None:

@@ -18,10 +18,12 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
+from ...attention import AttentionRule, watched_attention
 from ...conditioning import Conditioning
 from ...demo import bundled
 from ...denoiser import PredictionType, seeded_noise
 from ..aliases import differentiable, normal
+from .attention import attending
 from .gradients import checkpointed, make_room, plain_attention
 from .text import SOURCE, encode
 
@@ -87,17 +89,19 @@ class ComfyModel:
         raise ValueError("pictures are decoded by the host's own nodes")
 
     def attention_mass(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        raise ValueError("the attention of tokens cannot be read here")
+        with torch.no_grad(), watched_attention(self._inner.diffusion_model) as mass:
+            self(x, sigma, conditioning)
+        return mass.mean()
 
     def __call__(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        if conditioning.attention is not None:
-            raise ValueError("the attention of tokens cannot be changed here")
         comfy.model_management.throw_exception_if_processing_interrupted()
-        return self.calculate([self.entry_with(conditioning, x)], x, sigma)
+        return self.calculate([self.entry_with(conditioning, x)], x, sigma, conditioning.attention)
 
-    def calculate(self, entries: list[dict[str, Any]], x: Tensor, sigma: Tensor) -> Tensor:
+    def calculate(
+        self, entries: list[dict[str, Any]], x: Tensor, sigma: Tensor, attention: AttentionRule | None = None
+    ) -> Tensor:
         """The host's own prediction for a list of its processed conditionings."""
-        options = self._options
+        options = attending(self._options, attention)
         if self._plain_attention:
             transformer = {**options.get("transformer_options", {}), "optimized_attention_override": plain_attention}
             options = {**options, "transformer_options": transformer}
@@ -111,7 +115,8 @@ class ComfyModel:
         for name, cond in entry["model_conds"].items():
             value = getattr(cond, "cond", None)
             held[name] = cond._copy_with(normal(value)) if isinstance(value, Tensor) else cond
-        rows = normal(conditioning.rows).to(x.device)
+        kept = conditioning.rows if conditioning.attention is None else conditioning.attention.rows(conditioning.rows)
+        rows = normal(kept).to(x.device)
         held["c_crossattn"] = comfy.conds.CONDCrossAttn(rows)
         pooled = conditioning.extras.get("pooled_output")
         if pooled is not None and "y" in held:

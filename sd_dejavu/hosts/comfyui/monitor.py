@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ import comfy.patcher_extension
 import torch
 from torch import Tensor
 
+from ...attention import AttentionRule
 from ...calibration.profile import Profile
 from ...conditioning import Conditioning, Unconditional
 from ...denoiser import Predictions
+from ...guidance import GuidanceRule, GuidedStep
 from ...monitor import Monitoring, Report, Watch, flagged
 from . import graph
+from .attention import attending
 from .model import ComfyModel
 from .setting import kind_of, profile_for, setting_of
 from .text import SOURCE, Source, conditioning_of
@@ -34,6 +38,14 @@ log = logging.getLogger("dejavu")
 
 class Stopped(RuntimeError):
     """The monitor was told to end flagged runs, and this one was flagged."""
+
+
+class OtherNoise(Exception):
+    """A remedy has changed the noise that the run began with: it begins again, ``moved`` away in the model's scale."""
+
+    def __init__(self, moved: Tensor) -> None:
+        super().__init__("this run begins again from other noise")
+        self.moved = moved
 
 
 # ---------------------------------------------------------------------------------------- monitor
@@ -50,6 +62,9 @@ class Run:
     output: tuple[Any, ...] | None = None
     negative: Unconditional | None = None  # what the host's negative conditioning was found to be
     from_picture: bool = False
+    acted: bool = False  # judged, and mitigated where that was asked for
+    rule: GuidanceRule | None = None  # in place of plain guidance, since a mitigation
+    attention: AttentionRule | None = None
     cond: Tensor | None = field(default=None, repr=False)
     uncond: Tensor | None = field(default=None, repr=False)
 
@@ -116,7 +131,12 @@ class Monitor:
 
         options["sampler_post_cfg_function"] = [*before, read]
         try:
-            samples = executor(noise, latent_image, sampler, sigmas, *a, **k)
+            try:
+                samples = executor(noise, latent_image, sampler, sigmas, *a, **k)
+            except OtherNoise as found:
+                run.evaluations = 0
+                noise = noise + (found.moved / _noise_unit(guider, sampler, sigmas)).to(noise)
+                samples = executor(noise, latent_image, sampler, sigmas, *a, **k)
             run.watch.finished = True
         finally:
             options["sampler_post_cfg_function"] = before
@@ -134,7 +154,7 @@ class Monitor:
         """Our own faults never cost a picture; the host's interruption, and ending a flagged run, pass."""
         try:
             yield
-        except (comfy.model_management.InterruptProcessingException, Stopped):
+        except (comfy.model_management.InterruptProcessingException, Stopped, OtherNoise):
             raise
         except Exception as error:
             if isinstance(error, comfy.model_management.OOM_EXCEPTION):
@@ -150,17 +170,17 @@ class Monitor:
         self, executor: Any, x: Tensor, timestep: Tensor, model_options: Any = None, seed: Any = None
     ) -> Tensor:
         options = {} if model_options is None else model_options
-        denoised = executor(x, timestep, options, seed)
         if not self._open:
-            return denoised
+            return executor(x, timestep, options, seed)
         run, guider = self._open[-1], executor.class_obj
+        denoised = executor(x, timestep, self._as_mitigated(run, guider, options), seed)
         changed = None
         with self._guarded(run):
             changed = self._after(run, guider, x, timestep, options)
         run.evaluations += 1
         run.cond = run.uncond = None
         if changed is not None:
-            denoised = executor(x, timestep, options, seed)
+            denoised = executor(x, timestep, self._as_mitigated(run, guider, options), seed)
             if run.uncond is None:
                 with self._guarded(run):
                     self._measure_apart(run, changed, guider, x, timestep)
@@ -214,8 +234,9 @@ class Monitor:
                 watch.trace.skip(sigma[0], "guidance is off here, and only the steps of the score are measured")
             else:
                 self._measure_apart(run, model, guider, x, sigma)
-        if run.evaluations or model is None:
+        if run.acted or run.evaluations or model is None:
             return None
+        run.acted = True
         self._identify(run, model, guider)
         self._on_progress(run.number, watch)
         return model if self._act(run, model, guider, x, sigma) else None
@@ -292,9 +313,49 @@ class Monitor:
             raise Stopped(_stop_message(watch))
         if not mitigating or conditioning is None:
             return False
-        changed = watch.find_remedy(model, conditioning, x, sigma, run.uncond).conditioning
-        guider.conds["positive"] = [model.entry_with(changed, x)]
+        without = guider.conds.get("negative") or []
+        outcome = watch.find_remedy(
+            model,
+            conditioning,
+            x,
+            sigma,
+            run.uncond,
+            conditioning_of(without[0]["cross_attn"], without[0]) if len(without) == 1 else None,
+        )
+        if outcome.conditioning is not conditioning:
+            guider.conds["positive"] = [model.entry_with(outcome.conditioning, x)]
+        run.rule, run.attention = outcome.rule() if outcome.rule else None, outcome.attention
+        if outcome.x is not None:
+            raise OtherNoise(outcome.x.to(x) - x)
         return True
+
+    def _as_mitigated(self, run: Run, guider: Any, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of an evaluation with the run's own guidance and attention, where a mitigation has brought some."""
+        options = attending(options, run.attention)
+        rule = run.rule
+        if rule is None:
+            return options
+
+        def guide(arguments: dict[str, Any]) -> Tensor:  # the host takes what it gives from x
+            x, sigma = arguments["input"], arguments["sigma"]
+            if arguments["input_uncond"] is None:
+                run.watch.note(f"guidance is off, so {self.monitoring.remedy} has nothing to change")
+                guided: Tensor = x - arguments["cond_denoised"]
+                return guided
+            sigmas = options.get("transformer_options", {}).get("sample_sigmas", sigma[:1])
+            model = ComfyModel(
+                guider.model_patcher, guider.inner_model, guider.conds["positive"][0], options, sigmas, x
+            )
+            with_prompt, without = arguments["cond_denoised"], arguments["uncond_denoised"]
+            step = GuidedStep(
+                x, sigma, with_prompt, without, arguments["cond_scale"], run.evaluations, partial(model, x, sigma)
+            )
+            denoised = step.plain
+            with self._guarded(run):
+                denoised = rule(step)
+            return x - denoised
+
+        return {**options, "sampler_cfg_function": guide}
 
     def _conditioning(self, watch: Watch, entries: list[dict[str, Any]]) -> Conditioning | None:
         if len(entries) != 1:
@@ -316,6 +377,14 @@ class Monitor:
                 "with the Text Encode (Déjà Vu) node, or link CLIP to the monitor, to name them more surely"
             )
         return found
+
+
+def _noise_unit(guider: Any, sampler: Any, sigmas: Tensor) -> Tensor:
+    """What one unit of noise is in the x that a run of these sigmas begins with."""
+    sampling = guider.inner_model.model_sampling
+    all_noise = sampler.max_denoise(guider, sigmas)
+    unit: Tensor = sampling.noise_scaling(sigmas[0], torch.ones(1), torch.zeros(1), all_noise)
+    return unit
 
 
 def _covers(entries: Any, sigma: Tensor) -> bool:

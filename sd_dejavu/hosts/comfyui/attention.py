@@ -1,0 +1,35 @@
+"""Attention rules in ComfyUI: the host lets a patch change the keys' context of every cross-attention apart from the values'."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...attention import AttentionRule
+
+POSITIVE = 0  # the host's number for the prompt among the conditionings of a batch
+
+
+def attending(options: dict[str, Any], rule: AttentionRule | None) -> dict[str, Any]:
+    """The host's options of an evaluation, in which the prompt is attended to by ``rule``."""
+    if rule is None:
+        return options
+    transformer = options.get("transformer_options", {})
+    patches = transformer.get("patches", {})
+    factors = rule.kept_factors
+
+    def scale(n: Tensor, context: Tensor, values: Tensor, extra: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        # The keys are linear in the context and have no bias: scaling a row scales its logits.
+        times, rest = divmod(context.shape[1], len(factors))
+        which = extra["cond_or_uncond"]
+        if rest or not times:
+            return n, context, values
+        prompts = torch.tensor([kind == POSITIVE for kind in which], device=context.device)
+        prompts = prompts.repeat_interleave(context.shape[0] // len(which))
+        scaled = context * factors.repeat(times).to(context)[None, :, None]
+        return n, torch.where(prompts[:, None, None], scaled, context), values
+
+    known = [*patches.get("attn2_patch", []), scale]
+    return {**options, "transformer_options": {**transformer, "patches": {**patches, "attn2_patch": known}}}
