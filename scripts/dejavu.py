@@ -111,6 +111,8 @@ class DejaVuScript(scripts.Script):
     # ------------------------------------------------------------------------------------ runs
 
     def process(self, p: Any, *arguments: Any) -> None:
+        if isinstance(SESSION.watching, run.Run):
+            SESSION.watching.end()  # a fault of the host's has cut it short
         SESSION.watching = None
         SESSION.panel, SESSION.documents = "", []
         with _guarded(p):

@@ -195,6 +195,30 @@ def test_a_mitigated_picture_is_no_copy(calibrated: WebUIServer, remedy: str, sa
     assert (pixels(again) == pixels(plain)).all()
 
 
+@pytest.mark.parametrize("sampler", ["Euler", "DPM++ 2M", "Heun"])
+@pytest.mark.parametrize("remedy", ["guidance-transition", "start-token", "attenuate-tokens"])
+def test_other_remedies_draw_other_pictures(calibrated: WebUIServer, remedy: str, sampler: str) -> None:
+    run = {"sampler_name": sampler, "override_settings": KNOWN, "steps": 6}
+    prompt = MEMORISED[0].text
+    plain = calibrated.txt2img(prompt=prompt, **run)
+    settings = {"when_flagged": "mitigate", "remedy": remedy, "explain": "never", "alpha": ALPHA}
+    generated, (document,) = watched(calibrated, prompt, settings, **run)
+    assert document["flagged"] is True and document["notes"] == []
+    mitigation = document["mitigation"]
+    (after,) = mitigation["verdicts"]
+    assert after["score"] == pytest.approx(mitigation["score_after"], rel=1e-2)
+    assert len(after["score_per_step"]) >= 6 and None not in after["score_per_step"]
+    assert np.abs(pixels(plain) - pixels(generated)).mean() > 1
+    # Nothing of it stays.
+    again = calibrated.txt2img(prompt=prompt, **run)
+    assert (pixels(again) == pixels(plain)).all() and errors_of_ours(calibrated) == []
+
+
+def test_noise_cannot_be_changed_here(calibrated: WebUIServer) -> None:
+    calibrated.txt2img(alwayson_scripts={NAME: {"args": [{"remedy": "batch-wise-noise"}]}})
+    assert "remedy must be one of" in calibrated.log()
+
+
 def test_a_flagged_run_can_be_ended(calibrated: WebUIServer) -> None:
     began = time.monotonic()
     generated, (document,) = watched(

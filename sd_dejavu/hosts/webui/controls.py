@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_args
 
-from ...mitigations import perturb_prompt
-from ...monitor import Monitoring, Report
+from ...mitigations import available, perturb_prompt
+from ...monitor import OPTIMISE, Monitoring, Report
 from ...report.wording import label, number, p_text
 from ...settings import Option, options_of
 
 INFOTEXT = "Déjà Vu settings"
 NOT_CHANGED = "none"
 
+
+def _here(known: Option) -> Option:
+    """Remedies that begin a run again from other noise are left out: these hosts let nobody do that."""
+    possible = (name for name in known.choices if name == OPTIMISE or available()[name].touches != "noise")
+    return replace(known, choices=tuple(possible)) if known.name == "remedy" else known
+
+
 OPTIONS: tuple[Option, ...] = (
-    *options_of(Monitoring),
+    *(_here(known) for known in options_of(Monitoring)),
     Option(
         "perturb",
         NOT_CHANGED,
@@ -53,10 +60,11 @@ def read(arguments: Sequence[Any], changes: Mapping[str, Any] | None = None) -> 
         known = ", ".join(values)
         raise ValueError(f"Déjà Vu has no argument {', '.join(sorted(unknown))}; it has {known}")
     values |= given
+    for option in OPTIONS:
+        if option.choices and values[option.name] not in option.choices:
+            shown = option.name.replace("_", " ")
+            raise ValueError(f"{shown} must be one of {', '.join(option.choices)}, not {values[option.name]!r}")
     monitoring = Monitoring(**{field.name: values[field.name] for field in fields(Monitoring)})
-    kinds = next(known.choices for known in OPTIONS if known.name == "perturb")
-    if values["perturb"] not in kinds:
-        raise ValueError(f"perturb must be one of {', '.join(kinds)}, not {values['perturb']!r}")
     insertions = perturb_prompt.Settings(int(values["insertions"])).insertions
     return Wanted(bool(values["enabled"]), monitoring, values["perturb"], insertions)
 

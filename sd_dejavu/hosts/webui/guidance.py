@@ -9,7 +9,7 @@ Forge                                sigma        denoised
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...attention import AttentionRule, scaled_keys, watched_attention
 from ...conditioning import Conditioning
 from ...denoiser import PredictionType, over_pixels, seeded_noise
 from ..aliases import differentiable
@@ -56,11 +57,17 @@ def checkpoint_of(sd_model: Any) -> str:
 def cond_of(conditioning: Conditioning, images: int, like: Cond) -> Cond:
     """A host's conditioning from the core's: its rows, and for SDXL the vector, once for each picture."""
     known = like["crossattn"] if isinstance(like, dict) else like
-    rows = conditioning.rows.to(known.device, known.dtype).expand(images, -1, -1)
+    rows = attended_rows(conditioning).to(known.device, known.dtype).expand(images, -1, -1)
     if not isinstance(like, dict):
         return rows
     vector = conditioning.extras["vector"].to(rows).expand(images, -1)
     return {**like, "crossattn": rows, "vector": vector}
+
+
+def attended_rows(conditioning: Conditioning) -> Tensor:
+    """The rows that the model is given: without those that its attention rule leaves out."""
+    rule = conditioning.attention
+    return conditioning.rows if rule is None else rule.rows(conditioning.rows)
 
 
 def rows_of(cond: Cond, place: slice | int) -> Conditioning:
@@ -115,6 +122,26 @@ class Automatic1111:
             given = {"c_crossattn": [cond], "c_concat": [image_cond]}
         found = step.denoiser.inner_model(x, level, cond=given)
         return self.denoised(Step(step.denoiser, x, level, None, cond, None), found)
+
+    def network(self, step: Step) -> torch.nn.Module:
+        found: torch.nn.Module = step.sd_model.model.diffusion_model
+        return found
+
+    @contextmanager
+    def attending(self, step: Step, rule: AttentionRule) -> Iterator[None]:
+        """While open, an evaluation of the host's attends to its prompts by ``rule``: theirs are the first rows."""
+        prompts = (step.text_cond["crossattn"] if isinstance(step.text_cond, dict) else step.text_cond).shape[0]
+        place = [0, 0]  # where the rows of this call begin and end among those of the evaluation
+
+        def call(module: Any, given: tuple[Any, ...]) -> None:
+            place[:] = place[1], place[1] + given[0].shape[0]
+
+        handle = self.network(step).register_forward_pre_hook(call)
+        try:
+            with scaled_keys(self.network(step), rule, lambda batch: torch.arange(place[0], place[1]) < prompts):
+                yield
+        finally:
+            handle.remove()
 
     def prediction_type(self, step: Step) -> PredictionType:
         if getattr(step.sd_model, "is_sd3", False):
@@ -189,6 +216,28 @@ class Forge:
             level = level.clone()
         found, _ = calc_cond_uncond_batch(unet.model, entries, None, x, level, unet.model_options)
         return found.float()
+
+    def network(self, step: Step) -> torch.nn.Module:
+        found: torch.nn.Module = self._unet(step).model.diffusion_model
+        return found
+
+    @contextmanager
+    def attending(self, step: Step, rule: AttentionRule) -> Iterator[None]:
+        """While open, an evaluation of the host's attends to its prompts by ``rule``: the host marks their rows."""
+        marks: list[int] = []
+
+        def call(module: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            marks[:] = named["transformer_options"]["cond_or_uncond"]
+
+        def prompts(batch: int) -> Tensor:
+            return torch.tensor([mark == 0 for mark in marks]).repeat_interleave(batch // len(marks))
+
+        handle = self.network(step).register_forward_pre_hook(call, with_kwargs=True)
+        try:
+            with scaled_keys(self.network(step), rule, prompts):
+                yield
+        finally:
+            handle.remove()
 
     def prediction_type(self, step: Step) -> PredictionType:
         kind = self._unet(step).model.predictor.prediction_type
@@ -284,16 +333,18 @@ class GuidedModel:
         raise ValueError("pictures are decoded by the host itself")
 
     def attention_mass(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        raise ValueError("the attention of tokens cannot be read here")
+        with torch.no_grad(), watched_attention(self.host.network(self.step)) as mass:
+            self(x, sigma, conditioning)
+        return mass.mean()
 
     def __call__(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        if conditioning.attention is not None:
-            raise ValueError("the attention of tokens cannot be changed here")
         _heed_interruption()
         count = x.shape[0] // conditioning.rows.shape[0]
         if count > 1 and conditioning.rows.shape[0] > 1:
             conditioning = conditioning.repeat(count)
-        return self.host.predict(self.step, x, cond_of(conditioning, x.shape[0], self.step.text_cond))
+        rule = conditioning.attention
+        with nullcontext() if rule is None else scaled_keys(self.host.network(self.step), rule):
+            return self.host.predict(self.step, x, cond_of(conditioning, x.shape[0], self.step.text_cond))
 
     @contextmanager
     def differentiable(self, checkpointing: bool = False) -> Iterator[None]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from ...calibration.ordinary_prompts import ordinary_prompts
 from ...calibration.profile import Profile, Setting
 from ...conditioning import Conditioning, Unconditional
 from ...denoiser import Predictions
+from ...guidance import GuidanceRule, GuidedStep
 from ...measure import Measurement
 from ...monitor import Monitoring, Report, Watch, flagged
-from .guidance import Automatic1111, Cond, Forge, GuidedModel, Step, checkpoint_of, cond_of, rows_of
+from .guidance import Automatic1111, Cond, Forge, GuidedModel, Step, attended_rows, checkpoint_of, rows_of
 
 Host = Automatic1111 | Forge
 
@@ -48,6 +50,7 @@ class Group:
     images: list[int]
     watch: Watch
     instead: Conditioning | None = None  # what is sampled since a mitigation
+    rule: GuidanceRule | None = None  # in place of plain guidance, since a mitigation
 
 
 @dataclass
@@ -74,6 +77,7 @@ class Run:
         self._folder = folder
         self.passes: list[Pass] = []
         self._open: Pass | None = None
+        self._attending = ExitStack()  # while the host evaluates
 
     # ------------------------------------------------------------------------------- passes
 
@@ -114,6 +118,7 @@ class Run:
 
     def end(self) -> None:
         """The batch is done."""
+        self._attending.close()
         for known in self.passes:
             for group in known.groups:
                 group.watch.finished, group.watch.base = True, None
@@ -150,9 +155,11 @@ class Run:
             changed = [group for group in self._open.groups if group.instead is not None]
             if changed:
                 params.text_cond = self._with(step.text_cond, self._parts(step), changed)
+                self._attend(step)
 
     def after_automatic1111(self, params: Any) -> None:
         """After an evaluation of Automatic1111: ``params.x`` holds the network's results, the negative prompt's last."""
+        self._attending.close()
         if self._open is None or self._open.step is None:
             return
         with self._guarded():
@@ -166,34 +173,49 @@ class Run:
                 without = results[-images:]
                 joined = [without[i] + sum(w * (results[j] - without[i]) for j, w in parts[i]) for i in range(images)]
                 first = torch.stack([results[part[0][0]] for part in parts])
-                if self._open.groups[0].watch.measures(self._open.evaluations) and torch.equal(first, without):
-                    # The negative prompt was skipped here: what stands in its place is the prompt's own.
-                    self._measure_apart(step, torch.stack(joined))
-                else:
+                groups = self._open.groups
+                matters = groups[0].watch.measures(self._open.evaluations) or any(group.rule for group in groups)
+                # Where the negative prompt is skipped, the prompt's own result stands in its place.
+                guided = not (matters and torch.equal(first, without))
+                if guided:
                     self._record(torch.stack(joined), without)
-                for image, changed in self._act(step, parts).items():
-                    own = step.of([image])
-                    found = self.host.predict(own, self.host.scaled(own, own.x), changed)
-                    params.x[parts[image][0][0]] = self.host.output(own, found)[0].to(params.x)
+                else:
+                    self._measure_apart(step, torch.stack(joined))
+                for image, found in self._act(step, parts).items():
+                    params.x[parts[image][0][0]] = self.host.output(step.of([image]), found)[0].to(params.x)
+                ruled = self._ruled(step, torch.stack(joined), without) if guided else {}
+                for image, wanted in ruled.items():
+                    # The host guides on: it is given the result with the prompt from which it comes to what is wanted.
+                    row, weight = parts[image][0]
+                    strength = weight * self._open.scale * step.denoiser.cond_scale_miltiplier
+                    end = self.host.output(step.of([image]), wanted)[0].to(params.x)
+                    begin = params.x[image - images]
+                    params.x[row] = begin + (end - begin) / strength
         self._open.evaluations += 1
 
     def after_forge(self, arguments: dict[str, Any]) -> Tensor:
         """After Forge's guidance; what it shall go on with."""
+        self._attending.close()
         denoised: Tensor = arguments["denoised"]
         if self._open is None or self._open.step is None:
             return denoised
         with self._guarded():
             step = self._open.step
             parts = self._parts(step)
-            without = arguments["uncond_denoised"]
-            if arguments.get("uncond") is None or not bool(without.any()):
-                self._measure_apart(step, arguments["cond_denoised"])
-            else:
+            without, conditional = arguments["uncond_denoised"], arguments["cond_denoised"]
+            guided = arguments.get("uncond") is not None and bool(without.any())
+            if guided:
                 strength = sum(entry.get("strength", 1) for entry in arguments["cond"])
-                self._record(without + strength * (arguments["cond_denoised"] - without), without)
-            changed = self._act(step, parts)
-            if changed:
-                denoised = self._guided_again(arguments, changed)
+                conditional = without + strength * (conditional - without)
+                self._record(conditional, without)
+            else:
+                self._measure_apart(step, conditional)
+            if self._act(step, parts):
+                denoised = self._guided_again(arguments)
+            ruled = self._ruled(step, conditional, without) if guided else {}
+            denoised = denoised.clone() if ruled else denoised
+            for image, wanted in ruled.items():
+                denoised[image] = wanted[0].to(denoised)
         self._open.evaluations += 1
         return denoised
 
@@ -261,15 +283,18 @@ class Run:
 
     # --------------------------------------------------------------------------------- acting
 
-    def _act(self, step: Step, parts: list[list[tuple[int, float]]]) -> dict[int, Cond]:
-        """At the first evaluation: judge, explain, and what each picture of a mitigated prompt goes on with."""
+    def _act(self, step: Step, parts: list[list[tuple[int, float]]]) -> dict[int, Tensor]:
+        """At the first evaluation: judge, explain, mitigate.
+
+        The denoised prediction [1, C, H, W] of each picture whose prompt was mitigated by another conditioning.
+        """
         known = self._open
         assert known is not None
         if known.evaluations:
             return {}
         sigma = float(self.host.sigma(step)[0])
         model = GuidedModel(self.host, step, [sigma] + [0.0] * known.steps)
-        changed: dict[int, Cond] = {}
+        changed: dict[int, Tensor] = {}
         for group in known.groups:
             watch = group.watch
             watch.setting = self._setting(model, known, watch)
@@ -292,11 +317,13 @@ class Run:
                         with self._guarded(group):
                             watch.look_at_words(own_model, conditioning, x, level, watch.base)
                     if mitigating and conditioning is not None:
-                        found = watch.find_remedy(own_model, conditioning, x, level, watch.base)
-                        group.instead = found.conditioning
-                        one = cond_of(group.instead, 1, step.text_cond)
-                        changed.update(dict.fromkeys(group.images, one))
-                        self._record_after(own, own_model, group, x, level)
+                        outcome = watch.find_remedy(own_model, conditioning, x, level, watch.base)
+                        group.rule = outcome.rule() if outcome.rule else None
+                        if outcome.conditioning is not conditioning:
+                            group.instead = self._fitting(outcome.conditioning)
+                        found = self._first_of(own_model, group, outcome.conditioning, x, level)
+                        if group.instead is not None:
+                            changed.update(zip(group.images, found.split(1), strict=True))
             if is_flagged and wanted.when_flagged == "stop":
                 from modules import shared
 
@@ -305,14 +332,46 @@ class Run:
                 shared.state.interrupt()
         return changed
 
-    def _record_after(self, step: Step, model: GuidedModel, group: Group, x: Tensor, sigma: Tensor) -> None:
-        """The first reading under the mitigation."""
-        assert group.instead is not None and group.watch.base is not None
+    def _fitting(self, conditioning: Conditioning) -> Conditioning:
+        """Raises ValueError for a change of attention in a batch of several prompts, whose rows share one length."""
+        assert self._open is not None
+        if conditioning.attention is not None and len(self._open.groups) > 1:
+            raise ValueError("attention can only be changed where all pictures of a batch have one prompt")
+        return conditioning
+
+    def _first_of(self, model: GuidedModel, group: Group, sampled: Conditioning, x: Tensor, sigma: Tensor) -> Tensor:
+        """The denoised prediction [B, C, H, W] of a mitigated prompt, which is also the first reading of it."""
+        assert group.watch.base is not None
         with torch.no_grad():
-            found = model(x, sigma, group.instead)
+            found = model(x, sigma, sampled)
         before = group.watch.before
         kind = before.without if before is not None and before.without else "empty prompt"
         group.watch.trace.record(Predictions(found, group.watch.base, sigma, kind))
+        return found
+
+    def _attend(self, step: Step) -> None:
+        """Where a mitigation has changed the attention, the host's next evaluation attends so."""
+        assert self._open is not None
+        rules = [group.instead.attention for group in self._open.groups if group.instead is not None]
+        if rules and rules[0] is not None:
+            self._attending.enter_context(self.host.attending(step, rules[0]))
+
+    def _ruled(self, step: Step, conditional: Tensor, without: Tensor) -> dict[int, Tensor]:
+        """What the pictures of prompts with a rule for guidance go on with, [1, C, H, W] each."""
+        known = self._open
+        assert known is not None
+        found: dict[int, Tensor] = {}
+        for group in known.groups:
+            if group.rule is None:
+                continue
+            with self._guarded(group):
+                own = step.of(group.images)
+                x, sigma = self.host.scaled(own, own.x), self.host.sigma(own)
+                ask = partial(GuidedModel(self.host, own, [float(sigma[0]), 0.0]), x, sigma)
+                both = conditional[group.images], without[group.images]
+                guided = group.rule(GuidedStep(x, sigma, *both, known.scale, known.evaluations, ask))
+                found.update(zip(group.images, guided.split(1), strict=True))
+        return found
 
     def _setting(self, model: GuidedModel, known: Pass, watch: Watch) -> Setting:
         without = watch.trace.without or self.monitoring.without
@@ -366,7 +425,9 @@ class Run:
         vector = cond["vector"].clone() if isinstance(cond, dict) else None
         for group in groups:
             assert group.instead is not None
-            new = group.instead.rows.to(rows)
+            new = attended_rows(group.instead).to(rows)
+            if group.instead.attention is not None:  # the only prompt of the batch: no other rows share its length
+                rows = rows[:, :1].expand(-1, new.shape[1], -1).clone()
             longest = max(rows.shape[1], new.shape[1])
             rows, new = _lengthened(rows, longest), _lengthened(new, longest)
             for image in group.images:
@@ -380,7 +441,7 @@ class Run:
         swapped: Cond = kind({**cond, "crossattn": rows, "vector": vector}, rows.shape)
         return swapped
 
-    def _guided_again(self, arguments: dict[str, Any], changed: dict[int, Cond]) -> Tensor:
+    def _guided_again(self, arguments: dict[str, Any]) -> Tensor:
         """Forge's guidance once more for this step, with the changed conditionings."""
         from backend.sampling.sampling_function import sampling_function_inner
 
@@ -399,9 +460,13 @@ class Run:
         options = dict(arguments["model_options"])
         options["sampler_post_cfg_function"] = [f for f in options["sampler_post_cfg_function"] if not hasattr(f, MARK)]
         uncond, scale = arguments["uncond"], known.scale
-        again: Tensor = sampling_function_inner(
-            arguments["model"], arguments["input"], arguments["sigma"], uncond, entries, scale, options
-        )
+        self._attend(known.step)
+        try:
+            again: Tensor = sampling_function_inner(
+                arguments["model"], arguments["input"], arguments["sigma"], uncond, entries, scale, options
+            )
+        finally:
+            self._attending.close()
         return again
 
     # --------------------------------------------------------------------------------- faults
