@@ -250,12 +250,13 @@ def test_parquet(tmp_path: Path, form: str) -> None:
     pictures = [data(n) for n in range(5)]
     values: list[Any] = [None if n == 3 else p for n, p in enumerate(pictures)]
     if form == "struct":
-        values = [{"bytes": v, "path": f"/home/someone/{n}.png"} for n, v in enumerate(values)]
+        values = [{"bytes": v, "path": f"/somewhere/{n}.png"} for n, v in enumerate(values)]
     table = pa.table({"image": values, "text": ["a", None, "c", "d", "\n e"]})
     pq.write_table(table, tmp_path / "t.parquet", row_group_size=2)
     made = build(tmp_path / "t.parquet", tmp_path / "set", Grey())
     assert made.names == tuple(f"t.parquet/row-{n}" for n in (0, 1, 2, 4))
     assert made.captions == ("a", "", "c", "e")
+    assert "somewhere" not in (tmp_path / "set.json").read_text()
     assert skipped(made) == {"t.parquet/row-3": "the row holds no bytes of a picture"}
     source = open_source(tmp_path / "t.parquet")
     for start in range(6):

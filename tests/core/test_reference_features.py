@@ -18,8 +18,8 @@ from sd_dejavu.reference.features import (
     KINDS,
     OPENAI_CLIP,
     SSCD,
-    Features,
     FeatureError,
+    Features,
     FeatureSettings,
     Grey,
     HostVision,
@@ -29,8 +29,6 @@ from sd_dejavu.reference.features import (
     load,
 )
 from sd_dejavu.similarity import grey_correlation
-
-WEIGHTS = {"sscd": "file.pt", "clip": "clip", "dinov2": "dino"}
 
 
 def pictures(seed: int, count: int, height: int = 60, width: int = 90) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -200,7 +201,7 @@ def test_a_name_with_dots_keeps_them() -> None:
 def test_features_are_checked_on_load(tmp_path: Path) -> None:
     made(rows(9, 4)).save(tmp_path / "set")
     assert len(ReferenceSet.load(tmp_path / "set", Grey())) == 9
-    with pytest.raises(ValueError, match="made with the features 'grey 32' .* not with 'pixels 32'"):
+    with pytest.raises(ValueError, match=r"made with the features 'grey 32' .* not with 'pixels 32'"):
         ReferenceSet.load(tmp_path / "set", Pixels())
 
 
@@ -260,7 +261,6 @@ def test_faults_are_told_in_a_sentence(tmp_path: Path, fault: str) -> None:
     made(rows(9, 4)).save(tmp_path / "set")
     change, sentence = FAULTS[fault]
     change(tmp_path)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
         ReferenceSet.load(tmp_path / "set")
-    assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
