@@ -7,6 +7,7 @@ only here and only when a model is loaded.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import pickle
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from ..attention import AttentionRule, scaled_keys, watched_attention
 from ..conditioning import Conditioning, EncoderInput, Reencoding, TokenRow, align
-from ..denoiser import PredictionType, denoised_from_output, model_input, seeded_noise
+from ..denoiser import PredictionType, denoised_from_output, model_input, over_pixels, seeded_noise
+from ..guidance import GuidanceRule, GuidedStep
 from ..prompt_weights import encode_weighted
 
 CHUNK = 75
@@ -244,6 +246,39 @@ class DiffusersModel:
         height, width = (side * 2 ** (len(self._vae.config.block_out_channels) - 1) for side in self.latent_shape[1:])
         size = torch.tensor([[height, width, 0, 0, height, width]], device=rows.device, dtype=torch.float32)
         return rows, {"text_embeds": pooled[:1].float(), "time_ids": size}
+
+
+@contextmanager
+def guarded(pipeline: Any, rule: GuidanceRule) -> Iterator[None]:
+    """While open, an unconditional pipeline (DDPM, DDIM; epsilon-prediction) samples one run under a guidance rule.
+
+    Both predictions of a step are the one there is. A picture that the rule leaves alone is sampled as it would have
+    been, bit for bit. Raises ModelError for other prediction types.
+    """
+    kind = pipeline.scheduler.config.get("prediction_type", "epsilon")
+    if kind != "epsilon":
+        raise ModelError(f"this pipeline predicts {kind!r}; a rule can guide unconditional models that predict epsilon")
+    evaluations = itertools.count()
+
+    def refuse(conditioning: Conditioning) -> Tensor:
+        raise ModelError("an unconditional model has no prediction under a caption")
+
+    def steer(module: torch.nn.Module, given: tuple[Any, ...], output: Any) -> Any:
+        sample, timestep = given[:2]
+        eps = output[0]
+        abar = pipeline.scheduler.alphas_cumprod.to(sample.device)[timestep].float()
+        sigma = ((1 - abar) / abar).sqrt().expand(len(sample))
+        x = sample.float() / abar.sqrt().reshape(-1, 1, 1, 1)
+        denoised = denoised_from_output(eps, x, sigma, "epsilon")
+        steered = rule(GuidedStep(x, sigma, denoised, denoised, 1.0, next(evaluations), refuse))
+        changed = eps - ((steered - denoised) / over_pixels(sigma)).to(eps.dtype)
+        return (changed, *output[1:]) if isinstance(output, tuple) else type(output)(sample=changed)
+
+    handle = pipeline.unet.register_forward_hook(steer)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

