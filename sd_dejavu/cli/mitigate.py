@@ -18,10 +18,10 @@ from ..calibration.profile import ORDINARY_QUANTILE, Profile
 from ..measure import Measurement, guidance_of
 from ..mitigations import Mitigation, Start, available
 from ..mitigations.guard import Guard
+from ..reference.nearest import same_features
 from ..reference.reference_set import ReferenceSet
 from . import common
 from .cases import render_cases, run_case, save_pictures
-from .refset import same_features
 
 TARGET_QUANTILE = 0.5
 
