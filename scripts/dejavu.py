@@ -15,13 +15,14 @@ from modules import call_queue, paths, processing, script_callbacks, scripts, sh
 from modules.ui_components import InputAccordion
 
 from sd_dejavu.calibration import store
-from sd_dejavu.hosts.webui import controls, run
+from sd_dejavu.hosts.webui import controls, references, run
 from sd_dejavu.report import panel
 
 TITLE = "Déjà Vu"
 HOST = run.this_host()
 log = logging.getLogger("dejavu")
 FOLDER = Path(paths.data_path) / "dejavu" / "calibration"
+REFERENCES = Path(paths.data_path) / "dejavu" / "references"
 
 
 class Session:
@@ -120,7 +121,9 @@ class DejaVuScript(scripts.Script):
             if not wanted.enabled:
                 return
             p.all_prompts = controls.perturbed(p.all_prompts, p.all_seeds, wanted)
-            SESSION.watching = run.Run(HOST, wanted.monitoring, FOLDER)
+            chosen = wanted.references
+            guard = None if chosen == controls.NO_REFERENCES else references.guard_of(REFERENCES, chosen)
+            SESSION.watching = run.Run(HOST, wanted.monitoring, FOLDER, guard)
             p.extra_generation_params[controls.INFOTEXT] = controls.as_infotext(wanted)
 
     def process_batch(self, p: Any, *arguments: Any, **kwargs: Any) -> None:
@@ -165,10 +168,15 @@ def _component(known: Any, tab: str) -> Any:
     """A component for one option of the core."""
     default = shared.opts.data.get(f"dejavu_{known.name}", known.default)
     shown = {"label": known.name.replace("_", " "), "info": known.help, "elem_id": f"dejavu_{known.name}_{tab}"}
-    if known.choices:
-        return gr.Dropdown(list(known.choices), value=default, **shown)
+    choices = _sets() if known.name == "references" else list(known.choices)
+    if choices:
+        return gr.Dropdown(choices, value=default, **shown)
     step = 0.001 if known.kind is float else 1
     return gr.Slider(known.minimum or 0, known.maximum or 1, value=default, step=step, **shown)
+
+
+def _sets() -> list[str]:
+    return [controls.NO_REFERENCES, *references.names(REFERENCES)]
 
 
 # -------------------------------------------------------------------------------------- calibration
@@ -306,6 +314,7 @@ def add_axes() -> None:
         for option in controls.OPTIONS:
             label = f"[{TITLE}] {option.name.replace('_', ' ')}"
             choices = partial(list, option.choices) if option.choices else None
+            choices = _sets if option.name == "references" else choices
             if label not in known:
                 axis = grid.AxisOption(label, option.kind, partial(change, name=option.name), choices=choices)
                 grid.axis_options.append(axis)

@@ -24,7 +24,7 @@ def watch(prompt: str = "a red fox", gap: float = 3.0) -> Watch:
 
 def test_every_setting_of_a_monitor_is_a_control() -> None:
     names = [known.name for known in controls.OPTIONS]
-    assert names == [*(f.name for f in fields(Monitoring)), "perturb", "insertions"]
+    assert names == [*(f.name for f in fields(Monitoring)), "perturb", "insertions", "references"]
 
 
 def test_arguments_come_as_a_list_or_as_a_dictionary() -> None:

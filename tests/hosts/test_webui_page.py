@@ -54,6 +54,7 @@ def test_parameters_of_a_picture_are_pasted_back(webui: WebUIServer) -> None:
             "without": "negative prompt",
             "remedy": "optimise",
             "score": "first step",
+            "references": "none",
         }
 
 

@@ -13,6 +13,7 @@ from ...settings import Option, options_of
 
 INFOTEXT = "Déjà Vu settings"
 NOT_CHANGED = "none"
+NO_REFERENCES = "none"
 
 
 def _here(known: Option) -> Option:
@@ -31,6 +32,12 @@ OPTIONS: tuple[Option, ...] = (
         choices=(NOT_CHANGED, *get_args(perturb_prompt.Perturbation)),
     ),
     *options_of(perturb_prompt.Settings),
+    Option(
+        "references",
+        NO_REFERENCES,
+        "anti-memorization guidance: lead every picture away from these training pictures where it comes near one",
+        str,
+    ),
 )
 
 
@@ -42,6 +49,7 @@ class Wanted:
     monitoring: Monitoring
     perturb: str
     insertions: int
+    references: str
 
 
 def read(arguments: Sequence[Any], changes: Mapping[str, Any] | None = None) -> Wanted:
@@ -66,7 +74,7 @@ def read(arguments: Sequence[Any], changes: Mapping[str, Any] | None = None) -> 
             raise ValueError(f"{shown} must be one of {', '.join(option.choices)}, not {values[option.name]!r}")
     monitoring = Monitoring(**{field.name: values[field.name] for field in fields(Monitoring)})
     insertions = perturb_prompt.Settings(int(values["insertions"])).insertions
-    return Wanted(bool(values["enabled"]), monitoring, values["perturb"], insertions)
+    return Wanted(bool(values["enabled"]), monitoring, values["perturb"], insertions, str(values["references"]))
 
 
 def perturbed(prompts: Sequence[str], seeds: Sequence[int], wanted: Wanted) -> list[str]:
@@ -79,7 +87,7 @@ def perturbed(prompts: Sequence[str], seeds: Sequence[int], wanted: Wanted) -> l
 
 def as_infotext(wanted: Wanted) -> str:
     """The settings that differ from their defaults, to be written into pictures and pasted back."""
-    chosen = {**asdict(wanted.monitoring), "perturb": wanted.perturb, "insertions": wanted.insertions}
+    chosen = {**asdict(wanted), **asdict(wanted.monitoring)}
     changed = {known.name: chosen[known.name] for known in OPTIONS if chosen[known.name] != known.default}
     return "; ".join(f"{name}={value}" for name, value in changed.items()) or "default"
 

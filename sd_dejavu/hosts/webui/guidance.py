@@ -9,7 +9,7 @@ Forge                                sigma        denoised
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,10 @@ class Automatic1111:
         """The x0 prediction, up to what both predictions of a step have in common."""
         return -over_pixels(self.sigma(step)) * output.float() if self._timesteps(step) else output.float()
 
+    def common(self, step: Step) -> Tensor:
+        """What :meth:`denoised` leaves out of the x0 prediction, [B, C, H, W]."""
+        return self.scaled(step, step.x) if self._timesteps(step) else torch.zeros_like(step.x)
+
     def output(self, step: Step, denoised: Tensor) -> Tensor:
         """The other way round, for the host to go on with."""
         return -denoised / over_pixels(self.sigma(step)) if self._timesteps(step) else denoised
@@ -168,6 +172,19 @@ class Automatic1111:
         with torch.enable_grad():
             yield
 
+    def pictures_of(self, step: Step, latents: Tensor) -> Tensor:
+        """Latents [B, C, H, W] -> pictures [B, 3, height, width] in 0..1; differentiable, unlike the host's own way."""
+        decoder = step.sd_model.first_stage_model
+        given = (latents / step.sd_model.scale_factor).to(next(decoder.parameters()).dtype)
+        pictures: Tensor = decoder.decode(given).float() / 2 + 0.5
+        return pictures
+
+    @contextmanager
+    def decoding(self, step: Step) -> Iterator[None]:
+        """While open, :meth:`pictures_of` can be differentiated."""
+        with torch.enable_grad():
+            yield
+
     def loras(self, step: Step) -> str:
         import sys
 
@@ -192,6 +209,9 @@ class Forge:
 
     def denoised(self, step: Step, output: Tensor) -> Tensor:
         return output.float()
+
+    def common(self, step: Step) -> Tensor:
+        return torch.zeros_like(step.x)
 
     def output(self, step: Step, denoised: Tensor) -> Tensor:
         return denoised
@@ -263,6 +283,25 @@ class Forge:
         with self.encoding(step), differentiable([self._unet(step).model, *encoders]):
             yield
 
+    def pictures_of(self, step: Step, latents: Tensor) -> Tensor:
+        vae = self._vae(step)
+        given = vae.first_stage_model.process_out(latents).to(vae.device, vae.vae_dtype)
+        pictures: Tensor = vae.first_stage_model.decode(given).float() / 2 + 0.5
+        return pictures.to(latents.device)
+
+    @contextmanager
+    def decoding(self, step: Step) -> Iterator[None]:
+        with differentiable([self._vae(step).first_stage_model]):
+            yield
+
+    def _vae(self, step: Step) -> Any:
+        """The decoder, where the host computes; with the unet, which the run goes on with."""
+        from backend import memory_management
+
+        vae = step.sd_model.forge_objects.vae
+        memory_management.load_models_gpu([self._unet(step), vae.patcher])
+        return vae
+
     def loras(self, step: Step) -> str:
         current = str(getattr(step.sd_model, "current_lora_hash", ""))
         return "" if current == "[]" else current
@@ -330,7 +369,13 @@ class GuidedModel:
         raise ValueError("pictures are decoded by the host itself")
 
     def pictures_of(self, latents: Tensor) -> Tensor:
-        raise ValueError("pictures are decoded by the host itself")
+        return self.host.pictures_of(self.step, latents)
+
+    def decoding(self) -> AbstractContextManager[None]:
+        """While open, :meth:`pictures_of` can be differentiated. Raises ValueError where nothing can be."""
+        if why := self.host.refusal(self.step):
+            raise ValueError(why)
+        return self.host.decoding(self.step)
 
     def attention_mass(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         with torch.no_grad(), watched_attention(self.host.network(self.step)) as mass:

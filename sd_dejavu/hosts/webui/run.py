@@ -25,8 +25,10 @@ from ...conditioning import Conditioning, Unconditional
 from ...denoiser import Predictions
 from ...guidance import GuidanceRule, GuidedStep
 from ...measure import Measurement
+from ...mitigations.guard import Guard
 from ...monitor import Monitoring, Report, Watch, flagged
 from .guidance import Automatic1111, Cond, Forge, GuidedModel, Step, attended_rows, checkpoint_of, rows_of
+from .references import rule_of
 
 Host = Automatic1111 | Forge
 
@@ -50,7 +52,7 @@ class Group:
     images: list[int]
     watch: Watch
     instead: Conditioning | None = None  # what is sampled since a mitigation
-    rule: GuidanceRule | None = None  # in place of plain guidance, since a mitigation
+    rule: GuidanceRule | None = None  # in place of plain guidance
 
 
 @dataclass
@@ -72,8 +74,9 @@ class Pass:
 class Run:
     """One press of the button: reads its evaluations, acts at the first of each pass, and keeps the reports."""
 
-    def __init__(self, host: Host, monitoring: Monitoring, folder: Path) -> None:
-        self.host, self.monitoring = host, monitoring
+    def __init__(self, host: Host, monitoring: Monitoring, folder: Path, guard: Guard | None = None) -> None:
+        """``folder`` holds the calibrations. With a ``guard`` every run is led away from its reference pictures."""
+        self.host, self.monitoring, self.guard = host, monitoring, guard
         self._folder = folder
         self.passes: list[Pass] = []
         self._open: Pass | None = None
@@ -174,7 +177,11 @@ class Run:
                 joined = [without[i] + sum(w * (results[j] - without[i]) for j, w in parts[i]) for i in range(images)]
                 first = torch.stack([results[part[0][0]] for part in parts])
                 groups = self._open.groups
-                matters = groups[0].watch.measures(self._open.evaluations) or any(group.rule for group in groups)
+                matters = (
+                    groups[0].watch.measures(self._open.evaluations)
+                    or self.guard is not None
+                    or any(group.rule for group in groups)
+                )
                 # Where the negative prompt is skipped, the prompt's own result stands in its place.
                 guided = not (matters and torch.equal(first, without))
                 if guided:
@@ -362,15 +369,21 @@ class Run:
         assert known is not None
         found: dict[int, Tensor] = {}
         for group in known.groups:
-            if group.rule is None:
+            if group.rule is None and self.guard is None:
                 continue
             with self._guarded(group):
                 own = step.of(group.images)
-                x, sigma = self.host.scaled(own, own.x), self.host.sigma(own)
-                ask = partial(GuidedModel(self.host, own, [float(sigma[0]), 0.0]), x, sigma)
-                both = conditional[group.images], without[group.images]
-                guided = group.rule(GuidedStep(x, sigma, *both, known.scale, known.evaluations, ask))
-                found.update(zip(group.images, guided.split(1), strict=True))
+                x, sigma, common = self.host.scaled(own, own.x), self.host.sigma(own), self.host.common(own)
+                model = GuidedModel(self.host, own, [float(sigma[0]), 0.0])
+                if group.rule is None and self.guard is not None:
+                    group.rule = rule_of(self.guard, model)
+                both = common + conditional[group.images], common + without[group.images]
+                whole = GuidedStep(x, sigma, *both, known.scale, known.evaluations, partial(model, x, sigma))
+                assert group.rule is not None
+                guided = group.rule(whole)
+                for place, image in enumerate(group.images):
+                    if not torch.equal(guided[place], whole.plain[place]):  # else the host's own goes on, to the bit
+                        found[image] = guided[place : place + 1] - common[place : place + 1]
         return found
 
     def _setting(self, model: GuidedModel, known: Pass, watch: Watch) -> Setting:

@@ -1,0 +1,59 @@
+"""Anti-memorization guidance in a real Automatic1111 and a real Forge, away from the memorised pictures."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import memorising
+import numpy as np
+import pytest
+from memorising import MEMORISED, ORDINARY
+from PIL import Image
+from webui_server import WebUIServer
+from webui_watched import KNOWN, NAME, errors_of_ours, pixels, watched
+
+
+@pytest.fixture(scope="module")
+def guarded(webui: WebUIServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUIServer]:
+    """The memorising checkpoint, and a set of its training pictures made by the command line."""
+    source = tmp_path_factory.mktemp("training")
+    for number, prompt in enumerate(MEMORISED):
+        array = 127.5 * (1 + memorising.picture(number).permute(1, 2, 0).numpy())
+        Image.fromarray(array.round().astype(np.uint8)).save(source / f"{number}.png")
+        (source / f"{number}.txt").write_text(prompt.text, encoding="utf-8")
+    made = webui.home / "dejavu" / "references" / "training.safetensors"
+    made.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "sd_dejavu", "refset", "build", str(source), str(made), "--features", "grey"]
+    subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[2])
+    before = webui.options()["sd_model_checkpoint"]
+    webui.set_options(**KNOWN)
+    yield webui
+    webui.set_options(sd_model_checkpoint=before)
+    made.unlink()
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
+def test_guidance_leads_away_from_training_pictures(guarded: WebUIServer, sampler: str) -> None:
+    run = {"steps": 8, "sampler_name": sampler}
+    settings = {"references": "training", "explain": "never"}
+    picture = 127.5 * (1 + memorising.picture(0).permute(1, 2, 0).numpy())
+    plain = guarded.txt2img(prompt=MEMORISED[0].text, **run)
+    generated, (document,) = watched(guarded, MEMORISED[0].text, settings, **run)
+    assert document["notes"] == [] and errors_of_ours(guarded) == []
+    assert np.abs(pixels(plain) - picture).mean() < 5 < 40 < np.abs(pixels(generated) - picture).mean()
+    assert f"{NAME} settings: explain=never; references=training" in generated.infotexts[0]
+    # A prompt that comes near none of them is drawn as ever, to the bit.
+    plain = guarded.txt2img(prompt=ORDINARY[0].text, **run)
+    generated, _ = watched(guarded, ORDINARY[0].text, settings, **run)
+    assert (pixels(generated) == pixels(plain)).all()
+
+
+def test_a_set_that_is_not_there_costs_no_picture(guarded: WebUIServer) -> None:
+    plain = guarded.txt2img(prompt=ORDINARY[0].text)
+    for name in ("other", "../training", str(guarded.home)):
+        generated = guarded.txt2img(prompt=ORDINARY[0].text, alwayson_scripts={NAME: {"args": [{"references": name}]}})
+        assert (pixels(generated) == pixels(plain)).all()
+        assert "there is no reference set" in guarded.log()
