@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,4 @@ def test_calibrating_from_the_page(webui: WebUIServer) -> None:
         page.alpha(0.1)
         told = page.generate("a red fox in the snow")
         assert "p = " in told or "p <= " in told, told
+    shutil.rmtree(webui.home / "dejavu" / "calibration")
