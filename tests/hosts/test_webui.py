@@ -25,7 +25,7 @@ from webui_watched import KNOWN, NAME, errors_of_ours, pixels, watched
 PACK = Path(__file__).parents[2]
 # Of the 99 ordinary prompts that are measured here one scores far above the memorised ones: theirs is p = 2 / 100.
 ALPHA = 0.03
-LONG = ", ".join(["a red fox at dawn"] * 20)
+LONG = ", ".join(["antidisestablishmentarianism"] * 13)  # more than 75 tokens, few words
 
 # ------------------------------------------------------------------------------------- measuring
 
