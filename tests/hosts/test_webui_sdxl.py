@@ -8,10 +8,7 @@ import miniature
 import numpy as np
 import pytest
 from webui_server import WebUIServer
-from webui_watched import errors_of_ours, pixels, watched
-
-from sd_dejavu.calibration.profile import Null, Profile, Setting
-from sd_dejavu.calibration.store import path_for
+from webui_watched import errors_of_ours, flagging, pixels, watched
 
 PROMPT = "a (red:1.2) fox in snow"
 
@@ -41,19 +38,9 @@ def test_dictionaries_of_conditionings(sdxl: WebUIServer) -> None:
 
 
 def test_a_mitigation_swaps_rows_and_vector(sdxl: WebUIServer) -> None:
-    _, (document,) = watched(sdxl, "red fox", {"explain": "never"}, steps=3)
-    known = document["setting"]
-    setting = Setting(**{**known, "latent_shape": tuple(known["latent_shape"])})
-    just_below = 0.99 * document["verdicts"][0]["score"]
-    profile = Profile(setting, tuple(Null("plain", {"first step": (just_below,)}) for _ in range(99)))
-    path = path_for(setting, sdxl.home / "dejavu" / "calibration")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    profile.save(path)
     settings = {"when_flagged": "mitigate", "remedy": "remove-trigger", "explain": "never"}
-    try:
+    with flagging(sdxl, "red fox", steps=3):
         generated, (document,) = watched(sdxl, "red fox", settings, steps=3)
-    finally:
-        path.unlink()
     assert document["flagged"] is True, document["notes"]
     shorter = document["mitigation"]["prompt"]
     assert shorter in ("red", "fox")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import memorising
 import numpy as np
 from PIL import Image
 from webui_server import Generated, WebUIServer
+
+from sd_dejavu.calibration.profile import Null, Profile, Setting
+from sd_dejavu.calibration.store import path_for
 
 NAME = "Déjà Vu"
 KNOWN = {"sd_model_checkpoint": memorising.FILE}
@@ -28,3 +33,20 @@ def pixels(generated: Generated, number: int = 0) -> np.ndarray:
 def errors_of_ours(server: WebUIServer) -> list[str]:
     """The host's own words on our script; that a folder without a remote is no clone is not ours."""
     return [line for line in server.reported_errors() if "dejavu" in line and "Git repository" not in line]
+
+
+@contextmanager
+def flagging(server: WebUIServer, prompt: str, **payload: Any) -> Iterator[None]:
+    """While open, the score of this run is above that of 99 made-up ordinary prompts."""
+    _, (document,) = watched(server, prompt, {"explain": "never"}, **payload)
+    known = document["setting"]
+    setting = Setting(**{**known, "latent_shape": tuple(known["latent_shape"])})
+    just_below = 0.99 * document["verdicts"][0]["score"]
+    profile = Profile(setting, tuple(Null("plain", {"first step": (just_below,)}) for _ in range(99)))
+    path = path_for(setting, server.home / "dejavu" / "calibration")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profile.save(path)
+    try:
+        yield
+    finally:
+        path.unlink()
