@@ -22,9 +22,10 @@ from rich.table import Table
 
 from ..reference.build import BuildSettings, build, embed
 from ..reference.features import KINDS, Features, FeatureSettings, load
+from ..reference.nearest import answer
 from ..reference.pictures import PictureError, open_picture, to_tensor
 from ..reference.qdrant import QdrantSearch
-from ..reference.reference_set import NEIGHBOURHOOD, ReferenceSet, files_of
+from ..reference.reference_set import ReferenceSet, files_of
 from . import common
 
 BUNDLED = "bundled"
@@ -171,10 +172,6 @@ def _search(arguments: argparse.Namespace) -> int:
     """The training pictures nearest to each picture, with similarity, caption and duplicate count."""
     reference = ReferenceSet.load(arguments.refset)
     features = _same_features(reference, arguments.weights, arguments.device)
-    kind = KINDS.get(features.name.split()[0])
-    threshold = arguments.threshold
-    if threshold is None and kind is not None:
-        threshold = kind.copy
     queries = [_query(path, features, arguments.device) for path in arguments.images]
     with ExitStack() as stack:
         searched: ReferenceSet | QdrantSearch
@@ -188,23 +185,7 @@ def _search(arguments: argparse.Namespace) -> int:
             searched = stack.enter_context(QdrantSearch(reference, place, partial(_show, bar, task)))
         for path, query in zip(arguments.images, queries, strict=True):
             found = searched.search(query, arguments.count)
-            rows = [
-                {
-                    "name": reference.names[number],
-                    "caption": reference.captions[number],
-                    "similarity": value,
-                    "duplicates": int(reference.duplicates[number]),
-                    "near_duplicates": int(reference.near_duplicates[number]),
-                }
-                for value, number in zip(found.similarity[0].tolist(), found.index[0].tolist(), strict=True)
-            ]
-            record = {
-                "image": str(path),
-                **_verdict(reference, rows[0]["similarity"], threshold),
-                "neighbours": rows,
-                "features": reference.features,
-                "metric": reference.metric,
-            }
+            record = {"image": str(path), **answer(reference, found, 0, arguments.threshold).as_json()}
             if arguments.json:
                 print(json.dumps(record, ensure_ascii=False))
             else:
@@ -214,19 +195,6 @@ def _search(arguments: argparse.Namespace) -> int:
 
 def _show(bar: Progress, task: TaskID, done: int, total: int) -> None:
     bar.update(task, completed=done, total=total)
-
-
-def _verdict(reference: ReferenceSet, nearest: float, threshold: float | None) -> dict[str, Any]:
-    """Whether the nearest picture is near enough to be called the original; None where that cannot be said."""
-    if threshold is None:
-        why = f"no threshold is established for {reference.features}: give one"
-        return {"copy": None, "threshold": None, "why": why}
-    if reference.metric == "normalised L2" and len(reference) < NEIGHBOURHOOD:
-        why = (
-            f"a set of {len(reference)} pictures is too small for the normalised distance, which needs {NEIGHBOURHOOD}"
-        )
-        return {"copy": None, "threshold": threshold, "why": why}
-    return {"copy": nearest >= threshold, "threshold": threshold, "why": ""}
 
 
 def _same_features(reference: ReferenceSet, weights: str, device: str) -> Features:

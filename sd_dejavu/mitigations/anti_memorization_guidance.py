@@ -34,6 +34,7 @@ An unconditional model has D_c = D_u = D_n: the first two terms vanish, the thir
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Literal, get_args
@@ -135,7 +136,8 @@ class AntiMemorization:
     """The rule of one run. ``acted`` holds, an evaluation each, which pictures were steered, [B] booleans.
 
     ``pictures`` decodes latents [B, C, H, W] to pictures in 0..1, differentiably (identity for a pixel model);
-    ``encode`` makes a conditioning of a caption, None where there are no captions to encode.
+    ``encode`` makes a conditioning of a caption, None where there are no captions to encode. ``differentiable`` is
+    open while the gradient is taken: hosts in inference mode need it.
     """
 
     def __init__(
@@ -144,8 +146,10 @@ class AntiMemorization:
         pictures: Callable[[Tensor], Tensor],
         encode: Callable[[str], Conditioning] | None,
         settings: Settings,
+        differentiable: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._guard, self._pictures, self._settings = guard, pictures, settings
+        self._differentiable = differentiable
         self._encode = encode if settings.deduplication else None
         self._encoded: dict[str, Conditioning] = {}
         self.acted: list[Tensor] = []
@@ -170,7 +174,8 @@ class AntiMemorization:
             c3 = torch.full_like(s, settings.dissimilarity)
             if settings.dissimilarity_strength == "published":
                 c3 = c3 * (s - settings.threshold) * (STEEPNESS * (1 - t)).exp()
-            slope = similarity_gradient(self._guard, self._pictures, plain[near], index[near.to(index.device)])
+            with self._differentiable():
+                slope = similarity_gradient(self._guard, self._pictures, plain[near], index[near.to(index.device)])
             away = away.index_add(0, near, over_pixels(c3[near] * step.sigma[near] ** 2) * slope)
         return torch.where(acts[:, None, None, None], plain - away.to(plain.dtype), plain)
 

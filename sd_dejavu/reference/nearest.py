@@ -1,0 +1,79 @@
+"""Is this picture a copy? The nearest reference pictures of one picture, and the answer they give."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .features import KINDS
+from .reference_set import NEIGHBOURHOOD, Neighbours, ReferenceSet
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """One reference picture near to a query."""
+
+    name: str
+    caption: str
+    similarity: float
+    duplicates: int
+    near_duplicates: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """``copy`` is None where it cannot be said, and ``why`` says why; ``threshold`` is the similarity of a copy."""
+
+    copy: bool | None
+    threshold: float | None
+    why: str
+    neighbours: tuple[Neighbour, ...]
+    indices: tuple[int, ...]
+    features: str
+    metric: str
+
+    @property
+    def similarity(self) -> float:
+        """Of the nearest."""
+        return self.neighbours[0].similarity
+
+    def as_json(self) -> dict[str, Any]:
+        document = asdict(self)
+        del document["indices"]
+        return {**document, "neighbours": list(document["neighbours"])}
+
+
+def copy_threshold(features: str) -> float | None:
+    """Similarity from which a picture is called a copy; None where none is established for these features."""
+    kind = KINDS.get(features.split()[0])
+    return kind.copy if kind is not None else None
+
+
+def answer(reference: ReferenceSet, found: Neighbours, row: int, threshold: float | None = None) -> Answer:
+    """On the query that is this row of ``found``; the threshold is that of its kind of features, if none is given."""
+    if threshold is None:
+        threshold = copy_threshold(reference.features)
+    indices = tuple(found.index[row].tolist())
+    neighbours = tuple(
+        Neighbour(
+            reference.names[index],
+            reference.captions[index],
+            similarity,
+            int(reference.duplicates[index]),
+            int(reference.near_duplicates[index]),
+        )
+        for similarity, index in zip(found.similarity[row].tolist(), indices, strict=True)
+    )
+    copy: bool | None = None
+    why = ""
+    if threshold is None:
+        why = f"no threshold is established for {reference.features}: give one"
+    elif reference.metric == "normalised L2" and len(reference) < NEIGHBOURHOOD:
+        why = (
+            f"a set of {len(reference)} pictures is too small for the normalised distance, which needs {NEIGHBOURHOOD}"
+        )
+    else:
+        copy = neighbours[0].similarity >= threshold
+    return Answer(copy, threshold, why, neighbours, indices, reference.features, reference.metric)
