@@ -175,7 +175,7 @@ class Monitor:
         """Take one guidance step in, if it tells both predictions; see :meth:`_after` for those that do not."""
         positive, negative = guider.conds.get("positive"), guider.conds.get("negative")
         sigma = arguments["sigma"]
-        if arguments.get("cond") is not positive or not _covers(positive, sigma):
+        if arguments.get("cond") is not positive or not covers(positive, sigma):
             return
         run.cond = arguments["cond_denoised"]
         if arguments.get("uncond") is None:
@@ -183,7 +183,7 @@ class Monitor:
         kind: Unconditional
         if "empty_cond_denoised" in arguments:  # perpendicular negative guidance
             unconditional, kind = arguments["empty_cond_denoised"], "empty prompt"
-        elif arguments["uncond"] is negative and _covers(negative, sigma):
+        elif arguments["uncond"] is negative and covers(negative, sigma):
             unconditional, kind = arguments["uncond_denoised"], self._kind(run, positive, negative)
         else:
             return
@@ -240,11 +240,11 @@ class Monitor:
         """Evaluations of our own where guidance has none to read: cfg 1, other guiders, another 'without'."""
         positive, negative = guider.conds["positive"], guider.conds.get("negative")
         kind: Unconditional
-        if not _covers(positive, sigma):
+        if not covers(positive, sigma):
             run.watch.trace.skip(sigma[0], "the prompt does not act on the whole picture here (an area, mask or range)")
             return
         with torch.no_grad():
-            if self.monitoring.without == "negative prompt" and negative and _covers(negative, sigma):
+            if self.monitoring.without == "negative prompt" and negative and covers(negative, sigma):
                 without, kind = model.calculate(negative, x, sigma), self._kind(run, positive, negative)
             elif model.clip is not None:
                 without, kind = model(x, sigma, model.encode("")), "empty prompt"
@@ -318,7 +318,7 @@ class Monitor:
         return found
 
 
-def _covers(entries: Any, sigma: Tensor) -> bool:
+def covers(entries: Any, sigma: Tensor) -> bool:
     """Whether some conditioning acts on the whole picture now: the host leaves zeros where none does."""
     whole = [e for e in entries if "area" not in e and "mask" not in e]
     if any("timestep_start" not in e and "timestep_end" not in e for e in whole):
