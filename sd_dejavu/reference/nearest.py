@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import Tensor
-
 from .features import KINDS
 from .reference_set import NEIGHBOURHOOD, Neighbours, ReferenceSet
 
@@ -38,6 +36,14 @@ class Answer:
     def similarity(self) -> float:
         """Of the nearest."""
         return self.neighbours[0].similarity
+
+    @property
+    def sentence(self) -> str:
+        heading = {True: "a copy", False: "no copy found", None: "not judged"}[self.copy]
+        nearest = self.neighbours[0]
+        return f"{heading}: similarity {nearest.similarity:.3f} to {nearest.name}" + (
+            f" ({self.why})" if self.why else ""
+        )
 
     def as_json(self) -> dict[str, Any]:
         document = asdict(self)

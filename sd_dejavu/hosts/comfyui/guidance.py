@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ...conditioning import Conditioning
 from ...guidance import GuidanceRule, GuidedStep
-from ...mitigations.anti_memorization_guidance import AntiMemorization, Settings, threshold_at
+from ...mitigations import anti_memorization_guidance as amg
+from ...mitigations import guidance_transition
 from ..aliases import differentiable
 from .model import ComfyModel
 from .monitor import KEY, covers
@@ -118,7 +119,7 @@ class _Run:
     def _guided(self, arguments: dict[str, Any]) -> Tensor:
         plain, x, sigma = arguments["denoised"], arguments["input"], arguments["sigma"]
         positive, negative = self._guider.conds.get("positive"), self._guider.conds.get("negative")
-        if arguments.get("cond") is not positive or not covers(positive, sigma):
+        if positive is None or arguments.get("cond") is not positive or not covers(positive, sigma):
             return plain
         if x.ndim != 4:
             raise ValueError("only pictures can be guided, this model draws something else")
@@ -154,11 +155,19 @@ def _predict(model: ComfyModel, x: Tensor, sigma: Tensor, conditioning: Conditio
         return model(x, sigma, conditioning)
 
 
+def transition(settings: guidance_transition.Settings, tell: Callable[[str], None]) -> Steering:
+    def summary(rule: guidance_transition.Transition) -> str:
+        guiding = [] if rule.guiding is None else rule.guiding.tolist()
+        return f"guidance began in {sum(guiding)} of {len(guiding)} pictures"
+
+    return Steering(lambda model, guider, x: guidance_transition.Transition(settings.before_transition), summary, tell)
+
+
 # --------------------------------------------------------------------- anti-memorization guidance
 
 
 def anti_memorization(
-    guard: HostReferences, vae: Any, clip: Any, settings: Settings, tell: Callable[[str], None]
+    guard: HostReferences, vae: Any, clip: Any, settings: amg.Settings, tell: Callable[[str], None]
 ) -> Steering:
     """Raises ValueError where this could never act: a VAE of another kind, or a threshold above every similarity."""
     if vae is None:
@@ -166,7 +175,7 @@ def anti_memorization(
     vae.throw_exception_if_invalid()
     if vae.latent_dim != 2:
         raise ValueError("this VAE decodes no single pictures: anti-memorization guidance compares pictures")
-    lowest = float(threshold_at(torch.ones(1), settings))
+    lowest = float(amg.threshold_at(torch.ones(1), settings))
     if guard.references.metric == "normalised L2" and min(lowest, settings.threshold + settings.threshold_rise) >= 0:
         raise ValueError(
             f"similarities of this reference set ({guard.features.name}) are never above 0, so a threshold of "
@@ -175,11 +184,11 @@ def anti_memorization(
     patchers = (vae.patcher, *guard.networks.patchers)
     modules = [patcher.model for patcher in patchers]
 
-    def make(model: ComfyModel, guider: Any, x: Tensor) -> AntiMemorization:
+    def make(model: ComfyModel, guider: Any, x: Tensor) -> amg.AntiMemorization:
         _make_room(vae, x, (guider.model_patcher, *patchers))
         pictures = partial(_pictures, vae, guider.inner_model)
         encode = None if model.clip is None else lambda caption: model.encode(_as_typed(caption))
-        return AntiMemorization(guard, pictures, encode, settings, lambda: differentiable(modules))
+        return amg.AntiMemorization(guard, pictures, encode, settings, lambda: differentiable(modules))
 
     return Steering(make, _steered, tell, patchers, clip)
 
@@ -203,6 +212,6 @@ def _as_typed(caption: str) -> str:
     return caption.replace("(", "\\(").replace(")", "\\)")
 
 
-def _steered(rule: AntiMemorization) -> str:
+def _steered(rule: amg.AntiMemorization) -> str:
     acted = [bool(pictures.any()) for pictures in rule.acted]
     return f"steered {sum(acted)} of {len(acted)} evaluations away from a training picture"

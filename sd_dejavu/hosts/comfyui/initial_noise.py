@@ -32,7 +32,7 @@ class FixedNoise:
                 f"the initial noise was made for a latent of {tuple(self.noise.shape)}, not {wanted}: link the same "
                 "latent to both nodes"
             )
-        return self.noise
+        return self.noise.clone()
 
 
 def adjust_noise(

@@ -19,7 +19,6 @@ from ...mitigations.guard import Guard
 from ...reference.build import BuildSettings, build, embed
 from ...reference.features import (
     KINDS,
-    OPENAI_CLIP,
     SSCD,
     FeatureError,
     Features,
@@ -119,7 +118,7 @@ def features_of(reference: ReferenceSet, clip_vision: Any, sscd_files: Mapping[s
 def _clip_vision(clip_vision: Any) -> HostFeatures:
     """The embedding of the host's network. Its own preprocessing rounds to 8 bits, through which no gradient goes."""
     network, side = clip_vision.model, clip_vision.image_size
-    mean, std = (getattr(clip_vision, f"image_{n}", known) for n, known in zip(("mean", "std"), OPENAI_CLIP))
+    mean, std = clip_vision.image_mean, clip_vision.image_std
 
     def encode(pictures: Tensor) -> Tensor:
         pictures = pictures.to(clip_vision.load_device).float()
@@ -148,7 +147,7 @@ def _sscd(path: Path, size: Literal[288, 320]) -> HostFeatures:
 
 
 def _sscd_named(name: str, files: Mapping[str, Path]) -> HostFeatures:
-    size = next((size for size in _SSCD_SIZES if name.split()[1:2] == [str(size)]), 288)
+    size = next((size for size in _SSCD_SIZES if name.startswith(f"sscd {size} ")), _SSCD_SIZES[0])
     for path in files.values():
         found = _sscd(path, size)
         if found.features.name == name:
