@@ -118,8 +118,8 @@ class _Run:
 
     def _guided(self, arguments: dict[str, Any]) -> Tensor:
         plain, x, sigma = arguments["denoised"], arguments["input"], arguments["sigma"]
-        positive, negative = self._guider.conds.get("positive"), self._guider.conds.get("negative")
-        if positive is None or arguments.get("cond") is not positive or not covers(positive, sigma):
+        positive, negative = arguments.get("cond"), self._guider.conds.get("negative")
+        if positive is None or positive is not self._guider.conds.get("positive") or not covers(positive, sigma):
             return plain
         if x.ndim != 4:
             raise ValueError("only pictures can be guided, this model draws something else")
