@@ -30,6 +30,12 @@ OURS = {
     "DejaVuLoadCalibration",
     "DejaVuPerturbPrompt",
     "DejaVuDemoModel",
+    "DejaVuBuildReferenceSet",
+    "DejaVuLoadReferenceSet",
+    "DejaVuNearestReference",
+    "DejaVuAMG",
+    "DejaVuGuidanceTransition",
+    "DejaVuInitialNoise",
 }
 
 

@@ -128,7 +128,7 @@ class Gradient:
             slope = amg.similarity_gradient(references, pictures, x, torch.tensor([3]))
         after = [value for p in patchers for value in p.model.state_dict().values()]
         same = all(a.data_ptr() == b.data_ptr() and a.is_inference() == b.is_inference() for a, b in zip(before, after))
-        h = 1e-2
+        h = 1e-3
         differences = (similarity(x + h * way) - similarity(x - h * way)) / (2 * h)
         return {"ui": {"found": [float((slope * way).sum())], "wanted": [differences], "same": [same]}}
 
@@ -290,8 +290,8 @@ def test_nothing_outside_of_its_folders_can_be_named(server: ComfyServer, traini
     for name in ("../outside", "a/b", "", ".hidden", "a\\b"):
         with pytest.raises(PromptRejected, match="cannot be kept as"):
             server.post(_built(training_folder, name))
+    graph = _loaded("../references/six pictures") | {"image": node("LoadImage", image=_kept(server))}
     with pytest.raises(PromptRejected, match="no reference set"):
-        graph = _loaded("../references/six pictures") | {"image": node("LoadImage", image=_kept(server))}
         server.post(_nearest(graph, ["image", 0]))
 
 
@@ -361,7 +361,7 @@ def test_the_hosts_clip_vision_makes_features(server: ComfyServer, training_fold
 
 @pytest.mark.parametrize("features", ["grey", "latents", "the linked CLIP Vision model"])
 def test_gradients_are_those_of_finite_differences(server: ComfyServer, training_folder: str, features: str) -> None:
-    graph = _built(training_folder, f"for gradients {features}"[:24], features=features)
+    graph = _built(training_folder, f"gradients {len(features)}", features=features)
     if features.startswith("the"):
         graph["vision"] = node("TinyVision", seed=0)
         graph["references"]["inputs"]["clip_vision"] = ["vision", 0]
@@ -387,17 +387,16 @@ def test_a_copy_is_none_any_more(server: ComfyServer, memorised: str) -> None:
     assert max(_similarities(guarded)) < 0.6 and guarded["copy"]["text"] == ["False"]
 
 
-def test_an_ordinary_prompt_is_untouched_bit_for_bit(server: ComfyServer, memorised: str) -> None:
-    # An ordinary prompt whose picture no step finds near: AMG says so itself.
-    for prompt in bundled.held_out_ordinary(8, seed=11):
+def test_an_ordinary_prompt_is_untouched_bit_for_bit(server: ComfyServer) -> None:
+    untouched, strict = 0, {"threshold": 0.7, "threshold_rise": 0.0}
+    for prompt in bundled.held_out_ordinary(6, seed=11):
         plain = _pixels(server, server.run(_drawn(prompt, seed=3)))
         with server.events("told") as events:
-            found = _pixels(server, server.run(_guarded(_drawn(prompt, seed=3)), client_id="told"))
-            told = _told(events)
-        if "steered 0 of 10" in told:
-            assert found == plain
-            return
-    pytest.fail("AMG acted on every ordinary prompt")
+            found = _pixels(server, server.run(_guarded(_drawn(prompt, seed=3), **strict), client_id="told"))
+            steered = "steered 0 of 10" not in _told(events)
+        assert (found != plain) is steered  # the node says itself whether any step found a picture near
+        untouched += not steered
+    assert untouched
 
 
 def _told(events: Any) -> str:
@@ -499,16 +498,30 @@ def test_before_the_transition_there_is_no_guidance(server: ComfyServer, memoris
 
 
 def test_guidance_begins_at_the_transition(server: ComfyServer, memorised: str) -> None:
-    graph = watched(_drawn(memorised, seed=13, steps=20))
+    graph = watched(_drawn(memorised, seed=13, steps=10))
     graphs.splice(graph, "sampler", "model", "late", node("DejaVuGuidanceTransition", before_transition="off"))
     with server.events("told") as events:
         outputs = server.run(graph, client_id="told")
         assert "guidance began in 1 of 1 pictures" in _told(events)
+    # The monitor tells where the magnitude first rose; the host's own nodes draw the same in two parts.
     values = outputs["verdict"]["dejavu"][0]["verdicts"][0]["score_per_step"]
-    first = next(n for n in range(1, 20) if values[n] > values[n - 1])
-    assert 0 < first < 20  # where the rule must have begun, by the monitor's own measurement
-    unguided = server.run(_drawn(memorised, seed=13, steps=20))
-    assert max(_similarities(outputs)) < COPY <= max(_similarities(unguided))
+    first = next(number for number in range(1, 10) if values[number] > values[number - 1])
+    parts = demo(memorised, seed=13, steps=10)
+    del parts["sampler"]["inputs"]["seed"], parts["sampler"]["inputs"]["denoise"]
+    parts["sampler"]["class_type"] = "KSamplerAdvanced"
+    parts["sampler"]["inputs"] |= {
+        "noise_seed": 13,
+        "cfg": 0.0,
+        "add_noise": "enable",
+        "start_at_step": 0,
+        "end_at_step": first,
+        "return_with_leftover_noise": "enable",
+    }
+    rest = {**parts["sampler"]["inputs"], "cfg": 7.5, "add_noise": "disable", "start_at_step": first}
+    rest |= {"end_at_step": 10, "return_with_leftover_noise": "disable", "latent_image": ["sampler", 0]}
+    parts["rest"] = node("KSamplerAdvanced", **rest)
+    parts["decode"]["inputs"]["samples"] = ["rest", 0]
+    assert _pixels(server, outputs) == _pixels(server, server.run(parts))
 
 
 @pytest.mark.parametrize("method", ["batch-wise-noise", "per-sample-noise"])
