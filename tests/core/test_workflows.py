@@ -146,7 +146,7 @@ def _inputs(element: ast.expr, path: Path) -> Iterator[Input]:
             value=ast.Call(func=ast.Attribute(attr="inputs_of_methods"), args=[ast.Constant(value=touches)])
         ):
             for method in sorted(MITIGATIONS.glob("*.py")):
-                if _touches(method) == touches:
+                if touches in _touches(method):
                     yield from _settings("Settings", method)
         case ast.Starred(value=ast.Call(func=ast.Attribute(attr="run_inputs"))):
             yield from _run_inputs()
@@ -234,12 +234,11 @@ def _module(name: str, path: Path) -> Path:
     raise AssertionError(f"{name} is not imported in {path.name}")
 
 
-def _touches(path: Path) -> str:
-    """What the mitigation of this file says it touches; '' for a file without one."""
-    for call in ast.walk(_tree(path)):
-        if isinstance(call, ast.Call) and ast.unparse(call.func) == "Mitigation":
-            return str(next(ast.literal_eval(k.value) for k in call.keywords if k.arg == "touches"))
-    return ""
+def _touches(path: Path) -> set[str]:
+    """What the mitigations of this file say they touch."""
+    calls = [call for call in ast.walk(_tree(path)) if isinstance(call, ast.Call)]
+    given = {k.arg: k.value for call in calls if ast.unparse(call.func) == "Mitigation" for k in call.keywords}
+    return {ast.literal_eval(given["touches"])} if "touches" in given else set()
 
 
 def _source(name: str, path: Path) -> Path:

@@ -115,20 +115,25 @@ class Gradient:
         patchers = (vae.patcher, *references.networks.patchers)
         comfy.model_management.load_models_gpu(list(patchers))
         x = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(1)) * 0.5
-        way = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+        aside = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
 
         def pictures(latents):
             return host._pictures(vae, model.model, latents)
 
         def similarity(latents):
-            return float(references.references.similarity(references.features(pictures(latents)), torch.tensor([3])))
+            rows, known = references.features(pictures(latents)), references.references
+            found = known.similarity(rows, torch.tensor([3]))
+            if known.metric == "normalised L2":  # the gradient takes the neighbourhood as a constant
+                found = found * known.denominator(rows) / known.denominator(references.features(pictures(x)))
+            return float(found)
 
         before = [value for p in patchers for value in p.model.state_dict().values()]
         with host.differentiable([p.model for p in patchers]):
             slope = amg.similarity_gradient(references, pictures, x, torch.tensor([3]))
         after = [value for p in patchers for value in p.model.state_dict().values()]
         same = all(a.data_ptr() == b.data_ptr() and a.is_inference() == b.is_inference() for a, b in zip(before, after))
-        h = 1e-3
+        way = slope / slope.norm() + aside / aside.norm()
+        h = 5e-3
         differences = (similarity(x + h * way) - similarity(x - h * way)) / (2 * h)
         return {"ui": {"found": [float((slope * way).sum())], "wanted": [differences], "same": [same]}}
 
