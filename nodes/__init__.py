@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import calibration, conditioning, demo, monitor, text
+from . import calibration, conditioning, demo, guidance, monitor, reference, text
 
 
 class DejaVuExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*monitor.NODES, *text.NODES, *conditioning.NODES, *calibration.NODES, *demo.NODES]
+        return [
+            *monitor.NODES,
+            *text.NODES,
+            *conditioning.NODES,
+            *guidance.NODES,
+            *calibration.NODES,
+            *reference.NODES,
+            *demo.NODES,
+        ]
 
 
 async def comfy_entrypoint() -> ComfyExtension:

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 
+from ..sd_dejavu.mitigations import Mitigation, available
 from ..sd_dejavu.settings import Option, options_of
 
 CATEGORY = "Déjà Vu"
 Monitor = io.Custom("DEJAVU_MONITOR")
 Calibration = io.Custom("DEJAVU_CALIBRATION")
+References = io.Custom("DEJAVU_REFERENCES")
 
 SEED_LIMIT = 0xFFFFFFFFFFFFFFFF
 
@@ -24,6 +26,21 @@ SEED_LIMIT = 0xFFFFFFFFFFFFFFFF
 def inputs_of(settings: type, leave_out: tuple[str, ...] = ()) -> list[io.Input]:
     """One input for each option of a settings class, with its help, range and default."""
     return [_input(known) for known in options_of(settings) if known.name not in leave_out]
+
+
+def inputs_of_methods(touches: str) -> list[io.Input]:
+    """The options of all mitigations that touch this, method by method."""
+    return [known for method in methods(touches).values() for known in inputs_of(method.settings)]
+
+
+def methods(touches: str) -> dict[str, Mitigation]:
+    """The core's mitigations that touch this, by name."""
+    return {name: method for name, method in available().items() if method.touches == touches}
+
+
+def settings_of(method: Mitigation, values: dict[str, Any]) -> Any:
+    """A method's own settings out of those of all methods."""
+    return method.settings(**{known.name: values[known.name] for known in options_of(method.settings)})
 
 
 def _input(known: Option) -> io.Input:
@@ -74,6 +91,11 @@ def start_of(
 def user_folder() -> Path:
     """Where calibrations are kept."""
     return Path(folder_paths.get_user_directory()) / "dejavu" / "calibration"
+
+
+def references_folder() -> Path:
+    """Where reference sets are kept."""
+    return user_folder().parent / "references"
 
 
 def image_of(pixels: Any) -> torch.Tensor:

@@ -37,6 +37,14 @@ class Answer:
         """Of the nearest."""
         return self.neighbours[0].similarity
 
+    @property
+    def sentence(self) -> str:
+        heading = {True: "a copy", False: "no copy found", None: "not judged"}[self.copy]
+        nearest = self.neighbours[0]
+        return f"{heading}: similarity {nearest.similarity:.3f} to {nearest.name}" + (
+            f" ({self.why})" if self.why else ""
+        )
+
     def as_json(self) -> dict[str, Any]:
         document = asdict(self)
         del document["indices"]

@@ -22,13 +22,14 @@ from sd_dejavu.settings import options_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SOCKETS = ROOT / "nodes" / "sockets.py"
+MITIGATIONS = ROOT / "sd_dejavu" / "mitigations"
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 PAIRS = ROOT / "sd_dejavu" / "demo" / "model" / "pairs.json"
 
 WIDGETS = {"STRING", "INT", "FLOAT", "BOOLEAN", "COMBO"}
 TITLE_HEIGHT = 30
 
-# The host's own nodes: (sockets, outputs, number of widget values).
+# The host's own nodes: (sockets, outputs, number of widget values); an output's name stands before its type where it has one.
 STOCK: dict[str, tuple[list[tuple[str, str]], list[str], int]] = {
     "CheckpointLoaderSimple": ([], ["MODEL", "CLIP", "VAE"], 1),
     "EmptyLatentImage": ([], ["LATENT"], 3),
@@ -38,6 +39,25 @@ STOCK: dict[str, tuple[list[tuple[str, str]], list[str], int]] = {
         7,
     ),
     "VAEDecode": ([("samples", "LATENT"), ("vae", "VAE")], ["IMAGE"], 0),
+    "RandomNoise": ([], ["NOISE"], 2),
+    "CFGGuider": (
+        [("model", "MODEL"), ("positive", "CONDITIONING"), ("negative", "CONDITIONING")],
+        ["GUIDER"],
+        1,
+    ),
+    "KSamplerSelect": ([], ["SAMPLER"], 1),
+    "BasicScheduler": ([("model", "MODEL")], ["SIGMAS"], 3),
+    "SamplerCustomAdvanced": (
+        [
+            ("noise", "NOISE"),
+            ("guider", "GUIDER"),
+            ("sampler", "SAMPLER"),
+            ("sigmas", "SIGMAS"),
+            ("latent_image", "LATENT"),
+        ],
+        ["output LATENT", "denoised_output LATENT"],
+        0,
+    ),
     "ImageScale": ([("image", "IMAGE")], ["IMAGE"], 4),
     "MaskToImage": ([("mask", "MASK")], ["IMAGE"], 0),
     "SaveImage": ([("images", "IMAGE")], [], 1),
@@ -119,6 +139,18 @@ def _inputs(element: ast.expr, path: Path) -> Iterator[Input]:
     match element:
         case ast.Starred(value=ast.Call(func=ast.Attribute(attr="inputs_of"), args=[ast.Name(id=settings)])):
             yield from _settings(settings, path)
+        case ast.Starred(
+            value=ast.Call(
+                func=ast.Attribute(attr="inputs_of"), args=[ast.Attribute(value=ast.Name(id=module), attr=settings)]
+            )
+        ):
+            yield from _settings(settings, _module(module, path))
+        case ast.Starred(
+            value=ast.Call(func=ast.Attribute(attr="inputs_of_methods"), args=[ast.Constant(value=touches)])
+        ):
+            for method in sorted(MITIGATIONS.glob("*.py")):
+                if touches in _touches(method):
+                    yield from _settings("Settings", method)
         case ast.Starred(value=ast.Call(func=ast.Attribute(attr="run_inputs"))):
             yield from _run_inputs()
         case ast.Starred(value=ast.GeneratorExp(generators=[ast.comprehension(ifs=[ast.Compare() as test])])):
@@ -193,6 +225,21 @@ def _literal(name: str, path: Path) -> tuple[str, ...]:
     return values if isinstance(values, tuple) else (values,)
 
 
+def _module(name: str, path: Path) -> Path:
+    """The file of a module that was imported by its name."""
+    for line in _tree(path).body:
+        if isinstance(line, ast.ImportFrom) and line.level and name in [a.name for a in line.names]:
+            return path.parents[line.level - 1] / (line.module or "").replace(".", "/") / f"{name}.py"
+    raise AssertionError(f"{name} is not imported in {path.name}")
+
+
+def _touches(path: Path) -> set[str]:
+    """What the mitigations of this file say they touch."""
+    calls = [call for call in ast.walk(_tree(path)) if isinstance(call, ast.Call)]
+    given = {k.arg: k.value for call in calls if ast.unparse(call.func) == "Mitigation" for k in call.keywords}
+    return {ast.literal_eval(given["touches"])} if "touches" in given else set()
+
+
 def _source(name: str, path: Path) -> Path:
     """The file that a name of this one was imported from; this one if it was not."""
     for line in _tree(path).body:
@@ -202,8 +249,17 @@ def _source(name: str, path: Path) -> Path:
 
 
 def test_the_source_is_read_to_the_end() -> None:
-    assert len(declared()) == 9
+    assert len(declared()) == 15
     assert all(node.id.startswith("DejaVu") for node in declared().values())
+    assert [w.name for w in declared()["DejaVuInitialNoise"].widgets if w][-7:] == [
+        "method",
+        "noise_rounds",
+        "noise_strength",
+        "noise_radius",
+        "guidance_from",
+        "noise_iterations",
+        "noise_rate",
+    ]
     monitor = declared()["DejaVuMonitor"]
     assert [name for name, _ in monitor.sockets] == ["model", "calibration", "clip"]
     assert [w.name for w in monitor.widgets if w] == [
@@ -224,8 +280,8 @@ def workflow(request: pytest.FixtureRequest) -> dict[str, Any]:
     return json.loads(request.param.read_text(encoding="utf-8"))
 
 
-def test_there_are_five_workflows() -> None:
-    assert [path.stem[:2] for path in WORKFLOWS] == ["1 ", "2 ", "3 ", "4 ", "5 "]
+def test_there_are_seven_workflows() -> None:
+    assert [path.stem[:2] for path in WORKFLOWS] == [f"{number} " for number in range(1, 8)]
 
 
 def test_links_join_what_is_there(workflow: dict[str, Any]) -> None:
@@ -253,7 +309,7 @@ def test_nodes_are_as_declared(workflow: dict[str, Any]) -> None:
         else:
             assert not node["type"].startswith("DejaVu"), node["type"]
             sockets, kinds, widgets = STOCK[node["type"]]
-            outputs, optional = [(kind, kind) for kind in kinds], set()
+            outputs, optional = [(kind.split()[0], kind.split()[-1]) for kind in kinds], set()
         assert [(i["name"], i["type"]) for i in node["inputs"]] == sockets, node["type"]
         assert [(o["name"], o["type"]) for o in node["outputs"]] == outputs, node["type"]
         assert len(node["widgets_values"]) == widgets, node["type"]

@@ -33,6 +33,12 @@ OURS = {
     "DejaVuLoadCalibration",
     "DejaVuPerturbPrompt",
     "DejaVuDemoModel",
+    "DejaVuBuildReferenceSet",
+    "DejaVuLoadReferenceSet",
+    "DejaVuNearestReference",
+    "DejaVuAMG",
+    "DejaVuGuidanceTransition",
+    "DejaVuInitialNoise",
 }
 
 

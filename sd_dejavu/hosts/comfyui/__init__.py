@@ -5,19 +5,25 @@ model, and gradients are taken through aliases of the weights that are put back 
 """
 
 from .before_sampling import calibrate, examine, mitigate
+from .guidance import anti_memorization, transition
+from .initial_noise import adjust_noise
 from .model import with_model
 from .monitor import Monitor
-from .page import LiveReport, keep_in_picture
+from .page import LiveReport, keep_in_picture, tell
 from .text import conditioning_of, encode_text
 
 __all__ = [
     "LiveReport",
     "Monitor",
+    "adjust_noise",
+    "anti_memorization",
     "calibrate",
     "conditioning_of",
     "encode_text",
     "examine",
     "keep_in_picture",
     "mitigate",
+    "tell",
+    "transition",
     "with_model",
 ]

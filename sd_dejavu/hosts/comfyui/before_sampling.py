@@ -16,7 +16,8 @@ from torch import Tensor
 from ...calibration.calibrate import PROMPTS_A_SEED, SEED_BASE, with_whole_runs
 from ...calibration.calibrate import calibrate as run_calibration
 from ...calibration.ordinary_prompts import ordinary_prompts
-from ...calibration.profile import Profile
+from ...calibration.profile import ORDINARY_QUANTILE, Profile
+from ...conditioning import Conditioning
 from ...demo import bundled
 from ...measure import Measurement
 from ...mitigations import Outcome, Start, available
@@ -75,23 +76,7 @@ def mitigate(
     latent, noise, sigmas = start
 
     def work(model: ComfyModel, x: Tensor, sigma: Tensor) -> Outcome:
-        conditioning = conditioning_of(positive[0][0], positive[0][1])
-        entries = comfy.sampler_helpers.convert_cond(negative)
-        without = conditioning_of(negative[0][0], negative[0][1])
-        kind = kind_of(entries, positive[0][1][SOURCE].clip if SOURCE in positive[0][1] else None)
-        with torch.no_grad():
-            base = model(x, sigma, without)
-        goal = target
-        if not goal:
-            setting = setting_of(model, kind, entries, 1.0)
-            known = profile or profile_for(setting, model, Monitoring(), folder)
-            if known is None:
-                raise ValueError("there is no calibration to take the target from: calibrate, or give a target")
-            if why := known.setting.mismatch(setting, "first step"):
-                raise ValueError(f"the calibration is for another setting: {why}")
-            goal = known.quantile(0.5, "first step", 1)
-        with torch.inference_mode(False):
-            begin = Start(x.clone(), sigma.clone(), x, without, base.clone(), goal)
+        conditioning, begin = begin_of(model, x, sigma, positive, negative, target, profile, folder)
         method = available()["optimise-tokens" if conditioning.reencoding else "optimise-conditioning"]
         return method.apply(model, conditioning, begin, settings)
 
@@ -106,6 +91,40 @@ def mitigate(
         **{k: list(v) if isinstance(v, tuple) else v for k, v in outcome.details.items()},
     }
     return [[outcome.conditioning.rows.cpu(), options]], document
+
+
+def begin_of(
+    model: ComfyModel,
+    x: Tensor,
+    sigma: Tensor,
+    positive: Any,
+    negative: Any,
+    target: float,
+    profile: Profile | None,
+    folder: Path | None,
+) -> tuple[Conditioning, Start]:
+    """The prompt and the start of the run for a mitigation; a target of 0 takes it from the calibration.
+
+    Raises ValueError where no target is given and no calibration found, or it is for another setting.
+    """
+    conditioning = conditioning_of(positive[0][0], positive[0][1])
+    entries = comfy.sampler_helpers.convert_cond(negative)
+    without = conditioning_of(negative[0][0], negative[0][1])
+    kind = kind_of(entries, positive[0][1][SOURCE].clip if SOURCE in positive[0][1] else None)
+    with torch.no_grad():
+        base = model(x, sigma, without)
+    goal, ordinary = target, None
+    if not goal:
+        setting = setting_of(model, kind, entries, 1.0)
+        known = profile or profile_for(setting, model, Monitoring(), folder)
+        if known is None:
+            raise ValueError("there is no calibration to take the target from: calibrate, or give a target")
+        if why := known.setting.mismatch(setting, "first step"):
+            raise ValueError(f"the calibration is for another setting: {why}")
+        goal = known.quantile(0.5, "first step", 1)
+        ordinary = known.quantile(ORDINARY_QUANTILE, "first step", 1)
+    with torch.inference_mode(False):
+        return conditioning, Start(x.clone(), sigma.clone(), x, without, base.clone(), goal, ordinary=ordinary)
 
 
 def calibrate(

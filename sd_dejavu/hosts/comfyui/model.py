@@ -6,6 +6,7 @@ import hashlib
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ...attention import AttentionRule, watched_attention
 from ...conditioning import Conditioning
 from ...demo import bundled
 from ...denoiser import PredictionType, seeded_noise
+from ...guidance import GuidedStep
 from ..aliases import differentiable, normal
 from .attention import attending
 from .gradients import checkpointed, make_room, plain_attention
@@ -39,6 +41,17 @@ def prediction_type_of(sampling: Any) -> PredictionType:
     if isinstance(sampling, comfy.model_sampling.EPS):
         return "epsilon"
     raise ValueError(f"models that sample by {type(sampling).__mro__[1].__name__} cannot be measured")
+
+
+@dataclass(frozen=True)
+class HostStep(GuidedStep):
+    """``host`` is what the host made of both predictions, with whatever other packs add to its guidance."""
+
+    host: Tensor
+
+    @property
+    def plain(self) -> Tensor:
+        return self.host
 
 
 class ComfyModel:

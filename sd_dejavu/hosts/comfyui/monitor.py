@@ -22,11 +22,11 @@ from ...attention import AttentionRule
 from ...calibration.profile import Profile
 from ...conditioning import Conditioning, Unconditional
 from ...denoiser import Predictions
-from ...guidance import GuidanceRule, GuidedStep
+from ...guidance import GuidanceRule
 from ...monitor import Monitoring, Report, Watch, flagged
 from . import graph
 from .attention import attending
-from .model import ComfyModel
+from .model import ComfyModel, HostStep
 from .setting import kind_of, profile_for, setting_of
 from .text import SOURCE, Source, conditioning_of
 
@@ -129,7 +129,10 @@ class Monitor:
                 self._read(run, guider, arguments)
             return arguments["denoised"]
 
-        options["sampler_post_cfg_function"] = [*before, read]
+        def guide(arguments: dict[str, Any]) -> Tensor:
+            return self._guide(run, guider, arguments)
+
+        options["sampler_post_cfg_function"] = [guide, *before, read]
         try:
             try:
                 samples = executor(noise, latent_image, sampler, sigmas, *a, **k)
@@ -173,14 +176,14 @@ class Monitor:
         if not self._open:
             return executor(x, timestep, options, seed)
         run, guider = self._open[-1], executor.class_obj
-        denoised = executor(x, timestep, self._as_mitigated(run, guider, options), seed)
+        denoised = executor(x, timestep, attending(options, run.attention), seed)
         changed = None
         with self._guarded(run):
             changed = self._after(run, guider, x, timestep, options)
         run.evaluations += 1
         run.cond = run.uncond = None
         if changed is not None:
-            denoised = executor(x, timestep, self._as_mitigated(run, guider, options), seed)
+            denoised = executor(x, timestep, attending(options, run.attention), seed)
             if run.uncond is None:
                 with self._guarded(run):
                     self._measure_apart(run, changed, guider, x, timestep)
@@ -195,7 +198,7 @@ class Monitor:
         """Take one guidance step in, if it tells both predictions; see :meth:`_after` for those that do not."""
         positive, negative = guider.conds.get("positive"), guider.conds.get("negative")
         sigma = arguments["sigma"]
-        if arguments.get("cond") is not positive or not _covers(positive, sigma):
+        if arguments.get("cond") is not positive or not covers(positive, sigma):
             return
         run.cond = arguments["cond_denoised"]
         if arguments.get("uncond") is None:
@@ -203,7 +206,7 @@ class Monitor:
         kind: Unconditional
         if "empty_cond_denoised" in arguments:  # perpendicular negative guidance
             unconditional, kind = arguments["empty_cond_denoised"], "empty prompt"
-        elif arguments["uncond"] is negative and _covers(negative, sigma):
+        elif arguments["uncond"] is negative and covers(negative, sigma):
             unconditional, kind = arguments["uncond_denoised"], self._kind(run, positive, negative)
         else:
             return
@@ -261,11 +264,11 @@ class Monitor:
         """Evaluations of our own where guidance has none to read: cfg 1, other guiders, another 'without'."""
         positive, negative = guider.conds["positive"], guider.conds.get("negative")
         kind: Unconditional
-        if not _covers(positive, sigma):
+        if not covers(positive, sigma):
             run.watch.trace.skip(sigma[0], "the prompt does not act on the whole picture here (an area, mask or range)")
             return
         with torch.no_grad():
-            if self.monitoring.without == "negative prompt" and negative and _covers(negative, sigma):
+            if self.monitoring.without == "negative prompt" and negative and covers(negative, sigma):
                 without, kind = model.calculate(negative, x, sigma), self._kind(run, positive, negative)
             elif model.clip is not None:
                 without, kind = model(x, sigma, model.encode("")), "empty prompt"
@@ -329,33 +332,24 @@ class Monitor:
             raise OtherNoise(outcome.x.to(x) - x)
         return True
 
-    def _as_mitigated(self, run: Run, guider: Any, options: dict[str, Any]) -> dict[str, Any]:
-        """The options of an evaluation with the run's own guidance and attention, where a mitigation has brought some."""
-        options = attending(options, run.attention)
-        rule = run.rule
-        if rule is None:
-            return options
-
-        def guide(arguments: dict[str, Any]) -> Tensor:  # the host takes what it gives from x
-            x, sigma = arguments["input"], arguments["sigma"]
-            if arguments["input_uncond"] is None:
-                run.watch.note(f"guidance is off, so {self.monitoring.remedy} has nothing to change")
-                guided: Tensor = x - arguments["cond_denoised"]
-                return guided
-            sigmas = options.get("transformer_options", {}).get("sample_sigmas", sigma[:1])
-            model = ComfyModel(
-                guider.model_patcher, guider.inner_model, guider.conds["positive"][0], options, sigmas, x
-            )
-            with_prompt, without = arguments["cond_denoised"], arguments["uncond_denoised"]
-            step = GuidedStep(
-                x, sigma, with_prompt, without, arguments["cond_scale"], run.evaluations, partial(model, x, sigma)
-            )
-            denoised = step.plain
-            with self._guarded(run):
-                denoised = rule(step)
-            return x - denoised
-
-        return {**options, "sampler_cfg_function": guide}
+    def _guide(self, run: Run, guider: Any, arguments: dict[str, Any]) -> Tensor:
+        """The host's guided prediction, or what the rule of a mitigation makes of it."""
+        denoised: Tensor = arguments["denoised"]
+        x, sigma, without = arguments["input"], arguments["sigma"], arguments["uncond_denoised"]
+        positive = guider.conds["positive"]
+        if run.rule is None or arguments.get("cond") is not positive or not covers(positive, sigma):
+            return denoised
+        if arguments.get("uncond") is None:
+            run.watch.note(f"guidance is off, so {self.monitoring.remedy} has nothing to change")
+            return denoised
+        options = arguments["model_options"]
+        sigmas = options.get("transformer_options", {}).get("sample_sigmas", sigma[:1])
+        model = ComfyModel(guider.model_patcher, guider.inner_model, positive[0], options, sigmas, x)
+        scale, ask = float(arguments["cond_scale"]), partial(model, x, sigma)
+        step = HostStep(x, sigma, arguments["cond_denoised"], without, scale, run.evaluations, ask, denoised)
+        with self._guarded(run):
+            denoised = run.rule(step).to(denoised.dtype)
+        return denoised
 
     def _conditioning(self, watch: Watch, entries: list[dict[str, Any]]) -> Conditioning | None:
         if len(entries) != 1:
@@ -387,7 +381,7 @@ def _noise_unit(guider: Any, sampler: Any, sigmas: Tensor) -> Tensor:
     return unit
 
 
-def _covers(entries: Any, sigma: Tensor) -> bool:
+def covers(entries: Any, sigma: Tensor) -> bool:
     """Whether some conditioning acts on the whole picture now: the host leaves zeros where none does."""
     whole = [e for e in entries if "area" not in e and "mask" not in e]
     if any("timestep_start" not in e and "timestep_end" not in e for e in whole):

@@ -38,6 +38,15 @@ class LiveReport:
         server.send_sync(EVENT, {**message, "report": report}, server.client_id)
 
 
+def tell(node: str, text: str) -> None:
+    """A line on the node, on the page that queued the run."""
+    from server import PromptServer
+
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and server.client_id is not None:
+        server.send_progress_text(text, node, server.client_id)
+
+
 def keep_in_picture(extra: dict[str, Any], node: str, document: dict[str, Any]) -> None:
     """Put a report into what the host saves with pictures: by node, and into the workflow, which shows it again."""
     extra.setdefault("dejavu", {})[node] = document

@@ -1,0 +1,226 @@
+"""Reference pictures: a set built from training pictures, and whether a picture is a copy of one of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import torch
+from comfy_api.latest import io
+
+from ..sd_dejavu.hosts.comfyui import reference as host
+from ..sd_dejavu.reference.reference_set import files_of
+from ..sd_dejavu.reference.sources import open_source
+from . import sockets
+
+BUNDLED = "the bundled model's training pictures"
+SSCD_FOLDER, SSCD_ENDINGS = "sscd", (".pt", ".pth", ".torchscript")
+SHOWN = 10  # broken pictures that the report names
+
+folder_paths.add_model_folder_path(SSCD_FOLDER, os.path.join(folder_paths.models_dir, SSCD_FOLDER))
+
+
+class BuildReferenceSet(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DejaVuBuildReferenceSet",
+            display_name="Build Reference Set (Déjà Vu)",
+            category=sockets.CATEGORY,
+            description="Makes a reference set of training pictures, to compare generated ones with. Stopped, it goes on when run again.",
+            inputs=[
+                io.Combo.Input(
+                    "folder",
+                    options=_input_folders(),
+                    tooltip="A folder below ComfyUI's input folder: pictures with .txt captions beside them, webdataset tars or Parquet files.",
+                ),
+                io.String.Input("name", default="my pictures", tooltip="What to keep the set as."),
+                io.Combo.Input(
+                    "features",
+                    options=host.feature_choices(list(_sscd_files())),
+                    default="grey",
+                    tooltip="What makes two pictures alike: grey, pixels and latents need no download; SSCD files are those in models/sscd, which can hold code, so take them from their authors only.",
+                ),
+                io.Boolean.Input(
+                    "restart",
+                    default=False,
+                    tooltip="Drop what is there under this name, finished or not, and begin anew.",
+                ),
+                io.ClipVision.Input(
+                    "clip_vision", optional=True, tooltip="For features by a CLIP Vision model: from Load CLIP Vision."
+                ),
+            ],
+            outputs=[
+                sockets.References.Output(display_name="references", tooltip="For Nearest Reference and AMG."),
+                io.String.Output(display_name="report", tooltip="What was read, and which pictures could not be."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: str, **others: Any) -> str:
+        path = _input_folder(folder)
+        return open_source(path).identity if path is not None else ""
+
+    @classmethod
+    def validate_inputs(cls, folder: str, name: str) -> bool | str:
+        return _fault_of(folder, name) or True
+
+    @classmethod
+    def execute(cls, folder: str, name: str, features: str, restart: bool, clip_vision: Any = None) -> io.NodeOutput:
+        path, fault = _input_folder(folder), _fault_of(folder, name)
+        if path is None or fault:
+            raise ValueError(fault)
+        networks = host.chosen_features(features, clip_vision, _sscd_files())
+        try:
+            made = host.build_set(path, sockets.references_folder() / f"{name}.safetensors", networks, restart)
+        except ValueError as error:
+            raise ValueError(str(error).replace("--restart", "'restart'")) from error
+        text = _told(made, name)
+        return io.NodeOutput(made, text, ui={"text": [text]})
+
+
+class LoadReferenceSet(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DejaVuLoadReferenceSet",
+            display_name="Load Reference Set (Déjà Vu)",
+            category=sockets.CATEGORY,
+            description="A reference set made earlier, or the bundled model's own training pictures.",
+            inputs=[
+                io.Combo.Input("name", options=_names(), tooltip="The set."),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    optional=True,
+                    tooltip="The very CLIP Vision model that the set was made with, if it was made with one.",
+                ),
+            ],
+            outputs=[sockets.References.Output(display_name="references", tooltip="For Nearest Reference and AMG.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, name: str, **others: Any) -> float:
+        path = _set_file(name)
+        return path.stat().st_mtime if path is not None else 0.0
+
+    @classmethod
+    def validate_inputs(cls, name: str) -> bool | str:
+        return True if name in _names() else f"there is no reference set {name!r}: make one with Build Reference Set"
+
+    @classmethod
+    def execute(cls, name: str, clip_vision: Any = None) -> io.NodeOutput:
+        if name == BUNDLED:
+            return io.NodeOutput(host.bundled_set())
+        path = _set_file(name)
+        if path is None:
+            raise ValueError(f"there is no reference set {name!r}: make one with Build Reference Set")
+        return io.NodeOutput(host.load_set(path, clip_vision, _sscd_files()))
+
+
+class NearestReference(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DejaVuNearestReference",
+            display_name="Nearest Reference (Déjà Vu)",
+            category=sockets.CATEGORY,
+            description="Is this picture a copy? Shows it beside the training pictures it is most like.",
+            inputs=[
+                io.Image.Input("image", tooltip="The pictures to look up."),
+                sockets.References.Input("references", tooltip="From Build or Load Reference Set."),
+                io.Int.Input("count", default=3, min=1, max=16, tooltip="How many training pictures to show of each."),
+            ],
+            outputs=[
+                io.Image.Output(
+                    display_name="side by side", tooltip="Each picture, then its nearest training pictures."
+                ),
+                io.Float.Output(display_name="similarity", tooltip="The highest similarity of the batch."),
+                io.Boolean.Output(
+                    display_name="copy",
+                    tooltip="Whether any picture is a copy by the features' threshold; no where there is none.",
+                ),
+                io.String.Output(display_name="report", tooltip="The neighbours of every picture as JSON."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, image: torch.Tensor, references: Any, count: int) -> io.NodeOutput:
+        from ..sd_dejavu.report.neighbour_picture import neighbour_picture
+
+        answers = host.nearest(references, image, count)
+        pixels = (image[..., :3].clamp(0, 1) * 255).round().byte().cpu().numpy()
+        shown = [
+            neighbour_picture(query, references.references, answer)
+            for query, answer in zip(pixels, answers, strict=True)
+        ]
+        return io.NodeOutput(
+            torch.cat([sockets.image_of(picture) for picture in shown]),
+            max(answer.similarity for answer in answers),
+            any(answer.copy for answer in answers),
+            json.dumps([answer.as_json() for answer in answers], ensure_ascii=False),
+            ui={"text": ["\n".join(answer.sentence for answer in answers)]},
+        )
+
+
+def _input_folders() -> list[str]:
+    """All folders below the input folder, by their relative names."""
+    top = Path(folder_paths.get_input_directory())
+    found = []
+    for place, folders, _ in os.walk(top):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(place, name).relative_to(top).as_posix() for name in folders]
+    return sorted(found)
+
+
+def _input_folder(name: str) -> Path | None:
+    """The folder of this very name; nothing outside the input folder can be named."""
+    return Path(folder_paths.get_input_directory()) / name if name in _input_folders() else None
+
+
+def _fault_of(folder: str, name: str) -> str:
+    """What is wrong with the inputs of a build, in a sentence."""
+    if _input_folder(folder) is None:
+        return f"there is no folder {folder!r} below ComfyUI's input folder: put the pictures into one there"
+    if not re.fullmatch(r"\w([\w .-]*\w)?", name):
+        return f"a set cannot be kept as {name!r}: use letters, digits, blanks, dots, '-' and '_'"
+    return ""
+
+
+def _sscd_files() -> dict[str, Path]:
+    found = (name for name in folder_paths.get_filename_list(SSCD_FOLDER) if name.lower().endswith(SSCD_ENDINGS))
+    return {name: Path(folder_paths.get_full_path_or_raise(SSCD_FOLDER, name)) for name in found}
+
+
+def _names() -> list[str]:
+    return [BUNDLED, *sorted(path.stem for path in sockets.references_folder().glob("*.json"))]
+
+
+def _set_file(name: str) -> Path | None:
+    """The text of the set of this very name in our folder; nothing outside it can be named."""
+    is_there = name != BUNDLED and name in _names()
+    return files_of(sockets.references_folder() / f"{name}.json")[1] if is_there else None
+
+
+def _told(made: host.HostReferences, name: str) -> str:
+    """What became of a build, with the pictures that were skipped."""
+    references = made.references
+    lines = [
+        f"{references.details['source']}: {len(references)} different pictures, "
+        f"{sum(bool(caption) for caption in references.captions)} with a caption, "
+        f"{int(references.duplicates.sum())} shown in an epoch. Features {references.features}. Kept as {name}."
+    ]
+    skipped = references.details["skipped"]
+    if skipped:
+        lines.append(f"{len(skipped)} skipped:")
+        lines += [f"{fault['name']}: {fault['reason']}" for fault in skipped[:SHOWN]]
+    if len(skipped) > SHOWN:
+        lines.append(f"and {len(skipped) - SHOWN} more, all listed in {name}.json")
+    return "\n".join(lines)
+
+
+NODES = [BuildReferenceSet, LoadReferenceSet, NearestReference]

@@ -1,0 +1,205 @@
+"""Guidance rules for every run of the host's samplers, through a wrapper on a clone of the model.
+
+A rule takes part as a post-cfg function, the first of them, and not as the host's one cfg function: other packs'
+guidance stays in force and is what a rule calls plain, and where a rule has nothing to say the host's prediction
+goes on bit for bit (a cfg function gives x - D, from which rounding does not give back D).
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import comfy.model_management
+import comfy.patcher_extension
+import torch
+from torch import Tensor
+
+from ...conditioning import Conditioning
+from ...guidance import GuidanceRule
+from ...mitigations import anti_memorization_guidance as amg
+from ...mitigations import guidance_transition
+from ..aliases import differentiable
+from .model import ComfyModel, HostStep
+from .monitor import KEY, covers
+from .reference import HostReferences, picture_device
+
+KEPT = 4  # times the memory of a decoder's forward pass that its backward pass needs
+
+log = logging.getLogger("dejavu")
+
+MakeRule = Callable[[ComfyModel, Any, Tensor], GuidanceRule]
+"""(the model, the host's guider, the x of its first evaluation) -> a rule for this run."""
+
+
+class Steering:
+    """A rule for every run of the models it is attached to, made anew for each.
+
+    ``patchers`` are networks that the rule computes with; the host loads them together with the model. ``tell`` is
+    given a sentence at the end of a run, by ``summary``, or when a fault of ours lets it go on without the rule.
+    """
+
+    def __init__(
+        self,
+        make: MakeRule,
+        summary: Callable[[Any], str] = lambda rule: "",
+        tell: Callable[[str], None] = lambda text: None,
+        patchers: Sequence[Any] = (),
+        clip: Any = None,
+    ) -> None:
+        self.make, self.summary, self.tell, self.clip = make, summary, tell, clip
+        self._patchers = tuple(patchers)
+
+    def attach(self, patcher: Any) -> Any:
+        """A clone of the model whose runs are steered."""
+        clone = patcher.clone()
+        key = f"{KEY}-{uuid.uuid4().hex[:8]}"
+        # A plain function: the host deep-copies what it finds, and a method would bring its object along.
+        outer_sample = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
+        clone.add_wrapper_with_key(outer_sample, key, lambda *a, **k: self._outer_sample(*a, **k))
+        if self._patchers:
+            clone.set_additional_models(key, list(self._patchers))
+        return clone
+
+    def _outer_sample(self, executor: Any, *arguments: Any, **named: Any) -> Tensor:
+        run = _Run(self, executor.class_obj)
+        options = executor.class_obj.model_options
+        before = options.get("sampler_post_cfg_function", [])
+        options["sampler_post_cfg_function"] = [lambda step: run.guided(step), *before]
+        try:
+            return executor(*arguments, **named)
+        finally:
+            options["sampler_post_cfg_function"] = before
+            run.end()
+
+
+class _Run:
+    """One run of a sampler."""
+
+    def __init__(self, steering: Steering, guider: Any) -> None:
+        self._steering, self._guider = steering, guider
+        self._rule: GuidanceRule | None = None
+        self._evaluations = 0
+        self._fault = ""
+
+    def guided(self, arguments: dict[str, Any]) -> Tensor:
+        """The host's prediction, or what the rule makes of it. Faults of ours never cost a picture."""
+        plain: Tensor = arguments["denoised"]
+        if self._fault:
+            return plain
+        try:
+            return self._guided(arguments)
+        except comfy.model_management.InterruptProcessingException:
+            raise
+        except Exception as error:
+            if isinstance(error, comfy.model_management.OOM_EXCEPTION):
+                comfy.model_management.soft_empty_cache()
+                reason = "there was not enough memory: take a smaller picture or batch"
+            else:
+                reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            self._fault = f"guidance goes on as usual, nothing is mitigated: {reason}"
+            log.warning("[Déjà Vu] %s", self._fault, exc_info=not isinstance(error, ValueError))
+            return plain
+
+    def _guided(self, arguments: dict[str, Any]) -> Tensor:
+        plain, x, sigma = arguments["denoised"], arguments["input"], arguments["sigma"]
+        positive, negative = arguments.get("cond"), self._guider.conds.get("negative")
+        if positive is None or positive is not self._guider.conds.get("positive") or not covers(positive, sigma):
+            return plain
+        if x.ndim != 4:
+            raise ValueError("only pictures can be guided, this model draws something else")
+        with_prompt = arguments["cond_denoised"]
+        if arguments.get("uncond") is None:
+            without = with_prompt  # cfg 1: there is no guidance to change
+        elif "empty_cond_denoised" in arguments:  # perpendicular negative guidance
+            without = arguments["empty_cond_denoised"]
+        elif arguments["uncond"] is negative and covers(negative, sigma):
+            without = arguments["uncond_denoised"]
+        else:
+            return plain
+        options = arguments["model_options"]
+        sigmas = options.get("transformer_options", {}).get("sample_sigmas", sigma[:1])
+        model = ComfyModel(self._guider.model_patcher, self._guider.inner_model, positive[0], options, sigmas, x)
+        model.clip = model.clip or self._steering.clip
+        if self._rule is None:
+            self._rule = self._steering.make(model, self._guider, x)
+        ask = partial(_predict, model, x, sigma)
+        scale = float(arguments["cond_scale"])
+        found = self._rule(HostStep(x, sigma, with_prompt, without, scale, self._evaluations, ask, plain))
+        self._evaluations += 1
+        return found.to(plain.dtype)
+
+    def end(self) -> None:
+        text = self._fault or (self._steering.summary(self._rule) if self._rule is not None else "")
+        if text:
+            self._steering.tell(text)
+
+
+def _predict(model: ComfyModel, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    with torch.no_grad():
+        return model(x, sigma, conditioning)
+
+
+def transition(settings: guidance_transition.Settings, tell: Callable[[str], None]) -> Steering:
+    def summary(rule: guidance_transition.Transition) -> str:
+        guiding = [] if rule.guiding is None else rule.guiding.tolist()
+        return f"guidance began in {sum(guiding)} of {len(guiding)} pictures"
+
+    return Steering(lambda model, guider, x: guidance_transition.Transition(settings.before_transition), summary, tell)
+
+
+# --------------------------------------------------------------------- anti-memorization guidance
+
+
+def anti_memorization(
+    guard: HostReferences, vae: Any, clip: Any, settings: amg.Settings, tell: Callable[[str], None]
+) -> Steering:
+    """Raises ValueError where this could never act: a VAE of another kind, or a threshold above every similarity."""
+    if vae is None:
+        raise ValueError("the VAE input is empty: the checkpoint that was loaded may hold no autoencoder")
+    vae.throw_exception_if_invalid()
+    if vae.latent_dim != 2:
+        raise ValueError("this VAE decodes no single pictures: anti-memorization guidance compares pictures")
+    lowest = float(amg.threshold_at(torch.ones(1), settings))
+    if guard.references.metric == "normalised L2" and min(lowest, settings.threshold + settings.threshold_rise) >= 0:
+        raise ValueError(
+            f"similarities of this reference set ({guard.features.name}) are never above 0, so a threshold of "
+            f"{settings.threshold:g} never acts: set threshold -1.95, rise 0.45 and rate 6.25, as published for it"
+        )
+    patchers = (vae.patcher, *guard.networks.patchers)
+    modules = [patcher.model for patcher in patchers]
+
+    def make(model: ComfyModel, guider: Any, x: Tensor) -> amg.AntiMemorization:
+        _make_room(vae, x, (guider.model_patcher, *patchers))
+        pictures = partial(_pictures, vae, guider.inner_model)
+        encode = None if model.clip is None else lambda caption: model.encode(_as_typed(caption))
+        return amg.AntiMemorization(guard, pictures, encode, settings, lambda: differentiable(modules))
+
+    return Steering(make, _steered, tell, patchers, clip)
+
+
+def _pictures(vae: Any, inner: Any, latents: Tensor) -> Tensor:
+    """[B, C, H, W] of the sampled model's latents -> pictures [B, 3, height, width] in 0..1."""
+    given = inner.process_latent_out(latents).to(vae.device, vae.vae_dtype)
+    return vae.process_output(vae.first_stage_model.decode(given).float()).to(picture_device())
+
+
+def _make_room(vae: Any, x: Tensor, in_use: Sequence[Any]) -> None:
+    """Ask the host for the memory of a backward pass through the decoder; in inference mode, as all of its moves."""
+    managed = comfy.model_management
+    needed = KEPT * vae.memory_used_decode(tuple(x.shape), vae.vae_dtype) * x.shape[0]
+    own = [m for m in managed.current_loaded_models if m.model is not None and any(p.is_clone(m.model) for p in in_use)]
+    managed.free_memory(needed, vae.device, keep_loaded=own)
+
+
+def _as_typed(caption: str) -> str:
+    """A training caption knows no weights: its brackets are brackets."""
+    return caption.replace("(", "\\(").replace(")", "\\)")
+
+
+def _steered(rule: amg.AntiMemorization) -> str:
+    acted = [bool(pictures.any()) for pictures in rule.acted]
+    return f"steered {sum(acted)} of {len(acted)} evaluations away from a training picture"
