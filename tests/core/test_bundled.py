@@ -7,8 +7,9 @@ import torch
 from scipy_free import binomial_upper  # a second implementation, in this folder
 
 from sd_dejavu.calibration.profile import Profile
-from sd_dejavu.demo import bundled
+from sd_dejavu.demo import bundled, evaluation
 from sd_dejavu.demo.evaluation import (
+    every_mitigation,
     false_copies,
     fresh_verdicts,
     graded,
@@ -113,6 +114,23 @@ def test_memorised_pictures_are_copies_and_mitigation_ends_that(model, profile):
     # The published form leaves what the encoder can say, and follows the caption less (README).
     assert rows["optimise-conditioning"].caption_score < rows["optimise-tokens"].caption_score
     assert rows["random-word"].copies.share > rows["remove-trigger"].copies.share
+
+
+def test_guidance_away_from_copies_needs_its_dissimilarity_term_and_leaves_ordinary_pictures(
+    model, profile, monkeypatch
+):
+    monkeypatch.setattr(evaluation, "follows", lambda model, pair, latent: 0.5)  # rated in the README's table
+    pairs = held_out_pairs("hard")[:3] + held_out_pairs("photo")[:1]
+    methods = {name: s for name, s in every_mitigation().items() if name.startswith("amg")}
+    found = mitigations(
+        model, profile, Measurement(images=1), pairs, methods, ordinary=bundled.held_out_ordinary(3, 77)
+    )
+    rows = {r.method: r for r in found}
+    assert rows["none"].copies.hits == 4
+    assert rows["amg"].copies.hits == 0
+    assert rows["amg: no dissimilarity"].copies.hits >= 3
+    for name in methods:
+        assert rows[name].untouched.hits == 3 and rows[name].change_on_ordinary == 0
 
 
 def test_ordinary_pictures_are_not_called_copies(model):

@@ -101,6 +101,25 @@ def test_mitigate_lowers_the_score(capsys):
     assert optimised["losses"][0] == pytest.approx(optimised["score"], rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "method", ["guidance-transition", "start-token", "attenuate-tokens", "batch-wise-noise", "amg"]
+)
+def test_every_kind_of_mitigation_is_drawn(method, tmp_path, capsys):
+    given = ["mitigate", "--json", "--images", "1", "--steps", "3", "--target", "0.3", "--out", str(tmp_path)]
+    assert main([*given, "--method", method, MEMORISED]) == 0
+    (row,) = json_lines(capsys)
+    assert row["method"] == method and row["prompt_after"] == MEMORISED
+    plain, drawn = (tmp_path / f"prompt-1-image-1{end}.png" for end in ("", f"-{method}"))
+    assert plain.read_bytes() != drawn.read_bytes()
+
+
+def test_a_reference_set_of_the_users_own_guides(tmp_path, capsys):
+    assert main(["refset", "build", "bundled", str(tmp_path / "set"), "--features", "grey"]) == 0
+    given = ["mitigate", "--method", "amg", "--target", "0.3", "--reference", str(tmp_path / "set.json"), MEMORISED]
+    assert main(given) == 0
+    assert "amg: steer away" in capsys.readouterr().out
+
+
 def test_mitigate_draws_pictures_and_a_report(tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["mitigate", "--images", "1", "--steps", "5", "--target", "0.3", "--out", str(out), MEMORISED]) == 0
