@@ -344,7 +344,7 @@ class Monitor:
             return denoised
         options = arguments["model_options"]
         sigmas = options.get("transformer_options", {}).get("sample_sigmas", sigma[:1])
-        model = ComfyModel(guider.model_patcher, guider.inner_model, positive[0], options, sigmas, x)
+        model = ComfyModel(guider.model_patcher, guider.inner_model, guider.conds["positive"][0], options, sigmas, x)
         scale, ask = float(arguments["cond_scale"]), partial(model, x, sigma)
         step = HostStep(x, sigma, arguments["cond_denoised"], without, scale, run.evaluations, ask, denoised)
         with self._guarded(run):
