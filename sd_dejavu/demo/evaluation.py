@@ -22,7 +22,8 @@ from ..conditioning import Conditioning
 from ..denoiser import Model
 from ..explain.views import explain
 from ..measure import Measured, Measurement, drawn_with, guidance_of, judge, measure, measure_runs, setting_of
-from ..mitigations import Outcome, Start, anti_memorization_guidance, available
+from ..mitigations import Outcome, Start, available
+from ..mitigations.anti_memorization_guidance import GREY
 from ..mitigations.guard import Guard
 from ..peak_memory import peak_memory
 from ..reference.features import Grey
@@ -162,9 +163,6 @@ def trigger_named(model: Model, wanted: Measurement, view: View, pairs: Sequence
 
 
 NONE = "none"
-# The likeness of grey values runs higher than SSCD's and, unlike it, is high for vague early predictions too: the
-# threshold falls with the steps, from above what ordinary captions reach.
-AMG = anti_memorization_guidance.Settings(dissimilarity=300, threshold=0.6, threshold_rise=0.0753, threshold_rate=-1.2)
 
 
 def bundled_guard() -> Guard:
@@ -177,7 +175,7 @@ def bundled_guard() -> Guard:
 def every_mitigation() -> dict[str, Any]:
     """All methods with their settings for the bundled model, and guidance away from copies without its last term."""
     methods = {name: method.settings() for name, method in available().items()}
-    return {**methods, "amg": AMG, "amg: no dissimilarity": replace(AMG, dissimilarity=0)}
+    return {**methods, "amg": GREY, "amg: no dissimilarity": replace(GREY, dissimilarity=0)}
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Literal, get_args
 
@@ -45,6 +45,7 @@ from torch import Tensor
 from ..conditioning import Conditioning, stack
 from ..denoiser import Model, over_pixels
 from ..guidance import GuidedStep
+from ..reference.features import Features
 from ..settings import option, validate
 from . import Mitigation, Outcome, Start
 from .guard import Guard
@@ -98,6 +99,16 @@ DDPM = Settings(
     threshold_rate=6.25,
     training_schedule="ddpm",
 )
+# The likeness of grey values runs higher than SSCD's and, unlike it, is high for vague early predictions too: the
+# threshold falls with the steps, from above what ordinary captions of the bundled model reach.
+GREY = Settings(dissimilarity=300, threshold=0.6, threshold_rise=0.0753, threshold_rate=-1.2)
+
+
+def preset(features: Features) -> Settings:
+    """The numbers for a kind of features: the published ones for SSCD, which others of unit length begin from too."""
+    if features.metric == "normalised L2":
+        return replace(DDPM, training_schedule="stable diffusion")
+    return GREY if features.name.split()[0] == "grey" else Settings()
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from ...reference.nearest import same_features
 from ...reference.reference_set import ReferenceSet
 from .guidance import GuidedModel
 
-NORMALISED_L2 = replace(amg.DDPM, training_schedule="stable diffusion")
 WEIGHTS = "features"  # the folder beside the sets for the files of feature networks (SSCD), whatever their names
 
 
@@ -45,6 +43,5 @@ def _guard(path: Path, changed: int) -> Guard:
 
 
 def rule_of(guard: Guard, model: GuidedModel) -> GuidanceRule:
-    """Anti-memorization guidance for one run, with the published numbers for this kind of similarity."""
-    settings = amg.Settings() if guard.features.metric == "cosine" else NORMALISED_L2
-    return amg.AntiMemorization(guard, model.pictures_of, model.encode, settings, model.decoding)
+    """Anti-memorization guidance for one run, with the numbers for its kind of features."""
+    return amg.AntiMemorization(guard, model.pictures_of, model.encode, amg.preset(guard.features), model.decoding)
