@@ -146,6 +146,30 @@ def test_the_published_baselines_change_the_prompt(webui: WebUIServer) -> None:
     assert f"{NAME} settings: explain=never; perturb=random-number; insertions=2" in generated.infotexts[0]
 
 
+@pytest.mark.parametrize("sampler", ["Euler", "DPM++ 2M", "Heun", "DDIM"])
+@pytest.mark.parametrize("remedy", ["guidance-transition", "start-token", "attenuate-tokens"])
+def test_other_remedies_draw_other_pictures(webui: WebUIServer, remedy: str, sampler: str) -> None:
+    run, prompt = {"sampler_name": sampler, "steps": 6}, "a red fox in the snow"
+    plain = webui.txt2img(prompt=prompt, **run)
+    settings = {"when_flagged": "mitigate", "remedy": remedy, "explain": "never"}
+    with flagging(webui, prompt, **run):
+        generated, (document,) = watched(webui, prompt, settings, **run)
+    assert document["flagged"] is True and document["notes"] == []
+    mitigation = document["mitigation"]
+    (after,) = mitigation["verdicts"]
+    assert after["score"] == pytest.approx(mitigation["score_after"], rel=1e-2)
+    assert len(after["score_per_step"]) >= 5 and None not in after["score_per_step"]
+    assert np.abs(pixels(plain) - pixels(generated)).mean() > 1
+    # Nothing of it stays.
+    again = webui.txt2img(prompt=prompt, **run)
+    assert (pixels(again) == pixels(plain)).all() and errors_of_ours(webui) == []
+
+
+def test_noise_cannot_be_changed_here(webui: WebUIServer) -> None:
+    webui.txt2img(alwayson_scripts={NAME: {"args": [{"remedy": "batch-wise-noise"}]}})
+    assert "remedy must be one of" in webui.log()
+
+
 # -------------------------------------------------------------------- a checkpoint that memorises
 
 
@@ -193,30 +217,6 @@ def test_a_mitigated_picture_is_no_copy(calibrated: WebUIServer, remedy: str, sa
     # The host's cached conditioning is as it was.
     again = calibrated.txt2img(prompt=prompt, steps=20, **run)
     assert (pixels(again) == pixels(plain)).all()
-
-
-@pytest.mark.parametrize("sampler", ["Euler", "DPM++ 2M", "Heun", "DDIM"])
-@pytest.mark.parametrize("remedy", ["guidance-transition", "start-token", "attenuate-tokens"])
-def test_other_remedies_draw_other_pictures(webui: WebUIServer, remedy: str, sampler: str) -> None:
-    run, prompt = {"sampler_name": sampler, "steps": 6}, "a red fox in the snow"
-    plain = webui.txt2img(prompt=prompt, **run)
-    settings = {"when_flagged": "mitigate", "remedy": remedy, "explain": "never"}
-    with flagging(webui, prompt, **run):
-        generated, (document,) = watched(webui, prompt, settings, **run)
-    assert document["flagged"] is True and document["notes"] == []
-    mitigation = document["mitigation"]
-    (after,) = mitigation["verdicts"]
-    assert after["score"] == pytest.approx(mitigation["score_after"], rel=1e-2)
-    assert len(after["score_per_step"]) >= 5 and None not in after["score_per_step"]
-    assert np.abs(pixels(plain) - pixels(generated)).mean() > 1
-    # Nothing of it stays.
-    again = webui.txt2img(prompt=prompt, **run)
-    assert (pixels(again) == pixels(plain)).all() and errors_of_ours(webui) == []
-
-
-def test_noise_cannot_be_changed_here(calibrated: WebUIServer) -> None:
-    calibrated.txt2img(alwayson_scripts={NAME: {"args": [{"remedy": "batch-wise-noise"}]}})
-    assert "remedy must be one of" in calibrated.log()
 
 
 def test_a_flagged_run_can_be_ended(calibrated: WebUIServer) -> None:
