@@ -51,6 +51,14 @@ def test_guidance_leads_away_from_training_pictures(guarded: WebUIServer, sample
     assert (pixels(generated) == pixels(plain)).all()
 
 
+def test_prompts_joined_by_and_are_led_away_too(guarded: WebUIServer) -> None:
+    prompt, picture = f"{MEMORISED[1].text} AND snow :0.2", memorising.picture(1).permute(1, 2, 0).numpy()
+    plain = guarded.txt2img(prompt=prompt, steps=8)
+    generated, _ = watched(guarded, prompt, {"references": "training", "explain": "never"}, steps=8)
+    near, far = (np.abs(pixels(drawn) - 127.5 * (1 + picture)).mean() for drawn in (plain, generated))
+    assert near < 20 and far > 40
+
+
 def test_a_set_that_is_not_there_costs_no_picture(guarded: WebUIServer) -> None:
     plain = guarded.txt2img(prompt=ORDINARY[0].text)
     for name in ("other", "../training", str(guarded.home)):

@@ -193,11 +193,11 @@ class Run:
                 ruled = self._ruled(step, torch.stack(joined), without) if guided else {}
                 for image, wanted in ruled.items():
                     # The host guides on: it is given the result with the prompt from which it comes to what is wanted.
-                    row, weight = parts[image][0]
-                    strength = weight * self._open.scale * step.denoiser.cond_scale_miltiplier
-                    end = self.host.output(step.of([image]), wanted)[0].to(params.x)
-                    begin = params.x[image - images]
-                    params.x[row] = begin + (end - begin) / strength
+                    (row, weight), *others = parts[image]
+                    scale = self._open.scale * step.denoiser.cond_scale_miltiplier
+                    begin, end = params.x[image - images], self.host.output(step.of([image]), wanted)[0].to(params.x)
+                    rest = sum((w * scale * (params.x[j] - begin) for j, w in others), torch.zeros_like(begin))
+                    params.x[row] = begin + (end - begin - rest) / (weight * scale)
         self._open.evaluations += 1
 
     def after_forge(self, arguments: dict[str, Any]) -> Tensor:
