@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,9 @@ from xdist.scheduler import LoadScopeScheduling
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before anything imports torch; processes that tests start inherit it
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+
+sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("hosts", "page")]
+pytest_plugins = ("host_summary", "page_summary")
 
 SERVERS = ("a1111", "forge", "pinned", "newest")  # parameters for whose sake a server is started
 

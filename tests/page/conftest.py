@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -17,30 +16,18 @@ sys.path.insert(0, str(HERE.parent / "hosts"))
 import miniature  # noqa: E402
 from comfyui_page import Page, open_page  # noqa: E402
 from comfyui_server import ComfyServer, find_install, make_home  # noqa: E402
+from page_summary import missing, newest_front_end  # noqa: E402
 
 PACK = HERE.parents[1]
 WEB = HERE.parent / "web"
-
-
-def newest_front_end() -> Path | None:
-    """The static folder of a newer front end: $DEJAVU_COMFYUI_FRONTEND, or the package in the user's cache."""
-    named = os.environ.get("DEJAVU_COMFYUI_FRONTEND")
-    kept = Path.home() / ".cache" / "sd-dejavu" / "frontend" / "comfyui_frontend_package" / "static"
-    folder = Path(named) if named else kept
-    return folder if (folder / "index.html").is_file() else None
-
-
-def _missing() -> list[str]:
-    found = {"ComfyUI": find_install(), "Chromium": shutil.which("chromium")}
-    return [name for name, place in found.items() if place is None]
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     """ComfyUI's page with the pack loaded."""
     install = find_install()
-    if install is None or _missing():
-        pytest.skip(f"not found: {', '.join(_missing())}")
+    if install is None or missing():
+        pytest.skip(f"not found: {', '.join(missing())}")
     home = make_home(tmp_path_factory.mktemp("comfyui-page"), PACK)
     miniature.write_all(home / "models")
     with ComfyServer(install, home) as server, open_page(server.url) as opened:
@@ -51,8 +38,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 def front_end(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     """The page in the front end that the host pins, and in a newer one where that is installed."""
     install = find_install()
-    if install is None or _missing():
-        pytest.skip(f"not found: {', '.join(_missing())}")
+    if install is None or missing():
+        pytest.skip(f"not found: {', '.join(missing())}")
     options: list[str] = []
     if request.param == "newest":
         folder = newest_front_end()
@@ -74,12 +61,3 @@ def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
         shutil.copy(WEB / name, folder / name)
     subprocess.run(["npm", "ci"], cwd=folder, check=True, capture_output=True, timeout=300)
     return (folder / "node_modules" / "axe-core" / "axe.min.js").read_text(encoding="utf-8")
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    skipped = [r for r in terminalreporter.stats.get("skipped", []) if HERE.name in r.nodeid.split("/")]
-    if not (missing := _missing()) and newest_front_end() is None:
-        missing = ["A newer front end"]
-    if skipped and missing:
-        message = f"{' and '.join(missing)} not found: {len(skipped)} page tests did not run".upper()
-        terminalreporter.write_sep("=", message, red=True, bold=True)
