@@ -151,9 +151,14 @@ def test_a_broken_calibration_is_told(faulty: WebUIServer) -> None:
 
 
 def test_installing_takes_no_time_and_says_nothing() -> None:
-    began = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "pass"], check=True)
-    bare = time.perf_counter() - began
-    began = time.perf_counter()
-    done = subprocess.run([sys.executable, str(PACK / "install.py")], check=True, capture_output=True, text=True)
-    assert done.stdout == "" and time.perf_counter() - began - bare < 0.2
+    def seconds(*command: str) -> float:
+        """The least of three: another process may have the core for a while."""
+        taken = []
+        for _ in range(3):
+            began = time.perf_counter()
+            done = subprocess.run([sys.executable, *command], check=True, capture_output=True, text=True)
+            taken.append(time.perf_counter() - began)
+            assert done.stdout == ""
+        return min(taken)
+
+    assert seconds(str(PACK / "install.py")) - seconds("-c", "pass") < 0.2
