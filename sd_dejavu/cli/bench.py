@@ -8,8 +8,6 @@ in style and the other figures say little.
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -72,19 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
     model = common.load_model(arguments)
     rows = _rows(model, [available()[name] for name in arguments.detectors], positives, negatives, wanted, arguments)
     records = [vars(row) for row in rows]
-    if arguments.json is not None:
-        text = json.dumps(
-            {"rows": records, "positives": len(positives), "negatives": len(negatives), "model": model.name}, indent=1
-        )
-        if str(arguments.json) == "-":
-            print(text)
-        else:
-            arguments.json.write_text(text + "\n", encoding="utf-8")
-    if arguments.csv is not None:
-        with arguments.csv.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, records[0])
-            writer.writeheader()
-            writer.writerows(records)
+    told = {"rows": records, "positives": len(positives), "negatives": len(negatives), "model": model.name}
+    common.write_rows(told, arguments.json, arguments.csv)
     if str(arguments.json) != "-":
         Console().print(_table(rows, len(positives), len(negatives)))
     return 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
@@ -115,3 +117,18 @@ def progress_bar(console: Console) -> Progress:
     """Hidden where standard error is no terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def write_rows(document: dict[str, Any], json_file: Path | None, csv_file: Path | None) -> None:
+    """A document with its ``rows`` as JSON ('-' prints it), and the rows alone as CSV, where they were asked for."""
+    if json_file is not None:
+        text = json.dumps(document, indent=1)
+        if str(json_file) == "-":
+            print(text)
+        else:
+            json_file.write_text(text + "\n", encoding="utf-8")
+    if csv_file is not None:
+        with csv_file.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, document["rows"][0])
+            writer.writeheader()
+            writer.writerows(document["rows"])

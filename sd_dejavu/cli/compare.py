@@ -7,8 +7,6 @@ captions from the same noises. With --out, DIR gets compare.svg: copies left aga
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -65,18 +63,9 @@ def run(arguments: argparse.Namespace) -> int:
         task = bar.add_task("drawing", total=(len(pairs) + len(ordinary)) * (1 + len(methods)))
         rows = evaluation.mitigations(model, profile, wanted, pairs, methods, lambda name: bar.advance(task), ordinary)
     records = [record_of(row) for row in rows]
-    told = {"rows": records, "pairs": len(pairs), "ordinary": len(ordinary), "images": wanted.images}
-    if arguments.json is not None:
-        text = json.dumps({**told, "steps": wanted.steps, "seed": wanted.seed, "model": model.name}, indent=1)
-        if str(arguments.json) == "-":
-            print(text)
-        else:
-            arguments.json.write_text(text + "\n", encoding="utf-8")
-    if arguments.csv is not None:
-        with arguments.csv.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, records[0])
-            writer.writeheader()
-            writer.writerows(records)
+    counts = {"pairs": len(pairs), "ordinary": len(ordinary), "images": wanted.images, "steps": wanted.steps}
+    told = {"rows": records, **counts, "seed": wanted.seed, "model": model.name}
+    common.write_rows(told, arguments.json, arguments.csv)
     if arguments.out is not None:
         (arguments.out / PLOT).write_text(plot(rows), encoding="utf-8")
     if str(arguments.json) != "-":

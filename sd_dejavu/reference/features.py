@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,14 +118,14 @@ class FeatureError(ValueError):
 # ------------------------------------------------------------------------------------- without a network
 
 
-class _InTwoSteps:
+class _InTwoSteps(ABC):
     """``__call__`` from ``prepare`` and ``embed``."""
 
-    def prepare(self, pictures: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def prepare(self, pictures: Tensor) -> Tensor: ...
 
-    def embed(self, prepared: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def embed(self, prepared: Tensor) -> Tensor: ...
 
     def __call__(self, pictures: Tensor) -> Tensor:
         return self.embed(self.prepare(pictures))
