@@ -62,10 +62,14 @@ def scatter_chart(marks: Sequence[Mark], title: str, across: str, up: str, width
 
 
 def _places(heights: Sequence[float], lowest: float) -> list[float]:
-    """Where each name stands: at its mark's height, moved apart by at least a line, none below ``lowest``."""
+    """Where each name stands: at its mark's height, moved apart by at least a line, none below ``lowest`` or above the plot."""
     order = sorted(range(len(heights)), key=lambda number: -heights[number])
     found, limit = [0.0] * len(heights), lowest
     for number in order:  # from the bottom up
         found[number] = min(heights[number], limit)
         limit = found[number] - LINE
+    limit = TOP
+    for number in reversed(order):  # and back from the top
+        found[number] = max(found[number], limit)
+        limit = found[number] + LINE
     return found

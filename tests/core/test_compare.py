@@ -72,6 +72,7 @@ def test_names_stand_a_line_apart_and_above_the_axis() -> None:
     found = _places(heights, 380)
     assert found == [380, 365, 350, 86, 101]
     assert all(abs(a - b) >= LINE for i, a in enumerate(found) for b in found[:i])
+    assert _places([20.0, 20.0, 20.0], 380) == [46, 31, 16]  # none above the plot
     assert re.search(r"\bx: up 0\.25, across 0\.50", scatter_chart([Mark("x", 0.5, 0.25)], "t", "across", "up"))
 
 
