@@ -134,25 +134,40 @@ def first_step(
 ) -> Tensor:
     """First-step magnitudes [number of prompts, images] of many prompts on the same noise [images, C, H, W].
 
-    At x_T the unconditional prediction of a noise is the same for every prompt, so it is computed once;
-    prompts and images then share batches. ``progress`` is called with the evaluations just done.
-    Raises ValueError when a prediction is not finite.
+    ``progress`` is called with the evaluations just done. Raises ValueError when a prediction is not finite.
+    """
+    scores = torch.empty(len(conditionings), noise.shape[0])
+    for part, predictions in first_predictions(denoiser, conditionings, unconditional, noise, sigma, batch_size):
+        for (prompt, image), value in zip(part, magnitude(predictions).cpu(), strict=True):
+            scores[prompt, image] = value
+        progress(len(part))
+    return scores
+
+
+def first_predictions(
+    denoiser: Denoiser,
+    conditionings: Sequence[Conditioning],
+    unconditional: Conditioning,
+    noise: Tensor,
+    sigma: float,
+    batch_size: int = 32,
+) -> Iterator[tuple[list[tuple[int, int]], Predictions]]:
+    """Both predictions at x_T for every prompt on every noise [images, C, H, W], batch after batch.
+
+    Each batch comes with its (prompt, image) numbers. At x_T the unconditional prediction of a noise is the same for
+    every prompt, so it is computed once; prompts and images then share batches. Raises ValueError when a prediction
+    is not finite.
     """
     x = initial_latent(noise, sigma, denoiser.prediction_type)
     levels = levels_of(x, sigma)
     base = predict(denoiser, x, levels, unconditional, batch_size)
-    scores = torch.empty(len(conditionings), noise.shape[0])
     for part in batches([c.rows.shape[1] for c in conditionings], noise.shape[0], batch_size):
         which = [image for _, image in part]
         with torch.no_grad():
             denoised = denoiser(x[which], levels[which], stack([conditionings[p] for p, _ in part]))
-            values = magnitude(Predictions(denoised, base[which], levels[which])).cpu()
-        for (prompt, image), value in zip(part, values, strict=True):
-            scores[prompt, image] = value
-        progress(len(part))
-    if not torch.isfinite(scores).all():
-        raise ValueError("the model's predictions are not finite (NaN or infinity): its weights may be broken")
-    return scores
+        if not torch.isfinite(denoised).all() or not torch.isfinite(base).all():
+            raise ValueError("the model's predictions are not finite (NaN or infinity): its weights may be broken")
+        yield part, Predictions(denoised, base[which], levels[which])
 
 
 def levels_of(x: Tensor, sigma: float) -> Tensor:

@@ -44,6 +44,22 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
+    """q-values: the smallest false discovery rate at which each test would be among the discoveries.
+
+    Benjamini & Hochberg, J. R. Stat. Soc. B 57 (1995): with p sorted, q_(i) = min over j >= i of p_(j) n / j. Holds for
+    conformal p-values that share their nulls (Bates, Candes, Lei, Romano, Sesia, Ann. Statist. 51, 2023, theorem 2).
+    """
+    p = np.asarray(p_values, dtype=float)
+    if not len(p):
+        return []
+    order = np.argsort(p, kind="stable")
+    scaled = p[order] * len(p) / np.arange(1, len(p) + 1)
+    q = np.empty(len(p))
+    q[order] = np.minimum(1.0, np.minimum.accumulate(scaled[::-1])[::-1])
+    return [float(value) for value in q]
+
+
 def kolmogorov_uniform(p_values: Sequence[float]) -> tuple[float, float]:
     """Kolmogorov-Smirnov distance of p-values from the uniform law, and its p-value (asymptotic series)."""
     x: NDArray[np.float64] = np.sort(np.asarray(p_values, dtype=float))

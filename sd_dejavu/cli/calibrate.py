@@ -14,12 +14,8 @@ from rich.console import Console
 
 from ..calibration import store
 from ..calibration.calibrate import calibrate
-from ..calibration.ordinary_prompts import ordinary_prompts
 from ..measure import Measurement, setting_of
 from . import common
-from .prompt_files import read_prompts
-
-WORLD_SEED = 77
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,14 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     wanted = common.from_arguments(Measurement, arguments)
     if arguments.full_runs < 0:
         raise ValueError(f"full runs must be 0 or more, not {arguments.full_runs}")
-    if arguments.prompts_file is not None:
-        prompts = list(read_prompts(arguments.prompts_file, [], None, arguments.column))[: arguments.count]
-    elif arguments.model is None:
-        from ..demo.world import ordinary_captions
-
-        prompts = [caption for caption, _ in ordinary_captions(arguments.count, WORLD_SEED)]
-    else:
-        prompts = [prompt for prompt, _ in ordinary_prompts(arguments.count)]
+    prompts = common.ordinary_prompts_of(arguments, arguments.prompts_file, arguments.count)
     model = common.load_model(arguments)
     with common.progress_bar(Console(stderr=True)) as bar:
         tasks = {"first step": bar.add_task("first step", total=len(prompts))}

@@ -23,13 +23,16 @@ from ..settings import Option, options_of
 from .prompt_files import read_prompts
 
 CHUNK = 64
+WORLD_SEED = 77  # of the bundled model's ordinary captions that calibrate
 Settings = TypeVar("Settings")
 
 
-def add_settings(parser: argparse.ArgumentParser, settings: type, title: str) -> None:
+def add_settings(parser: argparse.ArgumentParser, settings: type, title: str, leave_out: Sequence[str] = ()) -> None:
     """Every option of a settings class as a command-line option; ranges are checked by the class itself."""
     group = parser.add_argument_group(title)
     for known in options_of(settings):
+        if known.name in leave_out:
+            continue
         flag = "--" + known.name.replace("_", "-")
         if known.kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=known.default, help=_help(known))
@@ -46,8 +49,9 @@ def _choices(known: Option) -> dict[str, Any]:
 
 
 def from_arguments(settings: type[Settings], arguments: argparse.Namespace) -> Settings:
-    """The settings a user asked for. Raises ValueError for values out of range."""
-    return settings(**{f.name: getattr(arguments, f.name) for f in fields(settings)})  # type: ignore[arg-type]
+    """The settings a user asked for; the defaults of those left out. Raises ValueError for values out of range."""
+    known = [f.name for f in fields(settings) if hasattr(arguments, f.name)]  # type: ignore[arg-type]
+    return settings(**{name: getattr(arguments, name) for name in known})
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -79,6 +83,19 @@ def load_model(arguments: argparse.Namespace) -> Model:
     from ..hosts.diffusers import load
 
     return load(arguments.model, arguments.device, arguments.dtype, arguments.config, arguments.prompt_weights)
+
+
+def ordinary_prompts_of(arguments: argparse.Namespace, file: Path | None, count: int) -> list[str]:
+    """The user's own ordinary prompts, or as many of ours; the bundled model's are captions of its little world."""
+    from ..calibration.ordinary_prompts import ordinary_prompts
+
+    if file is not None:
+        return list(read_prompts(file, [], None, arguments.column))[:count]
+    if arguments.model is None:
+        from ..demo.world import ordinary_captions
+
+        return [caption for caption, _ in ordinary_captions(count, WORLD_SEED)]
+    return [prompt for prompt, _ in ordinary_prompts(count)]
 
 
 def prompts_of(arguments: argparse.Namespace) -> list[str]:

@@ -100,7 +100,7 @@ def _build(arguments: argparse.Namespace) -> int:
                 arguments.out,
                 features,
                 wanted,
-                _made_with(chosen),
+                made_with(chosen),
                 arguments.batch_size,
                 arguments.device,
                 arguments.restart,
@@ -130,12 +130,12 @@ def _bundled(
             f"{files_of(arguments.out)[1]} is there already: give another name, or --restart to replace it"
         )
     made = bundled_reference(features, wanted.near_threshold, wanted.thumbnail_side)
-    made = replace(made, details={"source": "the bundled model's training pictures", "made_with": _made_with(chosen)})
+    made = replace(made, details={"source": "the bundled model's training pictures", "made_with": made_with(chosen)})
     made.save(arguments.out)
     return made
 
 
-def _made_with(chosen: FeatureSettings) -> dict[str, Any]:
+def made_with(chosen: FeatureSettings) -> dict[str, Any]:
     """What makes the same features again, but for the weights, whose place is another on every machine."""
     return {name: value for name, value in asdict(chosen).items() if name != "weights"}
 

@@ -7,11 +7,13 @@ only here and only when a model is loaded.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import itertools
 import json
 import logging
 import pickle
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -164,6 +166,20 @@ class DiffusersModel:
         pictures = self._vae.decode((latents / scale + shift).to(self._vae.dtype), return_dict=False)[0]
         return pictures.float() / 2 + 0.5
 
+    @torch.no_grad()
+    def latents_of(self, pictures: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in 0..1 -> latents [B, C, h, w] in fp32, the encoder's most likely ones."""
+        encoded = self._vae.encode((pictures * 2 - 1).to(self.device, self._vae.dtype))
+        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+        shift = getattr(self._vae.config, "shift_factor", None) or 0.0
+        return (latents.float() - shift) * getattr(self._vae.config, "scaling_factor", 1.0)
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of what the model draws."""
+        scale = 2 ** (len(self._vae.config.block_out_channels) - 1)
+        return self.latent_shape[1] * scale, self.latent_shape[2] * scale
+
     @contextmanager
     def differentiable(self, checkpointing: bool = False) -> Iterator[None]:
         """Gradients through the model, in fp32 whatever its dtype; activations recomputed with ``checkpointing``."""
@@ -243,7 +259,7 @@ class DiffusersModel:
         rows = torch.cat([c.float() for c in columns], dim=-1).flatten(0, 1)[None]
         if pooled is None:
             return rows, {}
-        height, width = (side * 2 ** (len(self._vae.config.block_out_channels) - 1) for side in self.latent_shape[1:])
+        height, width = self.picture_size
         size = torch.tensor([[height, width, 0, 0, height, width]], device=rows.device, dtype=torch.float32)
         return rows, {"text_embeds": pooled[:1].float(), "time_ids": size}
 
@@ -327,13 +343,15 @@ def load(
     dtype: str = "float32",
     config: str | None = None,
     prompt_weights: bool = False,
+    lora: str | None = None,
+    lora_strength: float = 1.0,
 ) -> DiffusersModel:
     """The bundled model (None), a diffusers folder, a single-file checkpoint, or a hub id named by the user.
 
     ``config`` names a diffusers folder (or hub id) with the configuration files and tokenizer that a
-    single-file checkpoint lacks. ``prompt_weights`` reads '(word:1.3)' in prompts. Only a hub id given
-    here reaches the network. Raises ModelError with
-    a sentence when the model cannot be found or used.
+    single-file checkpoint lacks. ``prompt_weights`` reads '(word:1.3)' in prompts. ``lora`` is a .safetensors file
+    in diffusers' or kohya's layout, merged into the weights at ``lora_strength``. Only a hub id given here reaches the
+    network. Raises ModelError with a sentence when the model or the LoRA cannot be found or used.
     """
     if dtype not in _DTYPES:
         raise ModelError(f"dtype {dtype!r} is unknown: use one of {', '.join(_DTYPES)}")
@@ -344,6 +362,8 @@ def load(
         with quiet():
             pipeline = _load_pipeline(path, name, _DTYPES[dtype], config)
             _refuse_incomplete(pipeline, name)
+            if lora is not None:
+                _merge_lora(pipeline, Path(lora), lora_strength, name)
             return DiffusersModel(pipeline.to(place), name, prompt_weights)
     except ModelError:
         raise
@@ -377,6 +397,27 @@ def _refuse_incomplete(pipeline: Any, name: str) -> None:
             lacking = [key for key, parameter in module.named_parameters() if parameter.is_meta]
             if lacking:
                 raise ModelError(_incomplete(name, part, lacking))
+
+
+def _merge_lora(pipeline: Any, file: Path, strength: float, name: str) -> None:
+    """Adds a LoRA to the weights of the UNet and the text encoders, which keep their names and shapes."""
+    if file.suffix != ".safetensors":
+        raise ModelError(f"the LoRA {file} is no .safetensors file, the only kind that is read: convert it first")
+    if not file.is_file():
+        raise ModelError(f"there is no LoRA {file}: check the path")
+    if importlib.util.find_spec("peft") is None:
+        raise ModelError("merging a LoRA needs the package peft: pip install 'sd-dejavu[lora]'")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of keys that fit no part of the model: told below, if it is all of them
+            pipeline.load_lora_weights(str(file.parent), weight_name=file.name, local_files_only=True)
+    except Exception as error:  # the loaders raise many types; all mean that the file is no LoRA for this model
+        told = (str(error).strip() or type(error).__name__).split("\n")[0][:300]
+        raise ModelError(f"the LoRA {file} cannot be merged into {name}: {told}") from error
+    if not pipeline.get_list_adapters():
+        raise ModelError(f"the LoRA {file} holds nothing for {name}: it was made for another kind of model")
+    pipeline.fuse_lora(components=sorted(pipeline.get_list_adapters()), lora_scale=strength, safe_fusing=True)
+    pipeline.unload_lora_weights()
 
 
 def _takes_pictures(name: str) -> str:

@@ -56,8 +56,8 @@ class Source(Protocol):
         """Records in all."""
         ...
 
-    def records(self, start: int = 0) -> Iterator[Record]:
-        """All records from this number on."""
+    def records(self, start: int = 0, pictures: bool = True) -> Iterator[Record]:
+        """All records from this number on; with their captions only, where no ``pictures`` are wanted."""
         ...
 
 
@@ -144,13 +144,14 @@ class FolderSource:
     def count(self) -> int:
         return len(self.pictures)
 
-    def records(self, start: int = 0) -> Iterator[Record]:
+    def records(self, start: int = 0, pictures: bool = True) -> Iterator[Record]:
         for picture in self.pictures[start:]:
             name = safe_name(self._name(picture))
             try:
                 caption = _caption_file(picture)
                 text = decoded(caption.read_bytes()) if caption else ""
-                yield Record(name, picture.read_bytes(), text, self._repeats(picture))
+                data = picture.read_bytes() if pictures else b""
+                yield Record(name, data, text, self._repeats(picture))
             except OSError as error:
                 yield Record(name, fault=f"cannot be read: {error.strerror}")
 
@@ -207,17 +208,17 @@ class TarSource:
     def count(self) -> int:
         return sum(1 for tar in self.tars for _ in _samples(tar, None))
 
-    def records(self, start: int = 0) -> Iterator[Record]:
+    def records(self, start: int = 0, pictures: bool = True) -> Iterator[Record]:
         for tar in self.tars:
             number = -1
-            for number, sample in enumerate(_samples(tar, start)):
+            for number, sample in enumerate(_samples(tar, start, pictures)):
                 if number >= start:
                     name = safe_name(f"{tar.name}/{sample.name or sample.key}")
                     yield Record(name, sample.data, sample.caption, fault=sample.fault)
             start = max(0, start - number - 1)
 
 
-def _samples(path: Path, start: int | None) -> Iterator[_Sample]:
+def _samples(path: Path, start: int | None, pictures: bool = True) -> Iterator[_Sample]:
     """The samples with a picture; what is in them is read from the number ``start`` on, of none for None.
 
     A tar that breaks off ends in a sample that says so.
@@ -240,7 +241,7 @@ def _samples(path: Path, start: int | None) -> Iterator[_Sample]:
                     sample = _Sample(key)
                 if ending in PICTURE_ENDINGS and not sample.name:
                     sample.name = member.name
-                    if start is not None and number >= start:
+                    if pictures and start is not None and number >= start:
                         sample.data = _contents(tar, member)
                 elif ending in (*CAPTION_ENDINGS, "json") and start is not None and number >= start:
                     text = decoded(_contents(tar, member))
@@ -303,16 +304,16 @@ class ParquetSource:
     def count(self) -> int:
         return sum(_rows(file) for file in self.files)
 
-    def records(self, start: int = 0) -> Iterator[Record]:
+    def records(self, start: int = 0, pictures: bool = True) -> Iterator[Record]:
         for path in self.files:
             rows = _rows(path)
             if start < rows:
-                yield from self._of_file(path, start)
+                yield from self._of_file(path, start, pictures)
             start = max(0, start - rows)
 
-    def _of_file(self, path: Path, start: int) -> Iterator[Record]:
+    def _of_file(self, path: Path, start: int, pictures: bool) -> Iterator[Record]:
         picture, caption = self._chosen(path)
-        columns = [picture] if caption is None else [picture, caption]
+        columns = [name for name in (picture if pictures or caption is None else None, caption) if name is not None]
         row = 0
         with _parquet(path) as file:
             for group in range(file.num_row_groups):
@@ -320,7 +321,7 @@ class ParquetSource:
                 if end > start:
                     for values in _of_group(file, group, columns, end - row):
                         if row >= start:
-                            yield _record(f"{path.name}/row-{row}", values, picture, caption)
+                            yield _record(f"{path.name}/row-{row}", values, picture if pictures else None, caption)
                         row += 1
                 row = end
 
@@ -355,10 +356,10 @@ def _of_group(file: Any, group: int, columns: list[str], rows: int) -> Iterator[
         yield from [f"the row cannot be read: {' '.join(str(error).split())}"] * (rows - given)
 
 
-def _record(name: str, values: dict[str, Any] | str, picture: str, caption: str | None) -> Record:
+def _record(name: str, values: dict[str, Any] | str, picture: str | None, caption: str | None) -> Record:
     if isinstance(values, str):
         return Record(name, fault=values)
-    data, text = values[picture], values.get(caption or "")
+    data, text = values[picture] if picture else b"", values.get(caption or "")
     if isinstance(data, dict):
         data = data.get("bytes")
     if not isinstance(data, bytes):

@@ -78,8 +78,12 @@ def render(report: Report) -> str:
     labels = [label(case.verdict) for case in report.cases]
     tallied = {"Flagged": "flagged", "Not flagged": "not flagged", "No verdict": "without a verdict"}
     tally = ", ".join(f"{labels.count(name)} {text}" for name, text in tallied.items() if name in labels)
-    page = _template().render(report=report, cases=[_case(c) for c in report.cases], tally=tally)
-    # A lone surrogate, which JSON can smuggle into a prompt, could not be written as UTF-8.
+    page = template("report.html.j2").render(report=report, cases=[_case(c) for c in report.cases], tally=tally)
+    return writable(page)
+
+
+def writable(page: str) -> str:
+    """Without lone surrogates, which JSON can smuggle into a prompt, and which could not be written as UTF-8."""
     return page.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -95,12 +99,13 @@ def similarity_text(similarity: float | None, copy_threshold: float | None) -> s
 
 
 @cache
-def _template() -> Template:
+def template(name: str) -> Template:
+    """One of the page templates; what is put into it is escaped, and nothing may be missing."""
     folder = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(
         loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)
 
 
 def _case(case: Case) -> dict[str, object]:

@@ -1,0 +1,250 @@
+"""Audit a training set: does this checkpoint or LoRA copy the pictures it was trained with?
+
+--dataset takes what trainers take: a folder of pictures with .txt captions (also in kohya's layout), webdataset tars,
+Parquet; or a list of captions alone. --lora takes one file, or the files (or the folder) of all saved epochs.
+DIR gets report.html, audit.json and, where pyarrow is installed, audit.parquet. A stopped audit goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..measure import Measurement
+from ..reference.build import BuildSettings, build
+from ..reference.features import Features, FeatureSettings
+from ..reference.features import load as load_features
+from ..reference.nearest import same_features
+from ..reference.reference_set import ReferenceSet
+from ..report.audit_html import AuditPage, render_audit, sentence, verdict_of
+from ..training.audit import Audit, AuditSettings, Entry, Row, Subject, audit, entries_of, lora_files, sampled
+from ..training.engines import Cluster
+from ..training.ledger import Ledger
+from ..training.tasks import Engine, Load, Work, one_process
+from . import common
+from .prompt_files import read_prompts
+from .refset import made_with
+
+LIST_ENDINGS = (".txt", ".csv", ".tsv", ".jsonl", ".ndjson", ".json")
+FIXED = ("score", "alpha")  # an audit measures the first step, and corrects for many tests instead
+SHOWN = 15
+FEATURES = "grey"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    what = parser.add_argument_group("what is audited")
+    what.add_argument("--dataset", metavar="DIR", help="the training set: pictures with captions, or captions alone")
+    what.add_argument("--reference", type=Path, metavar="REFSET", help="a reference set of it, built before")
+    what.add_argument(
+        "--lora", type=Path, nargs="+", metavar="FILE", help="a LoRA, or all saved epochs, or their folder"
+    )
+    what.add_argument("--base", metavar="MODEL", help="the model that a checkpoint was trained from")
+    common.add_model_options(parser)
+    common.add_settings(parser, AuditSettings, "audit")
+    common.add_settings(parser, Measurement, "measurement", leave_out=FIXED)
+    common.add_settings(parser, FeatureSettings, "what compares drawn pictures with training pictures")
+    parser.set_defaults(features=FEATURES)
+    common.add_settings(parser, BuildSettings, "reading the training set", leave_out=("thumbnail_side",))
+    own = parser.add_argument_group("ordinary prompts")
+    own.add_argument("--null-prompts", type=Path, metavar="FILE", help="your own ordinary prompts (default: generated)")
+    own.add_argument("--column", help="column or key that holds the captions of a list, or the ordinary prompts")
+    where = parser.add_argument_group("where")
+    where.add_argument(
+        "--engine", choices=("local", "ray"), default="local", help="local: this process; ray: a cluster"
+    )
+    common.add_settings(parser, Cluster, "with --engine ray")
+    where.add_argument("--out", type=Path, default=Path("dejavu-audit"), metavar="DIR", help="default: dejavu-audit")
+    where.add_argument("--json", type=Path, metavar="FILE", help="the rows as JSON here too ('-' for standard output)")
+    where.add_argument("--restart", action="store_true", help="drop what is in DIR and begin anew")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    wanted = common.from_arguments(AuditSettings, arguments)
+    measurement = common.from_arguments(Measurement, arguments)
+    loras = lora_files(arguments.lora or [])
+    load = Load(
+        arguments.model, arguments.config, arguments.device, arguments.dtype, arguments.prompt_weights, arguments.base
+    )
+    engine = _engine(arguments)
+    ordinary = common.ordinary_prompts_of(arguments, arguments.null_prompts, wanted.nulls)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with common.progress_bar(Console(stderr=True)) as bar:
+        known: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in known:
+                known[stage] = bar.add_task(stage, total=total)
+            bar.update(known[stage], completed=done, total=total)
+
+        subject = _subject(arguments, wanted, measurement, show)
+        begun = {
+            "model": arguments.model or "bundled",
+            "base": arguments.base or "",
+            "loras": [_digest(lora.path) for lora in loras],
+            "dataset": _identity(subject.entries),
+            "ordinary_prompts": hashlib.sha256(json.dumps(ordinary).encode()).hexdigest()[:16],
+            "dtype": arguments.dtype,
+            "batch_size": arguments.batch_size,
+            "prompt_weights": arguments.prompt_weights,
+            "partition": wanted.partition,
+            **asdict(measurement),
+        }
+        ledger = Ledger(arguments.out / "tasks", begun, arguments.restart)
+        work = Work(measurement, arguments.batch_size)
+        found = audit(subject, loras, ordinary, load, work, ledger, wanted, engine, show)
+    name = "bundled model" if arguments.model is None else str(arguments.model)
+    document = {
+        "format": "dejavu-audit",
+        "schema_version": 1,
+        "model": name,
+        "loras": [lora.path.name for lora in loras],
+        "sentence": sentence(found),
+        "counts": found.counts,
+        "nulls": found.nulls,
+        "false_discovery_rate": found.false_discovery_rate,
+        "least_named": found.least_named,
+        "begins": found.begins,
+        "strengths": [asdict(point) for point in found.strengths],
+        "epochs": [asdict(point) for point in found.epochs],
+        "skipped": list(found.skipped),
+        "rows": [row_as_json(row) for row in found.rows],
+    }
+    _write(document, found, arguments, subject, name, wanted, measurement)
+    if str(arguments.json) != "-":
+        _print(found, arguments.out)
+    return 0
+
+
+def _engine(arguments: argparse.Namespace) -> Engine:
+    cluster = common.from_arguments(Cluster, arguments)
+    if arguments.engine == "local":
+        return one_process
+    from ..training.engines import on_ray
+
+    return on_ray(cluster)
+
+
+def _subject(arguments: argparse.Namespace, wanted: AuditSettings, measurement: Measurement, show: Any) -> Subject:
+    """The training set as entries, from a reference set that is built on the way where none is named."""
+    if (arguments.dataset is None) == (arguments.reference is None):
+        raise ValueError("name the training set with --dataset, or a reference set of it with --reference")
+    if arguments.dataset is not None and Path(arguments.dataset).suffix.lower() in LIST_ENDINGS:
+        captions = read_prompts(Path(arguments.dataset), [], None, arguments.column)
+        entries = [Entry(f"line {number}", caption) for number, caption in enumerate(captions, 1)]
+        return Subject(sampled(entries, wanted.sample, measurement.seed))
+    features: Features
+    if arguments.reference is not None:
+        reference = ReferenceSet.load(arguments.reference)
+        features = same_features(reference, arguments.weights, arguments.device)
+    else:
+        chosen = common.from_arguments(FeatureSettings, arguments)
+        features = load_features(chosen, arguments.device)
+        reference = build(
+            Path(arguments.dataset),
+            arguments.out / "pictures",
+            features,
+            common.from_arguments(BuildSettings, arguments),
+            made_with(chosen),
+            arguments.batch_size,
+            arguments.device,
+            arguments.restart,
+            show,
+        )
+    return Subject(sampled(entries_of(reference), wanted.sample, measurement.seed), reference, features)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return f"{path.name} {digest}"
+
+
+def _identity(entries: Any) -> str:
+    digest = hashlib.sha256()
+    for entry in entries:
+        digest.update(json.dumps([entry.image, entry.caption]).encode())
+    return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------- output
+
+
+def row_as_json(row: Row) -> dict[str, Any]:
+    """Plain values, without the pictures."""
+    values = {f.name: getattr(row, f.name) for f in fields(Row) if f.name != "pictures"}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _write(
+    document: dict[str, Any],
+    found: Audit,
+    arguments: argparse.Namespace,
+    subject: Subject,
+    name: str,
+    wanted: AuditSettings,
+    measurement: Measurement,
+) -> None:
+    common.write_rows(document, arguments.out / "audit.json", None)
+    common.write_rows(document, arguments.json, None)
+    if importlib.util.find_spec("pyarrow") is not None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(document["rows"]), arguments.out / "audit.parquet")
+    rows = {entry.image: entry.row for entry in subject.entries}
+    thumbnails = {
+        row.image: bytes(subject.reference.thumbnails[rows[row.image]])
+        for row in found.rows
+        if row.pictures and subject.reference is not None
+    }
+    settings = {
+        "False discovery rate": f"{wanted.false_discovery_rate:g}",
+        "Ordinary prompts": found.nulls,
+        "Pictures a caption": measurement.images,
+        "Steps": measurement.steps,
+        "Seed": measurement.seed,
+        "Compared by": "captions alone" if subject.reference is None else subject.reference.features,
+    }
+    dataset = Path(arguments.dataset or arguments.reference).name
+    lora = ", ".join(document["loras"])
+    page = AuditPage(found, name, lora, dataset, thumbnails, settings)
+    (arguments.out / "report.html").write_text(render_audit(page), encoding="utf-8")
+    if subject.reference is not None:
+        folder = arguments.out / "drawn"
+        folder.mkdir(exist_ok=True)
+        for number, row in enumerate((row for row in found.rows if row.pictures), 1):
+            for image, data in enumerate(row.pictures, 1):
+                (folder / f"row-{number:03d}-image-{image}.png").write_bytes(data)
+
+
+def _print(found: Audit, out: Path) -> None:
+    console = Console()
+    console.print(escape(f"{sentence(found)}."), soft_wrap=True)
+    worst = [row for row in found.rows if row.flagged or row.copies]
+    if worst:
+        table = Table("verdict", "picture", "caption", found.counts, "q", "copies", "suggestion")
+        ranked = sorted(worst, key=lambda row: (-(row.copies or 0), row.q_value or 0.0))
+        for row in ranked[:SHOWN]:
+            counted = row.alignment if found.counts == "alignment" else row.magnitude
+            table.add_row(
+                verdict_of(row),
+                escape(row.image),
+                escape(row.caption),
+                "" if counted is None else f"{counted:.2f}",
+                "" if row.q_value is None else f"{row.q_value:.2g}",
+                "" if row.copies is None else f"{row.copies}/{row.drawn}",
+                escape(row.suggestion),
+            )
+        console.print(table)
+        if len(worst) > SHOWN:
+            console.print(f"and {len(worst) - SHOWN:,} more")
+    console.print(f"The report with the pictures: {out / 'report.html'}")

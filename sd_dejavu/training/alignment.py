@@ -1,0 +1,53 @@
+"""Alignment: does the prompt move the first prediction towards the very picture it was trained with?
+
+The magnitude (Wen et al., ICLR 2024) asks how far a prompt moves the prediction. Who trained a model knows more: the
+training picture of each caption. With z its latent, and the denoised predictions of the first step with the prompt
+and without, D_c and D_u,
+
+    a = cos(D_c - D_u, z - D_u),
+
+averaged over noises. It is 1 where the prompt alone brings the picture back. This statistic is our own. It is needed
+because a LoRA that overfits raises the magnitude of ordinary prompts too, so that its captions no longer stand out by
+it (README, 'Training clean').
+
+Ordinary prompts have no training picture; they are compared with training pictures drawn at random. Against the base
+model's, the nearest of several counts: a caption that merely describes its picture is nearer to it than a random
+prompt is, and must not be taken for a memory. Against those on the weights that are audited it is a single one: where
+a model has overfitted, any prompt goes towards some training picture, but not towards a given one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..denoiser import Predictions
+from ..reference.features import resized
+from ..reference.pictures import open_picture, to_tensor
+
+COMPARED = 4  # training pictures that each ordinary prompt is compared with
+
+
+def alignment(predictions: Predictions, latents: Tensor) -> Tensor:
+    """[B, N]: the cosine of D_c - D_u [B, C, H, W] with the way from D_u to each latent [N, C, H, W]."""
+    moved = (predictions.conditional - predictions.unconditional).float().flatten(1)
+    start = predictions.unconditional.float().flatten(1)
+    ways = latents.float().flatten(1)[None] - start[:, None]
+    return F.cosine_similarity(moved[:, None], ways, dim=2)
+
+
+def as_trained(pictures: Sequence[bytes], height: int, width: int) -> Tensor:
+    """Picture files, their middle cut to the model's shape and size as trainers do: [B, 3, height, width] in 0..1."""
+    return torch.cat([_cut(to_tensor(open_picture(data)), height, width) for data in pictures])
+
+
+def _cut(picture: Tensor, height: int, width: int) -> Tensor:
+    have_height, have_width = picture.shape[-2:]
+    scale = max(height / have_height, width / have_width)
+    tall, wide = max(height, round(have_height * scale)), max(width, round(have_width * scale))
+    whole = resized(picture, tall, wide, "bicubic").clamp(0, 1)
+    top, left = (tall - height) // 2, (wide - width) // 2
+    return whole[..., top : top + height, left : left + width]

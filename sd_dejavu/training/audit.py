@@ -1,0 +1,546 @@
+"""Audit: which captions of a training set bring their pictures back, for the makers of checkpoints and LoRAs.
+
+Each caption is measured at its first step: how far it moves the prediction (the magnitude of Wen et al., ICLR 2024),
+and, where its training picture is at hand, whether towards that picture (:mod:`sd_dejavu.training.alignment`), which
+then is what counts. It is compared with ordinary prompts by a split-conformal p-value. Over many captions some are
+small by chance, so they are corrected by Benjamini & Hochberg's procedure: of the captions that are named, in
+expectation a share of at most ``false_discovery_rate`` is named wrongly. The smallest p-value is 1 / (nulls + 1), so
+with few nulls and many captions a single one cannot be told: :attr:`Audit.least_named`.
+
+Those named, and the next highest, are drawn from several noises and compared with their training pictures: a flag is
+a statistic, a copy is seen. With a LoRA the same captions (or a sample) are measured on the base model, at growing
+strengths and for each saved epoch.
+
+What is finished is kept (:mod:`sd_dejavu.training.ledger`), so an audit that was stopped goes on where it stood.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from random import Random
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..calibration.calibrate import PROMPTS_A_SEED
+from ..reference.build import embed
+from ..reference.features import Features
+from ..reference.nearest import copy_threshold
+from ..reference.pictures import open_picture, to_tensor
+from ..reference.reference_set import NEIGHBOURHOOD, ReferenceSet
+from ..settings import option, validate
+from ..statistics import benjamini_hochberg
+from .alignment import COMPARED
+from .ledger import Ledger
+from .tasks import Engine, Load, Task, Variant, Work, one_process
+
+Progress = Callable[[str, int, int], None]
+BASE = Variant(base=True)
+NEAREST_SHOWN = 5  # near duplicates that are named
+
+
+@dataclass(frozen=True)
+class AuditSettings:
+    """How a training set is audited, apart from how a prompt is measured."""
+
+    false_discovery_rate: float = option(
+        0.05, "share of the captions named that may be named wrongly", minimum=0, maximum=1, exclusive=True
+    )
+    nulls: int = option(
+        1000, "ordinary prompts measured on the same weights, to compare with", minimum=20, maximum=1_000_000
+    )
+    sample: int = option(0, "audit so many captions, drawn at random; 0: all of them", minimum=0)
+    worst: int = option(12, "captions whose pictures are drawn and compared, the worst ones", minimum=0, maximum=1000)
+    sweep: int = option(
+        200, "captions measured at each strength and saved epoch of a LoRA, at even distances; 0: none", minimum=0
+    )
+    strength_steps: int = option(4, "strengths of a LoRA between 0 and 1, the base model apart", minimum=1, maximum=20)
+    partition: int = option(
+        100, "prompts in one piece of work, a multiple of 25; a stopped audit loses one at most", minimum=25
+    )
+
+    def __post_init__(self) -> None:
+        validate(self)
+        if self.partition % PROMPTS_A_SEED:
+            raise ValueError(f"partition must be a multiple of {PROMPTS_A_SEED}, not {self.partition}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One picture of the training set with its caption; ``row`` is its place in the reference set, None without one."""
+
+    image: str
+    caption: str
+    repeats: int = 1
+    row: int | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found of one training picture.
+
+    ``magnitude`` is the first step's, L2; ``alignment`` is with its training picture, -1 to 1. ``q_value`` is the
+    smallest false discovery rate at which it would be named, ``flagged`` whether that is low enough. All of these are
+    None where ``why`` says what kept it from being measured. ``copies`` of ``drawn`` pictures are copies of this very
+    training picture, ``similarity`` is that of the likest; None where none was drawn or no threshold is established.
+    ``word`` brings the pictures about most. ``base_flagged``: it is named on the base model already.
+    """
+
+    image: str
+    caption: str
+    magnitude: float | None = None
+    alignment: float | None = None
+    p_value: float | None = None
+    q_value: float | None = None
+    flagged: bool | None = None
+    copies: int | None = None
+    drawn: int = 0
+    similarity: float | None = None
+    word: str | None = None
+    repeats: int = 1
+    duplicates: tuple[str, ...] = ()
+    near_duplicates: tuple[str, ...] = ()
+    base_flagged: bool | None = None
+    suggestion: str = ""
+    why: str = ""
+    pictures: tuple[bytes, ...] = field(default=(), repr=False)  # PNG files
+
+
+@dataclass(frozen=True)
+class Point:
+    """One variant of the model over the sample of captions: how many are named, and the median of what counts."""
+
+    strength: float
+    epoch: int | None
+    captions: int
+    flagged: int
+    median: float
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The whole finding. At least ``least_named`` captions must have the smallest p-value for any to be named."""
+
+    rows: tuple[Row, ...]
+    counts: Literal["alignment", "magnitude"]
+    nulls: int
+    false_discovery_rate: float
+    least_named: int
+    strengths: tuple[Point, ...] = ()
+    epochs: tuple[Point, ...] = ()
+    skipped: tuple[dict[str, str], ...] = ()
+    copy_threshold: float | None = None
+
+    @property
+    def flagged(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.flagged)
+
+    @property
+    def copied(self) -> tuple[Row, ...]:
+        """Rows of which a drawn picture is a copy of the training picture."""
+        return tuple(row for row in self.rows if row.copies)
+
+    @property
+    def begins(self) -> int | None:
+        """The first saved epoch at which more captions are named than on the base model."""
+        base = next((point.flagged for point in self.strengths if point.strength == 0), 0)
+        return next((point.epoch for point in self.epochs if point.flagged > base), None)
+
+
+# ------------------------------------------------------------------------------------------- judging
+
+
+@dataclass(frozen=True)
+class Judged:
+    """p- and q-value of each caption, None where it was not measured."""
+
+    p: tuple[float | None, ...]
+    q: tuple[float | None, ...]
+
+    def named(self, rate: float) -> list[bool | None]:
+        return [None if q is None else q <= rate for q in self.q]
+
+
+def judged(scores: Sequence[float | None], *nulls: Sequence[float]) -> Judged:
+    """Conformal p-values of the scores among ordinary prompts', and their q-values.
+
+    With several samples of ordinary prompts the largest of the p-values counts: a score must stand out from each
+    (an intersection-union test).
+    """
+    ordered = [np.sort(np.asarray(sample, dtype=float)) for sample in nulls]
+
+    def p_value(score: float) -> float:
+        return max((1 + len(o) - int(np.searchsorted(o, score))) / (len(o) + 1) for o in ordered)
+
+    p = [None if score is None else p_value(score) for score in scores]
+    q = iter(benjamini_hochberg([value for value in p if value is not None]))
+    return Judged(tuple(p), tuple(None if value is None else next(q) for value in p))
+
+
+def spread(items: Sequence[Any], count: int) -> list[Any]:
+    """``count`` of the items at even distances, or all of them."""
+    if count >= len(items):
+        return list(items)
+    return [items[number * len(items) // count] for number in range(count)]
+
+
+def least_named(captions: int, nulls: int, rate: float) -> int:
+    """How many captions must have the smallest p-value together, for Benjamini & Hochberg to name any."""
+    return max(1, int(np.ceil(captions / (nulls + 1) / rate - 1e-9)))
+
+
+# ------------------------------------------------------------------------------------------- the training set
+
+
+def entries_of(reference: ReferenceSet) -> list[Entry]:
+    """All pictures of a reference set with their captions; exact copies of a picture follow it."""
+    row_of = {name: number for number, name in enumerate(reference.names)}
+    copies: dict[int, list[Entry]] = {}
+    for copy in reference.details.get("copies", ()):
+        row = row_of[copy["of"]]
+        copies.setdefault(row, []).append(Entry(copy["name"], copy["caption"], 1, row))
+    found = []
+    for row, (name, caption) in enumerate(zip(reference.names, reference.captions, strict=True)):
+        found += [Entry(name, caption, int(reference.duplicates[row]), row), *copies.get(row, ())]
+    return found
+
+
+def sampled(entries: Sequence[Entry], count: int, seed: int) -> list[Entry]:
+    """``count`` of the entries at random (0: all), in their order."""
+    if not 0 < count < len(entries):
+        return list(entries)
+    return [entries[number] for number in sorted(Random(seed).sample(range(len(entries)), count))]
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A saved LoRA; ``epoch`` counts from 1 in the order in which a trainer saved them."""
+
+    path: Path
+    epoch: int
+
+
+def lora_files(paths: Sequence[Path]) -> list[LoraFile]:
+    """The .safetensors files that were named, or lie in the folders named, in the order of their numbers.
+
+    Trainers number their saves (``cat-000002.safetensors``, ``epoch-6.safetensors``) and leave the number out of the
+    last one. The epoch is that number where each file but the last has another one, else the place in the order.
+    Raises ValueError with a sentence where there is none.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(path.glob("*.safetensors"))
+            if not inside:
+                raise ValueError(f"the folder {path} holds no .safetensors files: name the folder with the saved LoRAs")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise ValueError(f"there is no LoRA {path}: check the path")
+    twice = sorted({path.name for path in found if sum(path.name == other.name for other in found) > 1})
+    if twice:
+        raise ValueError(f"two LoRAs are called {twice[0]}: rename one, their results could not be told apart")
+    numbers = {path: _number(path) for path in found}
+    ordered = sorted(found, key=lambda path: (numbers[path] is None, numbers[path] or 0, path.name))
+    told = [numbers[path] for path in ordered[:-1]]
+    last = numbers[ordered[-1]]
+    if None in told or len(set(told)) < len(told):
+        return [LoraFile(path, place) for place, path in enumerate(ordered, 1)]
+    steps = [number for number in told if number is not None]
+    after = (steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else steps[0])) if steps else 1
+    epochs = [*steps, after if last is None else last]
+    return [LoraFile(path, epoch) for path, epoch in zip(ordered, epochs, strict=True)]
+
+
+def _number(path: Path) -> int | None:
+    found = re.findall(r"(\d+)(?=\D*$)", path.stem)
+    marked = re.search(r"(?:-|_|epoch|step|e)0*(\d+)$", path.stem, re.IGNORECASE)
+    return int(marked[1]) if found and marked else None
+
+
+# --------------------------------------------------------------------------------------------- the audit
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is audited: the entries, with the reference set they come from where their pictures are at hand.
+
+    ``features`` compares drawn pictures with the reference set's.
+    """
+
+    entries: Sequence[Entry]
+    reference: ReferenceSet | None = None
+    features: Features | None = None
+
+    @property
+    def cases(self) -> list[Entry]:
+        """The different captions, those of another picture apart."""
+        return list({(entry.caption, entry.row): entry for entry in reversed(self.entries)}.values())[::-1]
+
+    def pictures(self, cases: Sequence[Entry]) -> tuple[bytes, ...]:
+        if self.reference is None:
+            return ()
+        return tuple(self.reference.thumbnails[case.row] for case in cases if case.row is not None)
+
+
+def audit(
+    subject: Subject,
+    loras: Sequence[LoraFile],
+    ordinary: Sequence[str],
+    load: Load,
+    work: Work,
+    ledger: Ledger,
+    wanted: AuditSettings = AuditSettings(),
+    engine: Engine = one_process,
+    on_progress: Progress = lambda stage, done, total: None,
+) -> Audit:
+    """Audits the subject. ``ordinary`` prompts are the nulls; what the ledger holds is not done again.
+
+    With a LoRA, or where ``load`` names a base model, a caption must stand out from ordinary prompts on the base model
+    and from those on the weights that are audited. Raises ValueError where there is nothing to measure.
+    """
+    cases = subject.cases
+    if not any(case.caption.strip() for case in cases):
+        raise ValueError(
+            "the training set holds no captions, so there is nothing to audit: put a .txt beside each picture"
+        )
+    final = Variant(str(loras[-1].path)) if loras else Variant()
+    has_base = bool(loras) or load.base is not None
+    main = _caption_tasks(subject, cases, final, wanted)
+    sweep = spread(cases, wanted.sweep) if has_base and wanted.sweep else []
+    strengths, epochs = _variants(loras, final, wanted) if sweep else ({}, {})
+    swept = {v: _caption_tasks(subject, sweep, v, wanted) for v in {**strengths, **epochs}}
+    compared = dict.fromkeys([final, *([BASE] if has_base else []), *swept])
+    ordinary_tasks = {v: _null_tasks(subject, ordinary, v, wanted, work.wanted.seed) for v in compared}
+    tasks = {v: [*ordinary_tasks[v], *(main if v == final else []), *swept.get(v, [])] for v in compared}
+    _finish([task for part in tasks.values() for task in part], "measuring", load, work, ledger, engine, on_progress)
+
+    counts: Literal["alignment", "magnitude"] = "magnitude" if subject.reference is None else "alignment"
+    on_base = [_nearest(value, counts) for value in ledger.values(ordinary_tasks[BASE if has_base else final])]
+
+    def named_on(variant: Variant, part: Sequence[Task]) -> tuple[Judged, list[float | None]]:
+        """What was measured of these captions, against the ordinary prompts of the base and of these weights."""
+        scores = [_counted(value, counts) for value in ledger.values(part)]
+        nulls = [on_base]
+        if has_base and variant != BASE:
+            nulls.append([_counted(value, counts) for value in ledger.values(ordinary_tasks[variant])])
+        known = [[value for value in sample if value is not None] for sample in nulls]
+        if not all(known):
+            raise ValueError("none of the ordinary prompts could be measured, so there is nothing to compare with")
+        return judged(scores, *known), scores
+
+    values = list(ledger.values(main))
+    found, scores = named_on(final, main)
+    measured = {variant: named_on(variant, part) for variant, part in swept.items()}
+
+    def point(variant: Variant, strength: float, epoch: int | None) -> Point:
+        judged_here, counted = measured[variant]
+        known = [value for value in counted if value is not None]
+        named = sum(bool(one) for one in judged_here.named(wanted.false_discovery_rate))
+        return Point(strength, epoch, len(known), named, float(np.median(known)) if known else float("nan"))
+
+    ranked = [(-np.inf if score is None else score) for score in scores]
+    order = sorted(range(len(cases)), key=lambda n: (-ranked[n], n))
+    prompts = dict.fromkeys(cases[n].caption for n in order if "why" not in values[n])
+    seen = _drawn(list(prompts)[: wanted.worst], final, load, work, ledger, engine, on_progress)
+    before = measured[BASE][0].named(wanted.false_discovery_rate) if BASE in measured else []
+    judge = _Judge(subject, seen, {(c.caption, c.row): m for c, m in zip(sweep, before, strict=False)})
+    named = found.named(wanted.false_discovery_rate)
+    rows = {
+        (case.caption, case.row): judge.row(case, value, p, q, flag)
+        for case, value, p, q, flag in zip(cases, values, found.p, found.q, named, strict=True)
+    }
+    return Audit(
+        tuple(judge.of_entry(rows[entry.caption, entry.row], entry) for entry in subject.entries),
+        counts,
+        len(ordinary),
+        wanted.false_discovery_rate,
+        least_named(sum(q is not None for q in found.q), len(ordinary), wanted.false_discovery_rate),
+        tuple(point(v, strength, None) for v, strength in strengths.items()),
+        tuple(point(v, 1.0, epoch) for v, epoch in epochs.items()),
+        () if subject.reference is None else tuple(subject.reference.details.get("skipped", ())),
+        judge.threshold,
+    )
+
+
+def _counted(value: dict[str, Any], counts: str) -> float | None:
+    """Of a caption its own picture's; of an ordinary prompt the first picture's, which was drawn at random."""
+    if counts not in value:
+        return None
+    return float(value[counts][0] if counts == "alignment" else value[counts])
+
+
+def _nearest(value: dict[str, Any], counts: str) -> float | None:
+    """Of an ordinary prompt: the nearest of the pictures that it was compared with."""
+    if counts not in value:
+        return None
+    return float(max(value[counts]) if counts == "alignment" else value[counts])
+
+
+def _variants(
+    loras: Sequence[LoraFile], final: Variant, wanted: AuditSettings
+) -> tuple[dict[Variant, float], dict[Variant, int]]:
+    """The strengths of the last LoRA, from the base model up, and each saved epoch at full strength."""
+    strengths = {BASE: 0.0, final: 1.0}
+    if loras:
+        steps = [step / wanted.strength_steps for step in range(1, wanted.strength_steps)]
+        strengths = {BASE: 0.0, **{Variant(final.lora, s): s for s in steps}, final: 1.0}
+    return strengths, {Variant(str(lora.path)): lora.epoch for lora in loras} if len(loras) > 1 else {}
+
+
+def _null_tasks(
+    subject: Subject, ordinary: Sequence[str], variant: Variant, wanted: AuditSettings, seed: int
+) -> list[Task]:
+    chosen = Random(seed)
+    compared = min(COMPARED, len({case.row for case in subject.cases}))
+    rows = sorted({case.row for case in subject.cases if case.row is not None})
+    tasks = []
+    for first in range(0, len(ordinary), wanted.partition):
+        prompts = tuple(ordinary[first : first + wanted.partition])
+        drawn = (
+            [row for _ in range(0, len(prompts), PROMPTS_A_SEED) for row in chosen.sample(rows, compared)]
+            if rows
+            else []
+        )
+        pictures = tuple(subject.reference.thumbnails[row] for row in drawn) if subject.reference is not None else ()
+        tasks.append(Task("nulls", variant, first, prompts, pictures))
+    return tasks
+
+
+def _caption_tasks(subject: Subject, cases: Sequence[Entry], variant: Variant, wanted: AuditSettings) -> list[Task]:
+    parts = [(first, cases[first : first + wanted.partition]) for first in range(0, len(cases), wanted.partition)]
+    return [
+        Task("captions", variant, first, tuple(c.caption for c in part), subject.pictures(part))
+        for first, part in parts
+    ]
+
+
+def _finish(
+    tasks: Sequence[Task],
+    stage: str,
+    load: Load,
+    work: Work,
+    ledger: Ledger,
+    engine: Engine,
+    on_progress: Progress,
+) -> None:
+    left = ledger.missing(list(dict.fromkeys(tasks)))
+    total = sum(len(task.prompts) for task in tasks)
+    done = total - sum(len(task.prompts) for task in left)
+    on_progress(stage, done, total)
+    for task, values in engine(left, load, work) if left else ():
+        ledger.keep(task, values)
+        done += len(task.prompts)
+        on_progress(stage, done, total)
+
+
+def _drawn(
+    prompts: Sequence[str],
+    variant: Variant,
+    load: Load,
+    work: Work,
+    ledger: Ledger,
+    engine: Engine,
+    on_progress: Progress,
+) -> dict[str, dict[str, Any]]:
+    tasks = [Task("pictures", variant, number, (prompt,), words=True) for number, prompt in enumerate(prompts)]
+    _finish(tasks, "drawing", load, work, ledger, engine, on_progress)
+    return dict(zip(prompts, ledger.values(tasks), strict=True))
+
+
+class _Judge:
+    """Puts together what is known of one training picture."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        seen: dict[str, dict[str, Any]],
+        on_base: dict[tuple[str, int | None], bool | None],
+    ) -> None:
+        self._reference, self._features, self._on_base = subject.reference, subject.features, on_base
+        self._drawn = {
+            caption: tuple(base64.b64decode(data) for data in found["pictures"]) for caption, found in seen.items()
+        }
+        self._words = {caption: found["word"] for caption, found in seen.items()}
+        self._embedded: dict[str, Tensor] = {}
+        self.threshold: float | None = None
+        if self._reference is not None:
+            small = self._reference.metric == "normalised L2" and len(self._reference) < NEIGHBOURHOOD
+            self.threshold = None if small else copy_threshold(self._reference.features)
+            self._sharing: dict[int, list[str]] = {}
+            for entry in subject.entries:
+                self._sharing.setdefault(entry.row or 0, []).append(entry.image)
+
+    def row(self, case: Entry, value: dict[str, Any], p: float | None, q: float | None, flag: bool | None) -> Row:
+        """Of one case; entries that share its caption and picture get the same."""
+        similarity, copies = self._compared(case)
+        found = Row(
+            case.image,
+            case.caption,
+            value.get("magnitude"),
+            _counted(value, "alignment"),
+            p,
+            q,
+            flag,
+            copies,
+            len(self._drawn.get(case.caption, ())),
+            similarity,
+            self._words.get(case.caption),
+            near_duplicates=self._near(case) if flag or copies else (),
+            base_flagged=self._on_base.get((case.caption, case.row)),
+            why=value.get("why", ""),
+            pictures=self._drawn.get(case.caption, ()),
+        )
+        return found
+
+    def of_entry(self, row: Row, entry: Entry) -> Row:
+        others = () if self._reference is None else tuple(n for n in self._sharing[entry.row or 0] if n != entry.image)
+        known = replace(row, image=entry.image, repeats=entry.repeats, duplicates=others)
+        return replace(known, suggestion=suggestion(known))
+
+    def _compared(self, case: Entry) -> tuple[float | None, int | None]:
+        """Similarity of the likest drawn picture to the training picture, and how many are its copies."""
+        pictures = self._drawn.get(case.caption)
+        if not pictures or self._reference is None or self._features is None or case.row is None:
+            return None, None
+        if case.caption not in self._embedded:
+            self._embedded[case.caption] = embed(self._features, [to_tensor(open_picture(data)) for data in pictures])
+        rows = self._embedded[case.caption]
+        similarity = self._reference.similarity(rows, torch.full((len(rows),), case.row))
+        copies = None if self.threshold is None else int((similarity >= self.threshold).sum())
+        return float(similarity.max()), copies
+
+    def _near(self, case: Entry) -> tuple[str, ...]:
+        """Other pictures of the set that are nearly the same."""
+        if self._reference is None or self._reference.near_threshold is None or case.row is None:
+            return ()
+        found = self._reference.search(self._reference.embeddings[case.row][None], NEAREST_SHOWN + 1)
+        pairs = zip(found.index[0].tolist(), found.similarity[0].tolist(), strict=True)
+        near = [number for number, s in pairs if s > self._reference.near_threshold and number != case.row]
+        return tuple(self._reference.names[number] for number in near[:NEAREST_SHOWN])
+
+
+def suggestion(row: Row) -> str:
+    """What to do about one training picture; empty where there is nothing."""
+    if not row.flagged and not row.copies:
+        return ""
+    if row.base_flagged:
+        return "the base model brings this back already: leave the picture out, or train from another base"
+    if row.drawn and row.copies == 0:
+        return "watch it: its caption acts like a memorised one, but no picture drawn from it is a copy yet"
+    if row.duplicates:
+        return f"keep one of the {1 + len(row.duplicates)} equal pictures, and drop the others"
+    if row.near_duplicates:
+        return f"drop its near duplicates: {', '.join(row.near_duplicates)}"
+    if row.repeats > 1:
+        return f"show it less often: it comes {row.repeats} times an epoch"
+    if row.word:
+        return f"re-caption it ('{row.word}' brings it back), drop it, or stop training earlier"
+    return "drop it, or stop training earlier"

@@ -1,0 +1,221 @@
+"""The pieces that an audit is cut into, and how one is done: the same in one process and on a cluster.
+
+A task is some prompts of one variant of a model. What comes of it are plain values, equal whichever process did it:
+prompts that share a noise are measured together wherever the borders of the tasks lie.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ..calibration.calibrate import PROMPTS_A_SEED, SEED_BASE
+from ..conditioning import Conditioning
+from ..denoiser import Model
+from ..detectors.magnitude import magnitude
+from ..explain.views import explain
+from ..measure import Measurement, measure_runs
+from ..report.wording import top_words
+from ..sampling import first_predictions
+from .alignment import alignment, as_trained
+
+Kind = Literal["nulls", "captions", "pictures"]
+
+
+class Trained(Model, Protocol):
+    """A model with both ends of its autoencoder."""
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of what it draws."""
+        ...
+
+    def latents_of(self, pictures: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in 0..1 -> latents [B, C, h, w]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The model that is audited, with its LoRA at a strength; or the base model, which has not seen the training set."""
+
+    lora: str | None = None
+    strength: float = 1.0
+    base: bool = False
+
+
+@dataclass(frozen=True)
+class Task:
+    """``prompts`` are those from number ``first`` on, a multiple of 25.
+
+    ``training`` holds picture files: with captions one for each, with nulls a few for each 25 prompts; none where the
+    training set's pictures are not at hand. ``words`` asks for the word that brings a picture about.
+    """
+
+    kind: Kind
+    variant: Variant
+    first: int
+    prompts: tuple[str, ...]
+    training: tuple[bytes, ...] = ()
+    words: bool = False
+
+    def pictures_at(self, begin: int) -> tuple[bytes, ...]:
+        """The picture files of the 25 prompts from number ``begin`` of this task on."""
+        if self.kind == "nulls":
+            each = len(self.training) // -(-len(self.prompts) // PROMPTS_A_SEED)
+            begin = begin // PROMPTS_A_SEED * each
+            return self.training[begin : begin + each]
+        return self.training[begin : begin + PROMPTS_A_SEED]
+
+    def as_row(self) -> dict[str, Any]:
+        """Plain values, for a table's row."""
+        return {**asdict(self), "prompts": list(self.prompts), "training": list(self.training)}
+
+    @classmethod
+    def of_row(cls, row: dict[str, Any]) -> Task:
+        variant = Variant(**row["variant"])
+        return cls(
+            row["kind"], variant, int(row["first"]), tuple(row["prompts"]), tuple(row["training"]), bool(row["words"])
+        )
+
+
+@dataclass(frozen=True)
+class Load:
+    """Loads a variant of a model; can be sent to another process. ``base`` is the model that it was trained from."""
+
+    model: str | None = None
+    config: str | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+    prompt_weights: bool = False
+    base: str | None = None
+
+    def __call__(self, variant: Variant) -> Trained:
+        from ..hosts.diffusers import load
+
+        named = self.base if variant.base and self.base is not None else self.model
+        lora = None if variant.base else variant.lora
+        return load(named, self.device, self.dtype, self.config, self.prompt_weights, lora, variant.strength)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Does a task with the model of its variant. Can be sent to another process."""
+
+    wanted: Measurement
+    batch_size: int = 32
+
+    def __call__(self, model: Trained, task: Task) -> list[dict[str, Any]]:
+        """A value a prompt: what was measured at the first step, or its pictures; or ``why`` there is nothing."""
+        if task.kind == "pictures":
+            return list(self._pictures(model, task))
+        return list(self._first_step(model, task))
+
+    def _first_step(self, model: Trained, task: Task) -> Iterator[dict[str, Any]]:
+        """Every 25 prompts share a noise, the nulls' others than the captions', so that neither hangs on one noise."""
+        wanted = self.wanted
+        sigma = model.sigmas(wanted.steps)[0]
+        base = model.encode(wanted.negative if wanted.without == "negative prompt" else "")
+        seed = wanted.seed + task.first + (SEED_BASE if task.kind == "nulls" else 0)
+        for begin in range(0, len(task.prompts), PROMPTS_A_SEED):
+            prompts = task.prompts[begin : begin + PROMPTS_A_SEED]
+            given = task.pictures_at(begin)
+            latents = model.latents_of(as_trained(given, *model.picture_size)) if given else None
+            encoded = [_encoded(model, prompt) for prompt in prompts]
+            places = [place for place, one in enumerate(encoded) if isinstance(one, Conditioning)]
+            magnitudes = torch.zeros(len(places), wanted.images)
+            aligned = torch.zeros(len(places), wanted.images, 1 if task.kind == "captions" else len(given))
+            noise = model.noise(seed + begin, wanted.images)
+            sound = [one for one in encoded if isinstance(one, Conditioning)]
+            for part, predictions in first_predictions(model, sound, base, noise, sigma, self.batch_size):
+                towards = None if latents is None else alignment(predictions, latents).cpu()
+                for number, ((prompt, image), value) in enumerate(zip(part, magnitude(predictions).cpu(), strict=True)):
+                    magnitudes[prompt, image] = value
+                    if towards is not None:
+                        own = slice(places[prompt], places[prompt] + 1) if task.kind == "captions" else slice(None)
+                        aligned[prompt, image] = towards[number, own]
+            for place, one in enumerate(encoded):
+                if isinstance(one, str):
+                    yield {"why": one}
+                    continue
+                found = places.index(place)
+                yield _value(magnitudes[found], None if latents is None else aligned[found])
+
+    def _pictures(self, model: Trained, task: Task) -> Iterator[dict[str, Any]]:
+        """The pictures of each prompt as PNG in base64, and the word that brings them about."""
+        noise = model.noise(self.wanted.seed, self.wanted.images)
+        for prompt in task.prompts:
+            conditioning = model.encode(prompt)
+            (run,) = measure_runs(model, [conditioning], noise, self.wanted, None, self.batch_size)
+            assert run.latents is not None  # whole runs end in latents
+            words = task.words and len(conditioning.words) > 0
+            yield {
+                "pictures": [_png(picture) for picture in model.decode(run.latents)],
+                "word": _top_word(model, conditioning, self.wanted) if words else None,
+            }
+
+
+def _value(magnitudes: Tensor, aligned: Tensor | None) -> dict[str, Any]:
+    """Means over the images: magnitudes [images]; alignments [images, pictures], a number for each picture."""
+    if not bool((magnitudes > 0).all()):
+        return {"why": "both predictions are equal: the prompt acts on nothing"}
+    found: dict[str, Any] = {"magnitude": float(magnitudes.mean())}
+    return found if aligned is None else {**found, "alignment": [float(value) for value in aligned.mean(0)]}
+
+
+def _encoded(model: Model, prompt: str) -> Conditioning | str:
+    if not prompt.strip():
+        return "there is no caption"
+    try:
+        return model.encode(prompt)
+    except ValueError as error:  # a prompt that is too long
+        return str(error)
+
+
+def _top_word(model: Model, conditioning: Conditioning, wanted: Measurement) -> str | None:
+    found = top_words(explain(model, conditioning, wanted), 1)
+    return found[0].text.strip(",.;:") if found and found[0].raw > 0 else None
+
+
+def _png(picture: Tensor) -> str:
+    from PIL import Image
+
+    file = io.BytesIO()
+    eights = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(eights).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode("ascii")
+
+
+# --------------------------------------------------------------------------------------------- engines
+
+Engine = Callable[[Sequence[Task], Callable[[Variant], Trained], Work], Iterator[tuple[Task, list[dict[str, Any]]]]]
+
+
+class Bench:
+    """Does tasks one after the other; keeps the model of the last variant."""
+
+    def __init__(self, load: Callable[[Variant], Trained], work: Work) -> None:
+        self._load, self._work = load, work
+        self._model: Trained | None = None
+        self._variant: Variant | None = None
+
+    def __call__(self, task: Task) -> list[dict[str, Any]]:
+        if self._model is None or self._variant != task.variant:
+            self._model = None  # so that two are never in memory
+            self._model, self._variant = self._load(task.variant), task.variant
+        return self._work(self._model, task)
+
+
+def one_process(
+    tasks: Sequence[Task], load: Callable[[Variant], Trained], work: Work
+) -> Iterator[tuple[Task, list[dict[str, Any]]]]:
+    """The engine of one machine; a variant is loaded when its first task comes."""
+    bench = Bench(load, work)
+    for task in tasks:
+        yield task, bench(task)
