@@ -6,7 +6,8 @@ The results come from these commands, one after the other on an idle machine:
 
     sd-dejavu bench --negatives-count 100 --json benchmarks/results/bench.json
     python benchmarks/tables.py
-    sd-dejavu compare --pairs 10 --ordinary 5 --json benchmarks/results/compare.json --out docs
+    python benchmarks/amg_thresholds.py
+    sd-dejavu compare --json benchmarks/results/compare.json --out docs
     python benchmarks/first_step.py --images 1 --json benchmarks/results/first_step.json
     python benchmarks/optimisation.py --json benchmarks/results/optimisation.json
     python benchmarks/pictures.py
@@ -24,10 +25,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sd_dejavu.statistics import wilson
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- figures -->", "<!-- end figures -->"
-ORDINARY = "ordinary captions"
+# Methods that their papers report as effective on Stable Diffusion; whether they are so here, the table says.
+PUBLISHED = ("attenuate-tokens", "batch-wise-noise", "guidance-transition", "per-sample-noise", "start-token")
 NOISES = (1000 // 50, 1000 // 25)  # fresh captions a noise: evaluation.fresh_verdicts; nulls a noise: calibrate
 
 
@@ -38,6 +42,16 @@ def read(name: str) -> Any:
 def share(value: dict[str, Any], digits: int = 2) -> str:
     low, high = value["interval"]
     return f"{value['share']:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
+
+
+def counted(row: dict[str, Any], name: str) -> str:
+    """A share of a record of compare, with Wilson's interval."""
+    hits, count = row[f"{name}_hits"], row[f"{name}_of"]
+    return share({"share": hits / count, "interval": wilson(hits / count, count)})
+
+
+def number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -65,6 +79,7 @@ def detection() -> str:
 
 This world is easy to tell, even for the tiled distance of several pictures; the letter-case control shows that it is
 not the style of the captions. A bootstrap interval of (1, 1) says that nothing overlapped in these samples, no more.
+The seconds are rough: one core, while other jobs shared the machine.
 First step and four images against 1,000 ordinary captions, the hard half (told from ordinary captions by one trigger
 name) apart: {hard_half()}."""
 
@@ -123,58 +138,76 @@ def largest() -> str:
 
 
 def mitigation() -> str:
-    found = read("mitigation")
-    reference = next(r["caption_score"] for r in found if r["method"] == ORDINARY)
-    rows = [
-        (
-            r["method"],
-            share(r["copies"]),
-            f"{r['similarity']:.2f}",
-            f"{r['score']:.2f}",
-            f"{r['caption_score']:.2f}",
-            f"{r['seconds_ratio']:.2f}",
-        )
-        for r in found
-        if r["method"] != ORDINARY
-    ]
-    head = ("method", "copies", "mean similarity", "first-step score", "caption score", "seconds against plain")
-    wrong = read("copy-metric")[0]["called copies"]
-    return f"""**Mitigation**: {found[0]["copies"]["count"]} held-out memorised captions, one picture each from the same noise; a picture is a copy at a grey-value correlation of 0.8 or more with its training picture (pictures of ordinary
-captions that this calls a copy of any training picture: {share(wrong)}).
-
-{table(head, rows)}
-
-The caption score is a diffusion classifier (Li et al., ICCV 2023): the share of nine captions of other things under
-which the model denoises the picture worse than under the caption without its trigger (0.5 is chance; hard pairs only).
-Pictures drawn from those same captions without triggers score {reference:.2f}. Seconds include the mitigation, and
-are rough: in this table and the first one they were taken on one core while other jobs shared the machine."""
-
-
-def comparison() -> str:
     found = read("compare")
-    rows = [
-        (
-            r["method"],
-            f"{r['copies_hits']} of {r['copies_of']}",
-            f"{r['similarity']:.2f}",
-            f"{r['caption_score']:.2f}",
-            f"{r['untouched_hits']} of {r['untouched_of']}",
-            f"{r['change_on_ordinary']:.3f}",
-        )
-        for r in found["rows"]
-    ]
-    head = ("method", "copies", "mean similarity", "caption score", "ordinary untouched", "change of ordinary")
-    return f"""**All mitigations side by side**: {found["pairs"]} held-out memorised captions and {found["ordinary"]} ordinary ones, one picture each,
-every method with its one default setting; an ordinary picture is untouched when it is the same bit for bit, its change
-is the root mean square in 0 to 1.
+    rows, reference = found["rows"], read("caption-score")[0]["caption score"]
+    drawn, where = rows[0]["copies_of"], f" on {found['device']}" if "device" in found else ""
+    images = f"{found['images']} pictures" if found["images"] > 1 else "one picture"
+    wrong = read("copy-metric")[0]["called copies"]
+    return f"""**Mitigation**: {found["pairs"]} held-out memorised captions and {found["ordinary"]} ordinary ones, {images} each, \
+{found["steps"]} steps{where},
+every method from the same noise and with its one default setting. A picture is a copy at a grey-value correlation of 0.8
+or more with its training picture (pictures of ordinary captions that this calls a copy of any training picture:
+{share(wrong)}).
 
-{table(head, rows)}
+{mitigation_table(rows)}
 
 ![Copies left against captions followed](docs/compare.svg)
 
-Ten captions leave wide intervals (0 of 10: up to 0.28). AMG compares grey values with the training pictures themselves,
-by thresholds chosen on 12 of the held-out pairs, so its row is no independent finding. Guidance transition, both noise methods and
-attenuated tokens, which are published as effective on Stable Diffusion, prevent nothing on this model at these settings."""
+Similarity is the correlation with the training picture, 'top 5%' its 95th percentile. The caption score is a diffusion
+classifier (Li et al., ICCV 2023): the share of nine captions of other things under which the model denoises the picture
+worse than under the caption without its trigger (0.5 is chance; hard pairs only). Pictures drawn from those same captions
+without triggers score {reference:.2f}. An ordinary picture is untouched when it is the same bit for bit, its change is the
+root mean square in 0 to 1. Seconds include the mitigation: the median over the captions of its time against that of plain
+drawing, all methods in turn.{memory(found)}
+
+No copy among {drawn} still allows a share of up to {wilson(0, drawn)[1]:.2f}. {amg()}{ineffective(rows)}"""
+
+
+def mitigation_table(rows: Sequence[dict[str, Any]]) -> str:
+    known = any(r["peak_memory_mb"] is not None for r in rows)
+    head = ["method", "copies (95%)", "mean similarity", "top 5%", "first-step score", "caption score"]
+    head += ["ordinary untouched", "change of ordinary", "seconds against plain", *(["peak MB"] if known else [])]
+    lines = [
+        [
+            r["method"],
+            counted(r, "copies"),
+            number(r["similarity"], 2),
+            number(r["similarity_top5"], 2),
+            number(r["score"], 2),
+            number(r["caption_score"], 2),
+            f"{r['untouched_hits']} of {r['untouched_of']}",
+            number(r["change_on_ordinary"], 3),
+            number(r["seconds_ratio"], 2),
+            *([number(r["peak_memory_mb"], 0)] if known else []),
+        ]
+        for r in rows
+    ]
+    return table(head, lines)
+
+
+def memory(found: dict[str, Any]) -> str:
+    if all(r["peak_memory_mb"] is None for r in found["rows"]):
+        return ""
+    what = "the whole process holds" if found.get("device", "cpu") == "cpu" else "PyTorch has allocated on the GPU"
+    return f" Peak memory is the most that {what}."
+
+
+def amg() -> str:
+    found = read("amg_thresholds")
+    fresh = found["other_ordinary_steered"]
+    return f"""AMG compares grey values with the
+training pictures themselves; its settings were chosen on the {found["pairs"]} tuning pairs and on ordinary captions of
+another seed (`benchmarks/amg_thresholds.py`), with no held-out pair drawn. Of {fresh["count"]} further ordinary pictures it
+steers {fresh["hits"]}."""
+
+
+def ineffective(rows: Sequence[dict[str, Any]]) -> str:
+    plain = next(r for r in rows if r["method"] == "none")["copies_hits"]
+    names = [f"`{r['method']}`" for r in rows if r["method"] in PUBLISHED and r["copies_hits"] >= plain]
+    if not names:
+        return ""
+    listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return f"\nPublished as effective on Stable Diffusion, but preventing nothing on this model at these settings: {listed}."
 
 
 def speed() -> str:
@@ -212,7 +245,6 @@ PARTS: tuple[Callable[[], str], ...] = (
     explanation,
     calibration,
     mitigation,
-    comparison,
     speed,
     host_cost,
 )

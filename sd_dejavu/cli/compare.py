@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -64,7 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
         rows = evaluation.mitigations(model, profile, wanted, pairs, methods, lambda name: bar.advance(task), ordinary)
     records = [record_of(row) for row in rows]
     counts = {"pairs": len(pairs), "ordinary": len(ordinary), "images": wanted.images, "steps": wanted.steps}
-    told = {"rows": records, **counts, "seed": wanted.seed, "model": model.name}
+    device = device_name(torch.device(arguments.device))
+    told = {"rows": records, **counts, "seed": wanted.seed, "model": model.name, "device": device}
     common.write_rows(told, arguments.json, arguments.csv)
     if arguments.out is not None:
         (arguments.out / PLOT).write_text(plot(rows), encoding="utf-8")
@@ -97,6 +99,11 @@ def record_of(row: MitigationRow) -> dict[str, Any]:
         else:
             found[name] = None if value != value else value
     return found
+
+
+def device_name(device: torch.device) -> str:
+    """A GPU's own name, 'cpu' for a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def plot(rows: Sequence[MitigationRow]) -> str:

@@ -101,6 +101,7 @@ def test_the_command_writes_rows_table_and_plot(tmp_path, monkeypatch, capsys: p
     rows = {r["method"]: r for r in told["rows"]}
     assert set(rows) == {"none", *chosen}
     assert (told["pairs"], told["ordinary"], told["images"], told["steps"]) == (1, 1, 1, 3)
+    assert told["device"] == "cpu"
     assert rows["none"]["seconds_ratio"] == 1 and rows["none"]["change_on_ordinary"] == 0
     for r in rows.values():
         assert r["copies_of"] == r["untouched_of"] == 1 and r["caption_score"] == 0.75
