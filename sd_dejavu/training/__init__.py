@@ -1,0 +1,1 @@
+"""Training: what a trainer leaves out of its loss, and a fine-tuning that does so."""
