@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import bench, calibrate, check, compare, demo, explain, mitigate, refset
+from . import bench, calibrate, check, compare, demo, explain, finetune, mitigate, refset
 
-COMMANDS = (demo, check, explain, mitigate, compare, calibrate, bench, refset)
+COMMANDS = (demo, check, explain, mitigate, compare, calibrate, bench, refset, finetune)
 EXIT_BAD_INPUT, EXIT_FLAGGED, EXIT_INTERRUPTED = 2, 3, 130
 
 
