@@ -77,8 +77,9 @@ def latents_of(
         raise ValueError(f"no picture of the training set can be used{first}")
     made = LatentSet(torch.cat(latents).contiguous(), tuple(names), tuple(captions), tuple(repeats), tuple(skipped))
     partial = cache.with_suffix(".partial")
-    texts = {"names": names, "captions": captions, "repeats": repeats, "skipped": skipped}
-    save_file({"latents": made.latents}, partial, {"key": key, "samples": json.dumps(texts)})
+    about = {"key": key, "names": names, "captions": captions, "repeats": repeats, "skipped": skipped}
+    # One entry, as the library writes several in any order: equal sets make equal files.
+    save_file({"latents": made.latents}, partial, {"samples": json.dumps(about)})
     partial.replace(cache)
     return made
 
@@ -88,15 +89,14 @@ def _cached(path: Path, key: str) -> LatentSet | None:
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
+            about = json.loads((file.metadata() or {}).get("samples", "{}"))
             if about.get("key") != key:
                 return None
             latents = file.get_tensor("latents")
     except SafetensorError:
         return None
-    samples = json.loads(about["samples"])
-    skipped = tuple((name, why) for name, why in samples["skipped"])
-    return LatentSet(latents, tuple(samples["names"]), tuple(samples["captions"]), tuple(samples["repeats"]), skipped)
+    skipped = tuple((name, why) for name, why in about["skipped"])
+    return LatentSet(latents, tuple(about["names"]), tuple(about["captions"]), tuple(about["repeats"]), skipped)
 
 
 def _fitted(data: bytes, size: tuple[int, int]) -> Tensor:
