@@ -50,8 +50,8 @@ class FilterSettings:
     filter_threshold: float = option(
         2.0,
         "magnitude from which a sample is left out, for latents of 4x64x64; scaled to other shapes",
-        minimum=0.0,
-        exclusive=True,
+        minimum=0.001,
+        maximum=10_000.0,
     )
     filter_quantile: float = option(
         0.9,
@@ -61,9 +61,14 @@ class FilterSettings:
         exclusive=True,
     )
     filter_levels: int = option(10, "noise levels that are told apart for the quantile", minimum=1, maximum=1000)
-    filter_history: int = option(1000, "recent magnitudes that are kept of each noise level", minimum=1)
+    filter_history: int = option(
+        1000, "recent magnitudes that are kept of each noise level", minimum=1, maximum=1_000_000
+    )
     filter_warm_up: int = option(
-        100, "magnitudes of a noise level that must have been seen before its quantile counts", minimum=1
+        100,
+        "magnitudes of a noise level that must have been seen before its quantile counts",
+        minimum=1,
+        maximum=1_000_000,
     )
 
     def __post_init__(self) -> None:
@@ -110,8 +115,9 @@ class TrainingFilter:
     """Says for each batch which samples stay in the loss; ``counts`` and ``log`` say what did not, and why.
 
     ``prediction_type`` is the kind of the model's outputs; for 'v_prediction' ``alphas_cumprod`` [T] of the training
-    schedule is needed. The log grows until :meth:`write_log` takes it. Raises ValueError for settings that leave
-    nothing out, and for flow models, whose difference at one t is not that of noise predictions.
+    schedule is needed. The log grows until :meth:`write_log` takes it. A batch never goes altogether, unless it
+    ``may_empty``: for trainers that weigh samples by 0, whose loss is defined then too. Raises ValueError for settings
+    that leave nothing out, and for flow models, whose difference at one t is not that of noise predictions.
     """
 
     def __init__(
@@ -119,6 +125,7 @@ class TrainingFilter:
         settings: FilterSettings = FilterSettings(),
         prediction_type: str = "epsilon",
         alphas_cumprod: Tensor | None = None,
+        may_empty: bool = False,
     ) -> None:
         if settings.filter == "none":
             raise ValueError("a filter that leaves nothing out is no filter: use threshold or quantile")
@@ -126,7 +133,7 @@ class TrainingFilter:
             raise ValueError(f"the filter is made for epsilon and v_prediction models, not for {prediction_type!r}")
         if prediction_type == "v_prediction" and alphas_cumprod is None:
             raise ValueError("for a v_prediction model the filter needs alphas_cumprod of its noise schedule")
-        self.settings = settings
+        self.settings, self._may_empty = settings, may_empty
         self._alphas = alphas_cumprod if prediction_type == "v_prediction" else None
         self._diffusion_steps = DIFFUSION_STEPS if alphas_cumprod is None else len(alphas_cumprod)
         self._histories: list[list[float]] = [[] for _ in range(settings.filter_levels)]
@@ -144,7 +151,7 @@ class TrainingFilter:
     def keep(
         self, conditional: Tensor, unconditional: Tensor, timesteps: Tensor, names: Sequence[str] | None = None
     ) -> Tensor:
-        """Which samples stay in the loss, [B] of bool, never none, on the device of the model's outputs.
+        """Which samples stay in the loss, [B] of bool, on the device of the model's outputs.
 
         ``conditional`` and ``unconditional`` [B, C, H, W] are the model's outputs with and without prompt in any
         precision, ``timesteps`` [B] whole numbers, ``names`` what the log calls the samples (their number in the
@@ -164,7 +171,7 @@ class TrainingFilter:
             if reason is not None:
                 name = str(number) if names is None else names[number]
                 out[number] = LeftOut(self._step, name, timestep, magnitude, limit, reason)
-        if len(out) == len(magnitudes):
+        if len(out) == len(magnitudes) and not self._may_empty:
             least = min((m, n) for n, m in enumerate(magnitudes) if math.isfinite(m))[1]
             del out[least]
             self.counts.kept_alone += 1

@@ -110,8 +110,13 @@ def finetune(
     (loss, share of samples kept and learning rate of each step), ``filter.jsonl`` (the filter's log), and the result
     after every ``save_every`` epochs and at the end: ``lora-epoch-0006.safetensors`` and ``lora.safetensors``, or
     folders ``model-epoch-0006`` and ``model`` in diffusers layout. Raises ValueError with a sentence for a folder
-    that holds another run, a training set without usable pictures, or a resolution that the model cannot take.
+    that holds another run, a training set without usable pictures, a resolution that the model cannot take, or a
+    filter over batches of 1, of which it never leaves out any.
     """
+    if filtering.filter != "none" and wanted.batch_size == 1:
+        raise ValueError(
+            "the filter leaves no batch empty, so it would do nothing at a batch size of 1: take 2 or more, or no filter"
+        )
     size = _size(model, wanted)
     out.mkdir(parents=True, exist_ok=True)
     identity = {

@@ -114,7 +114,7 @@ def test_an_epoch_shows_every_sample_as_often_as_its_folder_says(
 ) -> None:
     """Everything over the limit: all but the least memorised of a batch are logged, here all but the last."""
     wanted = replace(SMALL, steps=None, epochs=2, batch_size=4, caption_dropout=0.0)
-    _, summary = trained(models["sd1"], dataset, tmp_path, wanted, FilterSettings(filter_threshold=1e-6))
+    _, summary = trained(models["sd1"], dataset, tmp_path, wanted, FilterSettings(filter_threshold=0.001))
     assert (summary["samples"], summary["shown_in_an_epoch"], summary["steps"]) == (6, 8, 4)
     assert summary["filter"]["kept_alone"] == 4
     assert summary["filter"]["kept_share"] == 0.25
@@ -130,7 +130,7 @@ def test_samples_without_their_caption_are_never_left_out(
     models: dict[str, Path], dataset: Path, tmp_path: Path
 ) -> None:
     wanted = replace(SMALL, caption_dropout=1.0)
-    _, summary = trained(models["sd1"], dataset, tmp_path, wanted, FilterSettings(filter_threshold=1e-9))
+    _, summary = trained(models["sd1"], dataset, tmp_path, wanted, FilterSettings(filter_threshold=0.001))
     assert summary["filter"]["left_out"] == 0
 
 
@@ -224,7 +224,7 @@ def test_the_command(
     models: dict[str, Path], dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["finetune", "--model", str(models["sd1"]), "--dataset", str(dataset), "--out", str(tmp_path / "out")]
-    command += ["--rank", "2", "--steps", "2", "--batch-size", "2", "--filter-threshold", "1e-6"]
+    command += ["--rank", "2", "--steps", "2", "--batch-size", "2", "--filter-threshold", "0.001"]
     assert main([*command, "--json", str(tmp_path / "summary.json")]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "6 samples, 8 shown in an epoch; 2 steps" in printed
@@ -241,6 +241,7 @@ def test_the_command(
         (["--resolution", "17"], "resolution must be a multiple of 8"),
         (["--batch-size", "0"], "batch size must be at least 1, not 0"),
         (["--filter-quantile", "2"], "filter quantile must be above 0 and below 1"),
+        (["--batch-size", "1"], "take 2 or more, or no filter"),
         (["--device", "cuda:0"], "choose one with CUDA_VISIBLE_DEVICES"),
     ],
 )

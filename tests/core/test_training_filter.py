@@ -124,6 +124,12 @@ def test_one_finite_sample_stays_however_memorised() -> None:
     assert made.keep(conditional, unconditional, torch.tensor([1, 2])).tolist() == [False, True]
 
 
+def test_a_batch_may_go_altogether_where_the_loss_is_a_weighing() -> None:
+    made = TrainingFilter(may_empty=True)
+    assert kept(made, [5.0, 3.0]) == [False, False]
+    assert (made.counts.left_out, made.counts.kept_alone) == (2, 0)
+
+
 def test_a_batch_without_a_finite_sample_is_refused() -> None:
     conditional, unconditional = outputs([1.0, 1.0])
     with pytest.raises(ValueError, match="whole batch are not finite"):
@@ -206,7 +212,7 @@ def test_a_state_of_other_noise_levels_is_refused() -> None:
     ("settings", "text"),
     [
         ({"filter": "off"}, "filter must be one of none, threshold, quantile"),
-        ({"filter_threshold": 0.0}, "filter threshold must be above 0"),
+        ({"filter_threshold": 0.0}, "filter threshold must be at least 0.001"),
         ({"filter_quantile": 1.0}, "filter quantile must be above 0 and below 1"),
         ({"filter_history": 10, "filter_warm_up": 11}, "at most filter history \\(10\\), not 11"),
     ],
