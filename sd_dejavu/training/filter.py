@@ -202,6 +202,18 @@ class TrainingFilter:
         stay = self.keep(conditional, without, timesteps)
         return tuple(values[stay] for values in (conditional, *others))
 
+    def weights(
+        self,
+        unet: Callable[..., Any],
+        noisy: Tensor,
+        timesteps: Tensor,
+        empty: Tensor,
+        conditional: Tensor,
+        **more: Any,
+    ) -> Tensor:
+        """As :meth:`sift`, for loops that weigh their samples: see :func:`weights_of`."""
+        return weights_of(self.keep(conditional, predict_without(unet, noisy, timesteps, empty, **more), timesteps))
+
     def write_log(self, file: TextIO) -> None:
         """Moves what is logged to a file, one JSON object a line."""
         file.writelines(record.as_json() + "\n" for record in self.log)
@@ -260,6 +272,11 @@ class TrainingFilter:
                     history = self._histories[self._level(timestep)]
                     history.append(magnitude)
                     del history[: -self.settings.filter_history]
+
+
+def weights_of(stay: Tensor) -> Tensor:
+    """[B] of bool -> [B], fp32: B / kept and 0, under which the mean over a batch is that over what stays (0 if none)."""
+    return stay.float() * (len(stay) / stay.sum().clamp_min(1))
 
 
 @torch.no_grad()

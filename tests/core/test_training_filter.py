@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sd_dejavu.conditioning import Conditioning
 from sd_dejavu.denoiser import denoised_from_output
-from sd_dejavu.training.filter import FilterSettings, TrainingFilter
+from sd_dejavu.training.filter import FilterSettings, TrainingFilter, weights_of
 from sd_dejavu.training.loss import Batch, Schedule, filtered_loss, stratified_timesteps
 
 SD = (4, 64, 64)  # a constant difference c has the norm 128 c
@@ -288,6 +288,19 @@ def test_the_one_line_of_another_training_loop() -> None:
     expected, _ = filtered_loss(Toy(), schedule, batch, TrainingFilter())
     torch.testing.assert_close((predicted - target).square().mean(), expected)
     assert model.calls == [True, False]
+
+
+def test_weights_make_the_mean_that_of_what_stays() -> None:
+    schedule = Schedule(torch.linspace(0.99, 0.01, 1000), "epsilon")
+    batch, model = toy_batch([0.0, 0.5, 0.001, 0.02]), Toy()
+    noisy, target = schedule.noised(batch)
+    predicted = model(noisy, batch.timesteps, batch.conditioning.rows).sample
+    weights = TrainingFilter().weights(model, noisy, batch.timesteps, batch.empty.rows, predicted)
+    assert weights.tolist() == [2, 0, 2, 0]
+    each = (predicted - target).square().flatten(1).mean(1)
+    expected, _ = filtered_loss(Toy(), schedule, batch, TrainingFilter())
+    torch.testing.assert_close((each * weights).mean(), expected)
+    assert weights_of(torch.tensor([False, False])).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...denoiser import over_pixels
-from ...training.filter import FilterSettings, TrainingFilter
+from ...training.filter import FilterSettings, TrainingFilter, weights_of
 from .model import ComfyModel, prediction_type_of
 from .monitor import KEY
 from .text import conditioning_of
@@ -82,4 +82,4 @@ class HostFilter:
             level = over_pixels(sigma)
             timesteps = guider.inner_model.model_sampling.timestep(sigma).reshape(-1).round()
             stay = self._filter.keep((x - denoised.float()) / level, (x - without) / level, timesteps)
-        return over_pixels(stay * (len(stay) / stay.sum().clamp_min(1)))
+        return over_pixels(weights_of(stay))
