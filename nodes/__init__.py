@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import calibration, conditioning, demo, guidance, monitor, reference, text
+from . import calibration, conditioning, demo, guidance, monitor, reference, text, training
 
 
 class DejaVuExtension(ComfyExtension):
@@ -16,6 +16,7 @@ class DejaVuExtension(ComfyExtension):
             *guidance.NODES,
             *calibration.NODES,
             *reference.NODES,
+            *training.NODES,
             *demo.NODES,
         ]
 

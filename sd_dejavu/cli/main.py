@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import audit, bench, calibrate, check, compare, demo, explain, mitigate, refset
+from . import audit, bench, calibrate, check, compare, demo, explain, finetune, mitigate, refset
 
-COMMANDS = (demo, check, explain, mitigate, compare, calibrate, bench, refset, audit)
+COMMANDS = (demo, check, explain, mitigate, compare, calibrate, bench, refset, finetune, audit)
 EXIT_BAD_INPUT, EXIT_FLAGGED, EXIT_INTERRUPTED = 2, 3, 130
 
 

@@ -56,6 +56,7 @@ class DiffusersModel:
     def __init__(self, pipeline: Any, name: str, prompt_weights: bool = False) -> None:
         self.name = name
         self.prompt_weights = prompt_weights
+        self.pipeline = pipeline
         self._unet, self._vae = pipeline.unet, pipeline.vae
         self._encoders = [(pipeline.tokenizer, pipeline.text_encoder)]
         if getattr(pipeline, "text_encoder_2", None) is not None:

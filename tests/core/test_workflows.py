@@ -249,7 +249,7 @@ def _source(name: str, path: Path) -> Path:
 
 
 def test_the_source_is_read_to_the_end() -> None:
-    assert len(declared()) == 15
+    assert len(declared()) == 16
     assert all(node.id.startswith("DejaVu") for node in declared().values())
     assert [w.name for w in declared()["DejaVuInitialNoise"].widgets if w][-7:] == [
         "method",

@@ -39,6 +39,7 @@ OURS = {
     "DejaVuAMG",
     "DejaVuGuidanceTransition",
     "DejaVuInitialNoise",
+    "DejaVuTrainingFilter",
 }
 
 

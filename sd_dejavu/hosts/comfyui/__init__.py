@@ -11,8 +11,10 @@ from .model import with_model
 from .monitor import Monitor
 from .page import LiveReport, keep_in_picture, tell
 from .text import conditioning_of, encode_text
+from .training import HostFilter
 
 __all__ = [
+    "HostFilter",
     "LiveReport",
     "Monitor",
     "adjust_noise",

@@ -1,0 +1,85 @@
+"""The filter of training losses for the host's own LoRA training node, through wrappers on a clone of the model.
+
+That node trains within a sampler of its own: its predictions come through the guider, as in every run, with gradients.
+A sample is left out by weighing its gradient by 0 where it enters the network, and those that stay by B / kept, which
+gives the gradient of the loss over them alone, whatever the loss function; predictions stay as they are, bit for bit.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import comfy.patcher_extension
+import torch
+from torch import Tensor
+
+from ...denoiser import over_pixels
+from ...training.filter import FilterSettings, TrainingFilter, weights_of
+from .model import ComfyModel, prediction_type_of
+from .monitor import KEY
+from .text import conditioning_of
+
+
+class HostFilter:
+    """For every run of the models it is attached to that takes gradients; others are left alone.
+
+    ``empty`` is the host's conditioning of the empty prompt. ``tell`` is given a sentence at the end of a training.
+    """
+
+    def __init__(self, settings: FilterSettings, empty: Any, tell: Callable[[str], None] = lambda text: None) -> None:
+        rows, options = empty[0]
+        self.settings, self.tell = settings, tell
+        self._empty = conditioning_of(rows, options)
+        self._filter: TrainingFilter | None = None
+
+    def attach(self, patcher: Any) -> Any:
+        """A clone of the model. Raises ValueError for flow models, and for settings that leave nothing out."""
+        self._new_filter(prediction_type_of(patcher.model.model_sampling))
+        types = comfy.patcher_extension.WrappersMP
+        clone = patcher.clone()
+        key = f"{KEY}-{uuid.uuid4().hex[:8]}"
+        # Plain functions: the host deep-copies what it finds, and a method would bring its object along.
+        clone.add_wrapper_with_key(types.OUTER_SAMPLE, key, lambda *a, **k: self._outer_sample(*a, **k))
+        clone.add_wrapper_with_key(types.PREDICT_NOISE, key, lambda *a, **k: self._predict_noise(*a, **k))
+        return clone
+
+    def _new_filter(self, prediction_type: str) -> TrainingFilter:
+        if prediction_type == "flow":
+            raise ValueError("the training filter is made for epsilon- and v-models, this is a flow model")
+        # Noise predictions are what it is given, whatever the network puts out.
+        return TrainingFilter(self.settings, may_empty=True)
+
+    def _outer_sample(self, executor: Any, *arguments: Any, **named: Any) -> Tensor:
+        sampling = executor.class_obj.model_patcher.model.model_sampling
+        self._filter = made = self._new_filter(prediction_type_of(sampling))
+        try:
+            return executor(*arguments, **named)
+        finally:
+            self._filter = None
+            counts = made.counts
+            if counts.seen:
+                self.tell(f"left {counts.left_out} of {counts.seen} samples out of the loss")
+
+    def _predict_noise(
+        self, executor: Any, x: Tensor, sigma: Tensor, model_options: Any = None, seed: Any = None
+    ) -> Tensor:
+        options = model_options or {}
+        denoised: Tensor = executor(x, sigma, options, seed)
+        if self._filter is not None and denoised.requires_grad:
+            weights = self._weights(executor.class_obj, x, sigma, options, denoised.detach())
+            denoised.register_hook(lambda gradient: gradient * weights.to(gradient))
+        return denoised
+
+    def _weights(self, guider: Any, x: Tensor, sigma: Tensor, options: dict[str, Any], denoised: Tensor) -> Tensor:
+        """[B, 1, 1, 1]: 0 for what is left out."""
+        assert self._filter is not None
+        entry = guider.conds["positive"][0]
+        model = ComfyModel(guider.model_patcher, guider.inner_model, entry, options, sigma, x)
+        with torch.no_grad():
+            without = model(x, sigma, self._empty)
+            level = over_pixels(sigma)
+            timesteps = guider.inner_model.model_sampling.timestep(sigma).reshape(-1).round()
+            stay = self._filter.keep((x - denoised.float()) / level, (x - without) / level, timesteps)
+        return over_pixels(weights_of(stay))

@@ -1,0 +1,79 @@
+"""The training loss of an epsilon- or v-model, with the filter in it.
+
+Ho et al., 2020: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, and the squared error of the network's
+output against the noise; for v-models (Salimans & Ho, 2022) against sqrt(abar_t) noise -
+sqrt(1 - abar_t) x_0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..conditioning import Conditioning
+from ..denoiser import PredictionType
+from .filter import TrainingFilter, predict_without
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clean latents [B, C, H, W], a conditioning of batch B, whole timesteps [B], noise like the latents.
+
+    ``names`` is what the filter's log calls the samples; ``empty`` the empty prompt (batch 1, as many rows).
+    """
+
+    latents: Tensor
+    conditioning: Conditioning
+    empty: Conditioning
+    timesteps: Tensor
+    noise: Tensor
+    names: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The noise schedule's abar_t [T] and what the network predicts."""
+
+    alphas_cumprod: Tensor
+    prediction_type: PredictionType
+
+    def noised(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """x_t and what the network shall put out for it, both [B, C, H, W]."""
+        abar = self.alphas_cumprod.to(batch.latents.device)[batch.timesteps].reshape(-1, 1, 1, 1)
+        signal, spread = abar.sqrt(), (1 - abar).sqrt()
+        noisy = signal * batch.latents + spread * batch.noise
+        if self.prediction_type == "v_prediction":
+            return noisy, signal * batch.noise - spread * batch.latents
+        return noisy, batch.noise
+
+
+def filtered_loss(
+    unet: Callable[..., Any], schedule: Schedule, batch: Batch, training_filter: TrainingFilter | None
+) -> tuple[Tensor, Tensor]:
+    """The mean squared error of the samples that stay, and which they are, [B] of bool (all without a filter)."""
+    noisy, target = schedule.noised(batch)
+    output = unet(noisy, batch.timesteps, batch.conditioning.rows, **_extras(batch.conditioning.extras)).sample
+    if training_filter is None:
+        stay = torch.ones(len(noisy), dtype=torch.bool, device=noisy.device)
+    else:
+        extras = {k: v.expand(len(noisy), *v.shape[1:]) for k, v in batch.empty.extras.items()}
+        without = predict_without(unet, noisy, batch.timesteps, batch.empty.rows, **_extras(extras))
+        stay = training_filter.keep(output, without, batch.timesteps, batch.names)
+    return (output.float() - target).square()[stay].mean(), stay
+
+
+def _extras(extras: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {"added_cond_kwargs": dict(extras)} if extras else {}
+
+
+def stratified_timesteps(count: int, total: int, generator: torch.Generator) -> Tensor:
+    """``count`` whole timesteps below ``total``, one from each of as many equal parts of the schedule, in random order.
+
+    Each is uniform by itself, and every batch covers the whole schedule.
+    """
+    places = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    return (places * total).long().clamp_(0, total - 1)[torch.randperm(count, generator=generator)]
