@@ -8,7 +8,8 @@ before training, and with two running quantiles. For each arm and repetition cou
 copies of their training picture, and the share of the pair's showings that stayed in the loss; for each arm: the loss
 on ordinary captions and pictures that were held out, how pictures follow their captions, and seconds a step.
 
-    python benchmarks/training_filter.py [--device cpu] [--steps 1500] [--seeds 0 1] [--parallel 1] [--json FILE]
+    python benchmarks/training_filter.py [--device cpu] [--steps 1500] [--seeds 0 1] [--arms none ...] [--parallel 1]
+        [--json FILE]
 
 Seconds a step are measured first, one arm after the other in turns, with nothing else running. The arms then run
 as ``--parallel`` processes; the file is written anew whenever one of them has finished.
@@ -378,6 +379,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="'none' among them")
     parser.add_argument("--pool", type=int, default=20_000, help="ordinary pictures to draw for each seed")
     parser.add_argument("--parallel", type=int, default=1, help="arms at a time, each a process")
     parser.add_argument("--images", type=int, default=4, help="pictures a pair")
@@ -392,7 +394,8 @@ def main() -> None:
         print(f"data drawn: {time.perf_counter() - began:.0f} s", flush=True)
         first = Training(folder, "none", None, arguments.seeds[0], arguments.steps, arguments.device)
         threshold = threshold_of_ordinary(first, first.held_out(folder))
-        arms = {**ARMS, FROM_ORDINARY: FilterSettings("threshold", filter_threshold=threshold)}
+        every = {**ARMS, FROM_ORDINARY: FilterSettings("threshold", filter_threshold=threshold)}
+        arms = {name: settings for name, settings in every.items() if name in arguments.arms or name == "none"}
         seconds = seconds_a_step(folder, arms, arguments.seeds[0], arguments.timed_steps, arguments.device)
         print(f"seconds a step: {seconds}; {time.perf_counter() - began:.0f} s", flush=True)
         setting = (arguments.steps, arguments.device, arguments.images, arguments.sampling_steps)

@@ -234,12 +234,11 @@ def _print(found: Audit, out: Path) -> None:
         table = Table("verdict", "picture", "caption", found.counts, "q", "copies", "suggestion")
         ranked = sorted(worst, key=lambda row: (-(row.copies or 0), row.q_value or 0.0))
         for row in ranked[:SHOWN]:
-            counted = row.alignment if found.counts == "alignment" else row.magnitude
             table.add_row(
                 verdict_of(row),
                 escape(row.image),
                 escape(row.caption),
-                "" if counted is None else f"{counted:.2f}",
+                "" if row.score is None else f"{row.score:.2f}",
                 "" if row.q_value is None else f"{row.q_value:.2g}",
                 "" if row.copies is None else f"{row.copies}/{row.drawn}",
                 escape(row.suggestion),

@@ -32,7 +32,7 @@ def render_audit(page: AuditPage) -> str:
     """The page as text, to be written as UTF-8. All user-supplied text is escaped."""
     audit = page.audit
     ranked = sorted(audit.rows, key=_rank)
-    shown = [_shown(row, audit, page.thumbnails) for row in ranked[:ROWS_SHOWN]]
+    shown = [_shown(row, page.thumbnails) for row in ranked[:ROWS_SHOWN]]
     return writable(
         template("audit.html.j2").render(
             page=page,
@@ -71,10 +71,18 @@ def notes(audit: Audit) -> list[str]:
         )
     if audit.counts == "magnitude":
         told.append("There were captions only, so nothing could be compared with the training pictures.")
-    if audit.copy_threshold is None and audit.counts == "alignment":
+    if audit.counts == "alignment":
+        told.append(
+            "What counts is how far each caption leads towards its own training picture. Name the base model to leave "
+            "out what it does already."
+        )
+    if audit.counts == "gain":
+        told.append(
+            "What counts is how far each caption leads towards its own training picture, beyond what it does on the "
+            "base model."
+        )
+    if audit.copy_threshold is None and audit.counts != "magnitude":
         told.append("For these features no similarity is established from which a picture is a copy.")
-    if any(row.base_flagged for row in audit.rows):
-        told.append("Some captions are named on the base model already: see their rows.")
     unmeasured = sum(row.q_value is None for row in audit.rows)
     if unmeasured:
         told.append(f"{unmeasured:,} could not be measured: their rows say why.")
@@ -82,18 +90,16 @@ def notes(audit: Audit) -> list[str]:
 
 
 def _rank(row: Row) -> tuple[bool, bool, float, float]:
-    counted = row.alignment if row.alignment is not None else row.magnitude
-    return (not row.copies, not row.flagged, 2.0 if row.q_value is None else row.q_value, -(counted or 0.0))
+    return (not row.copies, not row.flagged, 2.0 if row.q_value is None else row.q_value, -(row.score or 0.0))
 
 
-def _shown(row: Row, audit: Audit, thumbnails: Mapping[str, bytes]) -> dict[str, object]:
-    counted = row.alignment if audit.counts == "alignment" else row.magnitude
+def _shown(row: Row, thumbnails: Mapping[str, bytes]) -> dict[str, object]:
     trained = thumbnails.get(row.image)
     return {
         "image": row.image,
         "caption": row.caption,
         "label": verdict_of(row),
-        "counted": "" if counted is None else number(counted),
+        "score": "" if row.score is None else number(row.score),
         "p": "" if row.p_value is None else f"{row.p_value:.2g}",
         "q": "" if row.q_value is None else f"{row.q_value:.2g}",
         "copies": "" if row.copies is None else f"{row.copies} of {row.drawn}",

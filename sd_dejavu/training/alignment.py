@@ -10,10 +10,9 @@ averaged over noises. It is 1 where the prompt alone brings the picture back. Th
 because a LoRA that overfits raises the magnitude of ordinary prompts too, so that its captions no longer stand out by
 it (README, 'Training clean').
 
-Ordinary prompts have no training picture; they are compared with training pictures drawn at random. Against the base
-model's, the nearest of several counts: a caption that merely describes its picture is nearer to it than a random
-prompt is, and must not be taken for a memory. Against those on the weights that are audited it is a single one: where
-a model has overfitted, any prompt goes towards some training picture, but not towards a given one.
+A caption that merely describes its picture is aligned with it a little, on any model. Where the model is at hand that
+was trained on, what counts is therefore the gain over it, a - max(0, a_base). Without it, ordinary prompts, which have
+no training picture and are compared with ones drawn at random, get the nearest of several.
 """
 
 from __future__ import annotations

@@ -7,9 +7,11 @@ small by chance, so they are corrected by Benjamini & Hochberg's procedure: of t
 expectation a share of at most ``false_discovery_rate`` is named wrongly. The smallest p-value is 1 / (nulls + 1), so
 with few nulls and many captions a single one cannot be told: :attr:`Audit.least_named`.
 
+With a LoRA, or where the base model of a checkpoint is named, it is the gain over the base model that counts.
+
 Those named, and the next highest, are drawn from several noises and compared with their training pictures: a flag is
-a statistic, a copy is seen. With a LoRA the same captions (or a sample) are measured on the base model, at growing
-strengths and for each saved epoch.
+a statistic, a copy is seen. With a LoRA the same captions (or a sample) are measured at growing strengths and for
+each saved epoch.
 
 What is finished is kept (:mod:`sd_dejavu.training.ledger`), so an audit that was stopped goes on where it stood.
 """
@@ -41,6 +43,7 @@ from .ledger import Ledger
 from .tasks import Engine, Load, Task, Variant, Work, one_process
 
 Progress = Callable[[str, int, int], None]
+Counts = Literal["magnitude", "alignment", "gain"]
 BASE = Variant(base=True)
 NEAREST_SHOWN = 5  # near duplicates that are named
 
@@ -60,7 +63,7 @@ class AuditSettings:
     sweep: int = option(
         200, "captions measured at each strength and saved epoch of a LoRA, at even distances; 0: none", minimum=0
     )
-    strength_steps: int = option(4, "strengths of a LoRA between 0 and 1, the base model apart", minimum=1, maximum=20)
+    strength_steps: int = option(4, "strengths of a LoRA that are measured, up to 1", minimum=1, maximum=20)
     partition: int = option(
         100, "prompts in one piece of work, a multiple of 25; a stopped audit loses one at most", minimum=25
     )
@@ -85,17 +88,20 @@ class Entry:
 class Row:
     """What was found of one training picture.
 
-    ``magnitude`` is the first step's, L2; ``alignment`` is with its training picture, -1 to 1. ``q_value`` is the
-    smallest false discovery rate at which it would be named, ``flagged`` whether that is low enough. All of these are
-    None where ``why`` says what kept it from being measured. ``copies`` of ``drawn`` pictures are copies of this very
-    training picture, ``similarity`` is that of the likest; None where none was drawn or no threshold is established.
-    ``word`` brings the pictures about most. ``base_flagged``: it is named on the base model already.
+    ``magnitude`` is the first step's, L2; ``alignment`` is with its training picture, -1 to 1, and ``base_alignment``
+    that of the base model. ``score`` is what counts of these. ``q_value`` is the smallest false discovery rate at
+    which it would be named, ``flagged`` whether that is low enough. All of these are None where ``why`` says what kept
+    it from being measured. ``copies`` of ``drawn`` pictures are copies of this very training picture, ``similarity``
+    is that of the likest; None where none was drawn or no threshold is established. ``word`` brings the pictures
+    about most.
     """
 
     image: str
     caption: str
     magnitude: float | None = None
     alignment: float | None = None
+    base_alignment: float | None = None
+    score: float | None = None
     p_value: float | None = None
     q_value: float | None = None
     flagged: bool | None = None
@@ -106,7 +112,6 @@ class Row:
     repeats: int = 1
     duplicates: tuple[str, ...] = ()
     near_duplicates: tuple[str, ...] = ()
-    base_flagged: bool | None = None
     suggestion: str = ""
     why: str = ""
     pictures: tuple[bytes, ...] = field(default=(), repr=False)  # PNG files
@@ -114,7 +119,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Point:
-    """One variant of the model over the sample of captions: how many are named, and the median of what counts."""
+    """A LoRA at one strength or epoch, over the sample of captions: how many are named, the median of what counts."""
 
     strength: float
     epoch: int | None
@@ -128,7 +133,7 @@ class Audit:
     """The whole finding. At least ``least_named`` captions must have the smallest p-value for any to be named."""
 
     rows: tuple[Row, ...]
-    counts: Literal["alignment", "magnitude"]
+    counts: Counts
     nulls: int
     false_discovery_rate: float
     least_named: int
@@ -148,9 +153,8 @@ class Audit:
 
     @property
     def begins(self) -> int | None:
-        """The first saved epoch at which more captions are named than on the base model."""
-        base = next((point.flagged for point in self.strengths if point.strength == 0), 0)
-        return next((point.epoch for point in self.epochs if point.flagged > base), None)
+        """The first saved epoch at which a caption is named."""
+        return next((point.epoch for point in self.epochs if point.flagged), None)
 
 
 # ------------------------------------------------------------------------------------------- judging
@@ -167,18 +171,11 @@ class Judged:
         return [None if q is None else q <= rate for q in self.q]
 
 
-def judged(scores: Sequence[float | None], *nulls: Sequence[float]) -> Judged:
-    """Conformal p-values of the scores among ordinary prompts', and their q-values.
-
-    With several samples of ordinary prompts the largest of the p-values counts: a score must stand out from each
-    (an intersection-union test).
-    """
-    ordered = [np.sort(np.asarray(sample, dtype=float)) for sample in nulls]
-
-    def p_value(score: float) -> float:
-        return max((1 + len(o) - int(np.searchsorted(o, score))) / (len(o) + 1) for o in ordered)
-
-    p = [None if score is None else p_value(score) for score in scores]
+def judged(scores: Sequence[float | None], nulls: Sequence[float]) -> Judged:
+    """Conformal p-values of the scores among those of ordinary prompts, and their q-values."""
+    ordered = np.sort(np.asarray(nulls, dtype=float))
+    above = [None if score is None else len(ordered) - int(np.searchsorted(ordered, score)) for score in scores]
+    p = [None if count is None else (1 + count) / (len(ordered) + 1) for count in above]
     q = iter(benjamini_hochberg([value for value in p if value is not None]))
     return Judged(tuple(p), tuple(None if value is None else next(q) for value in p))
 
@@ -313,49 +310,59 @@ def audit(
         )
     final = Variant(str(loras[-1].path)) if loras else Variant()
     has_base = bool(loras) or load.base is not None
-    main = _caption_tasks(subject, cases, final, wanted)
-    sweep = spread(cases, wanted.sweep) if has_base and wanted.sweep else []
-    strengths, epochs = _variants(loras, final, wanted) if sweep else ({}, {})
-    swept = {v: _caption_tasks(subject, sweep, v, wanted) for v in {**strengths, **epochs}}
-    compared = dict.fromkeys([final, *([BASE] if has_base else []), *swept])
-    ordinary_tasks = {v: _null_tasks(subject, ordinary, v, wanted, work.wanted.seed) for v in compared}
-    tasks = {v: [*ordinary_tasks[v], *(main if v == final else []), *swept.get(v, [])] for v in compared}
-    _finish([task for part in tasks.values() for task in part], "measuring", load, work, ledger, engine, on_progress)
+    counts: Counts = "magnitude" if subject.reference is None else "gain" if has_base else "alignment"
+    strengths, epochs = _variants(loras, final, wanted) if loras and wanted.sweep else ({}, {})
+    sweep = spread(range(len(cases)), wanted.sweep)
+    swept = [cases[number] for number in sweep]
+    measured = dict.fromkeys([final, *strengths, *epochs])
+    null_tasks = {v: _null_tasks(subject, ordinary, v, wanted, work.wanted.seed) for v in measured}
+    case_tasks = {v: _caption_tasks(subject, cases if v == final else swept, v, wanted) for v in measured}
+    if counts == "gain":
+        case_tasks[BASE] = _caption_tasks(subject, cases, BASE, wanted)
+    every = [task for v in case_tasks for task in (*null_tasks.get(v, ()), *case_tasks[v])]
+    _finish(every, "measuring", load, work, ledger, engine, on_progress)
 
-    counts: Literal["alignment", "magnitude"] = "magnitude" if subject.reference is None else "alignment"
-    on_base = [_nearest(value, counts) for value in ledger.values(ordinary_tasks[BASE if has_base else final])]
+    own = (
+        [counted(value, counts) for value in ledger.values(case_tasks[BASE])]
+        if counts == "gain"
+        else [None] * len(cases)
+    )
 
-    def named_on(variant: Variant, part: Sequence[Task]) -> tuple[Judged, list[float | None]]:
-        """What was measured of these captions, against the ordinary prompts of the base and of these weights."""
-        scores = [_counted(value, counts) for value in ledger.values(part)]
-        nulls = [on_base]
-        if has_base and variant != BASE:
-            nulls.append([_counted(value, counts) for value in ledger.values(ordinary_tasks[variant])])
-        known = [[value for value in sample if value is not None] for sample in nulls]
-        if not all(known):
+    def judged_on(variant: Variant, bases: Sequence[float | None]) -> tuple[list[float | None], Judged]:
+        """What counts of the captions measured on a variant, and how it stands to ordinary prompts there."""
+        values = [counted(value, counts) for value in ledger.values(case_tasks[variant])]
+        scores = [gain(v, b) if counts == "gain" else v for v, b in zip(values, bases, strict=True)]
+        nulls = [of_ordinary(value, counts) for value in ledger.values(null_tasks[variant])]
+        known = [value for value in nulls if value is not None]
+        if not known:
             raise ValueError("none of the ordinary prompts could be measured, so there is nothing to compare with")
-        return judged(scores, *known), scores
-
-    values = list(ledger.values(main))
-    found, scores = named_on(final, main)
-    measured = {variant: named_on(variant, part) for variant, part in swept.items()}
+        return scores, judged(scores, known)
 
     def point(variant: Variant, strength: float, epoch: int | None) -> Point:
-        judged_here, counted = measured[variant]
-        known = [value for value in counted if value is not None]
-        named = sum(bool(one) for one in judged_here.named(wanted.false_discovery_rate))
+        swept_all = variant == final  # of which every caption was measured
+        scores, found = judged_on(variant, own if swept_all else [own[number] for number in sweep])
+        if swept_all:  # judged as the others are: among the sample
+            scores = [scores[number] for number in sweep]
+            p = [found.p[number] for number in sweep]
+            q = iter(benjamini_hochberg([value for value in p if value is not None]))
+            found = Judged(tuple(p), tuple(None if value is None else next(q) for value in p))
+        known = [score for score in scores if score is not None]
+        named = sum(bool(one) for one in found.named(wanted.false_discovery_rate))
         return Point(strength, epoch, len(known), named, float(np.median(known)) if known else float("nan"))
 
+    values = list(ledger.values(case_tasks[final]))
+    scores, found = judged_on(final, own)
     ranked = [(-np.inf if score is None else score) for score in scores]
     order = sorted(range(len(cases)), key=lambda n: (-ranked[n], n))
     prompts = dict.fromkeys(cases[n].caption for n in order if "why" not in values[n])
     seen = _drawn(list(prompts)[: wanted.worst], final, load, work, ledger, engine, on_progress)
-    before = measured[BASE][0].named(wanted.false_discovery_rate) if BASE in measured else []
-    judge = _Judge(subject, seen, {(c.caption, c.row): m for c, m in zip(sweep, before, strict=False)})
+    judge = _Judge(subject, seen)
     named = found.named(wanted.false_discovery_rate)
     rows = {
-        (case.caption, case.row): judge.row(case, value, p, q, flag)
-        for case, value, p, q, flag in zip(cases, values, found.p, found.q, named, strict=True)
+        (case.caption, case.row): judge.row(case, value, base, score, p, q, flag)
+        for case, value, base, score, p, q, flag in zip(
+            cases, values, own, scores, found.p, found.q, named, strict=True
+        )
     }
     return Audit(
         tuple(judge.of_entry(rows[entry.caption, entry.row], entry) for entry in subject.entries),
@@ -370,28 +377,33 @@ def audit(
     )
 
 
-def _counted(value: dict[str, Any], counts: str) -> float | None:
-    """Of a caption its own picture's; of an ordinary prompt the first picture's, which was drawn at random."""
-    if counts not in value:
+def counted(value: dict[str, Any], counts: Counts) -> float | None:
+    """Of a caption: its magnitude, or its alignment with its own picture; None where it was not measured."""
+    name = "magnitude" if counts == "magnitude" else "alignment"
+    if name not in value:
         return None
-    return float(value[counts][0] if counts == "alignment" else value[counts])
+    return float(value["magnitude"] if name == "magnitude" else value["alignment"][0])
 
 
-def _nearest(value: dict[str, Any], counts: str) -> float | None:
-    """Of an ordinary prompt: the nearest of the pictures that it was compared with."""
-    if counts not in value:
-        return None
-    return float(max(value[counts]) if counts == "alignment" else value[counts])
+def of_ordinary(value: dict[str, Any], counts: Counts) -> float | None:
+    """Of an ordinary prompt: as above with a picture drawn at random; where no base model is known, the nearest of
+    several."""
+    if counts != "alignment" or counts not in value:
+        return counted(value, counts)
+    return float(max(value["alignment"]))
+
+
+def gain(alignment: float | None, base: float | None) -> float | None:
+    """a - max(0, a_base); None where either was not measured."""
+    return None if alignment is None or base is None else alignment - max(0.0, base)
 
 
 def _variants(
     loras: Sequence[LoraFile], final: Variant, wanted: AuditSettings
 ) -> tuple[dict[Variant, float], dict[Variant, int]]:
-    """The strengths of the last LoRA, from the base model up, and each saved epoch at full strength."""
-    strengths = {BASE: 0.0, final: 1.0}
-    if loras:
-        steps = [step / wanted.strength_steps for step in range(1, wanted.strength_steps)]
-        strengths = {BASE: 0.0, **{Variant(final.lora, s): s for s in steps}, final: 1.0}
+    """The strengths of the last LoRA up to 1, and each saved epoch at full strength."""
+    steps = [step / wanted.strength_steps for step in range(1, wanted.strength_steps)]
+    strengths = {**{Variant(final.lora, strength): strength for strength in steps}, final: 1.0}
     return strengths, {Variant(str(lora.path)): lora.epoch for lora in loras} if len(loras) > 1 else {}
 
 
@@ -462,9 +474,8 @@ class _Judge:
         self,
         subject: Subject,
         seen: dict[str, dict[str, Any]],
-        on_base: dict[tuple[str, int | None], bool | None],
     ) -> None:
-        self._reference, self._features, self._on_base = subject.reference, subject.features, on_base
+        self._reference, self._features = subject.reference, subject.features
         self._drawn = {
             caption: tuple(base64.b64decode(data) for data in found["pictures"]) for caption, found in seen.items()
         }
@@ -478,14 +489,25 @@ class _Judge:
             for entry in subject.entries:
                 self._sharing.setdefault(entry.row or 0, []).append(entry.image)
 
-    def row(self, case: Entry, value: dict[str, Any], p: float | None, q: float | None, flag: bool | None) -> Row:
+    def row(
+        self,
+        case: Entry,
+        value: dict[str, Any],
+        base: float | None,
+        score: float | None,
+        p: float | None,
+        q: float | None,
+        flag: bool | None,
+    ) -> Row:
         """Of one case; entries that share its caption and picture get the same."""
         similarity, copies = self._compared(case)
-        found = Row(
+        return Row(
             case.image,
             case.caption,
             value.get("magnitude"),
-            _counted(value, "alignment"),
+            counted(value, "alignment"),
+            base,
+            score,
             p,
             q,
             flag,
@@ -494,11 +516,9 @@ class _Judge:
             similarity,
             self._words.get(case.caption),
             near_duplicates=self._near(case) if flag or copies else (),
-            base_flagged=self._on_base.get((case.caption, case.row)),
             why=value.get("why", ""),
             pictures=self._drawn.get(case.caption, ()),
         )
-        return found
 
     def of_entry(self, row: Row, entry: Entry) -> Row:
         others = () if self._reference is None else tuple(n for n in self._sharing[entry.row or 0] if n != entry.image)
@@ -531,8 +551,8 @@ def suggestion(row: Row) -> str:
     """What to do about one training picture; empty where there is nothing."""
     if not row.flagged and not row.copies:
         return ""
-    if row.base_flagged:
-        return "the base model brings this back already: leave the picture out, or train from another base"
+    if row.copies and not row.flagged:
+        return "it is copied, but its caption does not stand out from ordinary prompts: draw it with the base model too"
     if row.drawn and row.copies == 0:
         return "watch it: its caption acts like a memorised one, but no picture drawn from it is a copy yet"
     if row.duplicates:
