@@ -68,6 +68,12 @@ class Monitoring:
     def __post_init__(self) -> None:
         validate(self)
 
+    @property
+    def changes_noise(self) -> bool:
+        """Whether a flagged run begins again from other noise."""
+        known = available().get(self.remedy)
+        return self.when_flagged == "mitigate" and known is not None and known.touches == "noise"
+
 
 @dataclass
 class Watch:
