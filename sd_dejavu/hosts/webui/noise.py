@@ -26,7 +26,7 @@ class OtherNoise(BaseException):
         self.moved = moved
 
 
-def may_begin_again(p: Any, tell: Callable[[bool], None]) -> None:
+def let_begin_again(p: Any, tell: Callable[[bool], None]) -> None:
     """The sampling that ``p``, the host's processing object, is about to begin heeds :class:`OtherNoise`.
 
     ``tell`` is told when it does so and when no longer; never where the host samples in another way.

@@ -30,7 +30,7 @@ from ...mitigations.guard import Guard
 from ...monitor import Monitoring, Report, Watch, flagged
 from ...trace import Trace
 from .guidance import Automatic1111, Cond, Forge, GuidedModel, Step, attended_rows, checkpoint_of, cond_of, rows_of
-from .noise import OtherNoise, may_begin_again
+from .noise import OtherNoise, let_begin_again
 from .references import rule_of
 
 Host = Automatic1111 | Forge
@@ -109,7 +109,7 @@ class Run:
         self._open = Pass(list(groups.values()), list(negatives), scale, steps, str(name), from_picture or hires, title)
         self.passes.append(self._open)
         if self.monitoring.changes_noise and not self._open.from_picture:
-            may_begin_again(p, partial(setattr, self._open, "may_begin_again"))
+            let_begin_again(p, partial(setattr, self._open, "may_begin_again"))
 
     def attach(self, p: Any) -> None:
         """Forge: read guidance on a clone of the unet, which the host drops after the run. Once, however often called."""
