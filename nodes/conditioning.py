@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..sd_dejavu.hosts import comfyui
 from ..sd_dejavu.mitigations.optimise_conditioning import Settings
-from ..sd_dejavu.monitor import Monitoring
+from ..sd_dejavu.monitor import OPTIMISE, Monitoring
 from . import sockets
 
 _NEGATIVE = io.Conditioning.Input(
@@ -72,7 +72,7 @@ class MitigateConditioning(io.ComfyNode):
             node_id="DejaVuMitigate",
             display_name="Mitigate Conditioning (Déjà Vu)",
             category=sockets.CATEGORY,
-            description="Moves the prompt's embedding until its first-step score is ordinary; for any sampler with this noise.",
+            description="Another conditioning for a memorised prompt, by the method of your choice; for any sampler with this noise.",
             inputs=[
                 io.Model.Input("model", tooltip="The model."),
                 io.Conditioning.Input("positive", tooltip="The prompt; from Text Encode (Déjà Vu) it works best."),
@@ -88,11 +88,23 @@ class MitigateConditioning(io.ComfyNode):
                     tooltip="The score to come down to; 0 takes the median of ordinary prompts from the calibration.",
                 ),
                 *sockets.inputs_of(Settings),
+                # Optional, as all below: workflows that were made before they came go on as they were.
+                io.Combo.Input(
+                    "method",
+                    options=[OPTIMISE, *sockets.methods("prompt", "conditioning", "attention")],
+                    default=OPTIMISE,
+                    optional=True,
+                    tooltip="What is changed about the prompt; see the help.",
+                ),
+                *sockets.inputs_of_methods("prompt", "conditioning", "attention", beside=Settings, optional=True),
             ],
             outputs=[
                 io.Conditioning.Output(tooltip="What to sample with instead."),
                 io.String.Output(
-                    display_name="report", tooltip="The losses, and how far the embedding moved, as JSON."
+                    display_name="report", tooltip="The score before and after, and what was done, as JSON."
+                ),
+                io.Model.Output(
+                    tooltip="The model to sample it with: start-token and attenuate-tokens change its attention."
                 ),
             ],
         )
@@ -103,25 +115,33 @@ class MitigateConditioning(io.ComfyNode):
         model: Any,
         positive: Any,
         negative: Any,
+        latent_image: dict[str, Any],
+        seed: int,
+        steps: int,
+        sampler_name: str,
+        scheduler: str,
+        denoise: float,
         target: float,
-        iterations: int,
-        learning_rate: float,
-        checkpointing: bool,
         calibration: Any = None,
-        **run: Any,
+        method: str = OPTIMISE,
+        **settings: Any,
     ) -> io.NodeOutput:
-        settings = Settings(iterations, learning_rate or None, checkpointing)
-        changed, document = comfyui.mitigate(
+        chosen = (
+            Settings if method == OPTIMISE else sockets.methods("prompt", "conditioning", "attention")[method].settings
+        )
+        changed, guided, document = comfyui.mitigate(
             model,
             positive,
             negative,
-            sockets.start_of(model, **run),
+            sockets.start_of(model, latent_image, seed, steps, sampler_name, scheduler, denoise),
+            seed,
             target,
-            settings,
+            method,
+            sockets.settings_of(chosen, settings),
             calibration,
             sockets.user_folder(),
         )
-        return io.NodeOutput(changed, json.dumps(document, ensure_ascii=False))
+        return io.NodeOutput(changed, json.dumps(document, ensure_ascii=False), guided)
 
 
 NODES = [Explain, MitigateConditioning]

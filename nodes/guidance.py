@@ -130,7 +130,7 @@ class InitialNoise(io.ComfyNode):
             seed,
             target,
             chosen,
-            sockets.settings_of(chosen, settings),
+            sockets.settings_of(chosen.settings, settings),
             calibration,
             sockets.user_folder(),
         )

@@ -23,28 +23,38 @@ References = io.Custom("DEJAVU_REFERENCES")
 SEED_LIMIT = 0xFFFFFFFFFFFFFFFF
 
 
-def inputs_of(settings: type, leave_out: tuple[str, ...] = ()) -> list[io.Input]:
+def inputs_of(settings: type, leave_out: tuple[str, ...] = (), optional: bool = False) -> list[io.Input]:
     """One input for each option of a settings class, with its help, range and default."""
-    return [_input(known) for known in options_of(settings) if known.name not in leave_out]
+    return [_input(known, optional) for known in options_of(settings) if known.name not in leave_out]
 
 
-def inputs_of_methods(touches: str) -> list[io.Input]:
-    """The options of all mitigations that touch this, method by method."""
-    return [known for method in methods(touches).values() for known in inputs_of(method.settings)]
+def inputs_of_methods(*touches: str, beside: type | None = None, optional: bool = False) -> list[io.Input]:
+    """The options of all mitigations that touch one of these, method by method; methods may share their settings.
+
+    ``beside`` are settings that have inputs already.
+    """
+    classes = dict.fromkeys(method.settings for method in methods(*touches).values())
+    return [known for settings in classes if settings is not beside for known in inputs_of(settings, (), optional)]
 
 
-def methods(touches: str) -> dict[str, Mitigation]:
-    """The core's mitigations that touch this, by name."""
-    return {name: method for name, method in available().items() if method.touches == touches}
+def methods(*touches: str) -> dict[str, Mitigation]:
+    """The core's mitigations that touch one of these and need no reference pictures, by name."""
+    return {
+        name: method
+        for name, method in available().items()
+        if method.touches in touches and not method.needs_references
+    }
 
 
-def settings_of(method: Mitigation, values: dict[str, Any]) -> Any:
-    """A method's own settings out of those of all methods."""
-    return method.settings(**{known.name: values[known.name] for known in options_of(method.settings)})
+def settings_of(settings: type, values: dict[str, Any]) -> Any:
+    """A method's own settings out of those of all methods; what is missing has its default."""
+    given = {known.name: values.get(known.name, known.default) for known in options_of(settings)}
+    left_open = {known.name for known in options_of(settings) if known.default is None and not given[known.name]}
+    return settings(**{name: value for name, value in given.items() if name not in left_open})
 
 
-def _input(known: Option) -> io.Input:
-    shown: dict[str, Any] = {"display_name": known.name.replace("_", " "), "tooltip": known.help}
+def _input(known: Option, optional: bool = False) -> io.Input:
+    shown: dict[str, Any] = {"display_name": known.name.replace("_", " "), "tooltip": known.help, "optional": optional}
     if known.choices:
         return io.Combo.Input(known.name, options=list(known.choices), default=known.default, **shown)
     if known.kind is bool:

@@ -21,7 +21,7 @@ from .calibration.profile import ALPHA_DEFAULT, EVALUATIONS, ORDINARY_QUANTILE, 
 from .conditioning import Conditioning, Unconditional, by_position
 from .denoiser import Model
 from .explain import confirmed_gradient, output_gradient
-from .mitigations import Outcome, Start, available
+from .mitigations import Mitigation, Outcome, Start, available
 from .settings import option, validate
 from .trace import NotMeasured, Trace
 from .verdict import BandStep, Explanation, Verdict
@@ -36,6 +36,13 @@ REMEDIES = (
     OPTIMISE,
     *(name for name, known in available().items() if name not in OPTIMISING and not known.needs_references),
 )
+
+
+def method_for(name: str, conditioning: Conditioning) -> Mitigation:
+    """The mitigation of this name; for 'optimise' the one that this conditioning allows."""
+    if name == OPTIMISE:
+        name = OPTIMISING[0] if conditioning.reencoding else OPTIMISING[1]
+    return available()[name]
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,12 @@ class Monitoring:
 
     def __post_init__(self) -> None:
         validate(self)
+
+    @property
+    def changes_noise(self) -> bool:
+        """Whether a flagged run begins again from other noise."""
+        known = available().get(self.remedy)
+        return self.when_flagged == "mitigate" and known is not None and known.touches == "noise"
 
 
 @dataclass
@@ -135,10 +148,7 @@ class Watch:
             0,
             self.profile.quantile(ORDINARY_QUANTILE, "first step", 1),
         )
-        name = self.monitoring.remedy
-        if name == OPTIMISE:
-            name = OPTIMISING[0] if conditioning.reencoding else OPTIMISING[1]
-        method = available()[name]
+        method = method_for(self.monitoring.remedy, conditioning)
         outcome = method.apply(model, conditioning, start, method.settings())
         self.mitigated(outcome)
         return outcome

@@ -10,7 +10,7 @@ import importlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -145,12 +145,16 @@ def _inputs(element: ast.expr, path: Path) -> Iterator[Input]:
             )
         ):
             yield from _settings(settings, _module(module, path))
-        case ast.Starred(
-            value=ast.Call(func=ast.Attribute(attr="inputs_of_methods"), args=[ast.Constant(value=touches)])
-        ):
+        case ast.Starred(value=ast.Call(func=ast.Attribute(attr="inputs_of_methods"), args=touches, keywords=more)):
+            wanted = {ast.literal_eval(argument) for argument in touches}
+            given = {k.arg: k.value for k in more}
+            known = [_source(ast.unparse(given["beside"]), path)] if "beside" in given else []
             for method in sorted(MITIGATIONS.glob("*.py")):
-                if touches in _touches(method):
-                    yield from _settings("Settings", method)
+                declared_in = _source("Settings", method)  # methods may share their settings
+                if wanted & _touches(method) and declared_in not in known:
+                    known.append(declared_in)
+                    for found in _settings("Settings", method):
+                        yield replace(found, is_optional="optional" in given)
         case ast.Starred(value=ast.Call(func=ast.Attribute(attr="run_inputs"))):
             yield from _run_inputs()
         case ast.Starred(value=ast.GeneratorExp(generators=[ast.comprehension(ifs=[ast.Compare() as test])])):
@@ -236,8 +240,9 @@ def _module(name: str, path: Path) -> Path:
 def _touches(path: Path) -> set[str]:
     """What the mitigations of this file say they touch."""
     calls = [call for call in ast.walk(_tree(path)) if isinstance(call, ast.Call)]
-    given = {k.arg: k.value for call in calls if ast.unparse(call.func) == "Mitigation" for k in call.keywords}
-    return {ast.literal_eval(given["touches"])} if "touches" in given else set()
+    made = [call for call in calls if ast.unparse(call.func) == "Mitigation"]
+    given = [k.value for call in made for k in call.keywords if k.arg == "touches"]
+    return {ast.literal_eval(value) for value in given or [call.args[2] for call in made]}
 
 
 def _source(name: str, path: Path) -> Path:
@@ -259,6 +264,24 @@ def test_the_source_is_read_to_the_end() -> None:
         "guidance_from",
         "noise_iterations",
         "noise_rate",
+    ]
+    # What came later stands at the end and may be left out: workflows that were made before go on as they were.
+    mitigate = [w for w in declared()["DejaVuMitigate"].widgets if w]
+    assert [w.name for w in mitigate if w.is_optional] == [
+        "method",
+        "attenuation",
+        "outlier_deviations",
+        "insertions",
+        "max_words",
+        "keep",
+        "start_factor",
+        "mask_padding",
+    ]
+    assert [w.name for w in mitigate if not w.is_optional][-4:] == [
+        "target",
+        "iterations",
+        "learning_rate",
+        "checkpointing",
     ]
     monitor = declared()["DejaVuMonitor"]
     assert [name for name, _ in monitor.sockets] == ["model", "calibration", "clip"]

@@ -12,6 +12,7 @@ import comfyui_server
 import memorising
 import miniature
 import pytest
+import webui_onlooker
 import webui_server
 from comfyui_server import ComfyServer, make_home
 from host_summary import NEEDS
@@ -103,8 +104,11 @@ def webui_kind(request: pytest.FixtureRequest) -> webui_server.Kind:
 def webui(
     webui_kind: webui_server.Kind, webui_models: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[WebUIServer]:
-    """One server with a page for all tests of a host that need no settings of their own, with our extension."""
-    home = webui_server.make_home(tmp_path_factory.mktemp(webui_kind.folder), _extension(), models=webui_models)
+    """One server with a page for all tests of a host that need no settings of their own: our extension, an onlooker."""
+    onlooker = webui_onlooker.write(tmp_path_factory.mktemp("onlooker"))
+    home = webui_server.make_home(
+        tmp_path_factory.mktemp(webui_kind.folder), _extension(), [onlooker], models=webui_models
+    )
     with WebUIServer(webui_kind, _webui_install(webui_kind), home, _checkpoint(webui_models)) as server:
         yield server
 

@@ -22,6 +22,9 @@ from watched import RAW, demo, report, scores, watched
 from sd_dejavu.demo import bundled
 from sd_dejavu.hosts.diffusers import load
 from sd_dejavu.measure import Measurement, measure
+from sd_dejavu.mitigations import available
+from sd_dejavu.mitigations.perturb_prompt import perturb
+from sd_dejavu.monitor import OPTIMISE
 
 OURS = {
     "DejaVuTextEncode",
@@ -337,6 +340,76 @@ def test_explaining_and_mitigating_before_sampling(comfy: ComfyServer, memorised
     assert scores(after)[0] < 0.5 * scores(before)[0]
 
 
+CHANGING = {name: method.touches for name, method in available().items() if method.touches != "noise"}
+METHODS = [name for name, touches in CHANGING.items() if touches != "guidance"]
+
+
+def mitigated(prompt: str, method: str, *, encode: str = "DejaVuTextEncode", target: float = 0.0, **settings: Any):
+    """A run of the bundled model with what the node makes of the prompt, measured by a monitor."""
+    graph = demo(prompt, steps=3, seed=31)
+    for name in ("positive", "negative"):
+        graph[name]["class_type"] = encode
+    links = {name: graph["sampler"]["inputs"][name] for name in ("model", "positive", "negative", "latent_image")}
+    run = {"seed": 31, "steps": 3, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+    chosen = {"target": target, "iterations": 25, "learning_rate": 0.0, "checkpointing": False, "method": method}
+    graph["mitigated"] = node("DejaVuMitigate", **links, **run, **chosen, **settings)
+    graph["sampler"]["inputs"] |= {"positive": ["mitigated", 0], "model": ["mitigated", 2]}
+    graph["told"] = node("PreviewAny", source=["mitigated", 1])
+    return watched(graph, words=False)
+
+
+def test_mitigating_offers_all_methods_of_the_register(comfy: ComfyServer) -> None:
+    optional = comfy.object_info()["DejaVuMitigate"]["input"]["optional"]
+    kind, shown = optional["method"]
+    assert (shown.get("options") or kind) == [OPTIMISE, *METHODS] and len(METHODS) >= 8
+    assert shown["default"] == OPTIMISE
+
+
+@pytest.mark.parametrize("method", [OPTIMISE, *METHODS])
+def test_every_method_mitigates_before_sampling(comfy: ComfyServer, memorised: str, method: str) -> None:
+    outputs = comfy.run(mitigated(memorised, method))
+    told = json.loads(outputs["told"]["text"][0])
+    (document,) = outputs["verdict"]["dejavu"]
+    plain = comfy.run(watched(demo(memorised, steps=3, seed=31)))
+    (before,) = plain["verdict"]["dejavu"]
+    # What the sampler's own guidance shows is what the method has said, and less than before.
+    assert scores(before) == pytest.approx([told["score_before"]], rel=2e-4)
+    assert scores(document) == pytest.approx([told["score_after"]], rel=2e-4)
+    assert told["score_after"] < 0.995 * told["score_before"]
+    assert (pixels(comfy, outputs) != pixels(comfy, plain)).any()
+    assert told["method"] == ("optimise-tokens" if method == OPTIMISE else method)
+    touches = CHANGING[told["method"]]
+    assert ("prompt" in told) == (touches == "prompt")
+    if touches == "prompt":
+        # The words of the new prompt are known, and typed by hand it gives the same picture.
+        assert document["prompt"] == told["prompt"] != memorised
+        typed = comfy.run(watched(demo(told["prompt"], steps=3, seed=31)))
+        assert (pixels(comfy, typed) == pixels(comfy, outputs)).all()
+    if method in ("random-word", "random-number", "repeat-word"):
+        assert told["prompt"] == perturb(memorised, method, 4, 31)
+    if touches == "attention":
+        # The monitor, flagged, comes to the same picture by the same rule.
+        flagged = watched(demo(memorised, steps=3, seed=31), when_flagged="mitigate", remedy=method)
+        assert np.abs(pixels(comfy, comfy.run(flagged)).astype(int) - pixels(comfy, outputs)).max() <= 1
+        # The model that heeds the rule attends to another conditioning as ever.
+        other = mitigated(memorised, method)
+        other["sampler"]["inputs"]["positive"] = ["positive", 0]
+        assert (pixels(comfy, comfy.run(other)) == pixels(comfy, plain)).all()
+
+
+def test_settings_of_a_method_are_its_own(comfy: ComfyServer, memorised: str) -> None:
+    outputs = comfy.run(mitigated(memorised, "remove-trigger", max_words=1, keep=0.5))
+    told = json.loads(outputs["told"]["text"][0])
+    assert len(told["words"]) == 1 and f"({told['words'][0]}:0.5)" in told["prompt"]
+
+
+def test_a_method_that_needs_the_text_says_so(comfy: ComfyServer, memorised: str) -> None:
+    for method, why in (("remove-trigger", "Text Encode"), ("start-token", "tokens")):
+        graph = mitigated(memorised, method, encode="CLIPTextEncode", target=1.0)
+        entry = comfy.wait(comfy.post(graph), allow_error=True)
+        assert why in json.dumps(entry["status"], ensure_ascii=False), method
+
+
 def test_calibrating_a_checkpoint_gives_it_p_values(comfy: ComfyServer) -> None:
     graph = graphs.text_to_image(steps=2, seed=40)
     sampler = graph["sampler"]["inputs"]
@@ -377,8 +450,6 @@ def test_perturbed_prompts_are_seeded(comfy: ComfyServer) -> None:
         "perturbed": node("DejaVuPerturbPrompt", text="a red fox", kind="random-word", insertions=2, seed=3),
         "shown": node("PreviewAny", source=["perturbed", 0]),
     }
-    from sd_dejavu.mitigations.perturb_prompt import perturb
-
     assert comfy.run(graph)["shown"]["text"] == [perturb("a red fox", "random-word", 2, 3)]
 
 

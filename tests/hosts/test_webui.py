@@ -165,11 +165,6 @@ def test_other_remedies_draw_other_pictures(webui: WebUIServer, remedy: str, sam
     assert (pixels(again) == pixels(plain)).all() and errors_of_ours(webui) == []
 
 
-def test_noise_cannot_be_changed_here(webui: WebUIServer) -> None:
-    webui.txt2img(alwayson_scripts={NAME: {"args": [{"remedy": "batch-wise-noise"}]}})
-    assert "remedy must be one of" in webui.log()
-
-
 # -------------------------------------------------------------------- a checkpoint that memorises
 
 

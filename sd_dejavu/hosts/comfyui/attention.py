@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import Any
 
+import comfy.patcher_extension
 import torch
 from torch import Tensor
 
 from ...attention import AttentionRule
 
 POSITIVE = 0  # the host's number for the prompt among the conditionings of a batch
+RULE = "dejavu_attention"  # key in a conditioning's dict that holds the rule by which it is attended to
 
 
 def attending(options: dict[str, Any], rule: AttentionRule | None) -> dict[str, Any]:
@@ -33,3 +36,18 @@ def attending(options: dict[str, Any], rule: AttentionRule | None) -> dict[str, 
 
     known = [*patches.get("attn2_patch", []), scale]
     return {**options, "transformer_options": {**transformer, "patches": {**patches, "attn2_patch": known}}}
+
+
+def heeding(patcher: Any) -> Any:
+    """A clone of the model whose runs attend to their prompt by the rule that its conditioning carries, if it does."""
+
+    def predict_noise(executor: Any, x: Tensor, timestep: Tensor, options: Any = None, seed: Any = None) -> Tensor:
+        positive = executor.class_obj.conds.get("positive") or []
+        rule = positive[0].get(RULE) if len(positive) == 1 else None
+        found: Tensor = executor(x, timestep, attending(options or {}, rule), seed)
+        return found
+
+    clone = patcher.clone()
+    key = f"dejavu-attention-{uuid.uuid4().hex[:8]}"
+    clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.PREDICT_NOISE, key, predict_noise)
+    return clone

@@ -20,13 +20,13 @@ from ...calibration.profile import ORDINARY_QUANTILE, Profile
 from ...conditioning import Conditioning
 from ...demo import bundled
 from ...measure import Measurement
-from ...mitigations import Outcome, Start, available
-from ...mitigations.optimise_conditioning import Settings as OptimiseSettings
-from ...monitor import Monitoring, Report, Watch
+from ...mitigations import Mitigation, Outcome, Start
+from ...monitor import Monitoring, Report, Watch, method_for
+from .attention import RULE, heeding
 from .model import FINGERPRINT, ComfyModel, with_model
 from .monitor import Monitor
 from .setting import kind_of, profile_for, setting_of
-from .text import SOURCE, conditioning_of, encode_text
+from .text import SOURCE, Source, conditioning_of, encode_text
 
 
 def examine(
@@ -62,35 +62,52 @@ def mitigate(
     positive: Any,
     negative: Any,
     start: tuple[Tensor, Tensor, Tensor],
+    seed: int,
     target: float,
-    settings: OptimiseSettings,
+    name: str,
+    settings: Any,
     profile: Profile | None,
     folder: Path | None,
-) -> tuple[list[list[Any]], dict[str, Any]]:
-    """A conditioning for the host whose first-step score is ordinary, and what was done as plain values.
+) -> tuple[list[list[Any]], Any, dict[str, Any]]:
+    """The conditioning that the method of this name gives, the model to sample it with, and what was done as plain values.
 
-    Raises ValueError where the prompt has several conditionings, or no target is given and no calibration found.
+    ``start`` is the run's latent, noise and sigmas, ``seed`` for methods that draw words. Raises ValueError where the
+    prompt has several conditionings, its text is needed and not known, or no target is given and no calibration found.
     """
     if len(positive) != 1:
         raise ValueError(f"the prompt is combined from {len(positive)} conditionings; mitigate each before combining")
     latent, noise, sigmas = start
-
-    def work(model: ComfyModel, x: Tensor, sigma: Tensor) -> Outcome:
-        conditioning, begin = begin_of(model, x, sigma, positive, negative, target, profile, folder)
-        method = available()["optimise-tokens" if conditioning.reencoding else "optimise-conditioning"]
-        return method.apply(model, conditioning, begin, settings)
-
-    outcome: Outcome = with_model(patcher, positive, latent, noise, sigmas, work)
     options = dict(positive[0][1])
-    options.pop(SOURCE, None)  # these rows are no longer what the text encodes to
-    if (pooled := outcome.conditioning.extras.get("pooled_output")) is not None:
+
+    def work(model: ComfyModel, x: Tensor, sigma: Tensor) -> tuple[Mitigation, Outcome]:
+        conditioning, begin = begin_of(model, x, sigma, positive, negative, target, profile, folder)
+        method = method_for(name, conditioning)
+        if method.touches == "prompt" and not conditioning.prompt:
+            raise ValueError(
+                f"{name} changes the text of the prompt, which is not known here: encode it with the Text Encode "
+                "(Déjà Vu) node"
+            )
+        return method, method.apply(model, conditioning, replace(begin, seed=seed), settings)
+
+    method, outcome = with_model(patcher, positive, latent, noise, sigmas, work)
+    changed: Conditioning = outcome.conditioning
+    rows = changed.rows
+    source: Source | None = options.pop(SOURCE, None)
+    if source is not None and method.touches != "conditioning":  # moved rows are what no text encodes to
+        options[SOURCE] = source if changed.prompt == source.text else Source(source.clip, changed.prompt)
+    if (pooled := changed.extras.get("pooled_output")) is not None:
         options["pooled_output"] = pooled
+    if changed.attention is not None:
+        rows, options[RULE] = changed.attention.rows(rows), changed.attention
+        patcher = heeding(patcher)
     document = {
+        "method": method.name,
         "score_before": outcome.score_before,
         "score_after": outcome.score_after,
+        **({"prompt": changed.prompt} if method.touches == "prompt" else {}),
         **{k: list(v) if isinstance(v, tuple) else v for k, v in outcome.details.items()},
     }
-    return [[outcome.conditioning.rows.cpu(), options]], document
+    return [[rows.cpu(), options]], patcher, document
 
 
 def begin_of(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args
 
-from ...mitigations import available, perturb_prompt
-from ...monitor import OPTIMISE, Monitoring, Report
+from ...mitigations import perturb_prompt
+from ...monitor import Monitoring, Report
 from ...report.wording import label, number, p_text
 from ...settings import Option, options_of
 
@@ -16,14 +16,8 @@ NOT_CHANGED = "none"
 NO_REFERENCES = "none"
 
 
-def _here(known: Option) -> Option:
-    """Remedies that begin a run again from other noise are left out: these hosts let nobody do that."""
-    possible = (name for name in known.choices if name == OPTIMISE or available()[name].touches != "noise")
-    return replace(known, choices=tuple(possible)) if known.name == "remedy" else known
-
-
 OPTIONS: tuple[Option, ...] = (
-    *(_here(known) for known in options_of(Monitoring)),
+    *options_of(Monitoring),
     Option(
         "perturb",
         NOT_CHANGED,

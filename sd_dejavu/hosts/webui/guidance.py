@@ -70,12 +70,11 @@ def attended_rows(conditioning: Conditioning) -> Tensor:
     return conditioning.rows if rule is None else rule.rows(conditioning.rows)
 
 
-def rows_of(cond: Cond, place: slice | int) -> Conditioning:
+def rows_of(cond: Cond, places: list[int]) -> Conditioning:
     """Some rows of a host's conditioning as the core's, without words."""
-    at = slice(place, place + 1) if isinstance(place, int) else place
     if isinstance(cond, dict):
-        return Conditioning(cond["crossattn"][at], {"vector": cond["vector"][at]})
-    return Conditioning(cond[at])
+        return Conditioning(cond["crossattn"][places], {"vector": cond["vector"][places]})
+    return Conditioning(cond[places])
 
 
 class Automatic1111:
@@ -112,10 +111,13 @@ class Automatic1111:
         """x as the core has it, with noise of variance sigma^2."""
         return x * (1 + over_pixels(self.sigma(step)) ** 2).sqrt() if self._timesteps(step) else x
 
+    def unscaled(self, step: Step, x: Tensor) -> Tensor:
+        """The other way round: x as the host's sampler has it."""
+        return x / (1 + over_pixels(self.sigma(step)[:1]) ** 2).sqrt() if self._timesteps(step) else x
+
     def predict(self, step: Step, x: Tensor, cond: Cond) -> Tensor:
         """The denoised prediction at x (the core's scale) and the step's level; one row of cond for each of x."""
-        if self._timesteps(step):
-            x = x / (1 + over_pixels(self.sigma(step)[:1]) ** 2).sqrt()
+        x = self.unscaled(step, x)
         image_cond = step.image_cond[:1].expand(x.shape[0], *step.image_cond.shape[1:])  # type: ignore[index,union-attr]
         level = step.level[:1].expand(x.shape[0])
         if step.sd_model.model.conditioning_key == "crossattn-adm":
@@ -218,6 +220,12 @@ class Forge:
 
     def scaled(self, step: Step, x: Tensor) -> Tensor:
         return x
+
+    def unscaled(self, step: Step, x: Tensor) -> Tensor:
+        """x as the host's sampler has it: those of timesteps go by unit variance, and tell callbacks otherwise."""
+        if not step.denoiser.classic_ddim_eps_estimation:
+            return x
+        return x / (1 + over_pixels(step.level[:1]) ** 2).sqrt()
 
     def predict(self, step: Step, x: Tensor, cond: Cond) -> Tensor:
         from backend.sampling.condition import Condition, compile_conditions

@@ -2,6 +2,7 @@
 
 Nothing of the host is patched: Automatic1111 calls back before and after each evaluation, Forge before it and, on a
 clone of its unet, after guidance. Conditionings that the host caches are never changed, only replaced for one step.
+Where a remedy may change the noise, the function of the run's own sampler is ours until it is called (noise.py).
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from ...guidance import GuidanceRule, GuidedStep
 from ...measure import Measurement
 from ...mitigations.guard import Guard
 from ...monitor import Monitoring, Report, Watch, flagged
-from .guidance import Automatic1111, Cond, Forge, GuidedModel, Step, attended_rows, checkpoint_of, rows_of
+from ...trace import Trace
+from .guidance import Automatic1111, Cond, Forge, GuidedModel, Step, attended_rows, checkpoint_of, cond_of, rows_of
+from .noise import OtherNoise, let_begin_again
 from .references import rule_of
 
 Host = Automatic1111 | Forge
@@ -51,6 +54,7 @@ class Group:
     prompt: str
     images: list[int]
     watch: Watch
+    unconditional: Conditioning | None = None  # what the first evaluation is measured against
     instead: Conditioning | None = None  # what is sampled since a mitigation
     rule: GuidanceRule | None = None  # in place of plain guidance
 
@@ -67,6 +71,8 @@ class Pass:
     from_picture: bool
     title: str
     evaluations: int = 0
+    acted: bool = False  # judged, and mitigated where that was asked for
+    may_begin_again: bool = False  # from other noise, now
     step: Step | None = field(default=None, repr=False)
     drawn_by: str | None = None  # the checkpoint that its first evaluation was of
 
@@ -102,6 +108,8 @@ class Run:
             self.passes = [known for known in self.passes if known is not self._open]
         self._open = Pass(list(groups.values()), list(negatives), scale, steps, str(name), from_picture or hires, title)
         self.passes.append(self._open)
+        if self.monitoring.changes_noise and not self._open.from_picture:
+            let_begin_again(p, partial(setattr, self._open, "may_begin_again"))
 
     def attach(self, p: Any) -> None:
         """Forge: read guidance on a clone of the unet, which the host drops after the run. Once, however often called."""
@@ -124,7 +132,7 @@ class Run:
         self._attending.close()
         for known in self.passes:
             for group in known.groups:
-                group.watch.finished, group.watch.base = True, None
+                group.watch.finished, group.watch.base, group.unconditional = True, None, None
             known.step = None
         self._open = None
 
@@ -243,20 +251,22 @@ class Run:
         if self._negative_kind() == "negative prompt" and self.monitoring.without == "empty prompt":
             self._measure_apart(known.step, conditional)
             return
-        self._keep(known.step, conditional, without, self._negative_kind())
+        assert known.step.text_uncond is not None
+        self._keep(known.step, conditional, without, self._negative_kind(), known.step.text_uncond)
 
     def _negative_kind(self) -> Unconditional:
         assert self._open is not None
         return "negative prompt" if any(text.strip() for text in self._open.negatives) else "empty prompt"
 
-    def _keep(self, step: Step, conditional: Tensor, without: Tensor, kind: Unconditional) -> None:
+    def _keep(self, step: Step, conditional: Tensor, without: Tensor, kind: Unconditional, unconditional: Cond) -> None:
+        """``unconditional`` is what ``without`` was predicted with, a row for each picture."""
         assert self._open is not None
         sigma = self.host.sigma(step)
         for group in self._open.groups:
             own = group.images
             group.watch.trace.record(Predictions(conditional[own], without[own], sigma[own], kind))
             if self._open.evaluations == 0:
-                group.watch.base = without[own].float()
+                group.watch.base, group.unconditional = without[own].float(), rows_of(unconditional, own)
 
     def _measure_apart(self, step: Step, conditional: Tensor) -> None:
         """An evaluation of our own where guidance has none to read, at the steps of the score only."""
@@ -269,10 +279,11 @@ class Run:
         with torch.no_grad():
             x = self.host.scaled(step, step.x)
             if self.monitoring.without == "negative prompt" and step.text_uncond is not None:
-                without, kind = self.host.predict(step, x, step.text_uncond), self._negative_kind()
+                unconditional, kind = step.text_uncond, self._negative_kind()
             else:
-                without, kind = model(x, self.host.sigma(step), model.encode("")), "empty prompt"
-        self._keep(step, conditional, without, kind)
+                unconditional, kind = cond_of(model.encode(""), x.shape[0], step.text_cond), "empty prompt"
+            without = self.host.predict(step, x, unconditional)
+        self._keep(step, conditional, without, kind, unconditional)
 
     def _leave_to_the_refiner(self) -> None:
         """Another checkpoint draws from here on: it is not what was calibrated, and takes the prompt as it was typed."""
@@ -294,14 +305,17 @@ class Run:
         """At the first evaluation: judge, explain, mitigate.
 
         The denoised prediction [1, C, H, W] of each picture whose prompt was mitigated by another conditioning.
+        Raises OtherNoise where one was mitigated by other noise.
         """
         known = self._open
         assert known is not None
-        if known.evaluations:
+        if known.evaluations or known.acted:
             return {}
+        known.acted = True
         sigma = float(self.host.sigma(step)[0])
         model = GuidedModel(self.host, step, [sigma] + [0.0] * known.steps)
         changed: dict[int, Tensor] = {}
+        moved = torch.zeros_like(step.x)
         for group in known.groups:
             watch = group.watch
             watch.setting = self._setting(model, known, watch)
@@ -324,20 +338,38 @@ class Run:
                         with self._guarded(group):
                             watch.look_at_words(own_model, conditioning, x, level, watch.base)
                     if mitigating and conditioning is not None:
-                        outcome = watch.find_remedy(own_model, conditioning, x, level, watch.base)
+                        self._check_noise(known)
+                        outcome = watch.find_remedy(own_model, conditioning, x, level, watch.base, group.unconditional)
                         group.rule = outcome.rule() if outcome.rule else None
                         if outcome.conditioning is not conditioning:
                             group.instead = self._fitting(outcome.conditioning)
-                        found = self._first_of(own_model, group, outcome.conditioning, x, level)
-                        if group.instead is not None:
-                            changed.update(zip(group.images, found.split(1), strict=True))
+                        if outcome.x is not None:
+                            moved[group.images] = self.host.unscaled(own, outcome.x.to(x) - x).to(moved)
+                        else:
+                            found = self._first_of(own_model, group, outcome.conditioning, x, level)
+                            if group.instead is not None:
+                                changed.update(zip(group.images, found.split(1), strict=True))
             if is_flagged and wanted.when_flagged == "stop":
                 from modules import shared
 
                 watch.stopped = True
                 watch.note("this run was ended at its first step, since it was flagged")
                 shared.state.interrupt()
+        if moved.any():
+            for group in known.groups:
+                group.watch.trace = Trace()  # of the run that is drawn
+            raise OtherNoise(moved)
         return changed
+
+    def _check_noise(self, known: Pass) -> None:
+        """Raises ValueError where the remedy changes the noise, and this run cannot begin again."""
+        if not self.monitoring.changes_noise or known.may_begin_again:
+            return
+        why = "begins with a picture" if known.from_picture else "is sampled in a way that cannot begin again"
+        raise ValueError(
+            f"{self.monitoring.remedy} changes the noise that a run begins with, but this one {why}: choose another "
+            "remedy"
+        )
 
     def _fitting(self, conditioning: Conditioning) -> Conditioning:
         """Raises ValueError for a change of attention in a batch of several prompts, whose rows share one length."""
@@ -416,7 +448,7 @@ class Run:
         if len(schedule) > 1:
             group.watch.note("the prompt changes during the run; what is said here is of its first part")
         text = group.watch.prompt = schedule[0][1]
-        sampled = rows_of(self._open.step.text_cond, own[0][0])
+        sampled = rows_of(self._open.step.text_cond, [own[0][0]])
         try:
             found = model.encode(text)
         except ValueError as error:
