@@ -25,7 +25,7 @@ from ..reference.features import Features, FeatureSettings
 from ..reference.features import load as load_features
 from ..reference.nearest import same_features
 from ..reference.reference_set import ReferenceSet
-from ..report.audit_html import AuditPage, render_audit, sentence, verdict_of
+from ..report.audit_html import AuditPage, notes, render_audit, sentence, verdict_of
 from ..training.audit import Audit, AuditSettings, Entry, Row, Subject, audit, entries_of, lora_files, sampled
 from ..training.engines import Cluster
 from ..training.ledger import Ledger
@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
         }
         ledger = Ledger(arguments.out / "tasks", begun, arguments.restart)
         work = Work(measurement, arguments.batch_size)
-        found = audit(subject, loras, ordinary, load, work, ledger, wanted, engine, show)
+        found = audit(subject, loras, ordinary, load, work, ledger, wanted, engine, show, arguments.base is not None)
     name = "bundled model" if arguments.model is None else str(arguments.model)
     document = {
         "format": "dejavu-audit",
@@ -202,9 +202,9 @@ def _write(
         pq.write_table(pa.Table.from_pylist(document["rows"]), arguments.out / "audit.parquet")
     rows = {entry.image: entry.row for entry in subject.entries}
     thumbnails = {
-        row.image: bytes(subject.reference.thumbnails[rows[row.image]])
+        row.image: bytes(subject.reference.thumbnails[number])
         for row in found.rows
-        if row.pictures and subject.reference is not None
+        if row.pictures and subject.reference is not None and (number := rows[row.image]) is not None
     }
     settings = {
         "False discovery rate": f"{wanted.false_discovery_rate:g}",
@@ -228,7 +228,7 @@ def _write(
 
 def _print(found: Audit, out: Path) -> None:
     console = Console()
-    console.print(escape(f"{sentence(found)}."), soft_wrap=True)
+    console.print(escape("\n".join([f"{sentence(found)}.", *notes(found)])), soft_wrap=True)
     worst = [row for row in found.rows if row.flagged or row.copies]
     if worst:
         table = Table("verdict", "picture", "caption", found.counts, "q", "copies", "suggestion")

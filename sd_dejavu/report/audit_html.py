@@ -49,12 +49,14 @@ def render_audit(page: AuditPage) -> str:
 
 def sentence(audit: Audit) -> str:
     """The finding in one sentence, without a full stop at the end."""
-    named, copied = len(audit.flagged), len(audit.copied)
-    if not named and not copied:
-        return f"None of {len(audit.rows):,} training pictures is named, and no drawn picture is a copy"
-    drawn = sum(row.drawn > 0 for row in audit.rows)
-    found = f"{named:,} of {len(audit.rows):,} training pictures {'is' if named == 1 else 'are'} named as memorised"
-    told = f"{found}; of {drawn:,} that were drawn again, {copied:,} came out as copies" if drawn else found
+    named, copied, all_of_them = len(audit.flagged), len(audit.copied), len(audit.rows)
+    what = "captions" if audit.counts == "magnitude" else "training pictures"
+    drawn = sum(row.copies is not None for row in audit.rows)
+    told = f"{named:,} of {all_of_them:,} {what} {'is' if named == 1 else 'are'} named as memorised"
+    if not named:
+        told = f"None of {all_of_them:,} {what} is named as memorised"
+    if drawn:
+        told += f"; of {drawn:,} that were drawn again, {copied or 'none'} came out as {'a copy' if copied == 1 else 'copies'}"
     return told if audit.begins is None else f"{told}; memorisation starts at epoch {audit.begins}"
 
 

@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..calibration.calibrate import PROMPTS_A_SEED
@@ -40,11 +41,12 @@ from ..settings import option, validate
 from ..statistics import benjamini_hochberg
 from .alignment import COMPARED
 from .ledger import Ledger
-from .tasks import Engine, Load, Task, Variant, Work, one_process
+from .tasks import Engine, Task, Trained, Variant, Work, one_process
 
 Progress = Callable[[str, int, int], None]
 Counts = Literal["magnitude", "alignment", "gain"]
 BASE = Variant(base=True)
+_NUMBER = re.compile(r"(\d+)$")  # at the end of a saved LoRA's name
 NEAREST_SHOWN = 5  # near duplicates that are named
 
 
@@ -224,42 +226,46 @@ class LoraFile:
 
 
 def lora_files(paths: Sequence[Path]) -> list[LoraFile]:
-    """The .safetensors files that were named, or lie in the folders named, in the order of their numbers.
+    """The .safetensors files that were named, or lie in the folders named, in the order of the numbers they end in.
 
-    Trainers number their saves (``cat-000002.safetensors``, ``epoch-6.safetensors``) and leave the number out of the
-    last one. The epoch is that number where each file but the last has another one, else the place in the order.
-    Raises ValueError with a sentence where there is none.
+    Trainers number what they save (``cat-000002.safetensors``, ``epoch-6.safetensors``); the one without a number is
+    the last. The epoch is the number, and for the one without it the next as far on; the place in the order where two
+    bear the same number, or none. Raises ValueError with a sentence where a path holds none.
     """
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(path.glob("*.safetensors"))
+            inside = [file for file in sorted(path.glob("*.safetensors")) if _holds_lora(file)]
             if not inside:
-                raise ValueError(f"the folder {path} holds no .safetensors files: name the folder with the saved LoRAs")
+                raise ValueError(
+                    f"the folder {path} holds no LoRAs (.safetensors): name the folder with the saved ones"
+                )
             found += inside
-        elif path.is_file():
-            found.append(path)
-        else:
+        elif not path.is_file():
             raise ValueError(f"there is no LoRA {path}: check the path")
+        elif not _holds_lora(path):
+            raise ValueError(f"{path} is no LoRA in the .safetensors format: convert it, or name another file")
+        else:
+            found.append(path)
     twice = sorted({path.name for path in found if sum(path.name == other.name for other in found) > 1})
     if twice:
         raise ValueError(f"two LoRAs are called {twice[0]}: rename one, their results could not be told apart")
-    numbers = {path: _number(path) for path in found}
-    ordered = sorted(found, key=lambda path: (numbers[path] is None, numbers[path] or 0, path.name))
-    told = [numbers[path] for path in ordered[:-1]]
-    last = numbers[ordered[-1]]
-    if None in told or len(set(told)) < len(told):
+    numbered = {path: int(match[1]) for path in found if (match := _NUMBER.search(path.stem))}
+    ordered = sorted(found, key=lambda path: (path not in numbered, numbered.get(path, 0), path.name))
+    numbers = [numbered[path] for path in ordered if path in numbered]
+    if len(set(numbers)) < len(numbers) or len(numbers) < len(found) - 1 or not numbers:
         return [LoraFile(path, place) for place, path in enumerate(ordered, 1)]
-    steps = [number for number in told if number is not None]
-    after = (steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else steps[0])) if steps else 1
-    epochs = [*steps, after if last is None else last]
-    return [LoraFile(path, epoch) for path, epoch in zip(ordered, epochs, strict=True)]
+    following = 2 * numbers[-1] - (numbers[-2] if len(numbers) > 1 else 0)
+    return [LoraFile(path, numbered.get(path, following)) for path in ordered]
 
 
-def _number(path: Path) -> int | None:
-    found = re.findall(r"(\d+)(?=\D*$)", path.stem)
-    marked = re.search(r"(?:-|_|epoch|step|e)0*(\d+)$", path.stem, re.IGNORECASE)
-    return int(marked[1]) if found and marked else None
+def _holds_lora(path: Path) -> bool:
+    """By the names of its tensors; trainers keep other .safetensors files beside their LoRAs."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return any("lora" in key for key in file.keys())  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return False
 
 
 # --------------------------------------------------------------------------------------------- the audit
@@ -291,17 +297,18 @@ def audit(
     subject: Subject,
     loras: Sequence[LoraFile],
     ordinary: Sequence[str],
-    load: Load,
+    load: Callable[[Variant], Trained],
     work: Work,
     ledger: Ledger,
     wanted: AuditSettings = AuditSettings(),
     engine: Engine = one_process,
     on_progress: Progress = lambda stage, done, total: None,
+    has_base: bool = False,
 ) -> Audit:
     """Audits the subject. ``ordinary`` prompts are the nulls; what the ledger holds is not done again.
 
-    With a LoRA, or where ``load`` names a base model, a caption must stand out from ordinary prompts on the base model
-    and from those on the weights that are audited. Raises ValueError where there is nothing to measure.
+    ``has_base`` says that ``load`` can also give the model that was trained on, as it always can where LoRAs are
+    named. Raises ValueError where there is nothing to measure.
     """
     cases = subject.cases
     if not any(case.caption.strip() for case in cases):
@@ -309,7 +316,7 @@ def audit(
             "the training set holds no captions, so there is nothing to audit: put a .txt beside each picture"
         )
     final = Variant(str(loras[-1].path)) if loras else Variant()
-    has_base = bool(loras) or load.base is not None
+    has_base = has_base or bool(loras)
     counts: Counts = "magnitude" if subject.reference is None else "gain" if has_base else "alignment"
     strengths, epochs = _variants(loras, final, wanted) if loras and wanted.sweep else ({}, {})
     sweep = spread(range(len(cases)), wanted.sweep)
@@ -437,7 +444,7 @@ def _caption_tasks(subject: Subject, cases: Sequence[Entry], variant: Variant, w
 def _finish(
     tasks: Sequence[Task],
     stage: str,
-    load: Load,
+    load: Callable[[Variant], Trained],
     work: Work,
     ledger: Ledger,
     engine: Engine,
@@ -456,7 +463,7 @@ def _finish(
 def _drawn(
     prompts: Sequence[str],
     variant: Variant,
-    load: Load,
+    load: Callable[[Variant], Trained],
     work: Work,
     ledger: Ledger,
     engine: Engine,

@@ -61,9 +61,9 @@ def on_ray(cluster: Cluster) -> Engine:
         try:
             rows = [{"number": number, **task.as_row()} for number, task in enumerate(tasks)]
             results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-                Worker,
+                Worker,  # type: ignore[arg-type, unused-ignore]
                 fn_constructor_args=(load, work, torch.get_num_threads()),
-                concurrency=min(cluster.workers, len(rows)),
+                compute=ray.data.ActorPoolStrategy(size=min(cluster.workers, len(rows))),
                 num_gpus=cluster.gpus_a_worker or None,
             )
             for found in results.iter_rows():
@@ -79,7 +79,7 @@ def _connect(ray: Any, cluster: Cluster) -> None:
     ray.data.DataContext.get_current().enable_progress_bars = False
     if cluster.ray_address:
         try:
-            ray.init(cluster.ray_address, log_to_driver=False)
+            ray.init(cluster.ray_address, log_to_driver=False, logging_level="ERROR")
         except ConnectionError as error:
             raise ValueError(f"the Ray cluster {cluster.ray_address} cannot be reached: {error}") from error
     else:
