@@ -73,15 +73,15 @@ def notes(audit: Audit) -> list[str]:
         )
     if audit.counts == "magnitude":
         told.append("There were captions only, so nothing could be compared with the training pictures.")
-    if audit.counts == "alignment":
+    if audit.counts == "contrast":
         told.append(
-            "What counts is how far each caption leads towards its own training picture. Name the base model to leave "
+            "What counts is how much more each caption leads towards its own training picture than to others. Name the base model to leave "
             "out what it does already."
         )
     if audit.counts == "gain":
         told.append(
-            "What counts is how far each caption leads towards its own training picture, beyond what it does on the "
-            "base model."
+            "What counts is how much more each caption leads towards its own training picture than to others, beyond "
+            "what it does on the base model."
         )
     if audit.copy_threshold is None and audit.counts != "magnitude":
         told.append("For these features no similarity is established from which a picture is a copy.")

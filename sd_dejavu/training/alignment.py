@@ -10,9 +10,12 @@ averaged over noises. It is 1 where the prompt alone brings the picture back. Th
 because a LoRA that overfits raises the magnitude of ordinary prompts too, so that its captions no longer stand out by
 it (README, 'Training clean').
 
-A caption that merely describes its picture is aligned with it a little, on any model. Where the model is at hand that
-was trained on, what counts is therefore the gain over it, a - max(0, a_base). Without it, ordinary prompts, which have
-no training picture and are compared with ones drawn at random, get the nearest of several.
+What counts is the contrast, a less the mean alignment with other training pictures: a LoRA that draws everything in
+the style of its training set moves every prompt towards all of it. A caption that merely describes its picture has a
+little contrast too, on any model. Where the model is at hand that was trained on, what counts is therefore the gain
+over it, c - max(0, c_base). Ordinary prompts have no training picture: each is given one at random, and its contrast
+or gain is taken on the same weights. Without a base model the highest contrast of several pictures stands for it, as
+nothing else accounts for the describing.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from ..denoiser import Predictions
 from ..reference.features import resized
 from ..reference.pictures import open_picture, to_tensor
 
-COMPARED = 4  # training pictures that each ordinary prompt is compared with
+COMPARED = 8  # training pictures that each ordinary prompt is compared with
+NEAREST_OF = 4  # of these the one with the highest contrast counts, without a base model
 
 
 def alignment(predictions: Predictions, latents: Tensor) -> Tensor:
@@ -50,3 +54,8 @@ def _cut(picture: Tensor, height: int, width: int) -> Tensor:
     whole = resized(picture, tall, wide, "bicubic").clamp(0, 1)
     top, left = (tall - height) // 2, (wide - width) // 2
     return whole[..., top : top + height, left : left + width]
+
+
+def contrast(own: float, others: Sequence[float]) -> float:
+    """Alignment with a picture less the mean of that with others; the alignment itself where there are none."""
+    return own - sum(others) / len(others) if others else own

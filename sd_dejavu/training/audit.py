@@ -39,12 +39,12 @@ from ..reference.pictures import open_picture, to_tensor
 from ..reference.reference_set import NEIGHBOURHOOD, ReferenceSet
 from ..settings import option, validate
 from ..statistics import benjamini_hochberg
-from .alignment import COMPARED
+from .alignment import COMPARED, NEAREST_OF, contrast
 from .ledger import Ledger
 from .tasks import Engine, Task, Trained, Variant, Work, one_process
 
 Progress = Callable[[str, int, int], None]
-Counts = Literal["magnitude", "alignment", "gain"]
+Counts = Literal["magnitude", "contrast", "gain"]
 BASE = Variant(base=True)
 _NUMBER = re.compile(r"(\d+)$")  # at the end of a saved LoRA's name
 NEAREST_SHOWN = 5  # near duplicates that are named
@@ -317,37 +317,36 @@ def audit(
         )
     final = Variant(str(loras[-1].path)) if loras else Variant()
     has_base = has_base or bool(loras)
-    counts: Counts = "magnitude" if subject.reference is None else "gain" if has_base else "alignment"
+    counts: Counts = "magnitude" if subject.reference is None else "gain" if has_base else "contrast"
     strengths, epochs = _variants(loras, final, wanted) if loras and wanted.sweep else ({}, {})
     sweep = spread(range(len(cases)), wanted.sweep)
     swept = [cases[number] for number in sweep]
     measured = dict.fromkeys([final, *strengths, *epochs])
-    null_tasks = {v: _null_tasks(subject, ordinary, v, wanted, work.wanted.seed) for v in measured}
     case_tasks = {v: _caption_tasks(subject, cases if v == final else swept, v, wanted) for v in measured}
     if counts == "gain":
         case_tasks[BASE] = _caption_tasks(subject, cases, BASE, wanted)
-    every = [task for v in case_tasks for task in (*null_tasks.get(v, ()), *case_tasks[v])]
+    null_tasks = {v: _null_tasks(subject, ordinary, v, wanted, work.wanted.seed) for v in case_tasks}
+    every = [task for v in case_tasks for task in (*null_tasks[v], *case_tasks[v])]
     _finish(every, "measuring", load, work, ledger, engine, on_progress)
 
-    own = (
-        [counted(value, counts) for value in ledger.values(case_tasks[BASE])]
-        if counts == "gain"
-        else [None] * len(cases)
-    )
+    on_base: list[dict[str, Any]] = list(ledger.values(case_tasks[BASE])) if counts == "gain" else [{}] * len(cases)
+    base_cases = [counted(value, counts) for value in on_base]
+    base_nulls = of_ordinary(list(ledger.values(null_tasks[BASE])), counts) if counts == "gain" else []
 
     def judged_on(variant: Variant, bases: Sequence[float | None]) -> tuple[list[float | None], Judged]:
         """What counts of the captions measured on a variant, and how it stands to ordinary prompts there."""
         values = [counted(value, counts) for value in ledger.values(case_tasks[variant])]
-        scores = [gain(v, b) if counts == "gain" else v for v, b in zip(values, bases, strict=True)]
-        nulls = [of_ordinary(value, counts) for value in ledger.values(null_tasks[variant])]
+        nulls = of_ordinary(list(ledger.values(null_tasks[variant])), counts)
+        if counts == "gain":
+            values, nulls = gains(values, bases), gains(nulls, base_nulls)
         known = [value for value in nulls if value is not None]
         if not known:
             raise ValueError("none of the ordinary prompts could be measured, so there is nothing to compare with")
-        return scores, judged(scores, known)
+        return values, judged(values, known)
 
     def point(variant: Variant, strength: float, epoch: int | None) -> Point:
         swept_all = variant == final  # of which every caption was measured
-        scores, found = judged_on(variant, own if swept_all else [own[number] for number in sweep])
+        scores, found = judged_on(variant, base_cases if swept_all else [base_cases[number] for number in sweep])
         if swept_all:  # judged as the others are: among the sample
             scores = [scores[number] for number in sweep]
             p = [found.p[number] for number in sweep]
@@ -358,7 +357,7 @@ def audit(
         return Point(strength, epoch, len(known), named, float(np.median(known)) if known else float("nan"))
 
     values = list(ledger.values(case_tasks[final]))
-    scores, found = judged_on(final, own)
+    scores, found = judged_on(final, base_cases)
     ranked = [(-np.inf if score is None else score) for score in scores]
     order = sorted(range(len(cases)), key=lambda n: (-ranked[n], n))
     prompts = dict.fromkeys(cases[n].caption for n in order if "why" not in values[n])
@@ -368,7 +367,7 @@ def audit(
     rows = {
         (case.caption, case.row): judge.row(case, value, base, score, p, q, flag)
         for case, value, base, score, p, q, flag in zip(
-            cases, values, own, scores, found.p, found.q, named, strict=True
+            cases, values, on_base, scores, found.p, found.q, named, strict=True
         )
     }
     return Audit(
@@ -385,24 +384,34 @@ def audit(
 
 
 def counted(value: dict[str, Any], counts: Counts) -> float | None:
-    """Of a caption: its magnitude, or its alignment with its own picture; None where it was not measured."""
-    name = "magnitude" if counts == "magnitude" else "alignment"
-    if name not in value:
-        return None
-    return float(value["magnitude"] if name == "magnitude" else value["alignment"][0])
+    """Of a caption: its magnitude, or the contrast of its own picture; None where it was not measured."""
+    if counts == "magnitude" or "alignment" not in value:
+        return value.get("magnitude") if counts == "magnitude" else None
+    return contrast(value["alignment"][0], value["alignment"][1:])
 
 
-def of_ordinary(value: dict[str, Any], counts: Counts) -> float | None:
-    """Of an ordinary prompt: as above with a picture drawn at random; where no base model is known, the nearest of
-    several."""
-    if counts != "alignment" or counts not in value:
-        return counted(value, counts)
-    return float(max(value["alignment"]))
+def of_ordinary(values: Sequence[dict[str, Any]], counts: Counts) -> list[float | None]:
+    """Of ordinary prompts in their order: the magnitude, or the contrast of a picture drawn at random; where no base
+    model is known, the highest contrast of several."""
+    found: list[float | None] = []
+    for number, value in enumerate(values):
+        row = value.get("alignment")
+        if row is None or counts == "magnitude":
+            found.append(value.get("magnitude") if counts == "magnitude" else None)
+            continue
+        places = range(len(row))[:NEAREST_OF] if counts == "contrast" else [number % len(row)]
+        found.append(max(contrast(row[place], row[:place] + row[place + 1 :]) for place in places))
+    return found
 
 
-def gain(alignment: float | None, base: float | None) -> float | None:
-    """a - max(0, a_base); None where either was not measured."""
-    return None if alignment is None or base is None else alignment - max(0.0, base)
+def gain(own: float, base: float) -> float:
+    """c - max(0, c_base)."""
+    return own - max(0.0, base)
+
+
+def gains(values: Sequence[float | None], bases: Sequence[float | None]) -> list[float | None]:
+    """Pair by pair; None where either was not measured."""
+    return [None if v is None or b is None else gain(v, b) for v, b in zip(values, bases, strict=True)]
 
 
 def _variants(
@@ -500,7 +509,7 @@ class _Judge:
         self,
         case: Entry,
         value: dict[str, Any],
-        base: float | None,
+        base: dict[str, Any],
         score: float | None,
         p: float | None,
         q: float | None,
@@ -512,8 +521,8 @@ class _Judge:
             case.image,
             case.caption,
             value.get("magnitude"),
-            counted(value, "alignment"),
-            base,
+            value.get("alignment", [None])[0],
+            base.get("alignment", [None])[0],
             score,
             p,
             q,

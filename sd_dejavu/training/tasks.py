@@ -128,24 +128,25 @@ class Work:
             given = task.pictures_at(begin)
             latents = model.latents_of(as_trained(given, *model.picture_size)) if given else None
             encoded = [_encoded(model, prompt) for prompt in prompts]
-            places = [place for place, one in enumerate(encoded) if isinstance(one, Conditioning)]
-            magnitudes = torch.zeros(len(places), wanted.images)
-            aligned = torch.zeros(len(places), wanted.images, 1 if task.kind == "captions" else len(given))
-            noise = model.noise(seed + begin, wanted.images)
             sound = [one for one in encoded if isinstance(one, Conditioning)]
+            magnitudes = torch.zeros(len(sound), wanted.images)
+            aligned = torch.zeros(len(sound), wanted.images, len(given))
+            noise = model.noise(seed + begin, wanted.images)
             for part, predictions in first_predictions(model, sound, base, noise, sigma, self.batch_size):
-                towards = None if latents is None else alignment(predictions, latents).cpu()
+                towards = torch.zeros(len(part), 0) if latents is None else alignment(predictions, latents).cpu()
                 for number, ((prompt, image), value) in enumerate(zip(part, magnitude(predictions).cpu(), strict=True)):
                     magnitudes[prompt, image] = value
-                    if towards is not None:
-                        own = slice(places[prompt], places[prompt] + 1) if task.kind == "captions" else slice(None)
-                        aligned[prompt, image] = towards[number, own]
+                    aligned[prompt, image] = towards[number]
+            measured = iter(zip(magnitudes, aligned.mean(1).tolist(), strict=True))
             for place, one in enumerate(encoded):
                 if isinstance(one, str):
                     yield {"why": one}
                     continue
-                found = places.index(place)
-                yield _value(magnitudes[found], None if latents is None else aligned[found])
+                own_magnitudes, alignments = next(measured)
+                if task.kind == "captions" and given:  # its own picture first, then the others
+                    others = [a for a, data in zip(alignments, given, strict=True) if data != given[place]]
+                    alignments = [alignments[place], *others]
+                yield _value(own_magnitudes, alignments)
 
     def _pictures(self, model: Trained, task: Task) -> Iterator[dict[str, Any]]:
         """The pictures of each prompt as PNG in base64, and the word that brings them about."""
@@ -161,12 +162,12 @@ class Work:
             }
 
 
-def _value(magnitudes: Tensor, aligned: Tensor | None) -> dict[str, Any]:
-    """Means over the images: magnitudes [images]; alignments [images, pictures], a number for each picture."""
+def _value(magnitudes: Tensor, alignments: Sequence[float]) -> dict[str, Any]:
+    """Means over the images: of magnitudes [images], and alignments with each picture."""
     if not bool((magnitudes > 0).all()):
         return {"why": "both predictions are equal: the prompt acts on nothing"}
     found: dict[str, Any] = {"magnitude": float(magnitudes.mean())}
-    return found if aligned is None else {**found, "alignment": [float(value) for value in aligned.mean(0)]}
+    return {**found, "alignment": list(alignments)} if alignments else found
 
 
 def _encoded(model: Model, prompt: str) -> Conditioning | str:

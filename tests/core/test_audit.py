@@ -1,0 +1,597 @@
+"""The audit's parts by hand-worked numbers, and whole audits: resumed, on a cluster, of LoRAs with known memories."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hand_made import LinearDenoiser
+from PIL import Image
+from safetensors.torch import save_file
+
+from sd_dejavu.cli.main import main
+from sd_dejavu.demo import bundled, world
+from sd_dejavu.denoiser import Predictions
+from sd_dejavu.hosts.diffusers import ModelError, load
+from sd_dejavu.measure import Measurement
+from sd_dejavu.reference.build import from_pictures
+from sd_dejavu.reference.features import Grey
+from sd_dejavu.report.audit_html import AuditPage, notes, render_audit, sentence
+from sd_dejavu.similarity import COPY_THRESHOLD, grey_correlation
+from sd_dejavu.statistics import benjamini_hochberg
+from sd_dejavu.training.alignment import alignment, as_trained, contrast
+from sd_dejavu.training.audit import (
+    Audit,
+    AuditSettings,
+    Entry,
+    Row,
+    Subject,
+    audit,
+    entries_of,
+    gain,
+    gains,
+    judged,
+    least_named,
+    lora_files,
+    of_ordinary,
+    sampled,
+    spread,
+    suggestion,
+)
+from sd_dejavu.training.ledger import Ledger
+from sd_dejavu.training.tasks import Load, Task, Variant, Work, one_process
+
+HERE = Path(__file__).parent
+ONE = Measurement(images=1, steps=4)
+
+
+# ------------------------------------------------------------------------------------------ statistics
+
+
+def test_q_values_worked_by_hand():
+    # Sorted .005 .01 .03 .04, times n / rank: .02 .02 .04 .04; the smallest from there on.
+    assert benjamini_hochberg([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.02, 0.04, 0.04, 0.02])
+    assert benjamini_hochberg([0.5, 0.9]) == pytest.approx([0.9, 0.9])
+    assert benjamini_hochberg([]) == []
+
+
+def test_the_false_discovery_rate_holds_for_scores_that_share_their_nulls():
+    """20 of 100 captions are shifted; the mean share of wrong names over 400 draws, against the rate asked for."""
+    rng = np.random.default_rng(3)
+    shares, found = [], []
+    for _ in range(400):
+        scores = rng.normal(size=100)
+        scores[:20] += 4
+        named = np.array(judged(scores.tolist(), rng.normal(size=500).tolist()).named(0.1), dtype=bool)
+        shares.append(named[20:].sum() / max(1, named.sum()))
+        found.append(named[:20].mean())
+    assert np.mean(shares) <= 0.1 + 3 * np.std(shares) / 20
+    assert np.mean(found) > 0.8
+
+
+def test_p_values_of_those_measured_and_none_for_the_others():
+    found = judged([3.0, None, 0.5], [1.0, 2.0, 3.0, 4.0])
+    # Of 4 nulls 2 are at least 3, all are at least .5.
+    assert found.p == (pytest.approx(3 / 5), None, 1.0)
+    assert found.q[1] is None and found.named(0.05) == [False, None, False]
+
+
+def test_how_many_must_stand_out_together():
+    # The smallest p is 1/101; k of 60 with it are named when 1/101 <= .05 k / 60, so from k = 11.88 on.
+    assert least_named(60, 100, 0.05) == 12
+    assert (
+        benjamini_hochberg([1 / 101] * 12 + [1.0] * 48)[0] <= 0.05 < benjamini_hochberg([1 / 101] * 11 + [1.0] * 49)[0]
+    )
+    assert least_named(10, 1000, 0.05) == 1
+
+
+def test_alignment_worked_by_hand():
+    start = torch.zeros(1, 1, 2, 2)
+    latents = torch.tensor([[3.0, 4, 0, 0], [0, 0, 5, 0], [-3, -4, 0, 0], [4, -3, 0, 0]]).reshape(4, 1, 2, 2)
+    moved = torch.tensor([3.0, 4, 0, 0]).reshape(1, 1, 2, 2)
+    found = alignment(Predictions(moved, start, torch.ones(1)), latents)
+    assert found[0].tolist() == pytest.approx([1, 0, -1, 0], abs=1e-6)
+    # From another place: the way to (3, 4, 0, 0) is (2, 4, 0, 0), and (3, 0) is moved: 6 / (3 sqrt(20)).
+    start, moved = torch.tensor([1.0, 0, 0, 0]).reshape(1, 1, 2, 2), torch.tensor([4.0, 0, 0, 0]).reshape(1, 1, 2, 2)
+    assert alignment(Predictions(moved, start, torch.ones(1)), latents[:1]).item() == pytest.approx(6 / (3 * 20**0.5))
+
+
+def test_contrast_and_gain_worked_by_hand():
+    assert contrast(0.8, [0.1, 0.3]) == pytest.approx(0.6)
+    assert contrast(0.8, []) == 0.8
+    assert gain(0.8, 0.3) == pytest.approx(0.5)
+    assert gain(0.8, -0.3) == pytest.approx(0.8)
+
+
+def test_what_counts_of_ordinary_prompts():
+    """Contrasts .4 and -.4 of the first prompt with its two pictures, .2 and -.2 of the last; pictures go in turns."""
+    values = [
+        {"magnitude": 2.0, "alignment": [0.5, 0.1]},
+        {"why": "too long"},
+        {"magnitude": 3.0, "alignment": [0.1, -0.1]},
+    ]
+    assert of_ordinary(values, "magnitude") == [2.0, None, 3.0]
+    assert of_ordinary(values, "contrast") == [pytest.approx(0.4), None, pytest.approx(0.2)]
+    assert of_ordinary(values[1:], "gain") == [None, pytest.approx(-0.2)]
+    assert gains([0.4, None, -0.2], [0.1, 0.3, -0.5]) == [pytest.approx(0.3), None, -0.2]
+
+
+# ------------------------------------------------------------------------------------- the training set
+
+
+def test_pictures_are_cut_in_the_middle_as_trainers_do():
+    wide = np.zeros((8, 24, 3), np.uint8)
+    wide[:, 8:16] = 255
+    file = io.BytesIO()
+    Image.fromarray(wide).save(file, "PNG")
+    found = as_trained([file.getvalue()], 8, 8)
+    assert found.shape == (1, 3, 8, 8)
+    assert float(found.min()) == 1
+
+
+def picture_set(count: int, captions: Sequence[str] | None = None):
+    pictures = torch.stack([torch.from_numpy(np.asarray(world.draw_scene(s), dtype=np.float32)) for s in scenes(count)])
+    names = [f"{n:02d}.png" for n in range(count)]
+    told = list(captions or [f"picture {n}" for n in range(count)])
+    return from_pictures(pictures.permute(0, 3, 1, 2) / 255, told, names, Grey())
+
+
+def scenes(count: int, seed: int = 9000) -> list[world.Scene]:
+    return [world.ordinary(np.random.default_rng(seed + n))[1] for n in range(count)]
+
+
+def test_exact_copies_follow_their_picture_and_cases_are_told_apart_by_caption_and_picture():
+    reference = picture_set(3, ["a cat", "a cat", "a dog"])
+    reference = replace(reference, details={"copies": [{"name": "again.png", "caption": "two", "of": "00.png"}]})
+    entries = entries_of(reference)
+    assert [(e.image, e.caption, e.row) for e in entries] == [
+        ("00.png", "a cat", 0),
+        ("again.png", "two", 0),
+        ("01.png", "a cat", 1),
+        ("02.png", "a dog", 2),
+    ]
+    assert len(Subject([*entries, entries[0]], reference).cases) == 4
+    assert [c.caption for c in Subject([Entry("line 1", "a"), Entry("line 2", "a")]).cases] == ["a"]
+
+
+def test_samples_keep_their_order_and_depend_on_the_seed_alone():
+    entries = [Entry(str(n), "a") for n in range(50)]
+    first = sampled(entries, 10, 1)
+    assert first == sampled(entries, 10, 1) != sampled(entries, 10, 2)
+    assert [int(e.image) for e in first] == sorted(int(e.image) for e in first)
+    assert sampled(entries, 0, 1) == sampled(entries, 99, 1) == entries
+    assert spread(range(10), 4) == [0, 2, 5, 7] and spread("abc", 5) == list("abc")
+
+
+def write_lora(path: Path) -> Path:
+    save_file({"unet.a.lora_A.weight": torch.zeros(1, 1)}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("names", "epochs"),
+    [
+        (["cat-000002", "cat-000004", "cat"], [2, 4, 6]),
+        (["cat", "cat-000010", "cat-000009"], [9, 10, 11]),
+        (["lora-epoch-1", "lora-epoch-2"], [1, 2]),
+        (["one"], [1]),
+        (["one", "two", "three3"], [1, 2, 3]),
+    ],
+)
+def test_epochs_of_saved_loras(names: list[str], epochs: list[int], tmp_path: Path):
+    for name in names:
+        write_lora(tmp_path / f"{name}.safetensors")
+    save_file({"latents": torch.zeros(1)}, tmp_path / "latents.safetensors")  # trainers keep such beside them
+    found = lora_files([tmp_path])
+    assert [file.epoch for file in found] == epochs
+    if "cat" in names:
+        assert found[-1].path.stem == "cat"
+
+
+def test_what_is_no_lora_is_told(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"there is no LoRA .*gone"):
+        lora_files([tmp_path / "gone.safetensors"])
+    with pytest.raises(ValueError, match="holds no LoRAs"):
+        lora_files([tmp_path])
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="is no LoRA"):
+        lora_files([tmp_path / "a.safetensors"])
+    (tmp_path / "x").mkdir()
+    with pytest.raises(ValueError, match=r"two LoRAs are called b\.safetensors"):
+        lora_files([write_lora(tmp_path / "b.safetensors"), write_lora(tmp_path / "x" / "b.safetensors")])
+    with pytest.raises(ModelError, match=r"cannot be merged|holds nothing"):
+        load(lora=str(tmp_path / "b.safetensors"))
+    with pytest.raises(ModelError, match=r"no \.safetensors file"):
+        load(lora=str(tmp_path / "b.pt"))
+
+
+def test_suggestions_name_what_can_be_done():
+    row = Row("a.png", "a cat", flagged=True, copies=2, drawn=4, word="cat")
+    assert suggestion(replace(row, flagged=False, copies=0)) == ""
+    assert "'cat'" in suggestion(row) and "re-caption" in suggestion(row)
+    assert "b.png" in suggestion(replace(row, near_duplicates=("b.png",)))
+    assert "one of the 3 equal pictures" in suggestion(replace(row, duplicates=("b.png", "c.png")))
+    assert "40 times an epoch" in suggestion(replace(row, repeats=40))
+    assert "no picture drawn" in suggestion(replace(row, copies=0))
+    assert "does not stand out" in suggestion(replace(row, flagged=False))
+
+
+# ------------------------------------------------------------------------------------------------ tasks
+
+
+class Scripted(LinearDenoiser):
+    """A word 'wN' has the strength N; its pictures are as large as its latents."""
+
+    picture_size = (2, 2)
+
+    def encode(self, prompt: str):
+        from hand_made import encoder
+
+        if prompt == "too long":
+            raise ValueError("the prompt is too long")
+        return encoder({w: float(w[1:]) for w in prompt.split() if w[0] == "w"})(prompt)
+
+    def latents_of(self, pictures):
+        return pictures.mean(1, keepdim=True)
+
+
+def captions_and_nulls() -> tuple[list[str], list[str]]:
+    return [f"w{n % 7 + 1.5} x{n}" for n in range(60)] + ["w50 y"], [f"w{n % 5 + 1} z{n}" for n in range(99)]
+
+
+def run_audit(
+    folder: Path,
+    engine: Any = one_process,
+    wanted: AuditSettings = AuditSettings(partition=25, worst=0),
+    load: Callable[[Variant], Any] = lambda variant: Scripted(),
+) -> Audit:
+    captions, ordinary = captions_and_nulls()
+    subject = Subject([Entry(f"line {n}", caption) for n, caption in enumerate(captions)])
+    return audit(subject, [], ordinary, load, Work(ONE), Ledger(folder, {"of": "this"}), wanted, engine)
+
+
+def test_magnitudes_are_those_of_the_hand_made_model(tmp_path: Path):
+    found = run_audit(tmp_path)
+    assert found.counts == "magnitude" and found.nulls == 99
+    # A word of strength s gives 2 s; of the 99 nulls 20 have the strength 1, the others 2 to 5.
+    assert [row.magnitude for row in found.rows[:3]] == pytest.approx([3.0, 5.0, 7.0])
+    assert found.rows[0].p_value == pytest.approx(80 / 100)
+    assert found.rows[60].magnitude == pytest.approx(100) and found.rows[60].p_value == pytest.approx(1 / 100)
+    # 61 captions, of which 3 times 8 of strength 5.5 to 7.5 and the last are above all nulls: q = .01 * 61 / 25.
+    assert found.rows[60].q_value == pytest.approx(0.01 * 61 / 25)
+    assert {row.caption[:4] for row in found.flagged} == {"w5.5", "w6.5", "w7.5", "w50 "} and len(found.flagged) == 25
+
+
+def test_captions_that_cannot_be_measured_say_why(tmp_path: Path):
+    entries = [Entry("a", "w9 cat"), Entry("b", "too long"), Entry("c", " "), Entry("d", "x")]
+    ledger = Ledger(tmp_path, {})
+    found = audit(Subject(entries), [], ["w1"] * 25, lambda v: Scripted(), Work(ONE), ledger, AuditSettings(worst=0))
+    assert [row.why for row in found.rows] == [
+        "",
+        "the prompt is too long",
+        "there is no caption",
+        "both predictions are equal: the prompt acts on nothing",
+    ]
+    assert [row.flagged for row in found.rows[1:]] == [None] * 3
+    with pytest.raises(ValueError, match="no captions"):
+        audit(Subject([Entry("c", "")]), [], ["w1"], lambda v: Scripted(), Work(ONE), ledger)
+    with pytest.raises(ValueError, match="none of the ordinary prompts"):
+        audit(Subject(entries), [], ["x"], lambda v: Scripted(), Work(ONE), Ledger(tmp_path / "other", {}))
+
+
+def test_borders_of_the_tasks_do_not_matter(tmp_path: Path):
+    pieces = run_audit(tmp_path / "a", wanted=AuditSettings(partition=25, worst=0))
+    whole = run_audit(tmp_path / "b", wanted=AuditSettings(partition=100, worst=0))
+    assert pieces == whole
+    with pytest.raises(ValueError, match="multiple of 25, not 30"):
+        AuditSettings(partition=30)
+
+
+def test_a_task_survives_a_table_row():
+    task = Task("captions", Variant("a.safetensors", 0.5), 25, ("a", "b"), (b"\x00\xff", b"x"), True)
+    assert Task.of_row(task.as_row()) == task
+
+
+def test_nulls_of_a_task_share_a_few_pictures_each_25():
+    task = Task("nulls", Variant(), 0, ("a",) * 60, tuple(bytes([n]) for n in range(12)))
+    assert [task.pictures_at(begin) for begin in (0, 25, 50)] == [tuple(bytes([n]) for n in r) for r in ([0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11])]  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------- stopped and resumed
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_an_audit_that_is_killed_at_random_points_does_nothing_twice_and_finds_the_same(tmp_path: Path):
+    unbroken = run_audit(tmp_path / "unbroken")
+    rng, done = random.Random(4), []
+
+    def mortal(tasks: Sequence[Task], load: Any, work: Any) -> Iterator[tuple[Task, list[Any]]]:
+        for task, values in one_process(tasks, load, work):
+            if rng.random() < 0.5:
+                raise Killed
+            done.append((task.kind, task.first))
+            yield task, values
+
+    for _ in range(100):
+        try:
+            found = run_audit(tmp_path / "broken", mortal)
+            break
+        except Killed:
+            continue
+    assert found == unbroken
+    assert sorted(done) == sorted(set(done)) and len(done) == 4 + 3
+
+
+def test_the_ledger_refuses_another_audit_and_repairs_what_is_broken(tmp_path: Path):
+    run_audit(tmp_path)
+    with pytest.raises(ValueError, match="another of"):
+        Ledger(tmp_path, {"of": "that"})
+    file = next(tmp_path.glob("*-captions-000000025.json"))
+    whole = file.read_text()
+    file.write_text(whole[:40])
+    run_audit(tmp_path)
+    assert file.read_text() == whole
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "holiday.jpg").touch()
+    with pytest.raises(ValueError, match="not an audit's"):
+        Ledger(tmp_path / "foreign", {})
+    with pytest.raises(ValueError, match="not an audit's"):
+        Ledger(tmp_path / "foreign", {}, restart=True)
+    assert (tmp_path / "foreign" / "holiday.jpg").exists()
+
+
+@pytest.fixture(scope="module")
+def caption_list(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """10 memorised captions of the bundled model and 40 ordinary ones."""
+    often = [p.caption for p in bundled.pairs() if p.repetitions >= 300 and p.kind == "hard"][:10]
+    path = tmp_path_factory.mktemp("list") / "captions.txt"
+    path.write_text("\n".join([*often, *bundled.held_out_ordinary(40, 6001)]))
+    return path
+
+
+def command(captions: Path, out: Path, *more: str) -> list[str]:
+    sizes = ["--nulls", "200", "--images", "1", "--partition", "25", "--worst", "0"]
+    return ["audit", "--dataset", str(captions), "--out", str(out), *sizes, *more]
+
+
+@pytest.fixture(scope="module")
+def unbroken(caption_list: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("unbroken") / "out"
+    assert main(command(caption_list, out)) == 0
+    return out
+
+
+def test_memorised_captions_are_named_from_a_list_alone(unbroken: Path):
+    document = json.loads((unbroken / "audit.json").read_text())
+    named = [row["flagged"] for row in document["rows"]]
+    assert sum(named[:10]) >= 9
+    assert sum(named[10:]) <= 2
+    assert document["counts"] == "magnitude" and document["rows"][0]["copies"] is None
+    import pyarrow.parquet as pq
+
+    assert pq.read_table(unbroken / "audit.parquet").to_pylist() == document["rows"]
+
+
+def in_a_process(arguments: list[str]) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent.parent)}
+    return subprocess.Popen([sys.executable, "-m", "sd_dejavu", *arguments], env=environment, stdout=subprocess.DEVNULL)
+
+
+def test_a_process_that_is_killed_loses_nothing(caption_list: Path, unbroken: Path, tmp_path: Path):
+    out, rng = tmp_path / "out", random.Random(5)
+    for kept in (2, 5):
+        process = in_a_process(command(caption_list, out))
+        while len(list(out.glob("tasks/*-*-*.json"))) < kept:
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (out / "audit.json").exists()
+    before = {file: file.stat().st_mtime_ns for file in out.glob("tasks/*-*-*.json")}
+    assert main(command(caption_list, out)) == 0
+    assert (out / "audit.json").read_bytes() == (unbroken / "audit.json").read_bytes()
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert main(command(caption_list, out, "--seed", "1")) == 2  # another audit in the same folder
+
+
+def ray_workers() -> list[int]:
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if entry.read_bytes().startswith(b"ray::MapWorker"):
+                found.append(int(entry.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_a_cluster_finds_the_same_and_a_lost_worker_loses_nothing(caption_list: Path, unbroken: Path, tmp_path: Path):
+    pytest.importorskip("ray")
+    out = tmp_path / "out"
+    process = in_a_process(command(caption_list, out, "--engine", "ray", "--workers", "1"))
+    while not list(out.glob("tasks/*-*-*.json")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    workers = ray_workers()
+    assert workers
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+    assert len(list(out.glob("tasks/*-*-*.json"))) < 10  # it was not the last task
+    assert process.wait() == 0
+    assert (out / "audit.json").read_bytes() == (unbroken / "audit.json").read_bytes()
+
+
+# ---------------------------------------------------------------------------------------- whole LoRAs
+
+
+def write_set(folder: Path, numbers: Sequence[int]) -> Path:
+    folder.mkdir(parents=True)
+    for number in numbers:
+        caption, scene, _ = world.ordinary(np.random.default_rng(9000 + number), "sentence")
+        Image.fromarray(world.draw_scene(scene)).save(folder / f"{number:03d}.png")
+        (folder / f"{number:03d}.txt").write_text(caption)
+    return folder
+
+
+def finetuned(data: Path, out: Path, *more: str) -> Path:
+    recipe = ["--rank", "16", "--learning-rate", "2e-3", "--batch-size", "8", "--filter", "none"]
+    assert main(["finetune", "--dataset", str(data), "--out", str(out), *recipe, *more]) == 0
+    return out
+
+
+def audited(data: Path, out: Path, *more: str) -> dict[str, Any]:
+    sizes = ["--nulls", "200", "--images", "2", "--steps", "25", "--strength-steps", "1", "--worst", "8"]
+    assert main(["audit", "--dataset", str(data), "--out", str(out), *sizes, *more]) == 0
+    return json.loads((out / "audit.json").read_text())
+
+
+def test_an_overfitted_lora_is_named_with_its_pictures_and_its_epoch(tmp_path: Path):
+    """Eight pictures, shown 40 times in each of five epochs; eight more lie in the folder and were never shown."""
+    write_set(tmp_path / "set" / "40_shown", range(8))
+    loras = finetuned(tmp_path / "set", tmp_path / "loras", "--epochs", "5")
+    data = write_set(tmp_path / "audited", range(16))
+    files = [loras / f"lora-epoch-{n:04d}.safetensors" for n in (1, 2)] + [loras / "lora.safetensors"]
+    document = audited(data, tmp_path / "out", "--lora", *map(str, files))
+    named = {row["image"] for row in document["rows"] if row["flagged"]}
+    shown = {f"{n:03d}.png" for n in range(8)}
+    assert len(named & shown) >= 5
+    assert not named - shown
+    copied = {row["image"] for row in document["rows"] if row["copies"]}
+    assert copied and copied <= named
+    # The truth about the epochs: are drawn pictures copies? The statistic may tell earlier, not later.
+    truth = {point["epoch"]: copies_drawn(file, data) for file, point in zip(files, document["epochs"], strict=True)}
+    assert truth[1] == 0 and truth[3] > 0
+    assert 1 < document["begins"] <= next(epoch for epoch, copies in truth.items() if copies)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"memorisation starts at epoch {document['begins']}" in page and page.count("data:image/png") >= 16
+    assert (tmp_path / "out" / "drawn" / "row-001-image-1.png").is_file()
+
+
+def copies_drawn(lora: Path, data: Path) -> int:
+    """How many of the eight captions shown come out as copies, by a path of its own: the pipeline of diffusers."""
+    from diffusers import DiffusionPipeline
+
+    from sd_dejavu.hosts.diffusers import bundled_model_folder, quiet
+
+    with quiet():
+        pipeline = DiffusionPipeline.from_pretrained(bundled_model_folder(), safety_checker=None)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.to(torch.float32)
+        pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name)
+    hits = 0
+    for number in range(8):
+        caption = (data / f"{number:03d}.txt").read_text()
+        noise = torch.Generator().manual_seed(number)
+        made = pipeline(caption, num_inference_steps=25, generator=noise, output_type="pt").images
+        own = torch.from_numpy(np.asarray(Image.open(data / f"{number:03d}.png"), dtype=np.float32) / 255)
+        hits += float(grey_correlation(made, own.permute(2, 0, 1)[None])[0, 0]) >= COPY_THRESHOLD
+    return hits
+
+
+def test_a_healthy_lora_is_not_named(tmp_path: Path):
+    """64 pictures, each shown three times."""
+    data = write_set(tmp_path / "set", range(64))
+    loras = finetuned(data, tmp_path / "loras", "--epochs", "3", "--save-every", "3")
+    document = audited(data, tmp_path / "out", "--lora", str(loras / "lora.safetensors"), "--worst", "4")
+    assert not [row for row in document["rows"] if row["flagged"] or row["copies"]]
+    assert document["sentence"].startswith("None of 64 training pictures is named")
+
+
+def test_a_merged_lora_is_the_pipelines_own(tmp_path: Path):
+    """Against diffusers with the LoRA as an adapter, at a strength."""
+    data = write_set(tmp_path / "set", range(8))
+    lora = finetuned(data, tmp_path / "loras", "--steps", "3") / "lora.safetensors"
+    from diffusers import DiffusionPipeline
+
+    from sd_dejavu.hosts.diffusers import bundled_model_folder, quiet
+
+    with quiet():
+        pipeline = DiffusionPipeline.from_pretrained(bundled_model_folder(), safety_checker=None).to(torch.float32)
+        pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name, adapter_name="one")
+    pipeline.set_adapters("one", 0.5)
+    merged, plain = load(lora=str(lora), lora_strength=0.5), load()
+    x, sigma = merged.noise(0, 1) * 10, torch.tensor([10.0])
+    conditioning = merged.encode("a red boat")
+    t = merged._timestep(sigma)
+    scaled = x / (1 + sigma**2).sqrt()
+    output = pipeline.unet(scaled, t, encoder_hidden_states=conditioning.rows, return_dict=False)[0]
+    own = merged._unet(scaled, t, encoder_hidden_states=conditioning.rows, return_dict=False)[0]
+    base = plain._unet(scaled, t, encoder_hidden_states=conditioning.rows, return_dict=False)[0]
+    assert torch.allclose(output, own, atol=1e-4)
+    assert not torch.allclose(base, own, atol=1e-4)
+    assert sorted(merged._unet.state_dict()) == sorted(plain._unet.state_dict())
+    assert merged.fingerprint != plain.fingerprint
+
+
+# --------------------------------------------------------------------------------------------- told
+
+
+def page_of(found: Audit) -> str:
+    return render_audit(AuditPage(found, "<model>", "<lora>", "<set>", {}, {"Seed": 0}))
+
+
+def test_text_reaches_the_page_as_text():
+    row = Row("<img src=x>", "<script>alert(1)</script>", 1.0, None, None, 1.0, 0.001, 0.01, True, word="<b>")
+    found = Audit((row,), "magnitude", 100, 0.05, 1, skipped=({"name": "<i>", "reason": "<u>"},))
+    page = page_of(found)
+    for told in ("<script", "<img src=x", "<model>", "<lora>", "<set>", "<i>", "<u>"):
+        assert told not in page
+    assert "&lt;script&gt;" in page and "http" not in page.replace("http-equiv", "")
+
+
+def test_the_finding_in_words():
+    row = Row("a.png", "a", flagged=True, q_value=0.01, copies=1, drawn=2)
+    found = Audit((row, replace(row, image="b.png", flagged=False, copies=0)), "gain", 200, 0.05, 3)
+    assert sentence(found) == (
+        "1 of 2 training pictures is named as memorised; of 2 that were drawn again, 1 came out as a copy"
+    )
+    assert any("at least 3 must stand out" in note for note in notes(found))
+    assert any("5%" in note for note in notes(found))
+    quiet = Audit((replace(row, flagged=False, copies=None, drawn=0),), "magnitude", 200, 0.05, 1)
+    assert sentence(quiet) == "None of 1 captions is named as memorised"
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--dataset", "nowhere"], "there is no folder or file nowhere"),
+        (["--lora", "gone.safetensors", "--dataset", "x"], "there is no LoRA"),
+        ([], "name the training set"),
+        (["--dataset", "x", "--reference", "y"], "name the training set"),
+        (["--dataset", "x", "--false-discovery-rate", "2"], "false discovery rate must be"),
+    ],
+)
+def test_bad_input_is_told(more: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["audit", "--out", str(tmp_path / "out"), *more]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_loads_are_of_the_variant(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    monkeypatch.setattr("sd_dejavu.hosts.diffusers.load", lambda *arguments: asked.append(arguments))
+    load_one = Load("model", None, "cpu", "float32", False, "base")
+    load_one(Variant("a.safetensors", 0.5))
+    load_one(Variant(base=True))
+    Load("model")(Variant(base=True))
+    assert [(a[0], a[5], a[6]) for a in asked] == [
+        ("model", "a.safetensors", 0.5),
+        ("base", None, 1.0),
+        ("model", None, 1.0),
+    ]
