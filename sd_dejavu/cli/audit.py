@@ -27,7 +27,7 @@ from ..reference.nearest import same_features
 from ..reference.reference_set import ReferenceSet
 from ..report.audit_html import AuditPage, notes, render_audit, sentence, verdict_of
 from ..training.audit import Audit, AuditSettings, Entry, Row, Subject, audit, entries_of, lora_files, sampled
-from ..training.engines import Cluster
+from ..training.engines import Cluster, on_ray
 from ..training.ledger import Ledger
 from ..training.tasks import Engine, Load, Work, one_process
 from . import common
@@ -127,11 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _engine(arguments: argparse.Namespace) -> Engine:
     cluster = common.from_arguments(Cluster, arguments)
-    if arguments.engine == "local":
-        return one_process
-    from ..training.engines import on_ray
-
-    return on_ray(cluster)
+    return on_ray(cluster) if arguments.engine == "ray" else one_process
 
 
 def _subject(arguments: argparse.Namespace, wanted: AuditSettings, measurement: Measurement, show: Any) -> Subject:

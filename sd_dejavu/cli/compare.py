@@ -24,7 +24,7 @@ from . import common
 if TYPE_CHECKING:
     from ..demo.evaluation import MitigationRow, Share
 
-ORDINARY, ORDINARY_SEED = 20, 77
+ORDINARY, ORDINARY_SEED = 20, 2077  # no seed that calibrates or tunes
 IMAGES = 1
 PLOT = "compare.svg"
 

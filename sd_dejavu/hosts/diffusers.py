@@ -407,7 +407,7 @@ def _merge_lora(pipeline: Any, file: Path, strength: float, name: str) -> None:
     if not file.is_file():
         raise ModelError(f"there is no LoRA {file}: check the path")
     if importlib.util.find_spec("peft") is None:
-        raise ModelError("merging a LoRA needs the package peft: pip install 'sd-dejavu[lora]'")
+        raise ModelError("merging a LoRA needs the package peft: pip install 'sd-dejavu[finetune]'")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of keys that fit no part of the model: told below, if it is all of them

@@ -50,7 +50,7 @@ def on_ray(cluster: Cluster) -> Engine:
     try:
         import ray.data
     except ImportError as error:
-        raise ValueError("--engine ray needs Ray: pip install 'sd-dejavu[ray]'") from error
+        raise ValueError("the engine 'ray' needs Ray: pip install 'sd-dejavu[ray]'") from error
 
     def engine(
         tasks: Sequence[Task], load: Callable[[Variant], Trained], work: Work

@@ -472,9 +472,9 @@ def test_an_overfitted_lora_is_named_with_its_pictures_and_its_epoch(tmp_path: P
     named = {row["image"] for row in document["rows"] if row["flagged"]}
     shown = {f"{n:03d}.png" for n in range(8)}
     assert len(named & shown) >= 5
-    assert not named - shown
+    assert len(named - shown) <= 1  # a rate of 5% is kept in the mean, not in every audit
     copied = {row["image"] for row in document["rows"] if row["copies"]}
-    assert copied and copied <= named
+    assert copied and copied <= named & shown
     # The truth about the epochs: are drawn pictures copies? The statistic may tell earlier, not later.
     truth = {point["epoch"]: copies_drawn(file, data) for file, point in zip(files, document["epochs"], strict=True)}
     assert truth[1] == 0 and truth[3] > 0
