@@ -14,6 +14,7 @@ The results come from these commands, one after the other on an idle machine:
         --timed-steps 8 --arms none "random word" "threshold, from ordinary captions" \\
         --json benchmarks/results/training_filter.json
     python benchmarks/audit.py --json benchmarks/results/audit.json
+    python benchmarks/audit_picture.py
     python benchmarks/pictures.py
     python benchmarks/screenshots.py
     python benchmarks/comfyui_cost.py --json benchmarks/results/comfyui_cost.json

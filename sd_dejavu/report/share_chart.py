@@ -12,7 +12,7 @@ _TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def share_chart(
-    labels: Sequence[str], shares: Sequence[float], title: str, across: str, width: int = 480, height: int = 220
+    labels: Sequence[str], shares: Sequence[float], title: str, across: str, width: int = 430, height: int = 220
 ) -> str:
     """An SVG of ``width`` x ``height`` pixels: one mark a label, joined by a line, their shares told on hover."""
     base, right = height - BOTTOM, width - RIGHT
