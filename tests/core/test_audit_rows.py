@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sd_dejavu.hosts.webui.text import as_typed
 from sd_dejavu.report.audit_rows import as_json, as_markdown, ranked, row_as_json
 from sd_dejavu.training.audit import BASE, Audit, Row
 from sd_dejavu.training.ledger import Ledger
@@ -41,3 +42,8 @@ def test_results_of_the_base_model_are_kept_apart(tmp_path: Path) -> None:
     for number, task in enumerate(both):
         ledger.keep(task, [number])
     assert list(ledger.values(both)) == [0, 1]
+
+
+def test_a_caption_holds_no_syntax_of_the_hosts() -> None:
+    assert as_typed("a (red:1.3) [fox] AND snow BREAK") == r"a \(red:1.3\) \[fox\] and snow break"
+    assert as_typed(r"<lora:other:1> BAND \o/") == r"< lora:other:1> BAND \\o/"

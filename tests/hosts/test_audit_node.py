@@ -94,10 +94,10 @@ def test_memorised_captions_are_named_and_ordinary_ones_are_not(comfy: ComfyServ
 
 
 def test_an_interrupted_audit_goes_on(comfy: ComfyServer, training_set: Graph) -> None:
-    graph, before = demo(training_set, seed=1, worst=0, nulls=600), set(ledgers(comfy))
+    graph, before = demo(training_set, seed=1, worst=0, nulls=300), set(ledgers(comfy))
     with comfy.events("auditor") as events:
         number = comfy.post(graph, client_id="auditor")
-        events.wait_for("progress", where=lambda data: 25 <= data["value"] < 500)
+        events.wait_for("progress", where=lambda data: 25 <= data["value"] < 250)
         comfy.interrupt()
         entry = comfy.wait(number, allow_error=True)
     assert any(kind == "execution_interrupted" for kind, _ in entry["status"]["messages"])

@@ -20,7 +20,7 @@ from PIL import Image
 from webui_server import WebUIServer
 from webui_watched import KNOWN, errors_of_ours, pixels
 
-AUDIT = {"references": "audited", "width": 64, "height": 64, "nulls": 20, "images": 2, "steps": 8, "worst": 1}
+AUDIT = {"references": "audited", "width": 64, "height": 64, "nulls": 20, "images": 1, "steps": 8, "worst": 1}
 LORA = Path(miniature.LORA).stem
 
 
@@ -40,7 +40,8 @@ def auditing(webui: WebUIServer, tmp_path_factory: pytest.TempPathFactory) -> It
     command = [sys.executable, "-m", "sd_dejavu", "refset", "build", str(source), str(made), "--features", "grey"]
     subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[2])
     yield webui
-    made.unlink()
+    for file in (made, made.with_suffix(".json")):
+        file.unlink()
 
 
 def audited(server: WebUIServer, **values: Any) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def test_memorised_captions_come_first_and_are_copied(auditing: WebUIServer) -> 
     memorised, ordinary = ([rows[prompt.text]["score"] for prompt in group] for group in (MEMORISED, ORDINARY))
     assert min(memorised) > max(ordinary)
     drawn = [row for row in rows.values() if row["drawn"]]
-    assert len(drawn) == 2 and all(row["copies"] == row["drawn"] == 2 and row["word"] for row in drawn)
+    assert len(drawn) == 2 and all(row["copies"] == row["drawn"] == 1 and row["word"] for row in drawn)
     # What was measured is not measured again.
     assert again == document and kept(auditing) == files and errors_of_ours(auditing) == []
 
@@ -78,10 +79,10 @@ def test_what_a_lora_adds_counts(auditing: WebUIServer) -> None:
     assert document["counts"] == "gain" and document["loras"] == [LORA]
     for row in document["rows"]:
         assert row["score"] == pytest.approx(row["alignment"] - max(0.0, row["base_alignment"]))
-        assert abs(row["alignment"] - row["base_alignment"]) > 1e-3
+        assert abs(row["alignment"] - row["base_alignment"]) > 1e-4
     weak = audited(auditing, lora=LORA, sample=2, strength=1e-6, worst=0)
     for row, strong in zip(weak["rows"], document["rows"], strict=True):
-        assert row["alignment"] == pytest.approx(row["base_alignment"], abs=1e-3)
+        assert row["alignment"] == pytest.approx(row["base_alignment"], abs=1e-5)
         assert row["base_alignment"] == pytest.approx(strong["base_alignment"], abs=1e-5)
     # Nothing of it stays.
     assert (pixels(auditing.txt2img()) == pixels(plain)).all() and errors_of_ours(auditing) == []

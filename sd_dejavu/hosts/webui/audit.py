@@ -299,7 +299,8 @@ class _Runs:
             self._watch(None)
         if piece.fault is not None:
             raise piece.fault
-        if shared.state.interrupted or shared.state.skipped:
+        state = shared.state
+        if state.interrupted or state.skipped or state.stopping_generation:
             raise ValueError("it was stopped; started again, it goes on where it stood")
         return piece.result, processed.images[processed.index_of_first_image :][:images]
 
