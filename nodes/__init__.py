@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import calibration, conditioning, demo, guidance, monitor, reference, text, training
+from . import audit, calibration, conditioning, demo, guidance, monitor, reference, text, training
 
 
 class DejaVuExtension(ComfyExtension):
@@ -17,6 +17,7 @@ class DejaVuExtension(ComfyExtension):
             *calibration.NODES,
             *reference.NODES,
             *training.NODES,
+            *audit.NODES,
             *demo.NODES,
         ]
 

@@ -60,9 +60,8 @@ def _input(known: Option, optional: bool = False) -> io.Input:
     if known.kind is bool:
         return io.Boolean.Input(known.name, default=known.default, **shown)
     if known.kind is int:
-        return io.Int.Input(
-            known.name, default=known.default, min=int(known.minimum or 0), max=int(known.maximum or 1), **shown
-        )
+        most = SEED_LIMIT if known.maximum is None else int(known.maximum)
+        return io.Int.Input(known.name, default=known.default, min=int(known.minimum or 0), max=most, **shown)
     if known.kind is float:
         low, high = known.minimum or 0.0, known.maximum or 1.0
         step = 0.001 if high <= 1 else 0.01
@@ -106,6 +105,11 @@ def user_folder() -> Path:
 def references_folder() -> Path:
     """Where reference sets are kept."""
     return user_folder().parent / "references"
+
+
+def audits_folder() -> Path:
+    """Where the results of audits are kept, so that an interrupted one goes on."""
+    return user_folder().parent / "audits"
 
 
 def image_of(pixels: Any) -> torch.Tensor:

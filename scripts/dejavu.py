@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import gradio as gr
 from fastapi import Body, HTTPException
-from modules import call_queue, paths, processing, script_callbacks, scripts, shared
+from modules import call_queue, paths, processing, script_callbacks, scripts, shared, ui_common
 from modules.ui_components import InputAccordion
 
 from sd_dejavu.calibration import store
-from sd_dejavu.hosts.webui import controls, references, run
+from sd_dejavu.hosts.webui import audit, controls, references, run
 from sd_dejavu.report import panel
 
+Found = TypeVar("Found")
+
 TITLE = "Déjà Vu"
+SLIDER_LIMIT = 5000  # of wider ranges a slider picks nothing
 HOST = run.this_host()
 log = logging.getLogger("dejavu")
 FOLDER = Path(paths.data_path) / "dejavu" / "calibration"
 REFERENCES = Path(paths.data_path) / "dejavu" / "references"
+AUDITS = Path(paths.data_path) / "dejavu" / "audits"
 
 
 class Session:
     """The run that is being sampled, and what is shown of the last one. The host samples one at a time."""
 
     def __init__(self) -> None:
-        self.watching: run.Run | run.Calibration | None = None
+        self.watching: run.Run | run.Calibration | audit.Piece | None = None
         self.panel = ""
         self.documents: list[dict[str, Any]] = []
 
@@ -69,7 +73,7 @@ class DejaVuScript(scripts.Script):
         tab = self.tab = "img2img" if is_img2img else "txt2img"
         with InputAccordion(False, label=TITLE, elem_id=f"dejavu_{tab}") as enabled:
             gr.HTML("<p>Is this picture mine, or is the model replaying its training data?</p>")
-            components = [_component(known, tab) for known in controls.OPTIONS]
+            components = [_component(known, tab, _choices(known)) for known in controls.OPTIONS]
             with gr.Row():
                 self.parts["count"] = gr.Number(
                     1000, label="ordinary prompts", precision=0, elem_id=f"dejavu_count_{tab}"
@@ -164,15 +168,20 @@ class DejaVuScript(scripts.Script):
         SESSION.watching = None
 
 
-def _component(known: Any, tab: str) -> Any:
+def _component(known: Any, tab: str, choices: list[str]) -> Any:
     """A component for one option of the core."""
     default = shared.opts.data.get(f"dejavu_{known.name}", known.default)
     shown = {"label": known.name.replace("_", " "), "info": known.help, "elem_id": f"dejavu_{known.name}_{tab}"}
-    choices = _sets() if known.name == "references" else list(known.choices)
-    if choices:
-        return gr.Dropdown(choices, value=default, **shown)
+    if choices or known.kind is str:
+        return gr.Dropdown(choices, value=default if default in choices else None, **shown)
+    if known.maximum is None or known.maximum > SLIDER_LIMIT:
+        return gr.Number(default, precision=0 if known.kind is int else None, **shown)
     step = 0.001 if known.kind is float else 1
-    return gr.Slider(known.minimum or 0, known.maximum or 1, value=default, step=step, **shown)
+    return gr.Slider(known.minimum or 0, known.maximum, value=default, step=step, **shown)
+
+
+def _choices(known: Any) -> list[str]:
+    return _sets() if known.name == "references" else list(known.choices)
 
 
 def _sets() -> list[str]:
@@ -220,13 +229,30 @@ def calibrate(
     return measuring.profile, path
 
 
-def _calibrate(*arguments: Any) -> tuple[Any, Path]:
+def _in_turn(work: Callable[[], Found]) -> Found:
+    """What ``work`` gives when the host's other runs are done, and where it samples."""
     with call_queue.queue_lock:
-        if HOST.name == "Forge":
-            from modules_forge import main_thread
+        if HOST.name != "Forge":
+            return work()
+        from modules_forge import main_thread
 
-            return main_thread.run_and_wait_result(calibrate, *arguments)
-        return calibrate(*arguments)
+        outcome: list[Found | Exception] = []
+
+        def caught() -> None:  # that thread keeps to itself what is raised there
+            try:
+                outcome.append(work())
+            except Exception as error:
+                outcome.append(error)
+
+        main_thread.run_and_wait_result(caught)
+    (found,) = outcome
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _calibrate(*arguments: Any) -> tuple[Any, Path]:
+    return _in_turn(lambda: calibrate(*arguments))
 
 
 def _told(profile: Any, path: Path) -> str:
@@ -244,6 +270,63 @@ def _calibrate_from_page(*arguments: Any) -> str:
     except ValueError as error:
         text = f"No calibration: {error}"
     return str(panel.paragraph(text))
+
+
+# -------------------------------------------------------------------------------------------- audit
+
+
+def audit_here(values: dict[str, Any]) -> audit.Finding:
+    """Audit the training set that these values name. Raises ValueError."""
+    asked = audit.read(values)
+
+    def tell(stage: str, done: int, total: int) -> None:
+        shared.state.textinfo = f"{TITLE}: {stage}, {done} of {total} prompts"
+
+    shared.state.begin(job="dejavu-audit")
+    try:
+        return audit.run_audit(HOST, asked, REFERENCES, AUDITS, partial(setattr, SESSION, "watching"), tell)
+    finally:
+        shared.state.end()
+
+
+def _audit_from_page(*values: Any) -> str:
+    named = dict(zip((known.name for known in audit.OPTIONS), values, strict=True))
+    try:
+        return str(panel.framed(_in_turn(lambda: audit_here(named)).page(), "What the audit found"))
+    except ValueError as error:
+        return str(panel.paragraph(f"No audit: {error}"))
+
+
+def audit_tab() -> list[tuple[Any, str, str]]:
+    """Does this LoRA copy its training set?"""
+    found = {"references": lambda: references.names(REFERENCES), "lora": lambda: [audit.NO_LORA, *audit.loras()]}
+    with gr.Blocks(analytics_enabled=False) as tab:
+        gr.HTML(
+            "<p>Does my LoRA copy its training set? Every caption is measured, and the worst ones are drawn again. The "
+            "training set is a reference set of it: made by <code>sd-dejavu refset build</code>, and put into "
+            "<code>dejavu/references/</code> below the data folder.</p>"
+        )
+        components = []
+        for known in audit.OPTIONS:
+            offered = found.get(known.name)
+            if offered is None:
+                components.append(_component(known, "audit", list(known.choices)))
+                continue
+            with gr.Row():
+                components.append(_component(known, "audit", offered()))
+                ui_common.create_refresh_button(
+                    components[-1],
+                    audit.refresh_loras,
+                    lambda offered=offered: {"choices": offered()},
+                    f"dejavu_refresh_{known.name}_audit",
+                )
+        with gr.Row():
+            begin = gr.Button("Audit", variant="primary", elem_id="dejavu_begin_audit")
+            stop = gr.Button("Stop", elem_id="dejavu_stop_audit")
+        shown = gr.HTML("", elem_id="dejavu_found_audit")
+        begin.click(_audit_from_page, inputs=components, outputs=[shown])
+        stop.click(lambda: shared.state.interrupt(), inputs=[], outputs=[])
+    return [(tab, TITLE, "dejavu_audit")]
 
 
 # ------------------------------------------------------------------------------- callbacks, routes
@@ -281,6 +364,15 @@ def add_routes(demo: Any, app: Any) -> None:
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
         return {"file": path.name, "prompts": len(profile.nulls), "text": _told(profile, path)}
+
+    @app.post("/dejavu/audit")
+    def audit_named(values: dict[str, Any] = Body(...)) -> dict[str, Any]:
+        """Audit a training set; the arguments are those of the tab, by their names."""
+        try:
+            document: dict[str, Any] = _in_turn(lambda: audit_here(values)).as_json()
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from error
+        return document
 
 
 def add_settings() -> None:
@@ -323,5 +415,6 @@ def add_axes() -> None:
 script_callbacks.on_cfg_denoiser(before_evaluation)
 script_callbacks.on_cfg_denoised(after_evaluation)
 script_callbacks.on_app_started(add_routes)
+script_callbacks.on_ui_tabs(audit_tab)
 script_callbacks.on_ui_settings(add_settings)
 script_callbacks.on_before_ui(add_axes)

@@ -11,7 +11,7 @@ import argparse
 import hashlib
 import importlib.util
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from ..reference.features import Features, FeatureSettings
 from ..reference.features import load as load_features
 from ..reference.nearest import same_features
 from ..reference.reference_set import ReferenceSet
-from ..report.audit_html import AuditPage, notes, render_audit, sentence, verdict_of
-from ..training.audit import Audit, AuditSettings, Entry, Row, Subject, audit, entries_of, lora_files, sampled
+from ..report.audit_html import AuditPage, render_audit
+from ..report.audit_rows import as_json, notes, sentence, settings_shown, thumbnails_of, verdict_of
+from ..training.audit import Audit, AuditSettings, Entry, Subject, audit, entries_of, identity, lora_files, sampled
 from ..training.engines import Cluster, on_ray
 from ..training.ledger import Ledger
 from ..training.tasks import Engine, Load, Work, one_process
@@ -91,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
             "model": arguments.model or "bundled",
             "base": arguments.base or "",
             "loras": [_digest(lora.path) for lora in loras],
-            "dataset": _identity(subject.entries),
+            "dataset": identity(subject.entries),
             "ordinary_prompts": hashlib.sha256(json.dumps(ordinary).encode()).hexdigest()[:16],
             "dtype": arguments.dtype,
             "batch_size": arguments.batch_size,
@@ -103,22 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
         work = Work(measurement, arguments.batch_size)
         found = audit(subject, loras, ordinary, load, work, ledger, wanted, engine, show, arguments.base is not None)
     name = "bundled model" if arguments.model is None else str(arguments.model)
-    document = {
-        "format": "dejavu-audit",
-        "schema_version": 1,
-        "model": name,
-        "loras": [lora.path.name for lora in loras],
-        "sentence": sentence(found),
-        "counts": found.counts,
-        "nulls": found.nulls,
-        "false_discovery_rate": found.false_discovery_rate,
-        "least_named": found.least_named,
-        "begins": found.begins,
-        "strengths": [asdict(point) for point in found.strengths],
-        "epochs": [asdict(point) for point in found.epochs],
-        "skipped": list(found.skipped),
-        "rows": [row_as_json(row) for row in found.rows],
-    }
+    document = as_json(found, name, [lora.path.name for lora in loras])
     _write(document, found, arguments, subject, name, wanted, measurement)
     if str(arguments.json) != "-":
         _print(found, arguments.out)
@@ -164,20 +150,7 @@ def _digest(path: Path) -> str:
     return f"{path.name} {digest}"
 
 
-def _identity(entries: Any) -> str:
-    digest = hashlib.sha256()
-    for entry in entries:
-        digest.update(json.dumps([entry.image, entry.caption]).encode())
-    return digest.hexdigest()[:16]
-
-
 # ---------------------------------------------------------------------------------------------- output
-
-
-def row_as_json(row: Row) -> dict[str, Any]:
-    """Plain values, without the pictures."""
-    values = {f.name: getattr(row, f.name) for f in fields(Row) if f.name != "pictures"}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def _write(
@@ -196,23 +169,11 @@ def _write(
         import pyarrow.parquet as pq
 
         pq.write_table(pa.Table.from_pylist(document["rows"]), arguments.out / "audit.parquet")
-    rows = {entry.image: entry.row for entry in subject.entries}
-    thumbnails = {
-        row.image: bytes(subject.reference.thumbnails[number])
-        for row in found.rows
-        if row.pictures and subject.reference is not None and (number := rows[row.image]) is not None
-    }
-    settings = {
-        "False discovery rate": f"{wanted.false_discovery_rate:g}",
-        "Ordinary prompts": found.nulls,
-        "Pictures a caption": measurement.images,
-        "Steps": measurement.steps,
-        "Seed": measurement.seed,
-        "Compared by": "captions alone" if subject.reference is None else subject.reference.features,
-    }
     dataset = Path(arguments.dataset or arguments.reference).name
     lora = ", ".join(document["loras"])
-    page = AuditPage(found, name, lora, dataset, thumbnails, settings)
+    page = AuditPage(
+        found, name, lora, dataset, thumbnails_of(found, subject), settings_shown(found, wanted, measurement, subject)
+    )
     (arguments.out / "report.html").write_text(render_audit(page), encoding="utf-8")
     if subject.reference is not None:
         folder = arguments.out / "drawn"

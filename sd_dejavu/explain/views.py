@@ -31,4 +31,5 @@ def explain(
         "output gradient": output_gradient,
     }[view]
     with model.differentiable():
+        x, sigma = x.clone(), sigma.clone()  # a host in inference mode made tensors that cannot be differentiated
         return method.explain(model, x, sigma, conditioning, predict(model, x, sigma, without, batch_size))

@@ -43,6 +43,12 @@ def paragraph(text: str) -> Markup:
     return Markup("<p>{}</p>").format(text)
 
 
+def framed(page: str, title: str) -> Markup:
+    """A whole page of our own inside another one, apart from its styles and scripts."""
+    frame = '<iframe class="dejavu-frame" sandbox title="{}" srcdoc="{}"></iframe>'
+    return Markup(frame).format(title, page)
+
+
 def _picture(title: str, report: Report) -> Markup:
     (verdict,) = report.verdicts
     parts = [

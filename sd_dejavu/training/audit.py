@@ -19,6 +19,8 @@ What is finished is kept (:mod:`sd_dejavu.training.ledger`), so an audit that wa
 from __future__ import annotations
 
 import base64
+import hashlib
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -215,6 +217,14 @@ def sampled(entries: Sequence[Entry], count: int, seed: int) -> list[Entry]:
     if not 0 < count < len(entries):
         return list(entries)
     return [entries[number] for number in sorted(Random(seed).sample(range(len(entries)), count))]
+
+
+def identity(entries: Sequence[Entry]) -> str:
+    """16 hexadecimal digits that tell training sets apart, for the ledger."""
+    digest = hashlib.sha256()
+    for entry in entries:
+        digest.update(json.dumps([entry.image, entry.caption]).encode())
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Ledger:
         try:
             before = json.loads(note.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"the audit in {folder} is damaged: give --restart to begin anew") from error
+            raise ValueError(f"the audit in {folder} is damaged: delete it, or give --restart to begin anew") from error
         changed = [name.replace("_", " ") for name in begun if before.get(name) != json.loads(json.dumps(begun[name]))]
         if changed:
             raise ValueError(
@@ -70,7 +70,8 @@ class Ledger:
 def _key(variant: Variant) -> str:
     """Short and safe in a file's name; where a LoRA lies does not matter, what it is called does."""
     name = Path(variant.lora).name if variant.lora else ""
-    return hashlib.sha256(f"{name}\0{variant.strength!r}".encode()).hexdigest()[:12]
+    base = "\0base" if variant.base else ""
+    return hashlib.sha256(f"{name}\0{variant.strength!r}{base}".encode()).hexdigest()[:12]
 
 
 def _digest(prompts: Sequence[str]) -> str:

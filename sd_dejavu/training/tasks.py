@@ -157,8 +157,8 @@ class Work:
             assert run.latents is not None  # whole runs end in latents
             words = task.words and len(conditioning.words) > 0
             yield {
-                "pictures": [_png(picture) for picture in model.decode(run.latents)],
-                "word": _top_word(model, conditioning, self.wanted) if words else None,
+                "pictures": [png(picture) for picture in model.decode(run.latents)],
+                "word": top_word(model, conditioning, self.wanted) if words else None,
             }
 
 
@@ -179,12 +179,14 @@ def _encoded(model: Model, prompt: str) -> Conditioning | str:
         return str(error)
 
 
-def _top_word(model: Model, conditioning: Conditioning, wanted: Measurement) -> str | None:
+def top_word(model: Model, conditioning: Conditioning, wanted: Measurement) -> str | None:
+    """The word that brings the prompt's picture about most; None where no word does."""
     found = top_words(explain(model, conditioning, wanted), 1)
     return found[0].text.strip(",.;:") if found and found[0].raw > 0 else None
 
 
-def _png(picture: Tensor) -> str:
+def png(picture: Tensor) -> str:
+    """A PNG file in base64, of a picture [3, H, W] in 0..1."""
     from PIL import Image
 
     file = io.BytesIO()
@@ -220,3 +222,8 @@ def one_process(
     bench = Bench(load, work)
     for task in tasks:
         yield task, bench(task)
+
+
+def nothing_apart(variant: Variant) -> Trained:
+    """For hosts that bring an engine: none of their models can be loaded apart from their runs."""
+    raise ValueError("this host's models can be asked during its own runs only")

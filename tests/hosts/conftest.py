@@ -16,6 +16,7 @@ import webui_onlooker
 import webui_server
 from comfyui_server import ComfyServer, make_home
 from host_summary import NEEDS
+from safetensors.torch import save_file
 from webui_server import KINDS, WebUIServer
 
 HERE = Path(__file__).parent
@@ -72,11 +73,14 @@ def memorising_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def webui_models(memorising_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of models for Automatic1111 and Forge: the miniature, loaded at start, and the memorising one."""
+    """A folder of models for Automatic1111 and Forge: the miniature, loaded at start, the memorising one, and a LoRA."""
     checkpoints = tmp_path_factory.mktemp("webui") / "models" / "Stable-diffusion"
     miniature.write_sd15_everywhere(checkpoints / miniature.SD15_EVERYWHERE)
     for file in (memorising_checkpoint, memorising_checkpoint.with_suffix(".yaml")):
         (checkpoints / file.name).symlink_to(file)
+    loras = checkpoints.parent / "Lora"
+    loras.mkdir()
+    save_file(miniature.lora(3), loras / miniature.LORA)
     return checkpoints.parent
 
 

@@ -40,6 +40,7 @@ OURS = {
     "DejaVuLoadReferenceSet",
     "DejaVuNearestReference",
     "DejaVuAMG",
+    "DejaVuAuditLora",
     "DejaVuGuidanceTransition",
     "DejaVuInitialNoise",
     "DejaVuTrainingFilter",
@@ -83,7 +84,7 @@ def imported_in(server: ComfyServer) -> float:
     lines = server.log().splitlines()
     start = next(i for i, line in enumerate(lines) if "Import times for custom nodes" in line)
     assert not [line for line in lines[:start] if "custom_nodes/sd-dejavu" in line or "Déjà" in line]
-    (taken,) = (line for line in lines[start:] if "custom_nodes/sd-dejavu" in line)
+    (taken,) = (line for line in lines[start:] if "custom_nodes/sd-dejavu" in line and " seconds" in line)
     return float(taken.split(" seconds")[0])
 
 

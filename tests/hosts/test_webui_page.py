@@ -59,8 +59,16 @@ def test_parameters_of_a_picture_are_pasted_back(webui: WebUIServer) -> None:
         }
 
 
-def test_our_settings_are_on_the_settings_page(webui: WebUIServer) -> None:
+def test_our_settings_and_the_audit_have_their_places(webui: WebUIServer) -> None:
     with open_webui(webui.url) as page:
+        page.browser.locator("#tabs > .tab-nav button", has_text="Déjà Vu").click()
+        page.browser.locator("#dejavu_lora_audit input").first.click()
+        assert page.browser.locator("#dejavu_lora_audit li").all_inner_texts()[-1].strip().endswith("mini-lora")
+        page.browser.keyboard.press("Escape")
+        page.browser.locator("#dejavu_begin_audit").click()
+        found = page.browser.locator("#dejavu_found_audit p")
+        found.wait_for(timeout=60_000)
+        assert "No audit: there is no reference set" in found.inner_text()
         page.settings("Déjà Vu")
         text = page.browser.locator("#settings_dejavu").inner_text()
         assert "Write verdict, score and p-value" in text and "Default alpha" in text

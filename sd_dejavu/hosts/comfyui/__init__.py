@@ -4,6 +4,7 @@ Nothing here outlives a run: the monitor works through wrappers that the host it
 model, and gradients are taken through aliases of the weights that are put back before anything else runs.
 """
 
+from .audit import audit_lora
 from .before_sampling import calibrate, examine, mitigate
 from .guidance import anti_memorization, transition
 from .initial_noise import adjust_noise
@@ -19,6 +20,7 @@ __all__ = [
     "Monitor",
     "adjust_noise",
     "anti_memorization",
+    "audit_lora",
     "calibrate",
     "conditioning_of",
     "encode_text",

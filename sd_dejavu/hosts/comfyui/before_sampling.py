@@ -15,15 +15,13 @@ from torch import Tensor
 
 from ...calibration.calibrate import PROMPTS_A_SEED, SEED_BASE, with_whole_runs
 from ...calibration.calibrate import calibrate as run_calibration
-from ...calibration.ordinary_prompts import ordinary_prompts
 from ...calibration.profile import ORDINARY_QUANTILE, Profile
 from ...conditioning import Conditioning
-from ...demo import bundled
 from ...measure import Measurement
 from ...mitigations import Mitigation, Outcome, Start
 from ...monitor import Monitoring, Report, Watch, method_for
 from .attention import RULE, heeding
-from .model import FINGERPRINT, ComfyModel, with_model
+from .model import ComfyModel, ordinary_for, with_model
 from .monitor import Monitor
 from .setting import kind_of, profile_for, setting_of
 from .text import SOURCE, Source, conditioning_of, encode_text
@@ -161,10 +159,7 @@ def calibrate(
 
     The first ``whole_runs`` of them are sampled to the end with the host's ``sampler`` at this guidance ``scale``.
     """
-    if FINGERPRINT in patcher.attachments:  # the bundled model knows no other world than its own
-        prompts = bundled.held_out_ordinary(count, 0)
-    else:
-        prompts = [prompt for prompt, _ in ordinary_prompts(count)]
+    prompts = ordinary_for(patcher, count)
     wanted = Measurement(
         images=1,
         steps=max(1, len(sigmas) - 1),

@@ -26,6 +26,7 @@ from ..aliases import differentiable
 from .model import ComfyModel, HostStep
 from .monitor import KEY, covers
 from .reference import HostReferences, picture_device
+from .text import as_typed
 
 KEPT = 4  # times the memory of a decoder's forward pass that its backward pass needs
 
@@ -175,7 +176,7 @@ def anti_memorization(
     def make(model: ComfyModel, guider: Any, x: Tensor) -> amg.AntiMemorization:
         _make_room(vae, x, (guider.model_patcher, *patchers))
         pictures = partial(_pictures, vae, guider.inner_model)
-        encode = None if model.clip is None else lambda caption: model.encode(_as_typed(caption))
+        encode = None if model.clip is None else lambda caption: model.encode(as_typed(caption))
         return amg.AntiMemorization(guard, pictures, encode, settings, lambda: differentiable(modules))
 
     return Steering(make, _steered, tell, patchers, clip)
@@ -193,11 +194,6 @@ def _make_room(vae: Any, x: Tensor, in_use: Sequence[Any]) -> None:
     needed = KEPT * vae.memory_used_decode(tuple(x.shape), vae.vae_dtype) * x.shape[0]
     own = [m for m in managed.current_loaded_models if m.model is not None and any(p.is_clone(m.model) for p in in_use)]
     managed.free_memory(needed, vae.device, keep_loaded=own)
-
-
-def _as_typed(caption: str) -> str:
-    """A training caption knows no weights: its brackets are brackets."""
-    return caption.replace("(", "\\(").replace(")", "\\)")
 
 
 def _steered(rule: amg.AntiMemorization) -> str:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ...attention import AttentionRule, watched_attention
+from ...calibration.ordinary_prompts import ordinary_prompts
 from ...conditioning import Conditioning
 from ...demo import bundled
 from ...denoiser import PredictionType, seeded_noise
@@ -62,7 +63,13 @@ class ComfyModel:
     """
 
     def __init__(
-        self, patcher: Any, inner: Any, entry: dict[str, Any], model_options: dict[str, Any], sigmas: Tensor, x: Tensor
+        self,
+        patcher: Any,
+        inner: Any,
+        entry: dict[str, Any],
+        model_options: dict[str, Any],
+        sigmas: Tensor,
+        x: Tensor,
     ) -> None:
         self._patcher, self._inner, self._entry = patcher, inner, entry
         self._options = model_options
@@ -155,21 +162,22 @@ class ComfyModel:
             self._plain_attention = before
 
 
-def fingerprint(patcher: Any) -> str:
+def fingerprint(patcher: Any, network: str = "diffusion_model") -> str:
     """16 hexadecimal digits from names, shapes and sampled values of the network's weights, patches included.
 
-    Weights that a patch has changed in place are read from the host's backup of them.
+    ``network`` is its place in the patcher's model; empty for the whole of it, as with text encoders. Weights that a
+    patch has changed in place are read from the host's backup of them.
     """
     found = _fingerprints.setdefault(patcher.model, {})
     if patcher.patches_uuid not in found:
-        found[patcher.patches_uuid] = _fingerprint(patcher)
+        found[patcher.patches_uuid] = _fingerprint(patcher, network)
     return found[patcher.patches_uuid]
 
 
 _fingerprints: WeakKeyDictionary[Any, dict[Any, str]] = WeakKeyDictionary()
 
 
-def _fingerprint(patcher: Any) -> str:
+def _fingerprint(patcher: Any, network: str) -> str:
     known = patcher.attachments.get(FINGERPRINT)
     if known is not None and not patcher.patches:
         return str(known)
@@ -177,8 +185,8 @@ def _fingerprint(patcher: Any) -> str:
     if known is not None:
         digest.update(str(known).encode())
     else:
-        for key, value in sorted(patcher.model.diffusion_model.state_dict().items()):
-            kept = patcher.backup.get(f"diffusion_model.{key}")
+        for key, value in sorted(patcher.model.get_submodule(network).state_dict().items()):
+            kept = patcher.backup.get(f"{network}.{key}" if network else key)
             sample_into(digest, key, kept.weight if kept is not None else value)
     for key in sorted(patcher.patches, key=str):
         for strength, patch, on_model, *_ in patcher.patches[key]:
@@ -204,11 +212,18 @@ def _tensors(patch: Any) -> Iterator[Tensor]:
         yield from _tensors(patch.weights)
 
 
+def ordinary_for(patcher: Any, count: int) -> list[str]:
+    """Ordinary prompts of the world that a model knows: the bundled one knows no other than its own."""
+    if FINGERPRINT in patcher.attachments:
+        return bundled.held_out_ordinary(count, 0)
+    return [prompt for prompt, _ in ordinary_prompts(count)]
+
+
 class _Body(comfy.samplers.Sampler):
     """Runs a function where a sampler would run: models loaded, conditionings processed."""
 
-    def __init__(self, work: Callable[[ComfyModel, Tensor, Tensor], Any]) -> None:
-        self._work = work
+    def __init__(self, work: Callable[[Any, Tensor, Tensor], Any], make: Callable[..., ComfyModel]) -> None:
+        self._work, self._make = work, make
         self.result: Any = None
 
     def sample(  # the host's signature
@@ -223,7 +238,7 @@ class _Body(comfy.samplers.Sampler):
         disable_pbar: bool = False,
     ) -> Tensor:
         entry = model_wrap.conds["positive"][0]
-        model = ComfyModel(
+        model = self._make(
             model_wrap.model_patcher, model_wrap.inner_model, entry, extra_args["model_options"], sigmas, noise
         )
         sampling = model_wrap.inner_model.model_sampling
@@ -239,11 +254,15 @@ def with_model(
     latent: Tensor,
     noise: Tensor,
     sigmas: Tensor,
-    work: Callable[[ComfyModel, Tensor, Tensor], Any],
+    work: Callable[[Any, Tensor, Tensor], Any],
+    make: Callable[..., ComfyModel] = ComfyModel,
 ) -> Any:
-    """``work(model, x, sigma)`` at the start of the run that a sampler would make of this noise and these sigmas."""
+    """``work(model, x, sigma)`` at the start of the run that a sampler would make of this noise and these sigmas.
+
+    ``make`` is the kind of model that ``work`` is given.
+    """
     guider = comfy.samplers.CFGGuider(patcher)
     guider.set_conds(positive, positive)
-    body = _Body(work)
+    body = _Body(work, make)
     guider.sample(noise, latent, body, sigmas, disable_pbar=True)
     return body.result

@@ -92,6 +92,11 @@ def encode(clip: Any, text: str) -> Conditioning:
     return Conditioning(rows, extras, text, words_as_typed(text), known, reencoding)
 
 
+def as_typed(caption: str) -> str:
+    """A training caption knows no weights: its brackets are brackets."""
+    return caption.replace("(", "\\(").replace(")", "\\)")
+
+
 def _read_without_encoder(text: str, rows: Tensor) -> tuple[tuple[Word, ...], tuple[TokenRow, ...]]:
     """Words and tokens by CLIP's own tokenizer; both empty where the rows are not CLIP's."""
     if rows.shape[1] % CLIP_CHUNK or rows.shape[2] == T5_WIDTH:

@@ -187,6 +187,19 @@ class Automatic1111:
         with torch.enable_grad():
             yield
 
+    def chosen_model(self) -> Any:
+        """The checkpoint that runs are made with, loaded."""
+        from modules import shared
+
+        return shared.sd_model
+
+    def latents_of(self, step: Step, pictures: Tensor) -> Tensor:
+        """Pictures [B, 3, height, width] in 0..1 -> latents [B, C, H, W] as the model has them."""
+        return _encoded(step, pictures)
+
+    def load_encoders(self, step: Step) -> None:
+        """The text encoders are where their LoRAs act: here they always are."""
+
     def loras(self, step: Step) -> str:
         import sys
 
@@ -310,12 +323,43 @@ class Forge:
         memory_management.load_models_gpu([self._unet(step), vae.patcher])
         return vae
 
+    def chosen_model(self) -> Any:
+        """The checkpoint that runs are made with: the host loads another one only when a run begins."""
+        from modules import sd_models
+
+        model, _ = sd_models.forge_model_reload()
+        return model
+
+    def latents_of(self, step: Step, pictures: Tensor) -> Tensor:
+        """Pictures [B, 3, height, width] in 0..1 -> latents [B, C, H, W] as the model has them."""
+        from backend import memory_management
+
+        latents = _encoded(step, pictures)
+        memory_management.load_models_gpu([self._unet(step)])  # may have been moved out for the autoencoder
+        return latents
+
+    def load_encoders(self, step: Step) -> None:
+        """The host takes LoRAs off a text encoder that it moves out: this brings it back with them."""
+        from backend import memory_management
+
+        memory_management.load_models_gpu([self._unet(step), step.sd_model.forge_objects.clip.patcher])
+
     def loras(self, step: Step) -> str:
         current = str(getattr(step.sd_model, "current_lora_hash", ""))
         return "" if current == "[]" else current
 
     def _unet(self, step: Step) -> Any:
         return step.denoiser.inner_model.inner_model.forge_objects.unet
+
+
+def _encoded(step: Step, pictures: Tensor) -> Tensor:
+    """The hosts draw from the encoder's posterior: always the same, and without touching the run's random numbers."""
+    from modules import sd_samplers_common
+
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        latents: Tensor = sd_samplers_common.images_tensor_to_samples(pictures, 0, step.sd_model)
+    return latents.to(step.x.device).float()
 
 
 @contextmanager

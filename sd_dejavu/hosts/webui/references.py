@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,12 +16,19 @@ from .guidance import GuidedModel
 WEIGHTS = "features"  # the folder beside the sets for the files of feature networks (SSCD), whatever their names
 
 
+@dataclass(frozen=True)
+class KnownSet(Guard):
+    """A reference set with the features that it was made with."""
+
+    references: ReferenceSet
+
+
 def names(folder: Path) -> list[str]:
     """The sets that 'sd-dejavu refset build' has made in this folder, or the user has copied there."""
     return sorted(path.stem for path in folder.glob("*.safetensors"))
 
 
-def guard_of(folder: Path, name: str) -> Guard:
+def guard_of(folder: Path, name: str) -> KnownSet:
     """One of :func:`names`. Raises ValueError for any other name, or where its features are not at hand."""
     if name not in names(folder):
         known = ", ".join(names(folder)) or "none yet"
@@ -30,13 +38,13 @@ def guard_of(folder: Path, name: str) -> Guard:
 
 
 @lru_cache(maxsize=2)
-def _guard(path: Path, changed: int) -> Guard:
+def _guard(path: Path, changed: int) -> KnownSet:
     """The file is read again when its time of change is another."""
     references = ReferenceSet.load(path)
     faults = []
     for weights in ["", *sorted(str(p) for p in (path.parent / WEIGHTS).glob("*") if p.is_file())]:
         try:
-            return Guard(same_features(references, weights, "cpu"), references, references.captions)
+            return KnownSet(same_features(references, weights, "cpu"), references, references.captions)
         except ValueError as error:
             faults.append(str(error))
     raise ValueError(f"the features of the reference set {path.stem} are not at hand: {faults[-1]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,6 +12,15 @@ from torch import Tensor
 
 from ...conditioning import Conditioning, EncoderInput, Reencoding, rows_of_chunks
 from ...prompt_weights import parse, words_as_typed
+
+
+def as_typed(caption: str) -> str:
+    """A training caption knows no syntax of the hosts': what would be read as weights, joins or networks is text.
+
+    The words that join prompts do so in capitals only, which CLIP does not tell apart.
+    """
+    joined = re.sub(r"\b(AND|BREAK)\b", lambda word: word[0].lower(), caption)
+    return re.sub(r"([\\()\[\]])", r"\\\1", re.sub(r"<(?=\w+:)", "< ", joined))
 
 
 def engines_of(sd_model: Any) -> list[Any]:

@@ -1,0 +1,98 @@
+"""Audit: does this LoRA copy the pictures it was trained with?"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+
+from ..sd_dejavu.calibration.calibrate import PROMPTS_A_SEED
+from ..sd_dejavu.hosts import comfyui
+from ..sd_dejavu.hosts.comfyui.audit import Loaded, Start
+from ..sd_dejavu.measure import Measurement
+from ..sd_dejavu.report.audit_picture import audit_pictures
+from ..sd_dejavu.report.audit_rows import as_markdown, ranked, row_as_json, sentence, thumbnails_of
+from ..sd_dejavu.training.audit import AuditSettings
+from . import sockets
+
+
+class AuditLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DejaVuAuditLora",
+            display_name="Audit LoRA (Déjà Vu)",
+            category=sockets.CATEGORY,
+            description="Does my LoRA copy its training set? Measures every caption of it, and draws the worst ones again. Stopped, it goes on when run again.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model with the LoRA."),
+                io.Clip.Input("clip", tooltip="Its text encoder, with the LoRA."),
+                io.Vae.Input("vae", tooltip="Its autoencoder."),
+                sockets.References.Input(
+                    "references", tooltip="The training set, with its captions: from Build or Load Reference Set."
+                ),
+                io.Latent.Input("latent_image", tooltip="An empty latent of the size that was trained on."),
+                *sockets.inputs_of(AuditSettings, leave_out=("sweep", "strength_steps", "partition")),
+                *sockets.inputs_of(Measurement, leave_out=("score", "negative", "without", "alpha")),
+                io.Model.Input(
+                    "base_model",
+                    optional=True,
+                    tooltip="The model without the LoRA. With it, what counts is what the LoRA adds.",
+                ),
+                io.Clip.Input(
+                    "base_clip",
+                    optional=True,
+                    tooltip="Its text encoder without the LoRA, where the LoRA changes it; left open, that of the model.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(display_name="table", tooltip="All training pictures, worst first, as Markdown."),
+                io.Image.Output(
+                    display_name="worst pictures", tooltip="Each training picture beside those drawn of its caption."
+                ),
+                io.String.Output(display_name="report", tooltip="The same rows as JSON, with all that was found."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        vae: Any,
+        references: Any,
+        latent_image: dict[str, Any],
+        base_model: Any = None,
+        base_clip: Any = None,
+        **settings: Any,
+    ) -> io.NodeOutput:
+        if base_model is None and base_clip is not None:
+            raise ValueError("a base clip alone makes no base model: link the model without the LoRA too")
+        # Results do not depend on the size of the pieces; small ones are shown and kept sooner.
+        wanted = sockets.settings_of(AuditSettings, {**settings, "partition": PROMPTS_A_SEED})
+        measurement = sockets.settings_of(Measurement, settings)
+        latent, noise, sigmas = sockets.start_of(
+            model, latent_image, measurement.seed, measurement.steps, "euler", "normal", 1.0
+        )
+        found, subject = comfyui.audit_lora(
+            Loaded(model, clip),
+            Loaded(base_model, base_clip or clip) if base_model is not None else None,
+            vae,
+            references,
+            Start(latent[:1], noise[:1], sigmas),
+            wanted,
+            measurement,
+            sockets.audits_folder(),
+        )
+        pictures = audit_pictures(found, thumbnails_of(found, subject))
+        return io.NodeOutput(
+            as_markdown(found),
+            torch.cat([sockets.image_of(picture) for picture in pictures]),
+            json.dumps([row_as_json(row) for row in ranked(found)], ensure_ascii=False),
+            ui={"text": [f"{sentence(found)}."]},
+        )
+
+
+NODES = [AuditLora]

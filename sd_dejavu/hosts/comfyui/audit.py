@@ -1,0 +1,181 @@
+"""The audit of a training set in ComfyUI: each piece of work is done in a run of the host's own.
+
+What is finished is kept below one folder, each audit in a folder of its own, so an interrupted one goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+from torch import Tensor
+
+from ...conditioning import Conditioning
+from ...measure import Measurement
+from ...reference.features import Metric
+from ...training.audit import Audit, AuditSettings, Subject, audit, entries_of, identity, sampled
+from ...training.ledger import Ledger
+from ...training.tasks import Task, Trained, Variant, Work, nothing_apart
+from .model import ComfyModel, fingerprint, ordinary_for, with_model
+from .reference import HostReferences, picture_device
+from .text import as_typed, encode_text
+
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its text encoder, as the host's loaders give them."""
+
+    patcher: Any
+    clip: Any
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with: its latent, noise and sigmas."""
+
+    latent: Tensor
+    noise: Tensor
+    sigmas: Tensor
+
+
+class TrainedModel(ComfyModel):
+    """A model with both ends of its autoencoder; it reads captions as they are, without weights."""
+
+    def __init__(self, vae: Any, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._vae = vae
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        scale = self._vae.spacial_compression_encode()
+        return self.latent_shape[-2] * scale, self.latent_shape[-1] * scale
+
+    def encode(self, prompt: str) -> Conditioning:
+        return super().encode(as_typed(prompt))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        with self._elsewhere():
+            pictures: Tensor = self._vae.decode(self._inner.process_latent_out(latents))
+        return pictures.movedim(-1, 1).float().cpu()
+
+    def latents_of(self, pictures: Tensor) -> Tensor:
+        with self._elsewhere():
+            latents: Tensor = self._vae.encode(pictures.movedim(1, -1))
+        found: Tensor = self._inner.process_latent_in(latents.to(self._device)).float()
+        return found
+
+    @contextmanager
+    def _elsewhere(self) -> Iterator[None]:
+        """The host may move the model out for the autoencoder: afterwards it is where the run needs it."""
+        yield
+        comfy.model_management.load_models_gpu([self._patcher])
+
+
+class _Features:
+    """Those of a reference set, by networks that the host may have moved out."""
+
+    def __init__(self, guard: HostReferences) -> None:
+        self._guard = guard
+
+    @property
+    def name(self) -> str:
+        return self._guard.features.name
+
+    @property
+    def metric(self) -> Metric:
+        return self._guard.features.metric
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        self._guard.networks.load()
+        return self._guard.features(pictures.to(picture_device()))
+
+
+def audit_lora(
+    trained: Loaded,
+    base: Loaded | None,
+    vae: Any,
+    guard: HostReferences,
+    start: Start,
+    wanted: AuditSettings,
+    measurement: Measurement,
+    folder: Path,
+) -> tuple[Audit, Subject]:
+    """Which captions of a reference set bring their pictures back. With a ``base`` it is the gain over it that counts.
+
+    Raises ValueError where there is nothing to measure.
+    """
+    _check(vae, start)
+    entries = sampled(entries_of(guard.references), wanted.sample, measurement.seed)
+    subject = Subject(entries, guard.references, _Features(guard))
+    ordinary = ordinary_for(trained.patcher, wanted.nulls)
+    begun = {
+        "model": _name(trained),
+        "base": _name(base) if base is not None else "",
+        "vae": fingerprint(vae.patcher, ""),
+        "dataset": identity(entries),
+        "ordinary_prompts": hashlib.sha256(json.dumps(ordinary).encode()).hexdigest()[:16],
+        "latent": list(start.latent.shape[1:]),
+        "partition": wanted.partition,
+        **asdict(measurement),
+    }
+    place = hashlib.sha256(json.dumps(begun).encode()).hexdigest()[:16]
+    bar = comfy.utils.ProgressBar(1)
+
+    def engine(
+        tasks: Sequence[Task], load: Callable[[Variant], Trained], work: Work
+    ) -> Iterator[tuple[Task, list[dict[str, Any]]]]:
+        for task in tasks:
+            asked = base if task.variant.base and base is not None else trained
+            yield task, _done(asked, vae, start, work, task)
+
+    found = audit(
+        subject,
+        [],
+        ordinary,
+        nothing_apart,
+        Work(measurement, BATCH),
+        Ledger(folder / place, begun),
+        wanted,
+        engine,
+        lambda stage, done, total: bar.update_absolute(done, total),
+        base is not None,
+    )
+    return found, subject
+
+
+def _check(vae: Any, start: Start) -> None:
+    if vae is None:
+        raise ValueError("the VAE input is empty: the checkpoint that was loaded may hold no autoencoder")
+    vae.throw_exception_if_invalid()
+    if vae.latent_dim != 2 or start.latent.ndim != 4:
+        raise ValueError("this model makes no single pictures, so it cannot be compared with training pictures")
+
+
+def _done(asked: Loaded, vae: Any, start: Start, work: Work, task: Task) -> list[dict[str, Any]]:
+    """The values of one piece of work, in a run of the host's own."""
+    asked.clip.load_model()  # a base model may share its text encoder: the LoRA's patches must be on it, or off
+    found: list[dict[str, Any]] = with_model(
+        asked.patcher,
+        encode_text(asked.clip, ""),
+        start.latent,
+        start.noise,
+        start.sigmas,
+        lambda model, x, sigma: work(model, task),
+        partial(TrainedModel, vae),
+    )
+    return found
+
+
+def _name(loaded: Loaded) -> list[Any]:
+    clip = loaded.clip
+    return [fingerprint(loaded.patcher), fingerprint(clip.patcher, ""), clip.layer_idx]

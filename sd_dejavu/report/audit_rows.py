@@ -1,0 +1,146 @@
+"""What every front end says of an audit: the finding in words, its rows worst first, as JSON and as a table."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from typing import Any
+
+from ..measure import Measurement
+from ..training.audit import Audit, AuditSettings, Row, Subject
+from .wording import number
+
+
+def sentence(audit: Audit) -> str:
+    """The finding in one sentence, without a full stop at the end."""
+    named, copied, all_of_them = len(audit.flagged), len(audit.copied), len(audit.rows)
+    what = "captions" if audit.counts == "magnitude" else "training pictures"
+    drawn = sum(row.copies is not None for row in audit.rows)
+    told = f"{named:,} of {all_of_them:,} {what} {'is' if named == 1 else 'are'} named as memorised"
+    if not named:
+        told = f"None of {all_of_them:,} {what} is named as memorised"
+    if drawn:
+        told += f"; of {drawn:,} that were drawn again, {copied or 'none'} came out as {'a copy' if copied == 1 else 'copies'}"
+    return told if audit.begins is None else f"{told}; memorisation starts at epoch {audit.begins}"
+
+
+def notes(audit: Audit) -> list[str]:
+    """What one must know to read it."""
+    told = [
+        f"Of those named, in expectation at most {audit.false_discovery_rate:.0%} are named wrongly (Benjamini & "
+        f"Hochberg, against {audit.nulls:,} ordinary prompts)."
+    ]
+    if audit.least_named > 1:
+        told.append(
+            f"With so many captions, at least {audit.least_named:,} must stand out together for any to be named: "
+            "raise the number of ordinary prompts to name fewer."
+        )
+    if audit.counts == "magnitude":
+        told.append("There were captions only, so nothing could be compared with the training pictures.")
+    counts = "What counts is how much more each caption leads towards its own training picture than to others"
+    if audit.counts == "contrast":
+        told.append(f"{counts}. Name the base model to leave out what it does already.")
+    if audit.counts == "gain":
+        told.append(f"{counts}, beyond what it does on the base model.")
+    if audit.copy_threshold is None and audit.counts != "magnitude":
+        told.append("For these features no similarity is established from which a picture is a copy.")
+    unmeasured = sum(row.q_value is None for row in audit.rows)
+    if unmeasured:
+        told.append(f"{unmeasured:,} could not be measured: their rows say why.")
+    return told
+
+
+def verdict_of(row: Row) -> str:
+    """'Copied', 'Named', 'Not named' or 'Not measured'."""
+    if row.copies:
+        return "Copied"
+    return {True: "Named", False: "Not named", None: "Not measured"}[row.flagged]
+
+
+def ranked(audit: Audit) -> list[Row]:
+    """The rows, worst first: copied ones, then those named, then by their q-value."""
+    return sorted(audit.rows, key=_rank)
+
+
+def _rank(row: Row) -> tuple[bool, bool, float, float]:
+    return (not row.copies, not row.flagged, 2.0 if row.q_value is None else row.q_value, -(row.score or 0.0))
+
+
+def row_as_json(row: Row) -> dict[str, Any]:
+    """Plain values, without the pictures."""
+    values = {f.name: getattr(row, f.name) for f in fields(Row) if f.name != "pictures"}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def as_json(audit: Audit, model: str, loras: list[str]) -> dict[str, Any]:
+    """The whole finding as plain values, without the pictures."""
+    return {
+        "format": "dejavu-audit",
+        "schema_version": 1,
+        "model": model,
+        "loras": loras,
+        "sentence": sentence(audit),
+        "counts": audit.counts,
+        "nulls": audit.nulls,
+        "false_discovery_rate": audit.false_discovery_rate,
+        "least_named": audit.least_named,
+        "begins": audit.begins,
+        "strengths": [asdict(point) for point in audit.strengths],
+        "epochs": [asdict(point) for point in audit.epochs],
+        "skipped": list(audit.skipped),
+        "rows": [row_as_json(row) for row in audit.rows],
+    }
+
+
+def as_markdown(audit: Audit) -> str:
+    """The finding, then a table of all rows, worst first."""
+    head = ["verdict", "picture", "caption", audit.counts, "p", "q", "copies", "suggestion"]
+    lines = [_line(head), _line(["---"] * len(head)), *(_line(_cells(row)) for row in ranked(audit))]
+    return "\n\n".join([f"{sentence(audit)}.", "\n".join(lines), "\n".join(notes(audit))])
+
+
+def thumbnails_of(audit: Audit, subject: Subject) -> dict[str, bytes]:
+    """The training picture (a JPEG file) of each row that was drawn, by its name."""
+    if subject.reference is None:
+        return {}
+    rows = {entry.image: entry.row for entry in subject.entries}
+    return {
+        row.image: bytes(subject.reference.thumbnails[number])
+        for row in audit.rows
+        if row.pictures and (number := rows[row.image]) is not None
+    }
+
+
+def settings_shown(
+    audit: Audit, wanted: AuditSettings, measurement: Measurement, subject: Subject
+) -> dict[str, object]:
+    """What a report says of how it was made."""
+    return {
+        "False discovery rate": f"{wanted.false_discovery_rate:g}",
+        "Ordinary prompts": audit.nulls,
+        "Pictures a caption": measurement.images,
+        "Steps": measurement.steps,
+        "Seed": measurement.seed,
+        "Compared by": "captions alone" if subject.reference is None else subject.reference.features,
+    }
+
+
+def _cells(row: Row) -> list[str]:
+    return [
+        verdict_of(row),
+        _as_text(row.image),
+        _as_text(row.caption),
+        "" if row.score is None else number(row.score),
+        "" if row.p_value is None else f"{row.p_value:.2g}",
+        "" if row.q_value is None else f"{row.q_value:.2g}",
+        "" if row.copies is None else f"{row.copies} of {row.drawn}",
+        _as_text(row.suggestion or row.why),
+    ]
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _as_text(text: str) -> str:
+    """On one line, and without what would begin another cell."""
+    return " ".join(text.split()).replace("|", "\\|")

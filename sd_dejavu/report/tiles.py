@@ -1,0 +1,54 @@
+"""Pictures side by side with lines of text below each, as one picture. For hosts that pass images."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from .picture import Pixels
+
+SIDE, GAP, SIZE, LINE = 256, 16, 16, 22
+_INK, _MARKED = (24, 24, 28), (170, 60, 0)
+
+
+def side_by_side(tiles: Sequence[Image.Image], texts: Sequence[Sequence[str]], marked: int = 0) -> Pixels:
+    """uint8 [H, W, 3]; equal sizes for equal counts of tiles and lines. ``marked`` headings at the left stand out."""
+    font = ImageFont.load_default(SIZE)
+    lines = max(len(text) for text in texts)
+    width = GAP + len(tiles) * (SIDE + GAP)
+    picture = Image.new("RGB", (width, 2 * GAP + SIDE + lines * LINE + GAP), "white")
+    draw = ImageDraw.Draw(picture)
+    for number, (tile, text) in enumerate(zip(tiles, texts, strict=True)):
+        left = GAP + number * (SIDE + GAP)
+        fitted = _fitted(tile)
+        picture.paste(fitted, (left + (SIDE - fitted.width) // 2, GAP + (SIDE - fitted.height) // 2))
+        for place, line in enumerate(text):
+            top = 2 * GAP + SIDE + place * LINE
+            heading = _MARKED if number < marked else _INK
+            draw.text((left, top), _cut(line, font), fill=heading if place == 0 else _INK, font=font)
+    return np.asarray(picture).copy()
+
+
+def opened(data: bytes) -> Image.Image:
+    """A picture file of our own making: a thumbnail (JPEG), or a drawn picture (PNG)."""
+    with Image.open(io.BytesIO(data), formats=["JPEG", "PNG"]) as image:
+        return image.convert("RGB")
+
+
+def _fitted(tile: Image.Image) -> Image.Image:
+    """As large as SIDE allows; small pictures keep their hard edges."""
+    scale = SIDE / max(tile.size)
+    size = (max(1, round(tile.width * scale)), max(1, round(tile.height * scale)))
+    return tile.resize(size, Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS)
+
+
+def _cut(line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """With an ellipsis where it is wider than a tile."""
+    if font.getlength(line) <= SIDE:
+        return line
+    while line and font.getlength(line + "…") > SIDE:
+        line = line[:-1]
+    return line + "…"
