@@ -7,7 +7,7 @@ The results come from these commands, one after the other on an idle machine:
     sd-dejavu bench --negatives-count 100 --json benchmarks/results/bench.json
     python benchmarks/tables.py
     python benchmarks/amg_thresholds.py
-    sd-dejavu compare --json benchmarks/results/compare.json --out docs
+    sd-dejavu compare --pairs 20 --ordinary 10 --json benchmarks/results/compare.json --out docs
     python benchmarks/first_step.py --images 1 --json benchmarks/results/first_step.json
     python benchmarks/optimisation.py --json benchmarks/results/optimisation.json
     python benchmarks/training_filter.py --steps 450 --seeds 0 --pool 5000 --images 2 --sampling-steps 25 \\
@@ -163,7 +163,7 @@ classifier (Li et al., ICCV 2023): the share of nine captions of other things un
 worse than under the caption without its trigger (0.5 is chance; hard pairs only). Pictures drawn from those same captions
 without triggers score {reference:.2f}. An ordinary picture is untouched when it is the same bit for bit, its change is the
 root mean square in 0 to 1. Seconds include the mitigation: the median over the captions of its time against that of plain
-drawing, all methods in turn.{memory(found)}
+drawing, all methods in turn, so that other work on the machine slows all alike.{memory(found)}
 
 No copy among {drawn} still allows a share of up to {wilson(0, drawn)[1]:.2f}. {amg()}{ineffective(rows)}"""
 
@@ -237,7 +237,7 @@ def training() -> str:
     by_arm = {(row["arm"], row["repetitions"]): row for row in found["rows"]}
     head = [
         "filter",
-        *(f"{count} times" for count in counts),
+        *(f"× {count}" for count in counts),
         "50 and more (95%)",
         "ordinary loss",
         "caption score",
