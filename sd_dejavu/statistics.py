@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+Item = TypeVar("Item")
 Z95 = 1.959963984540054
 _RESAMPLES = 2000
 
@@ -72,3 +74,10 @@ def kolmogorov_uniform(p_values: Sequence[float]) -> tuple[float, float]:
     terms = np.arange(1, 101)
     tail = 2 * float(((-1.0) ** (terms - 1) * np.exp(-2 * terms**2 * t**2)).sum())
     return distance, min(1.0, max(0.0, tail))
+
+
+def spread(items: Sequence[Item], count: int | None) -> list[Item]:
+    """``count`` of the items at even distances, or all of them."""
+    if count is None or count >= len(items):
+        return list(items)
+    return [items[number * len(items) // count] for number in range(count)]

@@ -19,6 +19,7 @@ from rich.table import Table
 from ..calibration.profile import Profile
 from ..measure import Measurement
 from ..report.scatter import Mark, scatter_chart
+from ..statistics import spread
 from . import common
 
 if TYPE_CHECKING:
@@ -80,13 +81,6 @@ def _chosen(names: Sequence[str] | None, known: dict[str, Any]) -> dict[str, Any
     if unknown:
         raise ValueError(f"there is no method {', '.join(sorted(unknown))}: use some of {', '.join(known)}")
     return {name: settings for name, settings in known.items() if names is None or name in names}
-
-
-def spread(items: Sequence[Any], count: int | None) -> list[Any]:
-    """``count`` of the items at even distances, or all of them."""
-    if count is None or count >= len(items):
-        return list(items)
-    return [items[number * len(items) // count] for number in range(count)]
 
 
 def record_of(row: MitigationRow) -> dict[str, Any]:

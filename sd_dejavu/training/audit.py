@@ -40,7 +40,7 @@ from ..reference.nearest import copy_threshold
 from ..reference.pictures import open_picture, to_tensor
 from ..reference.reference_set import NEIGHBOURHOOD, ReferenceSet
 from ..settings import option, validate
-from ..statistics import benjamini_hochberg
+from ..statistics import benjamini_hochberg, spread
 from .alignment import COMPARED, NEAREST_OF, contrast
 from .ledger import Ledger
 from .tasks import Engine, Task, Trained, Variant, Work, one_process
@@ -182,13 +182,6 @@ def judged(scores: Sequence[float | None], nulls: Sequence[float]) -> Judged:
     p = [None if count is None else (1 + count) / (len(ordered) + 1) for count in above]
     q = iter(benjamini_hochberg([value for value in p if value is not None]))
     return Judged(tuple(p), tuple(None if value is None else next(q) for value in p))
-
-
-def spread(items: Sequence[Any], count: int) -> list[Any]:
-    """``count`` of the items at even distances, or all of them."""
-    if count >= len(items):
-        return list(items)
-    return [items[number * len(items) // count] for number in range(count)]
 
 
 def least_named(captions: int, nulls: int, rate: float) -> int:
@@ -542,7 +535,7 @@ class _Judge:
             similarity,
             self._words.get(case.caption),
             near_duplicates=self._near(case) if flag or copies else (),
-            why=value.get("why", ""),
+            why=value.get("why") or base.get("why", ""),
             pictures=self._drawn.get(case.caption, ()),
         )
 

@@ -32,7 +32,7 @@ from sd_dejavu.reference.features import Grey
 from sd_dejavu.report.audit_html import AuditPage, render_audit
 from sd_dejavu.report.audit_rows import notes, sentence
 from sd_dejavu.similarity import COPY_THRESHOLD, grey_correlation
-from sd_dejavu.statistics import benjamini_hochberg
+from sd_dejavu.statistics import benjamini_hochberg, spread
 from sd_dejavu.training.alignment import alignment, as_trained, contrast
 from sd_dejavu.training.audit import (
     Audit,
@@ -49,7 +49,6 @@ from sd_dejavu.training.audit import (
     lora_files,
     of_ordinary,
     sampled,
-    spread,
     suggestion,
 )
 from sd_dejavu.training.ledger import Ledger
