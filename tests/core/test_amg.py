@@ -166,7 +166,7 @@ def test_the_guided_prediction_is_that_of_the_papers_equations(terms, sigma) -> 
     guard, step = guard_of(), step_of(images=4, sigma=sigma)
     settings = Settings(threshold=-1, threshold_rise=0, **{"dissimilarity": 0.01, "despecification": 2, **TERMS[terms]})
     shifted = replace(settings, threshold=0.3) if terms != "constant strength" else settings
-    rule = AntiMemorization(guard, decode, ENCODE, shifted)
+    rule = AntiMemorization(guard, decode, ENCODE, shifted, "epsilon")
     found, expected = rule(step), in_the_papers_scale(step, guard, shifted)
     assert rule.acted[0].any()
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
@@ -179,7 +179,7 @@ def test_pictures_below_the_threshold_are_left_bit_for_bit() -> None:
     s = guard.references.search(guard.features(decode(step.plain)), 1).similarity[:, 0]
     middle = float(s.sort().values[2:4].mean())
     for threshold, acting in ((1.0, torch.zeros(6, dtype=torch.bool)), (middle, s > middle)):
-        rule = AntiMemorization(guard, decode, ENCODE, Settings(threshold=threshold, threshold_rise=0))
+        rule = AntiMemorization(guard, decode, ENCODE, Settings(threshold=threshold, threshold_rise=0), "epsilon")
         found = rule(step)
         assert rule.acted[0].tolist() == acting.tolist()
         for image in range(6):
@@ -198,7 +198,7 @@ def test_captions_are_encoded_once_and_captions_of_one_length_share_an_evaluatio
         asked.append(tuple(conditioning.rows.shape[:2]))
         return step.predict(conditioning)
 
-    rule = AntiMemorization(guard, decode, encode, Settings(threshold=-1, despecification=0))
+    rule = AntiMemorization(guard, decode, encode, Settings(threshold=-1, despecification=0), "epsilon")
     asking = replace(step, predict=predict)
     index = guard.references.search(guard.features(decode(step.plain)), 1).index[:, 0].tolist()
     captions = {CAPTIONS[i] for i in index} - {""}
@@ -274,7 +274,7 @@ def test_an_unconditional_model_stops_copying_and_its_other_pictures_stay(traini
     plain = drawn(None)
     copied = nearest(training, plain) > COPY
     assert 0.25 <= float(copied.float().mean()) <= 0.75  # half of its mass is memorised
-    rule = AntiMemorization(training, pictures, None, UNCONDITIONAL)
+    rule = AntiMemorization(training, pictures, None, UNCONDITIONAL, "epsilon")
     found = drawn(rule)
     acted = torch.stack(rule.acted).any(0)
     assert not bool((nearest(training, found) > COPY).any())
@@ -283,7 +283,7 @@ def test_an_unconditional_model_stops_copying_and_its_other_pictures_stay(traini
     assert torch.equal(same, ~acted) and int(same.sum()) >= 12
     # What they became is no noise: as broad as the law they come from (its standard deviation is .5).
     assert float(found[copied].std()) == pytest.approx(0.5, abs=0.1)
-    off = AntiMemorization(training, pictures, None, replace(UNCONDITIONAL, dissimilarity=0))
+    off = AntiMemorization(training, pictures, None, replace(UNCONDITIONAL, dissimilarity=0), "epsilon")
     assert torch.equal(drawn(off), plain)  # the other two terms have nothing to take back
 
 
@@ -317,7 +317,7 @@ def test_diffusers_ddpm_pipeline_is_guarded_and_left_as_it_was(pipeline, trainin
     plain = through(pipeline)
     copied = nearest(training, plain) > COPY
     assert 3 <= int(copied.sum()) <= 9
-    rule = AntiMemorization(training, pictures, None, UNCONDITIONAL)
+    rule = AntiMemorization(training, pictures, None, UNCONDITIONAL, "epsilon")
     with guarded(pipeline, rule):
         found = through(pipeline)
     assert not bool((nearest(training, found) > COPY).any())
