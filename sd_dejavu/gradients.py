@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from .conditioning import Conditioning
 from .denoiser import Denoiser, Model, Predictions
 from .detectors.magnitude import magnitude
-from .memory import OutOfMemory, in_pieces, release
+from .memory import OutOfMemory, in_pieces, release, telling
 
 R = TypeVar("R")
 
@@ -148,13 +148,13 @@ def with_gradients(model: Model, work: Callable[[], R], checkpointing: bool = Fa
     ``checkpointing`` recomputes activations from the first try on.
     """
     try:
-        with model.differentiable(checkpointing):
+        with telling(), model.differentiable(checkpointing):
             return work()
     except OutOfMemory:
         if checkpointing:
             raise
     release()
-    with model.differentiable(True):
+    with telling(), model.differentiable(True):
         return work()
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-R = TypeVar("R")
+R, T = TypeVar("R"), TypeVar("T")
 
 _MARKS = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
 _MEMINFO = Path("/proc/meminfo")
@@ -47,6 +48,28 @@ def free_memory(device: torch.device) -> int | None:
     return None
 
 
+@contextmanager
+def telling() -> Iterator[None]:
+    """Raises OutOfMemory for whatever means, within the block, that memory was short."""
+    try:
+        yield
+    except Exception as error:  # sorted out by what it says: each device raises its own
+        if not ran_out(error):
+            raise
+        raise OutOfMemory(too_large(error)) from error
+
+
+def one_by_one(work: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]) -> list[R | OutOfMemory]:
+    """``work(items)``, a result an item; where memory runs out, item by item, with the fault of each that does not fit."""
+    try:
+        with telling():
+            return list(work(items))
+    except OutOfMemory as error:
+        fault = OutOfMemory(str(error))  # without what it has seen, which holds on to memory
+    release()
+    return [fault] if len(items) == 1 else [found for item in items for found in one_by_one(work, [item])]
+
+
 def in_pieces(work: Callable[[int, int], R], count: int, at_once: int) -> Iterator[R]:
     """``work(start, stop)`` for all of ``count`` pictures in turn, at most ``at_once`` together.
 
@@ -57,12 +80,11 @@ def in_pieces(work: Callable[[int, int], R], count: int, at_once: int) -> Iterat
     while start < count:
         stop = min(start + size, count)
         try:
-            done = work(start, stop)
-        except Exception as error:  # sorted out by what it says: each device raises its own
-            if not ran_out(error):
-                raise
+            with telling():
+                done = work(start, stop)
+        except OutOfMemory:
             if stop - start == 1:
-                raise OutOfMemory(too_large(error)) from error
+                raise
         else:
             yield done
             start = stop

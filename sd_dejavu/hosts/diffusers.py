@@ -193,7 +193,10 @@ class DiffusersModel:
 
     @torch.no_grad()
     def latents_of(self, pictures: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in 0..1 -> latents [B, C, h, w] in fp32, the encoder's most likely ones."""
+        """Pictures [B, 3, H, W] in 0..1 -> latents [B, C, h, w] in fp32, the encoder's most likely ones; in turn."""
+        return torch.cat(list(in_pieces(lambda a, b: self._latents_of(pictures[a:b]), len(pictures), 1)))
+
+    def _latents_of(self, pictures: Tensor) -> Tensor:
         encoded = self._vae.encode((pictures * 2 - 1).to(self.device, self._vae.dtype))
         latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
         shift = getattr(self._vae.config, "shift_factor", None) or 0.0
