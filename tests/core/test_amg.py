@@ -174,6 +174,52 @@ def test_the_guided_prediction_is_that_of_the_papers_equations(terms, sigma) -> 
     assert (changed == 0) == (terms == "none")
 
 
+@pytest.mark.parametrize(("kind", "level"), [("v_prediction", 2.0), ("flow", 0.3), ("flow", 0.8), ("flow", 0.93)])
+@pytest.mark.parametrize("terms", ["all", "dissimilarity"])
+def test_v_and_flow_models_are_guided_by_the_same_equations(kind, level, terms) -> None:
+    """A flow model's x = (1 - s) x0 + s noise over (1 - s) is the paper's, at sigma = s / (1 - s)."""
+    guard, model = guard_of(), LinearDenoiser(prediction_type=kind, gain=0.3)
+    x, levels = 2 * seeded_noise((1, 2, 2), 0, 4), torch.full((4,), level)
+
+    def predict(conditioning: Conditioning) -> Tensor:
+        return model(x, levels, conditioning)
+
+    step = GuidedStep(x, levels, predict(ENCODE("fox")), predict(ENCODE("")), SCALE, 0, predict)
+    signal = 1 - level if kind == "flow" else 1.0
+    the_papers = replace(step, x=x / signal, sigma=levels / signal)
+    settings = Settings(
+        threshold=0.2, threshold_rise=0, **{"dissimilarity": 0.01, "despecification": 2, **TERMS[terms]}
+    )
+    rule = AntiMemorization(guard, decode, ENCODE, settings, kind)
+    found = rule(step)
+    assert rule.acted[0].any() and not torch.equal(found, step.plain)
+    # 0.3 is the published strength's threshold, written into the equations above.
+    expected = in_the_papers_scale(the_papers, guard, replace(settings, dissimilarity=0))
+    acted = rule.acted[0]
+    sigma = level / signal
+    s = guard.references.search(guard.features(decode(step.plain)), 1)
+    slope = similarity_gradient(guard, decode, step.plain, s.index[:, 0])
+    t = time_of(torch.tensor([sigma]), "stable diffusion")
+    strength = 0.01 * (s.similarity[:, 0] - 0.2) * torch.exp((1000 - 1000 * t) / 170) * sigma**2
+    expected = expected - (strength * acted)[:, None, None, None] * slope
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_pure_noise_counts_as_the_training_schedules_highest_level() -> None:
+    abar = 1.0
+    for n in range(1000):
+        abar *= 1 - (0.00085**0.5 + n / 999 * (0.012**0.5 - 0.00085**0.5)) ** 2
+    highest = ((1 - abar) / abar) ** 0.5  # 14.6
+    guard, given = guard_of(), step_of(images=3)
+    only = {"despecification": 0, "deduplication": 0, "dissimilarity": 0.01, "dissimilarity_strength": "constant"}
+    rule = AntiMemorization(guard, decode, ENCODE, Settings(threshold=-1, threshold_rise=0, **only), "flow")
+    index = guard.references.search(guard.features(decode(given.plain)), 1).index[:, 0]
+    slope = similarity_gradient(guard, decode, given.plain, index)
+    for s in (1.0, 0.99, 0.95):  # s / (1 - s) is infinite, 99 and 19
+        found = rule(replace(given, sigma=torch.full((3,), s)))
+        torch.testing.assert_close(found, given.plain - 0.01 * highest**2 * slope, rtol=1e-4, atol=1e-4)
+
+
 def test_pictures_below_the_threshold_are_left_bit_for_bit() -> None:
     guard, step = guard_of(), step_of(images=6)
     s = guard.references.search(guard.features(decode(step.plain)), 1).similarity[:, 0]
