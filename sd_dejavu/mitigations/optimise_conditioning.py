@@ -39,9 +39,7 @@ class Settings:
         maximum=10,
         exclusive=True,
     )
-    checkpointing: bool = option(
-        False, "always recompute activations (else where memory is short): less memory, more time"
-    )
+    checkpointing: bool = option(False, "recompute activations: less memory, more time")
 
     def __post_init__(self) -> None:
         validate(self)
