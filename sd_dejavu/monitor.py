@@ -21,6 +21,7 @@ from .calibration.profile import ALPHA_DEFAULT, EVALUATIONS, ORDINARY_QUANTILE, 
 from .conditioning import Conditioning, Unconditional, by_position
 from .denoiser import Model
 from .explain import confirmed_gradient, output_gradient
+from .gradients import with_gradients
 from .mitigations import Mitigation, Outcome, Start, available
 from .settings import option, validate
 from .trace import NotMeasured, Trace
@@ -119,8 +120,11 @@ class Watch:
         """Explain at x [B, C, H, W], sigma [B]; ``base`` is the denoised prediction there without the prompt."""
         named = conditioning if conditioning.tokens else by_position(conditioning)
         view = confirmed_gradient if named.reencoding is not None else output_gradient
-        with model.differentiable():
-            self.explanation = view.explain(model, x.clone(), sigma.clone(), named, base.float().clone())
+
+        def work() -> Explanation:
+            return view.explain(model, x.clone(), sigma.clone(), named, base.float().clone())
+
+        self.explanation = with_gradients(model, work)
 
     def find_remedy(
         self,

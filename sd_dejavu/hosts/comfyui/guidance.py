@@ -149,7 +149,12 @@ def transition(settings: guidance_transition.Settings, tell: Callable[[str], Non
         guiding = [] if rule.guiding is None else rule.guiding.tolist()
         return f"guidance began in {sum(guiding)} of {len(guiding)} pictures"
 
-    return Steering(lambda model, guider, x: guidance_transition.Transition(settings.before_transition), summary, tell)
+    def make(model: ComfyModel, guider: Any, x: Tensor) -> guidance_transition.Transition:
+        if why := guidance_transition.TRANSITION.refusal(model.prediction_type):
+            raise ValueError(why)
+        return guidance_transition.Transition(settings.before_transition)
+
+    return Steering(make, summary, tell)
 
 
 # --------------------------------------------------------------------- anti-memorization guidance
@@ -177,7 +182,8 @@ def anti_memorization(
         _make_room(vae, x, (guider.model_patcher, *patchers))
         pictures = partial(_pictures, vae, guider.inner_model)
         encode = None if model.clip is None else lambda caption: model.encode(as_typed(caption))
-        return amg.AntiMemorization(guard, pictures, encode, settings, lambda: differentiable(modules))
+        kind = model.prediction_type
+        return amg.AntiMemorization(guard, pictures, encode, settings, kind, lambda: differentiable(modules))
 
     return Steering(make, _steered, tell, patchers, clip)
 
