@@ -64,9 +64,7 @@ class _Evaluation:
         """Of these images. Waits for the numbers; reading them must have begun."""
         assert self._readout is not None
         shape = self._numbers.shape
-        *magnitudes, levels = (
-            self._readout.wait()[self._place : self._place + shape.numel()].reshape(shape).tolist()
-        )
+        *magnitudes, levels = self._readout.wait()[self._place : self._place + shape.numel()].reshape(shape).tolist()
         if self._why is not None:
             return Reading(levels[0], None, self._why)
         values = tuple(magnitudes[0][images])
@@ -129,6 +127,12 @@ class Trace:
         part = self._copy()
         part._images = slice(self._images.start + start, self._images.start + stop)
         part._readings = []
+        return part
+
+    def first(self, evaluations: int) -> Trace:
+        """The run's first ``evaluations`` only: to judge them without waiting for what came after."""
+        part = self._copy()
+        del part._evaluations[evaluations:], part._readings[evaluations:]
         return part
 
     def so_far(self) -> Trace:
