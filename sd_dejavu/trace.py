@@ -39,10 +39,10 @@ class NotMeasured(ValueError):
 
 
 class _Evaluation:
-    """Magnitudes and noise levels [2, B] of one evaluation, or one noise level [1, 1] and why there are no magnitudes."""
+    """One evaluation on the device: its noise level, and the magnitudes [B] or why there are none."""
 
-    def __init__(self, numbers: Tensor, why: str | None = None) -> None:
-        self._numbers, self._why = numbers, why
+    def __init__(self, sigma: Tensor, magnitudes: Tensor | None, why: str | None = None) -> None:
+        self._sigma, self._magnitudes, self._why = sigma.detach(), magnitudes, why
         self._readout: Readout | None = None
         self._place = 0  # where its numbers begin among those that were read with them
 
@@ -50,12 +50,17 @@ class _Evaluation:
     def start(evaluations: Sequence[_Evaluation]) -> None:
         """Begin to read those of which this was not done; one copy for all of them."""
         waiting = [e for e in evaluations if e._readout is None]
-        for device in {e._numbers.device for e in waiting}:
-            together = [e for e in waiting if e._numbers.device == device]
-            readout, place = Readout(torch.cat([e._numbers.flatten() for e in together])), 0
+        for device in {e._sigma.device for e in waiting}:
+            together = [e for e in waiting if e._sigma.device == device]
+            numbers = [part for e in together for part in e._numbers()]
+            readout, place = Readout(torch.cat(numbers)), 0
             for each in together:
                 each._readout, each._place = readout, place
-                place += each._numbers.numel()
+                place += sum(part.numel() for part in each._numbers())
+
+    def _numbers(self) -> list[Tensor]:
+        level = self._sigma.reshape(1).float()
+        return [level] if self._magnitudes is None else [level, self._magnitudes]
 
     def ready(self) -> bool:
         return self._readout is not None and self._readout.ready()
@@ -63,16 +68,16 @@ class _Evaluation:
     def reading(self, images: slice) -> Reading:
         """Of these images. Waits for the numbers; reading them must have begun."""
         assert self._readout is not None
-        shape = self._numbers.shape
-        *magnitudes, levels = self._readout.wait()[self._place : self._place + shape.numel()].reshape(shape).tolist()
-        if self._why is not None:
-            return Reading(levels[0], None, self._why)
-        values = tuple(magnitudes[0][images])
+        count = 1 + (0 if self._magnitudes is None else self._magnitudes.numel())
+        level, *magnitudes = self._readout.wait()[self._place : self._place + count].tolist()
+        if self._magnitudes is None:
+            return Reading(level, None, self._why)
+        values = tuple(magnitudes[images])
         if not all(map(math.isfinite, values)):
-            return Reading(levels[0], None, "the model's predictions are not finite (NaN or infinity)")
+            return Reading(level, None, "the model's predictions are not finite (NaN or infinity)")
         if 0 in values:
-            return Reading(levels[0], None, "both predictions are equal: guidance was skipped, or the prompt is empty")
-        return Reading(levels[0], values)
+            return Reading(level, None, "both predictions are equal: guidance was skipped, or the prompt is empty")
+        return Reading(level, values)
 
 
 class _Map:
@@ -113,14 +118,12 @@ class Trace:
         self.elements = predictions.conditional[0].numel()
         with torch.no_grad():
             delta = difference(predictions)
-            magnitudes = length(delta)
-            levels = predictions.sigma.float().expand(magnitudes.shape)
-            self._evaluations.append(_Evaluation(torch.stack((magnitudes, levels))))
+            self._evaluations.append(_Evaluation(predictions.sigma[0], length(delta)))
             self._map = _Map(delta)
 
     def skip(self, sigma: Tensor | float, why: str) -> None:
         """Note that an evaluation gave no reading. Waits for nothing either."""
-        self._evaluations.append(_Evaluation(torch.as_tensor(sigma).detach().float().reshape(1, 1), why))
+        self._evaluations.append(_Evaluation(torch.as_tensor(sigma), None, why))
 
     def of_images(self, start: int, stop: int) -> Trace:
         """The same run seen for images ``start`` to ``stop`` only, where several prompts shared a batch."""

@@ -10,6 +10,7 @@ For rectified flow that expression is the norm of the velocity difference.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..denoiser import Predictions, over_pixels
@@ -24,7 +25,7 @@ def difference(predictions: Predictions) -> Tensor:
 
 def length(difference: Tensor) -> Tensor:
     """|| Delta ||_2 of each image, [B], from Delta [B, C, H, W]."""
-    return difference.flatten(1).norm(dim=1)
+    return torch.linalg.vector_norm(difference.flatten(1), dim=1)
 
 
 def over_channels(difference: Tensor) -> Tensor:

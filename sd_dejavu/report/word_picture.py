@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -22,7 +23,7 @@ def word_picture(verdict: Verdict, notes: Sequence[str] = (), width: int = WIDTH
 
     A prompt whose text is not known shows as its numbered tokens. ``notes`` stand below.
     """
-    font = ImageFont.load_default(SIZE)
+    font = _font()
     lines = [[(word, 0.0) for word in line] for line in _wrapped(sentence(verdict).split(), font, width)]
     lines += [[]]
     explanation = verdict.explanation
@@ -49,6 +50,11 @@ def word_picture(verdict: Verdict, notes: Sequence[str] = (), width: int = WIDTH
             draw.text((x, y), word, fill=_INK, font=font)
             x += length + draw.textlength(" ", font=font)
     return np.asarray(picture).copy()
+
+
+@cache
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(SIZE)  # unpacked anew at each call
 
 
 def _shares(explanation: Explanation) -> dict[int, float]:

@@ -99,5 +99,5 @@ def test_recording_keeps_no_gradient_graph() -> None:
     trace.skip(one.conditional.sum(), "guidance was off")
     held = [value for part in (trace._map, *trace._evaluations) for value in vars(part).values()]
     tensors = [value for value in held if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 3 and not any(value.requires_grad for value in tensors)
+    assert len(tensors) == 4 and not any(value.requires_grad for value in tensors)
     assert not trace.where().requires_grad
