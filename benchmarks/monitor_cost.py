@@ -10,6 +10,7 @@ or that was made from one, for its values. On a CPU nothing waits, so they are c
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import statistics
 import subprocess
@@ -105,7 +106,7 @@ def inside(install: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     import comfy.options
 
     comfy.options.enable_args_parsing()
-    import utils.extra_config  # noqa: F401  as the host's main module does: a package of this name comes with torch's
+    importlib.import_module("utils.extra_config")  # first, as in the host's main module: another 'utils' may come
     import comfy.sample
     import server
     import torch

@@ -215,8 +215,9 @@ class Monitor:
     def _read_before_the_loop(self, run: Run, guider: Any) -> None:
         """What is read from the device once for a model or a conditioning, and known by the first step."""
         fingerprint(guider.model_patcher)
-        if negative := guider.conds.get("negative"):
-            self._kind(run, guider.conds["positive"], negative)
+        positive, negative = guider.conds.get("positive"), guider.conds.get("negative")
+        if positive and negative:
+            self._kind(run, positive, negative)
             negative_name(negative)
 
     @contextmanager
@@ -243,7 +244,7 @@ class Monitor:
         if not self._open:
             return executor(x, timestep, options, seed)
         run, guider = self._open[-1], executor.class_obj
-        run.level = float(timestep[0]) if has_range(guider.conds) else None
+        run.level = level_of(guider.conds, timestep)
         denoised = executor(x, timestep, attending(options, run.attention), seed)
         changed = None
         with self._guarded(run):
@@ -474,16 +475,18 @@ def _model(run: Run, guider: Any, options: dict[str, Any], x: Tensor) -> ComfyMo
     return ComfyModel(guider.model_patcher, guider.inner_model, entry, options, run.sigmas.wait().tolist(), x)
 
 
-def has_range(conds: dict[str, Any]) -> bool:
-    """Whether a conditioning of the prompt or the negative prompt acts in a part of the steps only."""
+def level_of(conds: dict[str, Any], sigma: Tensor) -> float | None:
+    """The noise level, where the prompt or the negative prompt acts in a part of the steps only; read from the device.
+
+    None where it does not matter, so that nothing is waited for.
+    """
     entries = (entry for name in ("positive", "negative") for entry in conds.get(name) or ())
-    return any("timestep_start" in entry or "timestep_end" in entry for entry in entries)
+    return float(sigma[0]) if any("timestep_start" in e or "timestep_end" in e for e in entries) else None
 
 
 def covers(entries: Any, level: float | None) -> bool:
-    """Whether some conditioning acts on the whole picture now: the host leaves zeros where none does.
-
-    ``level`` is the noise level, which only a conditioning with a range is compared with.
+    """Whether some conditioning acts on the whole picture at this level (see :func:`level_of`): the host leaves zeros
+    where none does.
     """
     whole = [e for e in entries if "area" not in e and "mask" not in e]
     if any("timestep_start" not in e and "timestep_end" not in e for e in whole):
