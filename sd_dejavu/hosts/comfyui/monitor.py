@@ -189,6 +189,7 @@ class Monitor:
             run.watch.finished = True
         finally:
             options["sampler_post_cfg_function"] = before
+            run.unexplained = None  # of a run that was interrupted
             self._open.remove(run)
             if run.evaluations:
                 with self._lock:
