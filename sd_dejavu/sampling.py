@@ -116,6 +116,7 @@ def sample_prompts(
         together = stack([conditionings[p] for p in prompts]).repeat(images)
         trace = Trace()
         latents = sample(denoiser, x.repeat(len(prompts), 1, 1, 1), path, together, guidance, trace)
+        trace.settle()  # else it keeps more of each batch on the device than will be asked for
         for place, prompt in enumerate(prompts):
             start, stop = place * images, (place + 1) * images
             runs[prompt] = Run(trace.of_images(start, stop), latents[start:stop])
