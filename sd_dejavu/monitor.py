@@ -112,6 +112,17 @@ class Watch:
         if text not in self.notes:
             self.notes.append(text)
 
+    def settle(self) -> None:
+        """The run is over, or another thread shall read it: all of its numbers are on their way, without waiting."""
+        self.trace.settle()
+        if self.before is not None:
+            self.before.settle()
+
+    def so_far(self) -> Watch:
+        """The watch as it stands, for another thread: what the run adds does not show in it."""
+        before = None if self.before is None else self.before.so_far()
+        return replace(self, trace=self.trace.so_far(), before=before, notes=list(self.notes))
+
     def mitigated(self, outcome: Outcome) -> None:
         """From here on another conditioning is sampled: its readings go into a trace of their own."""
         self.outcome, self.before, self.trace = outcome, self.trace, Trace()
@@ -160,6 +171,10 @@ class Watch:
     def verdicts(self, kind: ScoreKind | None = None) -> list[Verdict]:
         """A verdict for each picture, on the conditioning that came in; one without a score when nothing was read."""
         return self._judge(self.before or self.trace, kind or self.monitoring.score)
+
+    def is_flagged(self) -> bool:
+        """Whether any picture is flagged at the first step. Waits for that step alone."""
+        return bool(flagged(self._judge((self.before or self.trace).first(1), "first step")))
 
     def verdicts_after(self) -> list[Verdict]:
         """The same on the conditioning that was sampled instead; empty without a mitigation."""

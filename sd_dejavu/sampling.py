@@ -120,6 +120,7 @@ def sample_prompts(
         latents = sample(
             denoiser, x.repeat(len(prompts), 1, 1, 1), path, together, guidance, trace, batch_size=batch_size
         )
+        trace.settle()  # else it keeps more of each batch on the device than will be asked for
         for place, prompt in enumerate(prompts):
             start, stop = place * images, (place + 1) * images
             runs[prompt] = Run(trace.of_images(start, stop), latents[start:stop])

@@ -24,7 +24,7 @@ from ...mitigations import anti_memorization_guidance as amg
 from ...mitigations import guidance_transition
 from .gradients import differentiable
 from .model import ComfyModel, HostStep
-from .monitor import KEY, covers
+from .monitor import KEY, covers, level_of
 from .reference import HostReferences, picture_device
 from .text import as_typed
 
@@ -108,7 +108,8 @@ class _Run:
     def _guided(self, arguments: dict[str, Any]) -> Tensor:
         plain, x, sigma = arguments["denoised"], arguments["input"], arguments["sigma"]
         positive, negative = arguments.get("cond"), self._guider.conds.get("negative")
-        if positive is None or positive is not self._guider.conds.get("positive") or not covers(positive, sigma):
+        level = level_of(self._guider.conds, sigma)
+        if positive is None or positive is not self._guider.conds.get("positive") or not covers(positive, level):
             return plain
         if x.ndim != 4:
             raise ValueError("only pictures can be guided, this model draws something else")
@@ -117,7 +118,7 @@ class _Run:
             without = with_prompt  # cfg 1: there is no guidance to change
         elif "empty_cond_denoised" in arguments:  # perpendicular negative guidance
             without = arguments["empty_cond_denoised"]
-        elif arguments["uncond"] is negative and covers(negative, sigma):
+        elif arguments["uncond"] is negative and covers(negative, level):
             without = arguments["uncond_denoised"]
         else:
             return plain
