@@ -15,17 +15,23 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before anything imports torch; proces
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("hosts", "page")]
+import comfyui_server  # noqa: E402
+
+COMFYUI = comfyui_server.find_installs()
 pytest_plugins = ("host_summary", "page_summary")
 
-SERVERS = ("a1111", "forge", "pinned", "newest")  # parameters for whose sake a server is started
+WEBUIS = ("a1111", "forge")  # parameters for whose sake one server is started
 
 
 class Together(LoadScopeScheduling):
-    """One file in one process, but all tests of a server of Automatic1111's, Forge's or a front end's in one."""
+    """One file in one process, and on ComfyUI one file on one version; all tests of Automatic1111 in one, and Forge's."""
 
     def _split_scope(self, nodeid: str) -> str:
-        parameters = re.findall(r"[^\[\]-]+", nodeid.partition("[")[2])
-        return next((name for name in SERVERS if name in parameters), nodeid.partition("::")[0])
+        file, _, name = nodeid.partition("::")
+        parameters = re.findall(r"[^\[\]-]+", name.partition("[")[2])
+        webui = next((kind for kind in WEBUIS if kind in parameters), None)
+        comfyui = next((given for given in parameters if given.partition(" with ")[0] in COMFYUI), "")
+        return webui or f"{file} {comfyui}"
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:

@@ -24,6 +24,7 @@ from urllib.parse import urlencode
 import host_process
 from host_process import HOST, HostProcess, RequestRefused
 
+VARIABLE, PROGRAM = "DEJAVU_COMFYUI", "main.py"
 Graph = dict[str, dict[str, Any]]
 _FOLDERS = ("models", "input", "output", "temp", "user", "custom_nodes")
 
@@ -40,13 +41,29 @@ class ExecutionFailed(RuntimeError):
         self.entry = entry
 
 
+def find_installs() -> dict[str, Path]:
+    """Every ComfyUI with its environment that $DEJAVU_COMFYUI names, or whose folder in the user's cache begins so.
+
+    By version, the oldest first; a second one of the same version has its folder's name added.
+    """
+    installs: dict[str, Path] = {}
+    for install in host_process.find_installs("comfyui*", VARIABLE, PROGRAM):
+        known = number(install)
+        installs[f"{known} {install.name}" if known in installs else known] = install
+    return dict(sorted(installs.items(), key=lambda item: [int(part) for part in re.findall(r"\d+", item[0])]))
+
+
 def find_install() -> Path | None:
-    """$DEJAVU_COMFYUI, or the folder in the user's cache; None if no ComfyUI with its environment is there."""
-    return host_process.find_install("comfyui", "DEJAVU_COMFYUI", "main.py")
+    """The newest of them; None if there is none."""
+    return next(reversed(find_installs().values()), None)
+
+
+def number(install: Path) -> str:
+    return host_process.number(install, "comfyui_version.py", r'__version__ = "(.+?)"')
 
 
 def version(install: Path) -> str:
-    return host_process.version(install, "comfyui_version.py", r'__version__ = "(.+?)"')
+    return host_process.version(install, number(install))
 
 
 def make_home(

@@ -15,29 +15,37 @@ import pytest
 import webui_onlooker
 import webui_server
 from comfyui_server import ComfyServer, make_home
+from host_summary import COMFYUI as COMFYUI_HOST
 from host_summary import NEEDS
 from safetensors.torch import save_file
 from webui_server import KINDS, WebUIServer
 
 HERE = Path(__file__).parent
 PACK = HERE.parents[1]
+COMFYUI = comfyui_server.find_installs()
 
 
-@pytest.fixture(scope="session")
-def comfyui() -> Path:
-    """The folder of the ComfyUI install; every test that asks for it counts as a real-host test."""
-    install = comfyui_server.find_install()
-    if install is None:
+@pytest.fixture(scope="session", params=list(COMFYUI) or ["not found"])
+def comfyui(request: pytest.FixtureRequest) -> Path:
+    """The folder of each ComfyUI install; every test that asks for it counts as a real-host test of its version."""
+    if not COMFYUI:
         pytest.skip("ComfyUI was not found")
-    return install
+    return COMFYUI[request.param]
 
 
 @pytest.fixture(scope="session")
-def comfy_home(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def comfy_home(comfyui: Path, comfy_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base directory with the miniature checkpoints and, if there is one in this checkout, the pack."""
-    home = make_home(tmp_path_factory.mktemp("comfyui"), pack=PACK if (PACK / "__init__.py").is_file() else None)
-    miniature.write_all(home / "models")
-    return home
+    pack = PACK if (PACK / "__init__.py").is_file() else None
+    return make_home(tmp_path_factory.mktemp("comfyui"), pack, models=comfy_models)
+
+
+@pytest.fixture(scope="session")
+def comfy_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The miniature checkpoints, the same files for all versions of the host."""
+    models = tmp_path_factory.mktemp("comfyui-models")
+    miniature.write_all(models)
+    return models
 
 
 @pytest.fixture(scope="session")
@@ -181,14 +189,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in (item for item in items if HERE in item.path.parents):
         item.add_marker(pytest.mark.host)
-        item.user_properties += [(NEEDS, host) for host in ("comfyui", *KINDS) if _needs(item, host)]
+        item.user_properties += [(NEEDS, host) for host in _needs(item)]
 
 
-def _needs(item: pytest.Item, host: str) -> bool:
-    """Asks for the install, or looks for it by itself and skips where it is absent."""
-    if host == "comfyui" and item.get_closest_marker("skipif") is not None:
-        return True
-    callspec = getattr(item, "callspec", None)
-    if callspec is not None and callspec.params.get("webui_kind") == host:
-        return True
-    return host in getattr(item, "fixturenames", ())
+def _needs(item: pytest.Item) -> list[str]:
+    """The hosts whose installs a test asks for; ComfyUI with its version."""
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    hosts = {name for name in KINDS if name in getattr(item, "fixturenames", ())} | {parameters.get("webui_kind")}
+    comfyui = COMFYUI_HOST.format(parameters["comfyui"]) if "comfyui" in parameters else None
+    return sorted(host for host in hosts | {comfyui} if host is not None)

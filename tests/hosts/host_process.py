@@ -25,24 +25,41 @@ HOST = "127.0.0.1"
 _Self = TypeVar("_Self", bound="HostProcess")
 
 
-def find_install(folder: str, variable: str, program: str) -> Path | None:
-    """What the environment variable names, or the folder in the user's cache; None if no host is there.
+def find_installs(folder: str, variable: str, program: str) -> list[Path]:
+    """What the environment variable names, or the folders in the user's cache that match; only those with a host.
 
     A host is there if its program is, and an environment called venv next to it.
     """
-    named = os.environ.get(variable)
-    install = Path(named) if named else Path.home() / ".cache" / "sd-dejavu" / "hosts" / folder
-    return install if (install / program).is_file() and python(install).is_file() else None
+    kept = Path.home() / ".cache" / "sd-dejavu" / "hosts"
+    return [install for install in named(variable) or sorted(kept.glob(folder)) if _is_host(install, program)]
+
+
+def named(variable: str) -> list[Path]:
+    """The folders that the environment variable names, separated as in PATH."""
+    return [Path(folder) for folder in os.environ.get(variable, "").split(os.pathsep) if folder]
+
+
+def not_there(variable: str, program: str) -> list[Path]:
+    """The folders that the environment variable names and where no host is."""
+    return [folder for folder in named(variable) if not _is_host(folder, program)]
+
+
+def _is_host(install: Path, program: str) -> bool:
+    return (install / program).is_file() and python(install).is_file()
 
 
 def python(install: Path) -> Path:
     return install / "venv" / "bin" / "python"
 
 
-def version(install: Path, file: str, pattern: str) -> str:
-    """Such as '0.3.64 (a125cd84)': what the pattern finds in the file; without the commit where that is not known."""
+def number(install: Path, file: str, pattern: str) -> str:
+    """The version, such as '0.3.64': what the pattern finds in the file."""
     found = re.search(pattern, (install / file).read_text(encoding="utf-8"))
-    number = found.group(1) if found else "of unknown version"
+    return found.group(1) if found else "of unknown version"
+
+
+def version(install: Path, number: str) -> str:
+    """Such as '0.3.64 (a125cd84)'; without the commit where that is not known."""
     try:
         return f"{number} ({git(install, 'rev-parse', '--short=8', 'HEAD')})"
     except (OSError, subprocess.CalledProcessError):

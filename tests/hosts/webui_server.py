@@ -64,11 +64,11 @@ class Generated:
 
 def find_install(kind: Kind) -> Path | None:
     """The host's environment variable, or the folder in the user's cache; None if it is not there."""
-    return host_process.find_install(kind.folder, kind.variable, "launch.py")
+    return next(iter(host_process.find_installs(kind.folder, kind.variable, "launch.py")), None)
 
 
 def version(kind: Kind, install: Path) -> str:
-    return host_process.version(install, *kind.version_at)
+    return host_process.version(install, host_process.number(install, *kind.version_at))
 
 
 def make_home(

@@ -17,8 +17,13 @@ class Page:
     def __init__(self, page: BrowserPage) -> None:
         self.browser = page
         self.errors: list[str] = []
+        self.shown_by = ""
         page.on("console", lambda m: self.errors.append(f"{m.text} {m.location}") if m.type == "error" else None)
         page.on("pageerror", lambda error: self.errors.append(f"{error} {error.stack}"))
+
+    def front_end(self) -> str:
+        """The version that the page itself tells."""
+        return str(self.browser.evaluate("() => window.__COMFYUI_FRONTEND_VERSION__"))
 
     def load(self, workflow: Path) -> None:
         """Open a workflow file."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -15,40 +16,58 @@ sys.path.insert(0, str(HERE.parent / "hosts"))
 
 import miniature  # noqa: E402
 from comfyui_page import Page, open_page  # noqa: E402
-from comfyui_server import ComfyServer, find_install, make_home  # noqa: E402
-from page_summary import missing, newest_front_end  # noqa: E402
+from comfyui_server import ComfyServer, find_installs, make_home, version  # noqa: E402
+from page_summary import NEWEST, SHOWN, missing, newest_front_end, pages  # noqa: E402
 
 PACK = HERE.parents[1]
 WEB = HERE.parent / "web"
+Start = Callable[[int, int, bool], Page]
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    """ComfyUI's page with the pack loaded."""
-    install = find_install()
-    if install is None or missing():
+@pytest.fixture(scope="module", params=pages())
+def start_page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """``start_page(width, height, models=...)``: the page of every host, in every front end that belongs to it."""
+    if missing():
         pytest.skip(f"not found: {', '.join(missing())}")
-    home = make_home(tmp_path_factory.mktemp("comfyui-page"), PACK)
-    miniature.write_all(home / "models")
-    with ComfyServer(install, home) as server, open_page(server.url) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module", params=["pinned", "newest"])
-def front_end(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    """The page in the front end that the host pins, and in a newer one where that is installed."""
-    install = find_install()
-    if install is None or missing():
-        pytest.skip(f"not found: {', '.join(missing())}")
+    known, _, front_end = request.param.partition(" with ")
     options: list[str] = []
-    if request.param == "newest":
+    if front_end == NEWEST:
         folder = newest_front_end()
         if folder is None:
             pytest.skip("no newer front end was found: name its static folder in DEJAVU_COMFYUI_FRONTEND")
         options = ["--front-end-root", str(folder)]
-    home = make_home(tmp_path_factory.mktemp("comfyui-overlay"), PACK)
-    with ComfyServer(install, home, options) as server, open_page(server.url, 1500, 1250) as opened:
-        yield opened
+    with ExitStack() as opened:
+
+        def start(width: int, height: int, models: bool) -> Page:
+            home = make_home(tmp_path_factory.mktemp("comfyui-page"), PACK)
+            if models:
+                miniature.write_all(home / "models")
+            server = opened.enter_context(ComfyServer(find_installs()[known], home, options))
+            page = opened.enter_context(open_page(server.url, width, height))
+            page.shown_by = f"ComfyUI {version(server.install)} in front end {page.front_end()}"
+            return page
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def page(start_page: Start) -> Page:
+    """ComfyUI's page with the pack loaded, and the miniature checkpoints."""
+    return start_page(2700, 1300, True)
+
+
+@pytest.fixture(scope="module")
+def front_end(start_page: Start) -> Page:
+    """The page for the overlay, which needs the bundled model only."""
+    return start_page(1500, 1250, False)
+
+
+@pytest.fixture(autouse=True)
+def _shown_by(request: pytest.FixtureRequest) -> None:
+    """The report of a page test tells what has shown the page."""
+    page = next((request.getfixturevalue(name) for name in ("page", "front_end") if name in request.fixturenames), None)
+    if page is not None:
+        request.node.user_properties.append((SHOWN, page.shown_by))
 
 
 @pytest.fixture(scope="session")
