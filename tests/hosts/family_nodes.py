@@ -57,7 +57,16 @@ _LUMINA = {
     "axes_dims": [8, 8, 8],
     "axes_lens": [300, 512, 512],
 }
-_Z_IMAGE = {**_LUMINA, "n_kv_heads": 2, "z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32}
+_Z_IMAGE = {
+    **_LUMINA,
+    "dim": 256,  # its modulation takes no less
+    "n_heads": 4,
+    "n_kv_heads": 4,
+    "axes_dims": [16, 24, 24],
+    "z_image_modulation": True,
+    "time_scale": 1000.0,
+    "pad_tokens_multiple": 32,
+}
 _QWEN = {
     "image_model": "qwen_image",
     "in_channels": 64,
