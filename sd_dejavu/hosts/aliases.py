@@ -6,7 +6,7 @@ storage (no copy), which can. All aliases are put back before anything else runs
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,8 +15,13 @@ from torch import Tensor
 
 
 @contextmanager
-def differentiable(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Out of inference mode, with every inference tensor of the modules aliased to a normal one; all put back."""
+def differentiable(
+    modules: Sequence[torch.nn.Module], skip: Callable[[torch.nn.Module], bool] = lambda part: False
+) -> Iterator[None]:
+    """Out of inference mode, with every inference tensor of the modules aliased to a normal one; all put back.
+
+    ``skip`` names the parts whose tensors are left as they are.
+    """
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -24,15 +29,17 @@ def differentiable(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
         ExitStack() as stack,
     ):
         for module in modules:
-            stack.enter_context(_aliased(module))
+            stack.enter_context(_aliased(module, skip))
         yield
 
 
 @contextmanager
-def _aliased(module: torch.nn.Module) -> Iterator[None]:
+def _aliased(module: torch.nn.Module, skip: Callable[[torch.nn.Module], bool]) -> Iterator[None]:
     taken: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for part in module.modules():
+            if skip(part):
+                continue
             for table in (part._parameters, part._buffers):
                 for name, tensor in table.items():
                     if tensor is not None and tensor.is_inference():
@@ -45,11 +52,24 @@ def _aliased(module: torch.nn.Module) -> Iterator[None]:
 
 
 def _alias(tensor: Tensor, is_parameter: bool) -> Any:
-    if type(tensor) not in (Tensor, torch.nn.Parameter):
-        raise ValueError(f"gradients cannot be taken through {type(tensor).__name__} weights: load a plain checkpoint")
-    alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+    refuse_unusual(tensor)
+    alias = as_normal(tensor)
     return torch.nn.Parameter(alias, requires_grad=False) if is_parameter else alias
+
+
+def refuse_unusual(weight: Tensor) -> None:
+    """Raises ValueError for weights that are more than numbers in memory (quantised ones, other packs' own)."""
+    if type(weight) not in (Tensor, torch.nn.Parameter):
+        raise ValueError(f"gradients cannot be taken through {type(weight).__name__} weights: load a plain checkpoint")
+
+
+def as_normal(tensor: Tensor) -> Tensor:
+    """A normal tensor on the storage of one made in inference mode; itself where it is normal. Nothing is copied."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def normal(tensor: Tensor) -> Tensor:

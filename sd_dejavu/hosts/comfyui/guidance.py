@@ -22,7 +22,7 @@ from ...conditioning import Conditioning
 from ...guidance import GuidanceRule
 from ...mitigations import anti_memorization_guidance as amg
 from ...mitigations import guidance_transition
-from ..aliases import differentiable
+from .gradients import differentiable
 from .model import ComfyModel, HostStep, as_host, as_pictures, remember_beginning
 from .monitor import KEY, covers, negative_of, without_of
 from .reference import HostReferences, picture_device

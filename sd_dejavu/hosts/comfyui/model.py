@@ -25,9 +25,9 @@ from ...conditioning import Conditioning
 from ...demo import bundled
 from ...denoiser import PredictionType, seeded_noise
 from ...guidance import GuidedStep
-from ..aliases import differentiable, normal
+from ..aliases import normal
 from .attention import attending
-from .gradients import checkpointed, make_room, plain_attention
+from .gradients import checkpointed, differentiable, make_room, plain_attention
 from .text import SOURCE, conditioning_of, encode, options_with
 
 FINGERPRINT = "dejavu_fingerprint"  # attachment of a model whose fingerprint is known

@@ -89,7 +89,7 @@ def options_with(options: dict[str, Any], conditioning: Conditioning) -> dict[st
 
 
 def encode(clip: Any, text: str) -> Conditioning:
-    """The conditioning of a text, encoded where the encoder's weights lie.
+    """The conditioning of a text, encoded where the encoder's weights lie, or to where they are streamed.
 
     The host's own call would load the encoder first, which in the middle of a run may push the sampled model out.
     """
@@ -142,8 +142,18 @@ def _run_encoder(clip: Any, tokens: dict[str, Any]) -> tuple[Tensor, dict[str, T
     encoder.reset_clip_options()
     if clip.layer_idx is not None:
         encoder.set_clip_options({"layer": clip.layer_idx})
+    if _is_streamed(clip):
+        if encoder.current_weight_patches_uuid != clip.patcher.patches_uuid:
+            with torch.inference_mode():  # as all that moves weights; this loads nothing yet, it names the patches
+                clip.load_model()
+        encoder.set_clip_options({"execution_device": clip.patcher.load_device})
     rows, pooled, *values = encoder.encode_token_weights(tokens)
     return rows, {} if pooled is None else {"pooled_output": pooled}, dict(values[0]) if values else {}
+
+
+def _is_streamed(clip: Any) -> bool:
+    """Dynamic VRAM: the weights lie in main memory, and go to the card layer by layer."""
+    return bool(getattr(clip.patcher, "is_dynamic", lambda: False)())
 
 
 def _token_rows(chunks: Sequence[Sequence[tuple[Any, ...]]], tokenizer: Any, text: str) -> tuple[TokenRow, ...]:
@@ -160,6 +170,7 @@ class _Encoder:
         self.chunks = chunks
         self._tokenizer = getattr(clip.tokenizer, f"clip_{name}")
         self._table = getattr(clip.cond_stage_model, f"clip_{name}").transformer.get_input_embeddings()
+        self._device = clip.patcher.load_device if _is_streamed(clip) else self._table.weight.device
 
     @property
     def is_plain(self) -> bool:
@@ -172,8 +183,7 @@ class _Encoder:
     def embeddings(self) -> Tensor:
         """[chunks * tokens, d] of the tokens, as they enter the encoder."""
         numbers = torch.tensor([[token for token, _ in chunk] for chunk in self.chunks])
-        weight = self._table.weight
-        return self._table(numbers.to(weight.device), out_dtype=torch.float32).flatten(0, 1)
+        return self._table(numbers.to(self._device), out_dtype=torch.float32).flatten(0, 1)
 
     @contextmanager
     def replaced(self, embeddings: Tensor) -> Iterator[None]:
