@@ -301,12 +301,7 @@ def make_models(folder: Path, small: bool, device: str) -> dict[str, Path]:
     if small:
         miniature.write_all(folder / "models")
         return {SD15: miniatures.write_sd1(folder / SD15), SDXL: miniatures.write_sdxl(folder / SDXL)}
-    places = {
-        "unet": "diffusion_models",
-        "vae": "vae",
-        "text_encoder": "text_encoders",
-        "text_encoder_2": "text_encoders",
-    }
+    places = {"unet": "diffusion_models", "vae": "vae", "text_encoder": "text_encoders", "text_encoder_2": "text_encoders"}
     for path in (folder / "models" / name for name in (*set(places.values()), "loras")):
         path.mkdir(parents=True)
     made = {SD15: full_size(folder / SD15, False, device), SDXL: full_size(folder / SDXL, True, device)}
@@ -580,11 +575,9 @@ def commands(models: dict[str, Path], folder: Path, small: bool) -> Iterator[tup
         common = ["--model", str(model), "--json", *([] if small else ["--device", "cuda", "--dtype", "float16"])]
         one, four = ["--images", "1"], ["--images", "4"]
         for size in (32, 8, 1):
-            yield (
-                f"check, 8 prompts x 4 images, --batch-size {size}",
-                name,
-                ["check", *prompts, *common, *four, "--batch-size", str(size)],
-            )
+            yield f"check, 8 prompts x 4 images, --batch-size {size}", name, [
+                "check", *prompts, *common, *four, "--batch-size", str(size)
+            ]
         yield "explain, 1 image", name, ["explain", PROMPT, *common, *one]
         yield "explain, 4 images", name, ["explain", PROMPT, *common, *four]
         target = ["--target", "0.01", "--iterations", "2"]
@@ -656,10 +649,7 @@ def markdown(result: Row) -> str:
         found = ", ".join(f"{key} {_short(value)}" for key, value in row.items() if key not in hidden)
         lines.append(f"| {row['mode']} | {row['check']} | {row['weights']} | {found} |")
     lines += ["", "## B. Watched against plain, 20 steps, 512 x 512", ""]
-    lines += [
-        "| page | pairs | wall ratio (quartiles) | by the host's clock | plain run |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    lines += ["| page | pairs | wall ratio (quartiles) | by the host's clock | plain run |", "| --- | --- | --- | --- | --- |"]
     for row in result["B"]:
         low, high = row["wall_quartiles"]
         own_low, own_high = row["host_quartiles"]
@@ -728,9 +718,7 @@ def main() -> None:
         command = [sys.executable, __file__, "--models", str(folder), *(["--small"] if small else [])]
         other = None
         for number, mode in enumerate(("default", "--disable-dynamic-vram")):
-            home = make_home(
-                folder / f"home{number}", ROOT, [folder / "nodes" / "on_a_card_nodes.py"], folder / "models"
-            )
+            home = make_home(folder / f"home{number}", ROOT, [folder / "nodes" / "on_a_card_nodes.py"], folder / "models")
             options = [mode] if number and not small else []
             if set(arguments.parts) & set("AB" if not number else "A"):
                 with CardServer(install, home, options, small=small) as server:

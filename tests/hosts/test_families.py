@@ -177,11 +177,11 @@ def test_gradients_are_those_of_finite_differences(host: ComfyServer, family: st
     links = {name: graph["sampler"]["inputs"][name] for name in ("positive", "negative", "latent_image")}
     del graph["sampler"], graph["told"], graph["monitor"]
     sigma = 0.9 if family in FLOW else 5.0
-    graph["slopes"] = node("Slopes", model=["look", 0], **links, sigma=sigma, step=1e-2)
+    graph["slopes"] = node("Slopes", model=["look", 0], **links, sigma=sigma, step=5e-3)
     found = host.run(graph)["slopes"]["slopes"]
     half = len(found) // 2
     assert found[0] != 0
-    assert found[:half] == pytest.approx(found[half:], rel=2e-2, abs=2e-4)
+    assert found[:half] == pytest.approx(found[half:], rel=2e-2, abs=1.5e-3)
 
 
 def test_explain_begins_where_the_sampler_does(host: ComfyServer, family: str) -> None:
@@ -212,9 +212,12 @@ def test_a_mitigated_prompt_is_sampled_as_measured_and_beside_the_negative(host:
 
 
 def test_the_monitor_mitigates(host: ComfyServer, family: str) -> None:
+    # A calibration by which this prompt is flagged: ordinary ones score at most half as much, in their own proportions.
     document = calibration_of(host, family)
+    score = score_of(host.run(run_of(family, negative=NEGATIVE)))
+    highest = max(null["scores"]["first step"][0] for null in document["nulls"])
     for null in document["nulls"]:
-        null["scores"]["first step"] = [score / 4 for score in null["scores"]["first step"]]
+        null["scores"]["first step"] = [0.5 * score * null["scores"]["first step"][0] / highest]
     document["nulls"] *= 10
     place = host.home / "user" / "dejavu" / "calibration" / "flags all.json"
     place.write_text(json.dumps(document), encoding="utf-8")
@@ -282,15 +285,15 @@ def test_nodes_before_sampling_begin_with_the_samplers_latent(host: ComfyServer)
     assert document["verdicts"][0]["score"] == pytest.approx(score_of(outputs), rel=1e-5)
 
 
-@pytest.mark.parametrize("has_negative", [True, False])
-def test_two_models_of_one_guider(host: ComfyServer, has_negative: bool) -> None:
+@pytest.mark.parametrize(("cfg", "has_negative"), [(5.0, True), (1.0, True), (1.0, False)])
+def test_two_models_of_one_guider(host: ComfyServer, cfg: float, has_negative: bool) -> None:
     if not is_new(host):
         pytest.skip("this version of the host has no DualModelGuider")
     graph = run_of("Lumina2")
     plain = score_of(host.run(graph))
     inputs = graph["sampler"]["inputs"]
     negative = {"negative": ["negative", 0]} if has_negative else {}
-    guider = {"model": ["monitor", 0], "model_negative": ["model", 0], "positive": ["positive", 0], "cfg": 5.0}
+    guider = {"model": ["monitor", 0], "model_negative": ["model", 0], "positive": ["positive", 0], "cfg": cfg}
     graph |= {
         "guider": node("DualModelGuider", **guider, **negative),
         "noise": node("RandomNoise", noise_seed=inputs["seed"]),

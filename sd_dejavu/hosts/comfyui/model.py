@@ -17,6 +17,7 @@ import comfy.model_sampling
 import comfy.patcher_extension
 import comfy.samplers
 import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import Tensor
 
 from ...attention import AttentionRule, watched_attention
@@ -34,20 +35,23 @@ FINGERPRINT = "dejavu_fingerprint"  # attachment of a model whose fingerprint is
 BEGAN = "dejavu_began"  # key in a run's model options that holds what the host made its conditionings for
 
 
-def as_pictures(latents: Tensor) -> Tensor:
-    """[B, C, H, W] of the host's latents, which may have a time axis of length 1. Raises ValueError for others."""
-    if latents.ndim == 4:
-        return latents
-    if latents.ndim != 5:
-        raise ValueError(
-            "only pictures can be measured: this run draws sound, or several streams packed into one "
+def why_no_pictures(latents: Tensor) -> str:
+    """Why these latents of the host are not [B, C, H, W], nor that with a time axis of length 1; empty where they are."""
+    if latents.ndim not in (4, 5):
+        return (
+            "only pictures can be measured, and this run draws sound, or several streams packed into one "
             f"({latents.ndim} dimensions)"
         )
-    if latents.shape[2] != 1:
-        raise ValueError(
-            f"only single pictures can be measured: this run draws a video ({latents.shape[2]} latents long)"
-        )
-    return latents.squeeze(2)
+    if latents.ndim == 5 and latents.shape[2] != 1:
+        return f"only single pictures can be measured, and this run draws a video ({latents.shape[2]} latents long)"
+    return ""
+
+
+def as_pictures(latents: Tensor) -> Tensor:
+    """[B, C, H, W] of the host's latents, which may have a time axis of length 1. Raises ValueError for others."""
+    if why := why_no_pictures(latents):
+        raise ValueError(why)
+    return latents.squeeze(2) if latents.ndim == 5 else latents
 
 
 def as_host(pictures: Tensor, dimensions: int) -> Tensor:
@@ -183,6 +187,8 @@ class ComfyModel:
         comfy.model_management.throw_exception_if_processing_interrupted()
         if self._own is not None and conditioning is self._own[0]:
             return self.calculate(self._own[1], x, sigma)
+        if conditioning.attention is not None and not isinstance(self._inner.diffusion_model, UNetModel):
+            raise ValueError("the host lets nobody change this model's attention: choose another way to mitigate")
         return self.calculate([self.entry_with(conditioning, x)], x, sigma, conditioning.attention)
 
     def of_the_host(self, entries: list[dict[str, Any]]) -> Conditioning | None:

@@ -26,7 +26,7 @@ from ...guidance import GuidanceRule
 from ...monitor import Monitoring, Report, Watch, flagged
 from . import graph
 from .attention import attending
-from .model import ComfyModel, HostStep, as_host, as_pictures, remember_beginning
+from .model import ComfyModel, HostStep, as_host, as_pictures, remember_beginning, why_no_pictures
 from .setting import kind_of, profile_for, setting_of
 from .text import SOURCE, Source, conditioning_of
 
@@ -62,6 +62,7 @@ class Run:
     output: tuple[Any, ...] | None = None
     negative: Unconditional | None = None  # what the host's negative conditioning was found to be
     from_picture: bool = False
+    no_pictures: str = ""  # why there is nothing to measure
     acted: bool = False  # judged, and mitigated where that was asked for
     rule: GuidanceRule | None = None  # in place of plain guidance, since a mitigation
     attention: AttentionRule | None = None
@@ -121,6 +122,7 @@ class Monitor:
         guider = executor.class_obj
         name = getattr(getattr(sampler, "sampler_function", None), "__name__", "")
         run = Run(Watch(self.monitoring), name, from_picture=bool(torch.count_nonzero(latent_image)))
+        run.no_pictures = why_no_pictures(noise)
         self._open.append(run)
         options = guider.model_options
         before = options.get("sampler_post_cfg_function", [])
@@ -199,7 +201,7 @@ class Monitor:
     def _read(self, run: Run, guider: Any, arguments: dict[str, Any]) -> None:
         """Take one guidance step in, if it tells both predictions; see :meth:`_after` for those that do not."""
         positive, negative, sigma = guider.conds.get("positive"), negative_of(guider), arguments["sigma"]
-        if arguments.get("cond") is not positive or not covers(positive, sigma):
+        if arguments.get("cond") is not positive or not covers(positive, sigma) or run.no_pictures:
             return
         run.cond = as_pictures(arguments["cond_denoised"])
         found = without_of(arguments, negative)
@@ -217,11 +219,10 @@ class Monitor:
         The model where the evaluation shall be run again, with another conditioning.
         """
         watch = run.watch
-        try:
-            shown = as_pictures(x)
-        except ValueError as error:
-            watch.trace.skip(sigma[0], str(error))
+        if run.no_pictures:
+            watch.trace.skip(sigma[0], run.no_pictures)
             return None
+        shown = as_pictures(x)
         positive = guider.conds["positive"]
         if run.evaluations == 0:
             self._name_source(positive)
