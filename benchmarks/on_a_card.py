@@ -246,12 +246,11 @@ def full_size(folder: Path, xl: bool, device: str) -> Path:
         (folder / name).mkdir(parents=True)
         for file in tokenizer.iterdir():
             (folder / name / file.name).write_bytes(file.read_bytes())
-    names = {**dict.fromkeys(["tokenizer", "tokenizer_2"], ["transformers", "CLIPTokenizer"])}
     index = {
         "_class_name": "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline",
         "scheduler": ["diffusers", "DDIMScheduler"],
-        "tokenizer": names["tokenizer"],
-        **({"tokenizer_2": names["tokenizer_2"]} if xl else {"safety_checker": [None, None]}),
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        **({"tokenizer_2": ["transformers", "CLIPTokenizer"]} if xl else {"safety_checker": [None, None]}),
         **{name: [type(part).__module__.partition(".")[0], type(part).__name__] for name, part in parts.items()},
     }
     (folder / "model_index.json").write_text(json.dumps(index))
@@ -301,7 +300,12 @@ def make_models(folder: Path, small: bool, device: str) -> dict[str, Path]:
     if small:
         miniature.write_all(folder / "models")
         return {SD15: miniatures.write_sd1(folder / SD15), SDXL: miniatures.write_sdxl(folder / SDXL)}
-    places = {"unet": "diffusion_models", "vae": "vae", "text_encoder": "text_encoders", "text_encoder_2": "text_encoders"}
+    places = {
+        "unet": "diffusion_models",
+        "vae": "vae",
+        "text_encoder": "text_encoders",
+        "text_encoder_2": "text_encoders",
+    }
     for path in (folder / "models" / name for name in (*set(places.values()), "loras")):
         path.mkdir(parents=True)
     made = {SD15: full_size(folder / SD15, False, device), SDXL: full_size(folder / SDXL, True, device)}
@@ -576,9 +580,11 @@ def commands(models: dict[str, Path], folder: Path, small: bool) -> Iterator[tup
         common = ["--model", str(model), "--json", *([] if small else ["--device", "cuda", "--dtype", "float16"])]
         one, four = ["--images", "1"], ["--images", "4"]
         for size in (32, 8, 1):
-            yield f"check, 8 prompts x 4 images, --batch-size {size}", name, [
-                "check", *prompts, *common, *four, "--batch-size", str(size)
-            ]
+            yield (
+                f"check, 8 prompts x 4 images, --batch-size {size}",
+                name,
+                ["check", *prompts, *common, *four, "--batch-size", str(size)],
+            )
         yield "explain, 1 image", name, ["explain", PROMPT, *common, *one]
         yield "explain, 4 images", name, ["explain", PROMPT, *common, *four]
         target = ["--target", "0.01", "--iterations", "2"]
@@ -650,7 +656,10 @@ def markdown(result: Row) -> str:
         found = ", ".join(f"{key} {_short(value)}" for key, value in row.items() if key not in hidden)
         lines.append(f"| {row['mode']} | {row['check']} | {row['weights']} | {found} |")
     lines += ["", "## B. Watched against plain, 20 steps, 512 x 512", ""]
-    lines += ["| page | pairs | wall ratio (quartiles) | by the host's clock | plain run |", "| --- | --- | --- | --- | --- |"]
+    lines += [
+        "| page | pairs | wall ratio (quartiles) | by the host's clock | plain run |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for row in result["B"]:
         low, high = row["wall_quartiles"]
         own_low, own_high = row["host_quartiles"]
@@ -719,7 +728,9 @@ def main() -> None:
         command = [sys.executable, __file__, "--models", str(folder), *(["--small"] if small else [])]
         other = None
         for number, mode in enumerate(("default", "--disable-dynamic-vram")):
-            home = make_home(folder / f"home{number}", ROOT, [folder / "nodes" / "on_a_card_nodes.py"], folder / "models")
+            home = make_home(
+                folder / f"home{number}", ROOT, [folder / "nodes" / "on_a_card_nodes.py"], folder / "models"
+            )
             options = [mode] if number and not small else []
             if set(arguments.parts) & set("AB" if not number else "A"):
                 with CardServer(install, home, options, small=small) as server:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ Calibration = io.Custom("DEJAVU_CALIBRATION")
 References = io.Custom("DEJAVU_REFERENCES")
 
 SEED_LIMIT = 0xFFFFFFFFFFFFFFFF
+DOWNSCALE_RATIOS = (
+    "downscale_ratio_spacial",
+    "downscale_ratio_temporal",
+)  # kept with a latent, where the host has them
 
 
 def inputs_of(settings: type, leave_out: tuple[str, ...] = (), optional: bool = False) -> list[io.Input]:
@@ -89,7 +94,9 @@ def start_of(
     model: Any, latent_image: dict[str, Any], seed: int, steps: int, sampler_name: str, scheduler: str, denoise: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(latent, noise, sigmas) as the KSampler node would begin with them."""
-    latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
+    known = signature(comfy.sample.fix_empty_latent_channels).parameters
+    ratios = {name: latent_image.get(name) for name in DOWNSCALE_RATIOS if name in known}
+    latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"], **ratios)
     noise = comfy.sample.prepare_noise(latent, seed, latent_image.get("batch_index"))
     sampler = comfy.samplers.KSampler(
         model, steps=steps, device=model.load_device, sampler=sampler_name, scheduler=scheduler, denoise=denoise

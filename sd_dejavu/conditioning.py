@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from torch import Tensor
 from .attention import AttentionRule
 
 Role = Literal["start", "word", "end"]  # 'end' is the end token and all padding behind it
-Unconditional = Literal["empty prompt", "negative prompt"]
+Baseline = Literal["empty prompt", "negative prompt"]  # what a user may ask to measure against
+Unconditional = Literal["empty prompt", "negative prompt", "zeroed prompt", "prompt left out"]  # what a host may have
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,9 @@ class Conditioning:
     """Embedding rows [B, N, D] with B = 1 for a single prompt, or one entry a picture of a batch.
 
     ``extras`` are further tensors the model takes with the rows ([B, ...]: pooled vector, size
-    numbers). ``tokens`` has N entries where the tokens are known and is empty where they are not.
+    numbers). ``host_values`` is what else a host keeps with this one prompt (masks, lengths, token numbers): for
+    the host alone to read, it belongs to no batch of several prompts. ``tokens`` has N entries where the tokens are
+    known and is empty where they are not.
     ``attention`` is how the model shall attend to the N rows, where that is not as usual.
     """
 
@@ -76,6 +79,7 @@ class Conditioning:
     tokens: tuple[TokenRow, ...] = ()
     reencoding: Reencoding | None = None
     attention: AttentionRule | None = None
+    host_values: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.rows.ndim != 3:
@@ -117,15 +121,24 @@ class Conditioning:
 def stack(conditionings: Sequence[Conditioning]) -> Conditioning:
     """One batch from several prompts of equal length; words and tokens do not survive.
 
-    Raises ValueError for different lengths, or where one of them is attended to in a way of its own.
+    Raises ValueError for different lengths, or where one of them is attended to in a way of its own, or where the
+    host keeps values with them and they are not all the same prompt.
     """
+    values = conditionings[0].host_values
+    if any(c.host_values is not values for c in conditionings if c.host_values or values):
+        raise ValueError("prompts with which the host keeps masks or lengths cannot share a batch")
     if any(c.attention is not None for c in conditionings):
         raise ValueError("a prompt with an attention rule cannot share a batch with others")
     lengths = {c.rows.shape[1] for c in conditionings}
     if len(lengths) != 1:
         raise ValueError(f"conditionings of different lengths cannot share a batch: {sorted(lengths)} rows")
     extras = {k: torch.cat([c.extras[k] for c in conditionings]) for k in conditionings[0].extras}
-    return Conditioning(torch.cat([c.rows for c in conditionings]), extras)
+    return Conditioning(torch.cat([c.rows for c in conditionings]), extras, host_values=values)
+
+
+def sharing(conditionings: Sequence[Conditioning]) -> list[tuple[int, int]]:
+    """A key for each prompt: those of one key may share a batch. They have one length, and no values of the host's."""
+    return [(c.rows.shape[1], number if c.host_values else -1) for number, c in enumerate(conditionings)]
 
 
 # --------------------------------------------------------------------- tokens back to words

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .calibration.ordinary_prompts import style_of
 from .calibration.profile import ALPHA_DEFAULT, EVALUATIONS, Profile, ScoreKind, Setting
-from .conditioning import Conditioning, Unconditional
+from .conditioning import Baseline, Conditioning
 from .denoiser import Model, initial_latent
 from .memory import one_by_one
 from .mitigations import Outcome
@@ -31,9 +31,7 @@ class Measurement:
     seed: int = option(0, "seed of the noise", minimum=0, maximum=2**63 - 1)
     guidance_scale: float = option(7.5, "strength of classifier-free guidance", minimum=0, maximum=100)
     negative: str = option("", "negative prompt that guidance steers away from")
-    without: Unconditional = option(
-        "empty prompt", "what the prompt is measured against", choices=get_args(Unconditional)
-    )
+    without: Baseline = option("empty prompt", "what the prompt is measured against", choices=get_args(Baseline))
     alpha: float = option(
         ALPHA_DEFAULT, "flag a prompt when its p-value is at most this", minimum=0, maximum=1, exclusive=True
     )

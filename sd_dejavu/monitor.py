@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .calibration.ordinary_prompts import style_of
 from .calibration.profile import ALPHA_DEFAULT, EVALUATIONS, ORDINARY_QUANTILE, Profile, ScoreKind, Setting
-from .conditioning import Conditioning, Unconditional, by_position
+from .conditioning import Baseline, Conditioning, Unconditional, by_position
 from .denoiser import Model
 from .explain import confirmed_gradient, output_gradient
 from .gradients import with_gradients
@@ -50,11 +50,11 @@ def method_for(name: str, conditioning: Conditioning) -> Mitigation:
 class Monitoring:
     """Settings of a monitor, the same in every host."""
 
-    without: Unconditional = option(
+    without: Baseline = option(
         "negative prompt",
         "what the prompt is measured against: the negative prompt costs nothing, the empty prompt one more model "
         "evaluation at each measured step",
-        choices=get_args(Unconditional),
+        choices=get_args(Baseline),
     )
     when_flagged: WhenFlagged = option(
         "report",

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .conditioning import Conditioning, Unconditional, stack
+from .conditioning import Conditioning, Unconditional, sharing, stack
 from .denoiser import Denoiser, Predictions, initial_latent
 from .detectors.magnitude import magnitude
 from .guidance import GuidanceRule, GuidedStep, guided
@@ -85,10 +86,10 @@ class Run:
     latents: Tensor
 
 
-def batches(lengths: Sequence[int], images: int, batch_size: int) -> Iterator[list[tuple[int, int]]]:
-    """(prompt, image) pairs in batches that share a conditioning length."""
-    for length in sorted(set(lengths)):
-        jobs = [(p, i) for p, n in enumerate(lengths) if n == length for i in range(images)]
+def batches(keys: Sequence[Any], images: int, batch_size: int) -> Iterator[list[tuple[int, int]]]:
+    """(prompt, image) pairs in batches of prompts with one key; see :func:`sd_dejavu.conditioning.sharing`."""
+    for key in sorted(set(keys)):
+        jobs = [(p, i) for p, known in enumerate(keys) if known == key for i in range(images)]
         for start in range(0, len(jobs), batch_size):
             yield jobs[start : start + batch_size]
 
@@ -112,8 +113,7 @@ def sample_prompts(
     x = initial_latent(noise, sigmas[0], denoiser.prediction_type)
     path = sigmas if evaluations is None else sigmas[: evaluations + 1]
     runs: dict[int, Run] = {}
-    lengths = [c.rows.shape[1] for c in conditionings]
-    for part in batches(lengths, 1, max(1, batch_size // images)):
+    for part in batches(sharing(conditionings), 1, max(1, batch_size // images)):
         prompts = [prompt for prompt, _ in part]
         together = stack([conditionings[p] for p in prompts]).repeat(images)
         trace = Trace()
@@ -166,7 +166,7 @@ def first_predictions(
     x = initial_latent(noise, sigma, denoiser.prediction_type)
     levels = levels_of(x, sigma)
     base = predict(denoiser, x, levels, unconditional, batch_size)
-    for part in batches([c.rows.shape[1] for c in conditionings], noise.shape[0], batch_size):
+    for part in batches(sharing(conditionings), noise.shape[0], batch_size):
         which = [image for _, image in part]
         together = stack([conditionings[p] for p, _ in part])
         denoised = predict(denoiser, x[which], levels[which], together, batch_size)

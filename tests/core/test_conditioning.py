@@ -124,6 +124,14 @@ def test_stack_joins_rows_and_extras_in_order() -> None:
         stack([parts[0], Conditioning(torch.zeros(1, 3, 1))])
 
 
+def test_stack_keeps_what_a_host_keeps_with_one_prompt_and_refuses_it_for_several() -> None:
+    first, second = (Conditioning(torch.zeros(1, 2, 1), host_values={"mask": number}) for number in (1, 2))
+    assert stack([first, first]).host_values == {"mask": 1}
+    for other in (second, Conditioning(torch.zeros(1, 2, 1))):
+        with pytest.raises(ValueError, match="cannot share a batch"):
+            stack([first, other])
+
+
 def test_other_rows_drop_the_way_back_and_keep_prompt_and_words() -> None:
     from hand_made import encoder
 

@@ -10,7 +10,7 @@ from hand_made import LinearDenoiser, v_scale
 from torch import Tensor
 
 from sd_dejavu.conditioning import Conditioning
-from sd_dejavu.denoiser import denoised_from_output, initial_latent, model_input, seeded_noise
+from sd_dejavu.denoiser import denoised_from_output, initial_latent, model_input, over_pixels, seeded_noise
 from sd_dejavu.sampling import Guidance, batches, first_step, predict, sample, sample_prompts
 from sd_dejavu.trace import Trace
 
@@ -136,6 +136,21 @@ def test_extras_travel_with_their_prompt_through_shared_batches() -> None:
     found = first_step(Pooled(), prompts, empty, seeded_noise((1, 2, 2), 0, 2), 2.0, 4)
     # The noise prediction differs by p in each of 4 elements: 2 p.
     assert found.flatten().tolist() == pytest.approx([2, 2, 4, 4, 6, 6], rel=1e-5)
+
+
+def test_what_a_host_keeps_with_a_prompt_reaches_the_model_with_that_prompt_alone() -> None:
+    class Host(LinearDenoiser):
+        def __call__(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+            return super().__call__(x, sigma, conditioning) - over_pixels(sigma) * conditioning.host_values["number"]
+
+    prompts = [Conditioning(torch.zeros(1, 2, 4), host_values={"number": p}) for p in (1.0, 2.0, 3.0)]
+    empty = Conditioning(torch.zeros(1, 2, 4), host_values={"number": 0.0})
+    noise = seeded_noise((1, 2, 2), 0, 2)
+    found = first_step(Host(), prompts, empty, noise, 2.0, 4)
+    # The noise prediction differs by the prompt's number in each of 4 elements: 2 p.
+    assert found.flatten().tolist() == pytest.approx([2, 2, 4, 4, 6, 6], rel=1e-5)
+    runs = sample_prompts(Host(), prompts, Guidance(empty, 1.0), noise, [2.0, 1.0, 0.0])
+    assert [run.trace.score(1).tolist() for run in runs] == [pytest.approx([2 * p] * 2, rel=1e-5) for p in (1, 2, 3)]
 
 
 def test_predictions_that_are_not_finite_raise_instead_of_scoring() -> None:

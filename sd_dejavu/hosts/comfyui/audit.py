@@ -158,7 +158,9 @@ def _check(vae: Any, start: Start) -> None:
         raise ValueError("the VAE input is empty: the checkpoint that was loaded may hold no autoencoder")
     vae.throw_exception_if_invalid()
     if vae.latent_dim != 2 or start.latent.ndim != 4:
-        raise ValueError("this model makes no single pictures, so it cannot be compared with training pictures")
+        raise ValueError(
+            "this model's autoencoder works on frames along a time axis, and the audit needs one of single pictures"
+        )
 
 
 def _done(asked: Loaded, vae: Any, start: Start, work: Work, task: Task) -> list[dict[str, Any]]:

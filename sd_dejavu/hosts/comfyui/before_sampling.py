@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import comfy.sample
-import comfy.sampler_helpers
 import comfy.samplers
 import torch
 from torch import Tensor
@@ -22,9 +21,9 @@ from ...mitigations import Mitigation, Outcome, Start
 from ...monitor import Monitoring, Report, Watch, method_for
 from .attention import RULE, heeding
 from .model import ComfyModel, ordinary_for, with_model
-from .monitor import Monitor
+from .monitor import Monitor, covers
 from .setting import kind_of, profile_for, setting_of
-from .text import SOURCE, Source, conditioning_of, encode_text
+from .text import SOURCE, Source, conditioning_of, encode_text, options_with
 
 
 def examine(
@@ -78,7 +77,7 @@ def mitigate(
     options = dict(positive[0][1])
 
     def work(model: ComfyModel, x: Tensor, sigma: Tensor) -> tuple[Mitigation, Outcome]:
-        conditioning, begin = begin_of(model, x, sigma, positive, negative, target, profile, folder)
+        conditioning, begin = begin_of(model, x, sigma, positive, target, profile, folder)
         method = method_for(name, conditioning)
         if method.touches == "prompt" and not conditioning.prompt:
             raise ValueError(
@@ -87,14 +86,13 @@ def mitigate(
             )
         return method, method.apply(model, conditioning, replace(begin, seed=seed), settings)
 
-    method, outcome = with_model(patcher, positive, latent, noise, sigmas, work)
+    method, outcome = with_model(patcher, positive, latent, noise, sigmas, work, negative=negative)
     changed: Conditioning = outcome.conditioning
     rows = changed.rows
+    options = options_with(options, changed)
     source: Source | None = options.pop(SOURCE, None)
     if source is not None and method.touches != "conditioning":  # moved rows are what no text encodes to
         options[SOURCE] = source if changed.prompt == source.text else Source(source.clip, changed.prompt)
-    if (pooled := changed.extras.get("pooled_output")) is not None:
-        options["pooled_output"] = pooled
     if changed.attention is not None:
         rows, options[RULE] = changed.attention.rows(rows), changed.attention
         patcher = heeding(patcher)
@@ -105,7 +103,10 @@ def mitigate(
         **({"prompt": changed.prompt} if method.touches == "prompt" else {}),
         **{k: list(v) if isinstance(v, tuple) else v for k, v in outcome.details.items()},
     }
-    return [[rows.cpu(), options]], patcher, document
+    # The host batches conditionings only where they lie on one device: here, where it keeps those of the prompt.
+    if isinstance(pooled := options.get("pooled_output"), Tensor):
+        options["pooled_output"] = pooled.to(positive[0][0].device)
+    return [[rows.to(positive[0][0]), options]], patcher, document
 
 
 def begin_of(
@@ -113,21 +114,26 @@ def begin_of(
     x: Tensor,
     sigma: Tensor,
     positive: Any,
-    negative: Any,
     target: float,
     profile: Profile | None,
     folder: Path | None,
 ) -> tuple[Conditioning, Start]:
     """The prompt and the start of the run for a mitigation; a target of 0 takes it from the calibration.
 
-    Raises ValueError where no target is given and no calibration found, or it is for another setting.
+    Raises ValueError where no target is given and no calibration found, or it is for another setting, and where the
+    prompt or negative prompt does not act at the first step.
     """
     conditioning = conditioning_of(positive[0][0], positive[0][1])
-    entries = comfy.sampler_helpers.convert_cond(negative)
-    without = conditioning_of(negative[0][0], negative[0][1])
-    kind = kind_of(entries, positive[0][1][SOURCE].clip if SOURCE in positive[0][1] else None)
+    entries = model.negative
+    for name, given in (("prompt", [model.entry]), ("negative prompt", entries)):
+        if not covers(given, sigma):
+            raise ValueError(
+                f"the {name} does not act on the whole picture at the first step (an area, mask or range): give one "
+                "that does"
+            )
+    without, kind = model.of_the_host(entries), kind_of(entries, model.clip)
     with torch.no_grad():
-        base = model(x, sigma, without)
+        base = model.calculate(entries, x, sigma)
     goal, ordinary = target, None
     if not goal:
         setting = setting_of(model, kind, entries, 1.0)

@@ -23,8 +23,8 @@ from ...guidance import GuidanceRule
 from ...mitigations import anti_memorization_guidance as amg
 from ...mitigations import guidance_transition
 from .gradients import differentiable
-from .model import ComfyModel, HostStep
-from .monitor import KEY, covers, level_of
+from .model import ComfyModel, HostStep, as_host, as_pictures, remember_beginning
+from .monitor import KEY, covers, level_of, negative_of, without_of
 from .reference import HostReferences, picture_device
 from .text import as_typed
 
@@ -61,6 +61,7 @@ class Steering:
         # A plain function: the host deep-copies what it finds, and a method would bring its object along.
         outer_sample = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
         clone.add_wrapper_with_key(outer_sample, key, lambda *a, **k: self._outer_sample(*a, **k))
+        remember_beginning(clone, key)
         if self._patchers:
             clone.set_additional_models(key, list(self._patchers))
         return clone
@@ -107,19 +108,16 @@ class _Run:
 
     def _guided(self, arguments: dict[str, Any]) -> Tensor:
         plain, x, sigma = arguments["denoised"], arguments["input"], arguments["sigma"]
-        positive, negative = arguments.get("cond"), self._guider.conds.get("negative")
+        positive, negative = arguments.get("cond"), negative_of(self._guider)
         level = level_of(self._guider.conds, sigma)
         if positive is None or positive is not self._guider.conds.get("positive") or not covers(positive, level):
             return plain
-        if x.ndim != 4:
-            raise ValueError("only pictures can be guided, this model draws something else")
-        with_prompt = arguments["cond_denoised"]
-        if arguments.get("uncond") is None:
+        shown, with_prompt = as_pictures(x), as_pictures(arguments["cond_denoised"])
+        found = without_of(arguments, negative) if covers(negative, level) else None
+        if found is not None:
+            without = as_pictures(found)
+        elif arguments.get("uncond") is None:
             without = with_prompt  # cfg 1: there is no guidance to change
-        elif "empty_cond_denoised" in arguments:  # perpendicular negative guidance
-            without = arguments["empty_cond_denoised"]
-        elif arguments["uncond"] is negative and covers(negative, level):
-            without = arguments["uncond_denoised"]
         else:
             return plain
         options = arguments["model_options"]
@@ -127,12 +125,12 @@ class _Run:
         model = ComfyModel(self._guider.model_patcher, self._guider.inner_model, positive[0], options, sigmas, x)
         model.clip = model.clip or self._steering.clip
         if self._rule is None:
-            self._rule = self._steering.make(model, self._guider, x)
-        ask = partial(_predict, model, x, sigma)
-        scale = float(arguments["cond_scale"])
-        found = self._rule(HostStep(x, sigma, with_prompt, without, scale, self._evaluations, ask, plain))
+            self._rule = self._steering.make(model, self._guider, shown)
+        ask = partial(_predict, model, shown, sigma)
+        scale, host = float(arguments["cond_scale"]), as_pictures(plain)
+        guided = self._rule(HostStep(shown, sigma, with_prompt, without, scale, self._evaluations, ask, host))
         self._evaluations += 1
-        return found.to(plain.dtype)
+        return as_host(guided.to(plain.dtype), x.ndim)
 
     def end(self) -> None:
         text = self._fault or (self._steering.summary(self._rule) if self._rule is not None else "")
@@ -169,7 +167,9 @@ def anti_memorization(
         raise ValueError("the VAE input is empty: the checkpoint that was loaded may hold no autoencoder")
     vae.throw_exception_if_invalid()
     if vae.latent_dim != 2:
-        raise ValueError("this VAE decodes no single pictures: anti-memorization guidance compares pictures")
+        raise ValueError(
+            "this VAE decodes frames along a time axis: anti-memorization guidance needs one that decodes single pictures"
+        )
     lowest = float(amg.threshold_at(torch.ones(1), settings))
     if guard.references.metric == "normalised L2" and min(lowest, settings.threshold + settings.threshold_rise) >= 0:
         raise ValueError(

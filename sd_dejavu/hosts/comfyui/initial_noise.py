@@ -15,7 +15,7 @@ from ...calibration.profile import Profile
 from ...mitigations import Mitigation, Outcome
 from .before_sampling import begin_of
 from .guidance import Steering
-from .model import ComfyModel, with_model
+from .model import ComfyModel, as_host, with_model
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,15 @@ def adjust_noise(
     moved: list[Tensor] = []
 
     def work(model: ComfyModel, x: Tensor, sigma: Tensor) -> Outcome:
-        conditioning, begin = begin_of(model, x, sigma, positive, negative, target, profile, folder)
+        conditioning, begin = begin_of(model, x, sigma, positive, target, profile, folder)
         outcome = method.apply(model, conditioning, begin, settings)
         if outcome.x is not None:
             moved.append((outcome.x - x).cpu())
         return outcome
 
-    outcome: Outcome = with_model(patcher, positive, latent, noise, sigmas, work)
+    outcome: Outcome = with_model(patcher, positive, latent, noise, sigmas, work, negative=negative)
     if moved:
-        noise = noise + moved[0] / _scale(patcher, sigmas)
+        noise = noise + as_host(moved[0], noise.ndim) / _scale(patcher, sigmas)
     if outcome.rule is not None:
         rule = outcome.rule
         patcher = Steering(lambda model, guider, x: rule()).attach(patcher)

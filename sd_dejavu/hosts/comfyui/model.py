@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import comfy.conds
 import comfy.model_management
 import comfy.model_sampling
+import comfy.patcher_extension
 import comfy.samplers
 import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import Tensor
 
 from ...attention import AttentionRule, watched_attention
@@ -28,13 +29,78 @@ from ...guidance import GuidedStep
 from ..aliases import normal
 from .attention import attending
 from .gradients import checkpointed, differentiable, make_room, plain_attention
-from .text import SOURCE, encode
+from .text import SOURCE, conditioning_of, encode, options_with
 
 FINGERPRINT = "dejavu_fingerprint"  # attachment of a model whose fingerprint is known
+BEGAN = "dejavu_began"  # key in a run's model options that holds what the host made its conditionings for
+
+
+def why_no_pictures(latents: Tensor) -> str:
+    """Why these latents of the host are not [B, C, H, W], nor that with a time axis of length 1; empty where they are."""
+    if latents.ndim not in (4, 5):
+        return (
+            "only pictures can be measured, and this run draws sound, or several streams packed into one "
+            f"({latents.ndim} dimensions)"
+        )
+    if latents.ndim == 5 and latents.shape[2] != 1:
+        return f"only single pictures can be measured, and this run draws a video ({latents.shape[2]} latents long)"
+    return ""
+
+
+def as_pictures(latents: Tensor) -> Tensor:
+    """[B, C, H, W] of the host's latents, which may have a time axis of length 1. Raises ValueError for others."""
+    if why := why_no_pictures(latents):
+        raise ValueError(why)
+    return latents.squeeze(2) if latents.ndim == 5 else latents
+
+
+def as_host(pictures: Tensor, dimensions: int) -> Tensor:
+    """Pictures [B, C, H, W] in the number of dimensions of the host's latents."""
+    return pictures.unsqueeze(2) if dimensions == 5 else pictures
+
+
+def remember_beginning(patcher: Any, key: str) -> None:
+    """Let every run of this clone keep what the host made its conditionings for, in the model options of the run."""
+
+    def sampler_sample(
+        executor: Any,
+        guider: Any,
+        sigmas: Tensor,
+        extra_args: dict[str, Any],
+        callback: Any,
+        noise: Tensor,
+        latent_image: Tensor | None = None,
+        denoise_mask: Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> Tensor:
+        seed = extra_args.get("seed")
+        extra_args["model_options"][BEGAN] = beginning(guider, noise, latent_image, denoise_mask, seed)
+        drawn: Tensor = executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
+        return drawn
+
+    patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, key, sampler_sample)
+
+
+def beginning(
+    guider: Any, noise: Tensor, latent_image: Tensor | None, denoise_mask: Tensor | None, seed: Any
+) -> dict[str, Any]:
+    """What the host hands to a model for each conditioning of a run, and what other packs had put to the prompt's."""
+    shapes = getattr(guider.inner_model, "latent_shapes", None)
+    prompts = guider.original_conds.get("positive") or [{}]
+    return {
+        "model_conds": prompts[0].get("model_conds", {}),
+        "noise": noise,
+        "latent_image": latent_image,
+        "denoise_mask": denoise_mask,
+        "seed": seed,
+        **({} if shapes is None else {"latent_shapes": shapes}),
+    }
 
 
 def prediction_type_of(sampling: Any) -> PredictionType:
     """What the network puts out, from the host's model_sampling object. Raises ValueError for others."""
+    if isinstance(sampling, comfy.model_sampling.COSMOS_RFLOW):
+        return "epsilon"  # a flow in the network's scale; x = x0 + sigma * noise is what the sampler and we see
     if isinstance(sampling, comfy.model_sampling.V_PREDICTION):
         return "v_prediction"
     if isinstance(sampling, comfy.model_sampling.CONST):
@@ -56,10 +122,11 @@ class HostStep(GuidedStep):
 
 
 class ComfyModel:
-    """A model during a run of the host, as the core's denoiser.
+    """A model during a run of the host, as the core's denoiser of pictures [B, C, H, W].
 
-    ``entry`` is the host's processed conditioning whose rows are replaced; control nets, areas, masks and whatever
-    else it carries stay as they are.
+    ``entry`` is the host's processed conditioning of a prompt. For other prompts the host makes one in its place;
+    control nets, areas, masks, ranges, hooks and whatever else belongs to the run stay as they are. ``x`` is a latent
+    of the run, as the host has it. Raises ValueError where the run draws no single pictures.
     """
 
     def __init__(
@@ -71,10 +138,13 @@ class ComfyModel:
         sigmas: Tensor | Sequence[float],
         x: Tensor,
     ) -> None:
-        self._patcher, self._inner, self._entry = patcher, inner, entry
+        self._patcher, self._inner, self.entry = patcher, inner, entry
         self._options = model_options
         self._sigmas = [float(s) for s in sigmas]
-        self._device, self.latent_shape, self._images = x.device, tuple(x.shape[1:]), x.shape[0]
+        self._dimensions = x.ndim
+        self._device, self.latent_shape, self._images = x.device, tuple(as_pictures(x).shape[1:]), x.shape[0]
+        self._own: tuple[Conditioning, list[dict[str, Any]]] | None = None
+        self.negative: list[dict[str, Any]] = []  # the run's own, processed, where the model was made for a node
         self.prediction_type = prediction_type_of(inner.model_sampling)
         self.clip = source.clip if (source := entry.get(SOURCE)) is not None else None
         self.name = "the loaded model"
@@ -115,38 +185,75 @@ class ComfyModel:
 
     def __call__(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
+        if self._own is not None and conditioning is self._own[0]:
+            return self.calculate(self._own[1], x, sigma)
+        if conditioning.attention is not None and not isinstance(self._inner.diffusion_model, UNetModel):
+            raise ValueError("the host lets nobody change this model's attention: choose another way to mitigate")
         return self.calculate([self.entry_with(conditioning, x)], x, sigma, conditioning.attention)
+
+    def of_the_host(self, entries: list[dict[str, Any]]) -> Conditioning | None:
+        """A conditioning that stands for the host's own processed ``entries``; None where they have no rows, or more.
+
+        The model predicts with the entries themselves wherever it is given this very conditioning.
+        """
+        if len(entries) != 1 or entries[0].get("cross_attn") is None:
+            return None
+        found = conditioning_of(entries[0]["cross_attn"], entries[0])
+        self._own = found, entries
+        return found
 
     def calculate(
         self, entries: list[dict[str, Any]], x: Tensor, sigma: Tensor, attention: AttentionRule | None = None
     ) -> Tensor:
-        """The host's own prediction for a list of its processed conditionings."""
-        options = attending(self._options, attention)
+        """The host's own prediction for a list of its processed conditionings, on the device that the run began on."""
+        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+            self._refuse_other_weights(entries)
+        # Other devices evaluate without gradients, and have no work to share here.
+        options = {name: value for name, value in self._options.items() if name != "multigpu_clones"}
+        options = attending(options, attention)
         if self._plain_attention:
             transformer = {**options.get("transformer_options", {}), "optimized_attention_override": plain_attention}
             options = {**options, "transformer_options": transformer}
-        (found,) = comfy.samplers.calc_cond_batch(self._inner, [entries], normal(x), normal(sigma), options)
-        return found.float()
+        given = normal(as_host(x, self._dimensions))
+        (found,) = comfy.samplers.calc_cond_batch(self._inner, [entries], given, normal(sigma), options)
+        return as_pictures(found).float()
 
     def entry_with(self, conditioning: Conditioning, x: Tensor) -> dict[str, Any]:
-        """The entry with other rows, and with the pooled vector that belongs to them."""
-        entry = dict(self._entry)
-        held = {}
-        for name, cond in entry["model_conds"].items():
-            value = getattr(cond, "cond", None)
-            held[name] = cond._copy_with(normal(value)) if isinstance(value, Tensor) else cond
-        kept = conditioning.rows if conditioning.attention is None else conditioning.attention.rows(conditioning.rows)
-        rows = normal(kept).to(x.device)
-        held["c_crossattn"] = comfy.conds.CONDCrossAttn(rows)
-        pooled = conditioning.extras.get("pooled_output")
-        if pooled is not None and "y" in held:
-            height, width = x.shape[-2] * 8, x.shape[-1] * 8
-            sizes = {"width": width, "height": height, "prompt_type": "positive"}
-            settings = {**sizes, **entry, "device": x.device, "noise": x, "pooled_output": normal(pooled)}
-            held["y"] = comfy.conds.CONDRegular(self._inner.encode_adm(**settings))
-        entry["model_conds"] = held
+        """The entry that the host makes for another prompt in this run, where its rows lie as those of the prompt do.
+
+        Differentiable in the rows and in the pooled vector. x [B, C, H, W] is what it will be evaluated at.
+        """
+        rows = conditioning.rows if conditioning.attention is None else conditioning.attention.rows(conditioning.rows)
+        given = options_with(self.entry, conditioning)
         # The host reuses what it computed for a conditioning of the same number.
-        return {**entry, "cross_attn": rows, "uuid": uuid.uuid4()}
+        began = dict(self._options.get(BEGAN, {}))
+        given |= {"cross_attn": rows, "uuid": uuid.uuid4(), "model_conds": began.pop("model_conds", {})}
+        place = self.entry.get("cross_attn")
+        for name in ("cross_attn", "pooled_output"):
+            if isinstance(value := given.get(name), Tensor):
+                given[name] = value.to(value.device if place is None else place.device)
+        noise, latents = began.pop("noise", None), as_host(x, self._dimensions)
+        if noise is None or noise.shape != latents.shape:
+            noise = latents
+        (made,) = comfy.samplers.encode_model_conds(
+            self._inner.extra_conds,
+            [{name: _normal(value) for name, value in given.items()}],
+            normal(noise),
+            x.device,
+            "positive",
+            **{name: _normal(value) for name, value in began.items()},
+        )
+        held = {
+            name: cond._copy_with(_normal(cond.cond)) if hasattr(cond, "_copy_with") else cond
+            for name, cond in made["model_conds"].items()
+        }
+        return {**made, "model_conds": held}
+
+    def _refuse_other_weights(self, entries: list[dict[str, Any]]) -> None:
+        """The host may not change weights for a conditioning's hooks while gradients are taken through them."""
+        current = self._inner.current_patcher.current_hooks
+        if any(entry.get("hooks") != current for entry in entries):
+            raise ValueError("the hooks of this prompt's conditioning change the weights, so no gradients are taken")
 
     @contextmanager
     def differentiable(self, checkpointing: bool = False) -> Iterator[None]:
@@ -160,6 +267,15 @@ class ComfyModel:
                 yield
         finally:
             self._plain_attention = before
+
+
+def _normal(value: Any) -> Any:
+    """The same with every tensor such as may be saved for backward, in lists too."""
+    if isinstance(value, Tensor):
+        return normal(value)
+    if type(value) in (list, tuple):
+        return type(value)(_normal(part) for part in value)
+    return value
 
 
 def fingerprint(patcher: Any, network: str = "diffusion_model") -> str:
@@ -237,14 +353,14 @@ class _Body(comfy.samplers.Sampler):
         denoise_mask: Tensor | None = None,
         disable_pbar: bool = False,
     ) -> Tensor:
-        entry = model_wrap.conds["positive"][0]
-        model = self._make(
-            model_wrap.model_patcher, model_wrap.inner_model, entry, extra_args["model_options"], sigmas, noise
-        )
-        sampling = model_wrap.inner_model.model_sampling
+        inner = model_wrap.inner_model
+        began = beginning(model_wrap, noise, latent_image, denoise_mask, extra_args.get("seed"))
+        options = {**extra_args["model_options"], BEGAN: began}
+        model = self._make(model_wrap.model_patcher, inner, model_wrap.conds["positive"][0], options, sigmas, noise)
+        model.negative = model_wrap.conds["negative"]
         start = torch.zeros_like(noise) if latent_image is None else latent_image
-        x = sampling.noise_scaling(sigmas[0], noise.clone(), start, self.max_denoise(model_wrap, sigmas))
-        self.result = self._work(model, x, sigmas[0].expand(x.shape[0]))
+        x = inner.model_sampling.noise_scaling(sigmas[0], noise.clone(), start, self.max_denoise(model_wrap, sigmas))
+        self.result = self._work(model, as_pictures(x), sigmas[0].expand(x.shape[0]))
         return start
 
 
@@ -256,13 +372,15 @@ def with_model(
     sigmas: Tensor,
     work: Callable[[Any, Tensor, Tensor], Any],
     make: Callable[..., ComfyModel] = ComfyModel,
+    negative: Any = None,
 ) -> Any:
     """``work(model, x, sigma)`` at the start of the run that a sampler would make of this noise and these sigmas.
 
-    ``make`` is the kind of model that ``work`` is given.
+    x is [B, C, H, W]. ``make`` is the kind of model that ``work`` is given; it has ``negative`` as the host processes
+    it for this run. Raises ValueError where the run draws no single pictures.
     """
     guider = comfy.samplers.CFGGuider(patcher)
-    guider.set_conds(positive, positive)
+    guider.set_conds(positive, positive if negative is None else negative)
     body = _Body(work, make)
     guider.sample(noise, latent, body, sigmas, disable_pbar=True)
     return body.result

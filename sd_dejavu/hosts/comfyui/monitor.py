@@ -33,7 +33,7 @@ from ...monitor import Monitoring, Report, Watch
 from ...readout import Readout
 from . import graph
 from .attention import attending
-from .model import ComfyModel, HostStep, fingerprint
+from .model import ComfyModel, HostStep, as_host, as_pictures, fingerprint, remember_beginning, why_no_pictures
 from .setting import kind_of, negative_name, profile_for, setting_of
 from .text import SOURCE, Source, conditioning_of
 
@@ -105,6 +105,7 @@ class Run:
     level: float | None = None  # of this evaluation's noise, where a conditioning has a range
     output: Output | None = None
     negative: Unconditional | None = None  # what the host's negative conditioning was found to be
+    no_pictures: str = ""  # why there is nothing to measure
     acted: bool = False  # judged, and mitigated where that was asked for
     rule: GuidanceRule | None = None  # in place of plain guidance, since a mitigation
     attention: AttentionRule | None = None
@@ -145,6 +146,7 @@ class Monitor:
         clone.add_wrapper_with_key(types.OUTER_SAMPLE, key, lambda *a, **k: self._outer_sample(*a, **k))
         clone.add_wrapper_with_key(types.SAMPLER_SAMPLE, key, lambda *a, **k: self._sampler_sample(*a, **k))
         clone.add_wrapper_with_key(types.PREDICT_NOISE, key, lambda *a, **k: self._predict_noise(*a, **k))
+        remember_beginning(clone, key)
         return clone
 
     def report_of(self, samples: Tensor) -> Report:
@@ -166,6 +168,7 @@ class Monitor:
         guider = executor.class_obj
         name = getattr(getattr(sampler, "sampler_function", None), "__name__", "")
         run = Run(Watch(self.monitoring), Readout(sigmas), Readout(latent_image.any()), name)
+        run.no_pictures = why_no_pictures(noise)
         self._open.append(run)
         options = guider.model_options
         before = options.get("sampler_post_cfg_function", [])
@@ -184,7 +187,8 @@ class Monitor:
                 samples = executor(noise, latent_image, sampler, sigmas, *a, **k)
             except OtherNoise as found:
                 run.evaluations = 0
-                noise = noise + (found.moved / _noise_unit(guider, sampler, sigmas)).to(noise)
+                moved = as_host(found.moved, noise.ndim) / _noise_unit(guider, sampler, sigmas)
+                noise = noise + moved.to(noise)
                 samples = executor(noise, latent_image, sampler, sigmas, *a, **k)
             run.watch.finished = True
         finally:
@@ -216,7 +220,7 @@ class Monitor:
     def _read_before_the_loop(self, run: Run, guider: Any) -> None:
         """What is read from the device once for a model or a conditioning, and known by the first step."""
         fingerprint(guider.model_patcher)
-        positive, negative = guider.conds.get("positive"), guider.conds.get("negative")
+        positive, negative = guider.conds.get("positive"), negative_of(guider)
         if positive and negative:
             self._kind(run, positive, negative)
             negative_name(negative)
@@ -258,7 +262,7 @@ class Monitor:
             denoised = executor(x, timestep, attending(options, run.attention), seed)
             if run.uncond is None:
                 with self._guarded(run):
-                    self._measure_apart(run, changed, guider, x, timestep)
+                    self._measure_apart(run, changed, guider, as_pictures(x), timestep)
             run.cond = run.uncond = None
         with self._guarded(run):
             self._on_progress(run.number, run.watch)
@@ -268,23 +272,17 @@ class Monitor:
 
     def _read(self, run: Run, guider: Any, arguments: dict[str, Any]) -> None:
         """Take one guidance step in, if it tells both predictions; see :meth:`_after` for those that do not."""
-        positive, negative = guider.conds.get("positive"), guider.conds.get("negative")
-        sigma = arguments["sigma"]
-        if arguments.get("cond") is not positive or not covers(positive, run.level):
+        positive, negative, sigma = guider.conds.get("positive"), negative_of(guider), arguments["sigma"]
+        if arguments.get("cond") is not positive or not covers(positive, run.level) or run.no_pictures:
             return
-        run.cond = arguments["cond_denoised"]
-        if arguments.get("uncond") is None:
+        run.cond = as_pictures(arguments["cond_denoised"])
+        found = without_of(arguments, negative)
+        if found is None or not covers(negative, run.level):
             return
-        kind: Unconditional
-        if "empty_cond_denoised" in arguments:  # perpendicular negative guidance
-            unconditional, kind = arguments["empty_cond_denoised"], "empty prompt"
-        elif arguments["uncond"] is negative and covers(negative, run.level):
-            unconditional, kind = arguments["uncond_denoised"], self._kind(run, positive, negative)
-        else:
+        kind = self._kind(run, positive, negative)
+        if kind != "empty prompt" and self._wants_empty(kind, positive):
             return
-        if kind == "negative prompt" and self.monitoring.without == "empty prompt":
-            return
-        run.uncond = unconditional
+        run.uncond = unconditional = as_pictures(found)
         run.watch.trace.record(Predictions(run.cond, unconditional, sigma, kind))
 
     def _after(self, run: Run, guider: Any, x: Tensor, sigma: Tensor, options: dict[str, Any]) -> ComfyModel | None:
@@ -293,9 +291,10 @@ class Monitor:
         The model where the evaluation shall be run again, with another conditioning.
         """
         watch = run.watch
-        if x.ndim != 4:
-            watch.note("only pictures can be measured, this model draws something else")
+        if run.no_pictures:
+            watch.trace.skip(sigma[0], run.no_pictures)
             return None
+        shown = as_pictures(x)
         positive = guider.conds["positive"]
         if run.evaluations == 0:
             self._name_source(positive)
@@ -305,15 +304,17 @@ class Monitor:
             model.clip = model.clip or self._clip
         if run.uncond is None:
             if model is None or not watch.measures(run.evaluations):
-                watch.trace.skip(sigma[0], "guidance is off here, and only the steps of the score are measured")
+                watch.trace.skip(
+                    sigma[0], "guidance does not tell it here, and only the steps of the score are measured"
+                )
             else:
-                self._measure_apart(run, model, guider, x, sigma)
+                self._measure_apart(run, model, guider, shown, sigma)
         if run.acted or run.evaluations or model is None:
             return None
         run.acted = True
         self._identify(run, model, guider)
         self._on_progress(run.number, watch)
-        return model if self._act(run, model, guider, x, sigma) else None
+        return model if self._act(run, model, guider, shown, sigma) else None
 
     def _name_source(self, positive: list[dict[str, Any]]) -> None:
         """Give a prompt from a plain encode node the text that the workflow holds for it."""
@@ -326,21 +327,33 @@ class Monitor:
 
     def _kind(self, run: Run, positive: Any, negative: Any) -> Unconditional:
         if run.negative is None:
-            source = positive[0].get(SOURCE)
-            clip = source.clip if source is not None and source.clip is not None else self._clip
-            run.negative = kind_of(negative, clip)
+            run.negative = kind_of(negative, self._clip_for(positive))
         return run.negative
+
+    def _clip_for(self, positive: Any) -> Any:
+        source = positive[0].get(SOURCE)
+        return source.clip if source is not None and source.clip is not None else self._clip
+
+    def _wants_empty(self, kind: Unconditional, positive: Any) -> bool:
+        """Whether the empty prompt shall take the place of a negative conditioning of this kind.
+
+        No calibration can be made against one that no text encodes to, so there it does wherever it can be encoded.
+        """
+        if self.monitoring.without == "empty prompt":
+            return True
+        return kind in ("zeroed prompt", "prompt left out") and self._clip_for(positive) is not None
 
     def _measure_apart(self, run: Run, model: ComfyModel, guider: Any, x: Tensor, sigma: Tensor) -> None:
         """Evaluations of our own where guidance has none to read: cfg 1, other guiders, another 'without'."""
-        positive, negative = guider.conds["positive"], guider.conds.get("negative")
+        positive, negative = guider.conds["positive"], negative_of(guider)
         kind: Unconditional
         if not covers(positive, run.level):
             run.watch.trace.skip(sigma[0], "the prompt does not act on the whole picture here (an area, mask or range)")
             return
         with torch.no_grad():
-            if self.monitoring.without == "negative prompt" and negative and covers(negative, run.level):
-                without, kind = model.calculate(negative, x, sigma), self._kind(run, positive, negative)
+            known = self._kind(run, positive, negative) if negative and covers(negative, run.level) else None
+            if known == "empty prompt" or (known is not None and not self._wants_empty(known, positive)):
+                without, kind = model.calculate(negative, x, sigma), known
             elif model.clip is not None:
                 run.empty = run.empty or model.encode("")
                 without, kind = model(x, sigma, run.empty), "empty prompt"
@@ -364,7 +377,7 @@ class Monitor:
         without = watch.trace.without or self.monitoring.without
         scale = float(getattr(guider, "cfg", 1.0))
         from_picture = bool(run.from_picture.wait())
-        watch.setting = setting_of(model, without, guider.conds.get("negative"), scale, from_picture, run.sampler)
+        watch.setting = setting_of(model, without, negative_of(guider), scale, from_picture, run.sampler)
         watch.profile = self._profile or profile_for(watch.setting, model, self.monitoring, self._folder)
 
     # -------------------------------------------------------------------------------- acting
@@ -394,20 +407,16 @@ class Monitor:
             conditioning = self._conditioning(watch, entries)
         if conditioning is None:
             return False
-        without = guider.conds.get("negative") or []
-        outcome = watch.find_remedy(
-            model,
-            conditioning,
-            x,
-            sigma,
-            run.uncond,
-            conditioning_of(without[0]["cross_attn"], without[0]) if len(without) == 1 else None,
-        )
+        if watch.trace.without == "empty prompt" and run.negative != "empty prompt" and model.clip is not None:
+            unconditional: Conditioning | None = model.encode("")
+        else:
+            unconditional = model.of_the_host(negative_of(guider))
+        outcome = watch.find_remedy(model, conditioning, x, sigma, run.uncond, unconditional)
         if outcome.conditioning is not conditioning:
             guider.conds["positive"] = [model.entry_with(outcome.conditioning, x)]
         run.rule, run.attention = outcome.rule() if outcome.rule else None, outcome.attention
         if outcome.x is not None:
-            raise OtherNoise(outcome.x.to(x) - x)
+            raise OtherNoise(outcome.x.to(x) - x)  # of pictures; the latents may have a time axis
         return True
 
     def _explain(self, run: Run, wait: bool = False) -> Conditioning | None:
@@ -426,18 +435,20 @@ class Monitor:
     def _guide(self, run: Run, guider: Any, arguments: dict[str, Any]) -> Tensor:
         """The host's guided prediction, or what the rule of a mitigation makes of it."""
         denoised: Tensor = arguments["denoised"]
-        x, sigma, without = arguments["input"], arguments["sigma"], arguments["uncond_denoised"]
+        x, sigma = arguments["input"], arguments["sigma"]
         positive = guider.conds["positive"]
         if run.rule is None or arguments.get("cond") is not positive or not covers(positive, run.level):
             return denoised
-        if arguments.get("uncond") is None:
-            run.watch.note(f"guidance is off, so {self.monitoring.remedy} has nothing to change")
+        without = without_of(arguments, negative_of(guider))
+        if without is None:
+            run.watch.note(f"guidance is off or of another kind, so {self.monitoring.remedy} has nothing to change")
             return denoised
         model = _model(run, guider, arguments["model_options"], x)
-        scale, ask = float(arguments["cond_scale"]), partial(model, x, sigma)
-        step = HostStep(x, sigma, arguments["cond_denoised"], without, scale, run.evaluations, ask, denoised)
+        shown, with_prompt, without, plain = map(as_pictures, (x, arguments["cond_denoised"], without, denoised))
+        scale, ask = float(arguments["cond_scale"]), partial(model, shown, sigma)
+        step = HostStep(shown, sigma, with_prompt, without, scale, run.evaluations, ask, plain)
         with self._guarded(run):
-            denoised = run.rule(step).to(denoised.dtype)
+            denoised = as_host(run.rule(step).to(denoised.dtype), x.ndim)
         return denoised
 
     def _conditioning(self, watch: Watch, entries: list[dict[str, Any]]) -> Conditioning | None:
@@ -460,6 +471,21 @@ class Monitor:
                 "with the Text Encode (Déjà Vu) node, or link CLIP to the monitor, to name them more surely"
             )
         return found
+
+
+def negative_of(guider: Any) -> list[dict[str, Any]]:
+    """The host's conditioning that guidance measures the prompt against; empty where it has none."""
+    conds = guider.conds
+    return conds.get("empty_negative_prompt", conds.get("negative")) or []  # the first with perpendicular guidance
+
+
+def without_of(arguments: dict[str, Any], negative: list[dict[str, Any]]) -> Tensor | None:
+    """The prediction without the prompt in what a post-cfg function is given; None where it tells none.
+
+    Guidance leaves zeros for what it did not evaluate, and guiders of other kinds hand over other conditionings.
+    """
+    name = "empty_cond" if "empty_cond_denoised" in arguments else "uncond"
+    return arguments[f"{name}_denoised"] if negative and arguments.get(name) is negative else None
 
 
 def _noise_unit(guider: Any, sampler: Any, sigmas: Tensor) -> Tensor:

@@ -46,16 +46,29 @@ def profile_for(setting: Setting, model: ComfyModel, monitoring: Monitoring, fol
 
 
 def kind_of(negative: Any, clip: Any = None) -> Unconditional:
-    """The empty prompt where the host's negative conditioning comes from one, or equals what ``clip`` makes of it."""
+    """The empty prompt where the host's negative conditioning comes from one, or equals what ``clip`` makes of it.
+
+    Conditionings that no text encodes to are told apart: those without rows, and those of zeros.
+    """
+    if negative and all(entry.get("cross_attn") is None for entry in negative):
+        return "prompt left out"
+    if negative and all(_is_zeroed(entry) for entry in negative):
+        return "zeroed prompt"
     for entry in negative:
         source, rows = entry.get(SOURCE), entry.get("cross_attn")
-        if source is not None:
+        if source is not None and not _is_zeroed(entry):
             is_empty = not source.text.strip()
         else:
             is_empty = clip is not None and rows is not None and _equals_empty(rows, clip)
         if not is_empty:
             return "negative prompt"
     return "empty prompt"
+
+
+def _is_zeroed(entry: dict[str, Any]) -> bool:
+    """A conditioning that ConditioningZeroOut gave: it keeps the dict of the prompt, its text included."""
+    rows = entry.get("cross_attn")
+    return rows is not None and not bool(torch.count_nonzero(rows))
 
 
 _empty_rows: WeakKeyDictionary[Any, dict[Any, Tensor]] = WeakKeyDictionary()
@@ -74,7 +87,10 @@ def negative_name(negative: Any) -> str:
     names = []
     for entry in negative or ():
         source, rows = entry.get(SOURCE), entry.get("cross_attn")
-        names.append(source.text if source is not None else "" if rows is None else _row_name(rows))
+        if rows is None:
+            names.append("")
+        else:
+            names.append(source.text if source is not None and not _is_zeroed(entry) else _row_name(rows))
     return " | ".join(names)
 
 

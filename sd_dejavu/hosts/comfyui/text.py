@@ -17,6 +17,25 @@ from ...conditioning import Conditioning, EncoderInput, Reencoding, TokenRow, Wo
 from ...prompt_weights import parse, words_as_typed
 
 SOURCE = "dejavu_source"  # key in a conditioning's dict that holds its Source
+# What the host's text encoders give with the rows, some of them for one prompt and not for the next. Everything else
+# in a conditioning's dict (control nets, areas, ranges, hooks, guidance, sizes) belongs to the run.
+OF_THE_PROMPT = frozenset(
+    {
+        "attention_mask",
+        "attention_mask_img_shape",
+        "attention_mask_mt5xl",
+        "conditioning_byt5small",
+        "conditioning_llama3",
+        "conditioning_lyrics",
+        "conditioning_mt5xl",
+        "minimax_token_tags",
+        "num_layers_stacked",
+        "t5xxl_ids",
+        "t5xxl_weights",
+        "text_input_ids",
+        "unprocessed_ltxav_embeds",
+    }
+)
 CLIP_CHUNK, T5_WIDTH = 77, 4096  # rows that CLIP gives at a time, and the width by which T5's rows are told apart
 
 
@@ -49,17 +68,24 @@ def conditioning_of(rows: Tensor, options: dict[str, Any]) -> Conditioning:
     """
     pooled = options.get("pooled_output")
     extras = {} if pooled is None else {"pooled_output": pooled}
+    plain = Conditioning(rows, extras, host_values={k: v for k, v in options.items() if k in OF_THE_PROMPT})
     source: Source | None = options.get(SOURCE)
     if source is None:
-        return Conditioning(rows, extras)
+        return plain
     if source.clip is None:
-        words, tokens = _read_without_encoder(source.text, rows)
-        return Conditioning(rows, extras, source.text if tokens else "", words, tokens)
+        words, tokens = _read_without_encoder(source.text, rows) if not plain.host_values else ((), ())
+        return replace(plain, prompt=source.text if tokens else "", words=words, tokens=tokens)
     found = encode(source.clip, source.text)
     # The host may have changed the rows since (averaged, concatenated, zeroed): then the words no longer fit them.
     if found.rows.shape != rows.shape or not torch.allclose(found.rows.to(rows), rows, atol=1e-3, rtol=1e-3):
-        return Conditioning(rows, extras)
-    return replace(found, rows=rows, extras=extras)
+        return plain
+    return replace(found, rows=rows, extras=extras, host_values=plain.host_values)
+
+
+def options_with(options: dict[str, Any], conditioning: Conditioning) -> dict[str, Any]:
+    """A host's conditioning's dict with what belongs to another prompt in place of what belonged to its own."""
+    kept = {name: value for name, value in options.items() if name not in OF_THE_PROMPT}
+    return {**kept, **conditioning.extras, **conditioning.host_values}
 
 
 def encode(clip: Any, text: str) -> Conditioning:
@@ -68,10 +94,10 @@ def encode(clip: Any, text: str) -> Conditioning:
     The host's own call would load the encoder first, which in the middle of a run may push the sampled model out.
     """
     tokens = clip.tokenize(text)
+    with torch.no_grad():
+        rows, extras, values = _run_encoder(clip, tokens)
     if not set(tokens) <= {"l", "g", "h"}:
-        with torch.no_grad():
-            rows, extras = _run_encoder(clip, tokens)
-        return Conditioning(rows, extras, text)
+        return Conditioning(rows, extras, text, host_values=values)
     encoders = [_Encoder(clip, name, tokens[name]) for name in sorted(tokens, key="lgh".index)]
     plain = parse(text).text
     rows_of = [encoder.token_rows(plain) for encoder in encoders]
@@ -80,16 +106,15 @@ def encode(clip: Any, text: str) -> Conditioning:
         with ExitStack() as hooks:
             for encoder, given in zip(encoders, embeddings, strict=True):
                 hooks.enter_context(encoder.replaced(given))
-            return _run_encoder(clip, tokens)
+            return _run_encoder(clip, tokens)[:2]
 
     with torch.no_grad():
-        rows, extras = _run_encoder(clip, tokens)
         reencoding = None
         if all(encoder.is_plain for encoder in encoders):
             inputs = (EncoderInput(e.embeddings(), r) for e, r in zip(encoders, rows_of, strict=True))
             reencoding = Reencoding(tuple(inputs), encode_from)
     known = rows_of[0] if len(rows_of[0]) == rows.shape[1] else ()
-    return Conditioning(rows, extras, text, words_as_typed(text), known, reencoding)
+    return Conditioning(rows, extras, text, words_as_typed(text), known, reencoding, host_values=values)
 
 
 def as_typed(caption: str) -> str:
@@ -111,7 +136,8 @@ def _clip_tokenizer() -> Any:
     return comfy.sd1_clip.SDTokenizer(embedding_directory=folder_paths.get_folder_paths("embeddings"))
 
 
-def _run_encoder(clip: Any, tokens: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+def _run_encoder(clip: Any, tokens: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
+    """(rows, the pooled vector where there is one, what else the encoder gives with them)."""
     encoder = clip.cond_stage_model
     encoder.reset_clip_options()
     if clip.layer_idx is not None:
@@ -121,8 +147,8 @@ def _run_encoder(clip: Any, tokens: dict[str, Any]) -> tuple[Tensor, dict[str, T
             with torch.inference_mode():  # as all that moves weights; this loads nothing yet, it names the patches
                 clip.load_model()
         encoder.set_clip_options({"execution_device": clip.patcher.load_device})
-    rows, pooled = encoder.encode_token_weights(tokens)[:2]
-    return rows, {} if pooled is None else {"pooled_output": pooled}
+    rows, pooled, *values = encoder.encode_token_weights(tokens)
+    return rows, {} if pooled is None else {"pooled_output": pooled}, dict(values[0]) if values else {}
 
 
 def _is_streamed(clip: Any) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...denoiser import over_pixels
 from ...training.filter import FilterSettings, TrainingFilter, weights_of
-from .model import ComfyModel, prediction_type_of
+from .model import ComfyModel, prediction_type_of, remember_beginning
 from .monitor import KEY
 from .text import conditioning_of
 
@@ -43,6 +43,7 @@ class HostFilter:
         # Plain functions: the host deep-copies what it finds, and a method would bring its object along.
         clone.add_wrapper_with_key(types.OUTER_SAMPLE, key, lambda *a, **k: self._outer_sample(*a, **k))
         clone.add_wrapper_with_key(types.PREDICT_NOISE, key, lambda *a, **k: self._predict_noise(*a, **k))
+        remember_beginning(clone, key)
         return clone
 
     def _new_filter(self, prediction_type: str) -> TrainingFilter:

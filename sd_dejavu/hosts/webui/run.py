@@ -22,7 +22,7 @@ from ...calibration import store
 from ...calibration.calibrate import calibrate
 from ...calibration.ordinary_prompts import ordinary_prompts
 from ...calibration.profile import Profile, Setting
-from ...conditioning import Conditioning, Unconditional
+from ...conditioning import Baseline, Conditioning, Unconditional
 from ...denoiser import Predictions
 from ...guidance import GuidanceRule, GuidedStep
 from ...measure import Measurement
@@ -554,7 +554,7 @@ class Calibration:
             step = self.host.step(params).of([0])
             sigma = float(self.host.sigma(step)[0])
             model = GuidedModel(self.host, step, [sigma] + [0.0] * self.steps)
-            without: Unconditional = "negative prompt" if self.negative.strip() else "empty prompt"
+            without: Baseline = "negative prompt" if self.negative.strip() else "empty prompt"
             wanted = Measurement(images=1, steps=self.steps, negative=self.negative, without=without)
             prompts = [prompt for prompt, _ in ordinary_prompts(self.count)]
             done = iter(range(1, self.count + 1))
