@@ -507,7 +507,8 @@ def level_of(conds: dict[str, Any], sigma: Tensor) -> float | None:
 
     None where it does not matter, so that nothing is waited for.
     """
-    entries = (entry for name in ("positive", "negative") for entry in conds.get(name) or ())
+    names = ("positive", "negative", "empty_negative_prompt")
+    entries = (entry for name in names for entry in conds.get(name) or ())
     return float(sigma[0]) if any("timestep_start" in e or "timestep_end" in e for e in entries) else None
 
 
