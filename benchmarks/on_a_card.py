@@ -241,6 +241,8 @@ def full_size(folder: Path, xl: bool, device: str) -> Path:
             parts["text_encoder_2"] = CLIPTextModelWithProjection(_clip_g(CLIPTextConfig))
     for name, part in parts.items():
         part.half().save_pretrained(folder / name)
+        if name.startswith("text_encoder"):
+            miniatures.name_as_published(folder / name / "model.safetensors")
     tokenizer = ROOT / "sd_dejavu" / "demo" / "model" / "tokenizer"
     for name in ("tokenizer", *(["tokenizer_2"] if xl else [])):
         (folder / name).mkdir(parents=True)

@@ -160,7 +160,11 @@ def _save_text_encoder(folder: Path, vocabulary: int, width: int, act: str, proj
             if "embedding" in name or name.endswith(("q_proj.weight", "k_proj.weight", "text_projection.weight")):
                 parameter *= 20
     encoder.save_pretrained(folder)
-    weights = folder / "model.safetensors"
+    name_as_published(folder / "model.safetensors")
+
+
+def name_as_published(weights: Path) -> None:
+    """Give a saved CLIP text encoder's tensors the names that published files have; newer libraries leave a part out."""
     renamed = {
         k if k.startswith(("text_model.", "text_projection")) else f"text_model.{k}": v
         for k, v in load_file(weights).items()
