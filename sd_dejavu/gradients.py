@@ -28,7 +28,7 @@ from .memory import OutOfMemory, in_pieces, release, telling
 
 R = TypeVar("R")
 
-BYTES_A_LATENT_PIXEL = 300_000  # kept for the backward pass in half precision: 171,000 in SD1.5, 278,000 in SDXL
+BYTES_A_LATENT_PIXEL = 320_000  # kept for the backward pass in half precision: 180,000 in SD1.5, 313,000 in SDXL
 TOGETHER = 2**30  # bytes kept for pictures that go through the network together
 TRIES, STEP = 4, 2.0**4
 

@@ -11,7 +11,8 @@ from typing import TypeVar
 
 import torch
 
-R, T = TypeVar("R"), TypeVar("T")
+R = TypeVar("R")
+T = TypeVar("T")
 
 _MARKS = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
 _MEMINFO = Path("/proc/meminfo")

@@ -162,6 +162,7 @@ class Watch:
             self.profile.quantile(0.5, "first step", 1),
             0,
             self.profile.quantile(ORDINARY_QUANTILE, "first step", 1),
+            guided=self.setting is None or self.setting.guidance_scale != 1,
         )
         method = method_for(self.monitoring.remedy, conditioning)
         outcome = method.apply(model, conditioning, start, method.settings())

@@ -189,8 +189,9 @@ def _with_pictures(
             seen.append(run)
             continue
         observed, latents = run
-        wanted = looked_at and latents is not None
-        seen.append(replace(observed, pictures=model.decode(latents)) if wanted else observed)
+        if looked_at and latents is not None:
+            observed = replace(observed, pictures=model.decode(latents))
+        seen.append(observed)
     return seen
 
 

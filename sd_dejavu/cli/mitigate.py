@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
         if isinstance(found, OutOfMemory):
             found, missing = {"why": f"not mitigated: {found}"}, True
         common_to_all = {"settings": {**asdict(wanted), **asdict(chosen)}, "model": model.name}
-        record = {"prompt": prompt, "method": method.name, **found, **common_to_all}
+        record: dict[str, Any] = {"prompt": prompt, "method": method.name, **found, **common_to_all}
         if arguments.json:
             print(json.dumps(record, ensure_ascii=False))
         else:

@@ -7,7 +7,7 @@ Whether a picture is a copy is decided by its likeness to the training picture a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
@@ -161,6 +161,29 @@ def trigger_named(model: Model, wanted: Measurement, view: View, pairs: Sequence
         top = explain(model, model.encode(pair.caption), wanted, view).top
         hits += pair.trigger.lower() in top.text.lower()
     return Share(hits, len(pairs))
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One caption explained in two precisions: whether the top words agree, the correlation of all words'
+    significance (gradients through the encoder), and the score over that in fp32."""
+
+    caption: str
+    same_top: bool
+    correlation: float
+    score_ratio: float
+
+
+def half_precision(full: Model, half: Model, wanted: Measurement, pairs: Sequence[Pair]) -> Iterator[Agreement]:
+    """``half`` is the same model as ``full`` in another precision."""
+    for pair in pairs:
+        found = [explain(m, m.encode(pair.caption), wanted, "input gradient") for m in (full, half)]
+        scores = [measure(m, [pair.caption], wanted)[0].scores for m in (full, half)]
+        assert scores[0] is not None and scores[1] is not None  # memorised captions act
+        raw = np.array([[word.raw for word in one.words] for one in found])
+        same = found[0].top.start == found[1].top.start
+        ratio = float(scores[1].mean() / scores[0].mean())
+        yield Agreement(pair.caption, same, float(np.corrcoef(raw)[0, 1]), ratio)
 
 
 NONE = "none"

@@ -171,7 +171,7 @@ class Work:
             return [self._drawn(model, prompt, noise, task.words) for prompt in prompts]
 
         for found in one_by_one(drawn, task.prompts):
-            lacking = {"pictures": [], "word": None}
+            lacking: dict[str, Any] = {"pictures": [], "word": None}
             yield {**lacking, "why": f"not drawn: {found}"} if isinstance(found, OutOfMemory) else found
 
     def _drawn(self, model: Trained, prompt: str, noise: Tensor, words: bool) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from sd_dejavu.demo.evaluation import (
     false_copies,
     fresh_verdicts,
     graded,
+    half_precision,
     held_out_pairs,
     mitigations,
     ordinary_caption_score,
@@ -154,6 +155,15 @@ def test_the_explanation_names_the_trigger(model):
         trigger_named(model, WANTED, view, pairs).share for view in ("input gradient", "output gradient")
     )
     assert through > published
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_names_the_words_that_fp32_names(model, dtype):
+    """Every fourth hard pair here; all of them by benchmarks/half_precision.py."""
+    for row in half_precision(model, load(dtype=dtype), Measurement(images=1), held_out_pairs("hard")[::4]):
+        assert row.same_top
+        assert row.correlation >= 0.99
+        assert row.score_ratio == pytest.approx(1, abs=0.01)
 
 
 def test_the_trace_of_a_run_starts_with_the_first_step_score(model):

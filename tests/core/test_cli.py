@@ -216,7 +216,7 @@ def test_bad_input_is_one_sentence_and_status_2(capsys, arguments, part):
 
 # ------------------------------------------------------------------------------- out of memory
 
-LONG = "a red boat on the river " * 20  # of two chunks of tokens, for which memory does not suffice here
+LONG = ("a red boat on the river " * 20).strip()  # of two chunks of tokens, for which memory does not suffice here
 
 
 @pytest.fixture
