@@ -157,7 +157,7 @@ def main() -> None:
     for strength in DISSIMILARITIES:
         trial, pictures = replace(settings, dissimilarity=strength), []
         for number, pair in enumerate(tqdm(pairs, desc=f"dissimilarity {strength:g}")):
-            rule = AntiMemorization(guard, model.pictures_of, model.encode, trial)
+            rule = AntiMemorization(guard, model.pictures_of, model.encode, trial, model.prediction_type)
             pictures.append(drawn(model, pair.caption, PAIR_NOISES + number, rule))
         tried[strength] = likeness(pairs, pictures)
         tqdm.write(f"dissimilarity {strength:g}: {copied(tried[strength]).hits} copies")

@@ -58,6 +58,7 @@ class Explain(io.ComfyNode):
             comfyui.LiveReport(str(cls.hidden.unique_id)),
         )
         document = report.as_json()
+        comfyui.wait_until_told()
         return io.NodeOutput(
             sockets.image_of(word_picture(report.verdicts[0], report.watch.notes)),
             json.dumps(document, ensure_ascii=False),

@@ -86,6 +86,7 @@ class VerdictNode(io.ComfyNode):
 
         latent = samples["samples"]
         report = monitor.report_of(latent)
+        comfyui.wait_until_told()
         verdicts = report.verdicts
         scores = [v.score for v in verdicts if v.score is not None]
         p_values = [v.p_value for v in verdicts if v.p_value is not None]

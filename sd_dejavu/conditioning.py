@@ -100,6 +100,17 @@ class Conditioning:
         extras = {k: v.repeat_interleave(count, 0) for k, v in self.extras.items()}
         return replace(self, rows=self.rows.repeat_interleave(count, 0), extras=extras)
 
+    def of_pictures(self, start: int, stop: int, count: int) -> Conditioning:
+        """What belongs to pictures ``start`` to ``stop`` of a batch of ``count``; a single prompt belongs to all."""
+        if self.rows.shape[0] != count or (start, stop) == (0, count):
+            return self
+        extras = {k: v[start:stop] if v.shape[0] == count else v for k, v in self.extras.items()}
+        return replace(self, rows=self.rows[start:stop], extras=extras)
+
+    def pictures_at_once(self, count: int, at_once: int) -> int:
+        """How many pictures of a batch of ``count`` can share an evaluation: all, where entries stand for several."""
+        return at_once if self.rows.shape[0] in (1, count) else count
+
     def row_mask(self, *roles: Role) -> Tensor:
         """[N] booleans: rows whose role is one of ``roles``. Raises ValueError when the tokens are unknown."""
         if not self.tokens:

@@ -75,7 +75,10 @@ class Model(Denoiser, Protocol):
         ...
 
     def differentiable(self, checkpointing: bool = False) -> AbstractContextManager[None]:
-        """While open, calls can be differentiated, in fp32; ``checkpointing`` trades time for memory."""
+        """While open, calls can be differentiated, in the model's own precision.
+
+        Activations are recomputed in the backward pass where memory is short, or always with ``checkpointing``.
+        """
         ...
 
 
@@ -92,6 +95,14 @@ class Predictions:
 def over_pixels(sigma: Tensor) -> Tensor:
     """sigma [B] -> [B, 1, 1, 1] in fp32."""
     return sigma.float().reshape(-1, 1, 1, 1)
+
+
+def noise_to_signal(sigma: Tensor, prediction_type: PredictionType) -> Tensor:
+    """sigma [B] -> the noise over the signal in x: sigma itself, and s / (1 - s) for flow, infinite at pure noise.
+
+    x / (1 - s) = x0 + s / (1 - s) * noise, so that a formula made for epsilon-models holds for flow at this level.
+    """
+    return sigma.float() / (1 - sigma.float()).clamp_min(0) if prediction_type == "flow" else sigma.float()
 
 
 def model_input(x: Tensor, sigma: Tensor) -> Tensor:

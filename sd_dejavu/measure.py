@@ -13,6 +13,7 @@ from .calibration.ordinary_prompts import style_of
 from .calibration.profile import ALPHA_DEFAULT, EVALUATIONS, Profile, ScoreKind, Setting
 from .conditioning import Baseline, Conditioning
 from .denoiser import Model, initial_latent
+from .memory import one_by_one
 from .mitigations import Outcome
 from .sampling import Guidance, Run, first_step, sample, sample_prompts
 from .settings import option, validate
@@ -49,6 +50,7 @@ class Measured:
     latents: Tensor | None = None
     where: Tensor | None = None
     why: str | None = None
+    out_of_memory: bool = False
 
 
 def setting_of(model: Model, wanted: Measurement) -> Setting:
@@ -80,8 +82,31 @@ def measure(
 ) -> list[Measured]:
     """Measure every prompt on the same seeded noise. ``on_progress`` gets the prompts done, in fractions.
 
-    Only as many steps are run as the score needs. Raises ValueError for a prompt that is too long.
+    Only as many steps are run as the score needs. A prompt for which memory does not suffice is not measured, and
+    says why. Raises ValueError for a prompt that is too long.
     """
+    done = 0.0
+
+    def work(part: Sequence[str]) -> list[Measured]:
+        nonlocal done
+        before = done
+        found = _measure(model, part, wanted, batch_size, lambda count: on_progress(before + count))
+        done = before + len(part)
+        return found
+
+    return [
+        found if isinstance(found, Measured) else Measured(prompt, None, (), why=str(found), out_of_memory=True)
+        for prompt, found in zip(prompts, one_by_one(work, prompts), strict=True)
+    ]
+
+
+def _measure(
+    model: Model,
+    prompts: Sequence[str],
+    wanted: Measurement,
+    batch_size: int,
+    on_progress: Callable[[float], None],
+) -> list[Measured]:
     conditionings = [model.encode(prompt) for prompt in prompts]
     noise = model.noise(wanted.seed, wanted.images)
     if wanted.score == "first step":
@@ -141,7 +166,7 @@ def measure_runs(
     return [_measured(run, conditioning.prompt, wanted) for run, conditioning in zip(runs, conditionings, strict=True)]
 
 
-def drawn_with(model: Model, outcome: Outcome, x: Tensor, wanted: Measurement) -> Measured:
+def drawn_with(model: Model, outcome: Outcome, x: Tensor, wanted: Measurement, batch_size: int = 32) -> Measured:
     """The pictures of one prompt under a mitigation, whatever it touches, measured on the way.
 
     x [images, C, H, W] is the run's x_T, from which it starts unless the outcome says otherwise.
@@ -149,7 +174,8 @@ def drawn_with(model: Model, outcome: Outcome, x: Tensor, wanted: Measurement) -
     start = x if outcome.x is None else outcome.x
     rule = None if outcome.rule is None else outcome.rule()
     sigmas, trace = model.sigmas(wanted.steps), Trace()
-    latents = sample(model, start, sigmas, outcome.conditioning, guidance_of(model, wanted), trace, rule=rule)
+    guidance = guidance_of(model, wanted)
+    latents = sample(model, start, sigmas, outcome.conditioning, guidance, trace, rule=rule, batch_size=batch_size)
     return _measured(Run(trace, latents), outcome.conditioning.prompt, wanted)
 
 

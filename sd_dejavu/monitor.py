@@ -21,6 +21,7 @@ from .calibration.profile import ALPHA_DEFAULT, EVALUATIONS, ORDINARY_QUANTILE, 
 from .conditioning import Baseline, Conditioning, Unconditional, by_position
 from .denoiser import Model
 from .explain import confirmed_gradient, output_gradient
+from .gradients import with_gradients
 from .mitigations import Mitigation, Outcome, Start, available
 from .settings import option, validate
 from .trace import NotMeasured, Trace
@@ -111,6 +112,17 @@ class Watch:
         if text not in self.notes:
             self.notes.append(text)
 
+    def settle(self) -> None:
+        """The run is over, or another thread shall read it: all of its numbers are on their way, without waiting."""
+        self.trace.settle()
+        if self.before is not None:
+            self.before.settle()
+
+    def so_far(self) -> Watch:
+        """The watch as it stands, for another thread: what the run adds does not show in it."""
+        before = None if self.before is None else self.before.so_far()
+        return replace(self, trace=self.trace.so_far(), before=before, notes=list(self.notes))
+
     def mitigated(self, outcome: Outcome) -> None:
         """From here on another conditioning is sampled: its readings go into a trace of their own."""
         self.outcome, self.before, self.trace = outcome, self.trace, Trace()
@@ -119,8 +131,11 @@ class Watch:
         """Explain at x [B, C, H, W], sigma [B]; ``base`` is the denoised prediction there without the prompt."""
         named = conditioning if conditioning.tokens else by_position(conditioning)
         view = confirmed_gradient if named.reencoding is not None else output_gradient
-        with model.differentiable():
-            self.explanation = view.explain(model, x.clone(), sigma.clone(), named, base.float().clone())
+
+        def work() -> Explanation:
+            return view.explain(model, x.clone(), sigma.clone(), named, base.float().clone())
+
+        self.explanation = with_gradients(model, work)
 
     def find_remedy(
         self,
@@ -156,6 +171,10 @@ class Watch:
     def verdicts(self, kind: ScoreKind | None = None) -> list[Verdict]:
         """A verdict for each picture, on the conditioning that came in; one without a score when nothing was read."""
         return self._judge(self.before or self.trace, kind or self.monitoring.score)
+
+    def is_flagged(self) -> bool:
+        """Whether any picture is flagged at the first step. Waits for that step alone."""
+        return bool(flagged(self._judge((self.before or self.trace).first(1), "first step")))
 
     def verdicts_after(self) -> list[Verdict]:
         """The same on the conditioning that was sampled instead; empty without a mitigation."""

@@ -21,6 +21,7 @@ from .conditioning import Conditioning, Unconditional, sharing, stack
 from .denoiser import Denoiser, Predictions, initial_latent
 from .detectors.magnitude import magnitude
 from .guidance import GuidanceRule, GuidedStep, guided
+from .memory import in_pieces
 from .trace import Trace
 
 
@@ -49,27 +50,28 @@ def sample(
     measured_steps: int | None = None,
     on_step: Callable[[int], None] = lambda step: None,
     rule: GuidanceRule | None = None,
+    batch_size: int = 32,
 ) -> Tensor:
     """From x [B, C, H, W] at ``sigmas[0]`` down to the last of ``sigmas``; returns the latents in fp32.
 
     ``trace`` records the first ``measured_steps`` evaluations (None: all). A shorter ``sigmas`` ends
-    the run early. ``on_step`` is called after each step. ``rule`` takes the place of plain guidance.
+    the run early. ``on_step`` is called after each step. ``rule`` takes the place of plain guidance. At most
+    ``batch_size`` pictures share an evaluation.
     """
     with torch.no_grad():
         for number, (level, following) in enumerate(pairwise(sigmas)):
             sigma = levels_of(x, level)
-            with_prompt = denoiser(x, sigma, conditional)
-            without = denoiser(x, sigma, guidance.unconditional)
+            ask = partial(predict, denoiser, x, sigma, batch_size=batch_size)
+            with_prompt, without = ask(conditional), ask(guidance.unconditional)
             if trace is not None and (measured_steps is None or number < measured_steps):
                 if guidance.measured_against is None:
                     kind: Unconditional = "negative prompt" if guidance.is_negative_prompt else "empty prompt"
                     trace.record(Predictions(with_prompt, without, sigma, kind))
                 else:
-                    trace.record(Predictions(with_prompt, denoiser(x, sigma, guidance.measured_against), sigma))
+                    trace.record(Predictions(with_prompt, ask(guidance.measured_against), sigma))
             if rule is None:
                 denoised = guided(with_prompt, without, guidance.scale)
             else:
-                ask = partial(denoiser, x, sigma)
                 denoised = rule(GuidedStep(x, sigma, with_prompt, without, guidance.scale, number, ask))
             x = denoised + (following / level) * (x - denoised)
             on_step(number)
@@ -104,8 +106,8 @@ def sample_prompts(
 ) -> list[Run]:
     """Every prompt on the same noise [images, C, H, W]; prompts of one length share batches.
 
-    The images of a prompt stay together, so a batch is never smaller than they are. ``evaluations`` ends
-    each run after that many steps (None: to the end of ``sigmas``). ``on_prompts`` gets the prompts just done.
+    The images of a prompt are sampled together, however few share an evaluation. ``evaluations`` ends each run after
+    that many steps (None: to the end of ``sigmas``). ``on_prompts`` gets the prompts just done.
     """
     images = noise.shape[0]
     x = initial_latent(noise, sigmas[0], denoiser.prediction_type)
@@ -115,7 +117,10 @@ def sample_prompts(
         prompts = [prompt for prompt, _ in part]
         together = stack([conditionings[p] for p in prompts]).repeat(images)
         trace = Trace()
-        latents = sample(denoiser, x.repeat(len(prompts), 1, 1, 1), path, together, guidance, trace)
+        latents = sample(
+            denoiser, x.repeat(len(prompts), 1, 1, 1), path, together, guidance, trace, batch_size=batch_size
+        )
+        trace.settle()  # else it keeps more of each batch on the device than will be asked for
         for place, prompt in enumerate(prompts):
             start, stop = place * images, (place + 1) * images
             runs[prompt] = Run(trace.of_images(start, stop), latents[start:stop])
@@ -163,8 +168,8 @@ def first_predictions(
     base = predict(denoiser, x, levels, unconditional, batch_size)
     for part in batches(sharing(conditionings), noise.shape[0], batch_size):
         which = [image for _, image in part]
-        with torch.no_grad():
-            denoised = denoiser(x[which], levels[which], stack([conditionings[p] for p, _ in part]))
+        together = stack([conditionings[p] for p, _ in part])
+        denoised = predict(denoiser, x[which], levels[which], together, batch_size)
         if not torch.isfinite(denoised).all() or not torch.isfinite(base).all():
             raise ValueError("the model's predictions are not finite (NaN or infinity): its weights may be broken")
         yield part, Predictions(denoised, base[which], levels[which])
@@ -176,10 +181,15 @@ def levels_of(x: Tensor, sigma: float) -> Tensor:
 
 
 def predict(denoiser: Denoiser, x: Tensor, sigma: Tensor, conditioning: Conditioning, batch_size: int = 32) -> Tensor:
-    """The denoised prediction [B, C, H, W] under one prompt's conditioning (batch 1), without gradients."""
+    """The denoised prediction [B, C, H, W] under a conditioning of batch 1 or B, without gradients.
+
+    At most ``batch_size`` pictures share an evaluation, fewer where memory runs out. Raises OutOfMemory where it does
+    not suffice for one.
+    """
+
+    def evaluation(start: int, stop: int) -> Tensor:
+        return denoiser(x[start:stop], sigma[start:stop], conditioning.of_pictures(start, stop, len(x)))
+
     with torch.no_grad():
-        parts = [
-            denoiser(x[i : i + batch_size], sigma[i : i + batch_size], conditioning)
-            for i in range(0, x.shape[0], batch_size)
-        ]
-    return torch.cat(parts)
+        parts = list(in_pieces(evaluation, len(x), conditioning.pictures_at_once(len(x), batch_size)))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,12 +1,15 @@
 """The trace of one sampling run: what guidance's two predictions told at each model evaluation.
 
-Values stay on the device while the sampler runs, nothing waits for them; they are read once,
-afterwards. A reading that is missing or cannot be true is 'not measured' with its reason, never a
-score: guidance skipped by the host looks like two equal predictions, and a broken model like NaN.
+Nothing in the sampling loop waits for the device: each evaluation launches a few small operations, their results are
+copied to the CPU together when somebody wants to know, and only who asks for a reading waits for that copy. A reading
+that is missing or cannot be true is 'not measured' with its reason, never a score: guidance skipped by the host looks
+like two equal predictions, and a broken model like NaN.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,10 +18,11 @@ from torch import Tensor
 
 from .conditioning import Unconditional
 from .denoiser import Predictions
-from .detectors.magnitude import magnitude, squared_difference_map
+from .detectors.magnitude import difference, length, over_channels
+from .readout import Readout
 
 Unit = Literal["l2", "rms"]
-MAP_SIDE_LIMIT = 256
+ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -34,15 +38,76 @@ class NotMeasured(ValueError):
     """There is no reading to make a score from; the text says why."""
 
 
+class _Evaluation:
+    """One evaluation on the device: its noise level, and the magnitudes [B] or why there are none."""
+
+    def __init__(self, sigma: Tensor, magnitudes: Tensor | None, why: str | None = None) -> None:
+        self._sigma, self._magnitudes, self._why = sigma.detach(), magnitudes, why
+        self._readout: Readout | None = None
+        self._place = 0  # where its numbers begin among those that were read with them
+
+    @staticmethod
+    def start(evaluations: Sequence[_Evaluation]) -> None:
+        """Begin to read those of which this was not done; one copy for all of them."""
+        waiting = [e for e in evaluations if e._readout is None]
+        for device in {e._sigma.device for e in waiting}:
+            together = [e for e in waiting if e._sigma.device == device]
+            numbers = [part for e in together for part in e._numbers()]
+            readout, place = Readout(torch.cat(numbers)), 0
+            for each in together:
+                each._readout, each._place = readout, place
+                place += sum(part.numel() for part in each._numbers())
+
+    def _numbers(self) -> list[Tensor]:
+        level = self._sigma.reshape(1).float()
+        return [level] if self._magnitudes is None else [level, self._magnitudes]
+
+    def ready(self) -> bool:
+        return self._readout is not None and self._readout.ready()
+
+    def reading(self, images: slice) -> Reading:
+        """Of these images. Waits for the numbers; reading them must have begun."""
+        assert self._readout is not None
+        count = 1 + (0 if self._magnitudes is None else self._magnitudes.numel())
+        level, *magnitudes = self._readout.wait()[self._place : self._place + count].tolist()
+        if self._magnitudes is None:
+            return Reading(level, None, self._why)
+        values = tuple(magnitudes[images])
+        if not all(map(math.isfinite, values)):
+            return Reading(level, None, "the model's predictions are not finite (NaN or infinity)")
+        if 0 in values:
+            return Reading(level, None, "both predictions are equal: guidance was skipped, or the prompt is empty")
+        return Reading(level, values)
+
+
+class _Map:
+    """Where the prompt acted at one evaluation: worked out when it is first asked for, since most never are."""
+
+    def __init__(self, difference: Tensor) -> None:
+        """From Delta [B, C, H, W], which is kept until then."""
+        self._difference: Tensor | None = difference
+        self._found: Readout | None = None
+
+    def start(self) -> Readout:
+        """Launches the work, once."""
+        if self._found is None:
+            assert self._difference is not None
+            with torch.no_grad():
+                self._found = Readout(over_channels(self._difference))
+            self._difference = None
+        return self._found
+
+
 class Trace:
-    """Collects one run. ``record`` in the sampling loop, everything else afterwards."""
+    """Collects one run. ``record`` in the sampling loop, everything else whenever it is wanted."""
 
     def __init__(self) -> None:
         self.without: Unconditional | None = None
         self.elements: int | None = None
-        self._entries: list[tuple[Tensor | float, Tensor | None, str | None]] = []
-        self._map: Tensor | None = None
-        self._readings: list[Reading] | None = None
+        self._evaluations: list[_Evaluation] = []
+        self._readings: list[Reading] = []  # of the first evaluations: those that were asked for
+        self._map: _Map | None = None
+        self._images = slice(0, None)
 
     def record(self, predictions: Predictions) -> None:
         """Take one guidance step in. Launches a few small operations, waits for none of them."""
@@ -52,35 +117,68 @@ class Trace:
         self.without = predictions.without
         self.elements = predictions.conditional[0].numel()
         with torch.no_grad():
-            self._map = squared_difference_map(predictions)
-            self._entries.append((predictions.sigma[0].detach(), magnitude(predictions).detach(), None))
-        self._readings = None
+            delta = difference(predictions)
+            self._evaluations.append(_Evaluation(predictions.sigma[0], length(delta)))
+            self._map = _Map(delta)
 
     def skip(self, sigma: Tensor | float, why: str) -> None:
-        """Note that an evaluation gave no reading."""
-        self._entries.append((sigma, None, why))
-        self._readings = None
+        """Note that an evaluation gave no reading. Waits for nothing either."""
+        self._evaluations.append(_Evaluation(torch.as_tensor(sigma), None, why))
 
     def of_images(self, start: int, stop: int) -> Trace:
         """The same run seen for images ``start`` to ``stop`` only, where several prompts shared a batch."""
-        part = Trace()
-        part.without, part.elements = self.without, self.elements
-        part._entries = [(s, None if v is None else v[start:stop], why) for s, v, why in self._entries]
-        part._map = None if self._map is None else self._map[start:stop]
+        part = self._copy()
+        part._images = slice(self._images.start + start, self._images.start + stop)
+        part._readings = []
         return part
+
+    def first(self, evaluations: int) -> Trace:
+        """The run's first ``evaluations`` only: to judge them without waiting for what came after."""
+        part = self._copy()
+        del part._evaluations[evaluations:], part._readings[evaluations:]
+        return part
+
+    def so_far(self) -> Trace:
+        """The trace as it stands, for another thread: it does not grow, and all of it is on its way to the CPU."""
+        self.settle()
+        return self._copy()
+
+    def settle(self) -> None:
+        """Begin to read all that was recorded, and keep nothing else on the device. Waits for nothing."""
+        _Evaluation.start(self._evaluations)
+        if self._map is not None:
+            self._map.start()
+
+    def ready(self, evaluations: int) -> bool:
+        """Whether the first ``evaluations`` can be told without waiting for the device; begins to read them."""
+        wanted = self._evaluations[:evaluations]
+        _Evaluation.start(wanted)
+        return all(evaluation.ready() for evaluation in wanted)
+
+    def _copy(self) -> Trace:
+        other = Trace()
+        other.without, other.elements = self.without, self.elements
+        other._evaluations, other._readings = list(self._evaluations), list(self._readings)
+        other._map, other._images = self._map, self._images
+        return other
+
+    def _read(self, count: int | None = None) -> list[Reading]:
+        """The first ``count`` evaluations, or all."""
+        unread = self._evaluations[len(self._readings) : count]
+        _Evaluation.start(unread)
+        self._readings += [evaluation.reading(self._images) for evaluation in unread]
+        return self._readings[:count]
 
     @property
     def readings(self) -> list[Reading]:
-        """All evaluations in order, read from the device once."""
-        if self._readings is None:
-            self._readings = [_read(*entry) for entry in self._entries]
-        return self._readings
+        """All evaluations in order; waits for those that are still on their way."""
+        return self._read()
 
     def where(self) -> Tensor:
         """Squared-difference map [B, H, W] of the last evaluation that was recorded, on the CPU."""
         if self._map is None:
             raise NotMeasured("no guidance step was recorded")
-        return self._map.float().cpu()
+        return self._map.start().wait()[self._images].float()
 
     def per_step(self, unit: Unit = "l2") -> list[tuple[float, ...] | None]:
         """Magnitudes of each evaluation, one number an image; None where not measured."""
@@ -92,14 +190,14 @@ class Trace:
         Raises NotMeasured when any evaluation of that range has no reading: a mean over other steps
         would be another quantity.
         """
-        chosen = self.readings[:first]
+        chosen = self._read(first)
         if not chosen or (first is not None and len(chosen) < first):
-            raise NotMeasured(f"{len(self.readings)} evaluations were seen, {first or 'at least 1'} are needed")
+            raise NotMeasured(f"{len(chosen)} evaluations were seen, {first or 'at least 1'} are needed")
         return torch.tensor([self.reading(number) for number in range(len(chosen))]).mean(0) * self._factor(unit)
 
     def reading(self, number: int) -> tuple[float, ...]:
         """L2 magnitude of each image at evaluation ``number`` (from 0). Raises NotMeasured with the reason."""
-        reading = self.readings[number]
+        reading = self._read(number + 1)[number]
         if reading.values is None:
             raise NotMeasured(f"evaluation {number + 1} (sigma {reading.sigma:.4g}) was not measured: {reading.why}")
         return reading.values
@@ -110,15 +208,3 @@ class Trace:
         if unit == "rms":
             return (self.elements or 1) ** -0.5
         raise ValueError(f"unit {unit!r} is unknown: use 'l2' (as in the paper) or 'rms' (comparable across sizes)")
-
-
-def _read(sigma: Tensor | float, values: Tensor | None, why: str | None) -> Reading:
-    level = float(sigma)
-    if values is None:
-        return Reading(level, None, why)
-    numbers = tuple(values.float().cpu().tolist())
-    if not all(torch.isfinite(values.cpu())):
-        return Reading(level, None, "the model's predictions are not finite (NaN or infinity)")
-    if any(v == 0 for v in numbers):
-        return Reading(level, None, "both predictions are equal: guidance was skipped, or the prompt is empty")
-    return Reading(level, numbers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from .conditioning import Unconditional
@@ -75,7 +75,7 @@ class Verdict:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for ``json.dumps``; ``words`` is flat and empty where nothing was explained."""
-        values = asdict(self)
+        values = asdict(replace(self, score_per_step=()))  # every number of which it would copy on its own
         explanation = values.pop("explanation")
         values["words"] = explanation["words"] if explanation else []
         values["view"] = explanation["view"] if explanation else None

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import groupby
 
 import torch
+from torch import Tensor
 
 from ..denoiser import Model
 from ..measure import Measurement, guidance_of, setting_of
+from ..memory import OutOfMemory, one_by_one
 from ..sampling import first_step, sample_prompts
 from ..trace import Trace
 from ..verdict import BandStep
 from .ordinary_prompts import style_of
-from .profile import EVALUATIONS, Null, Profile, ScoreKind
+from .profile import EVALUATIONS, Null, Profile
 
 SEED_BASE = 1_000_000  # far from the seeds people type
 PROMPTS_A_SEED = 25
@@ -26,38 +29,51 @@ def calibrate(
     full_runs: int = 0,
     batch_size: int = 32,
     on_prompt: Callable[[str], None] = lambda stage: None,
+    on_left_out: Callable[[str, str], None] | None = None,
 ) -> Profile:
     """First-step scores of all prompts, and whole runs of the first ``full_runs`` of them.
 
     Every 25 prompts share a noise of their own, so that the nulls vary over noises as well as over
     prompts. The style of a null is what :func:`style_of` calls it, as with the prompts to be judged,
     which keeps p-values exact within a style. ``on_prompt`` is called with the stage's name
-    after each prompt and may raise to interrupt.
+    after each prompt and may raise to interrupt. A prompt for which memory does not suffice is left out, and
+    ``on_left_out`` told why; without that, or where none is left, OutOfMemory is raised.
     """
     if not prompts:
         raise ValueError("calibration needs ordinary prompts, none were given")
     sigma = model.sigmas(wanted.steps)[0]
     base = model.encode(wanted.negative if wanted.without == "negative prompt" else "")
-    scores: list[dict[ScoreKind, tuple[float, ...]]] = []
+    nulls: list[Null] = []
+    kept: list[int] = []  # numbers of the prompts that were measured
+    fault: OutOfMemory | None = None
     for start in range(0, len(prompts), PROMPTS_A_SEED):
-        part = [model.encode(prompt) for prompt in prompts[start : start + PROMPTS_A_SEED]]
         noise = model.noise(SEED_BASE + start, wanted.images)
-        values = first_step(model, part, base, noise, sigma, batch_size)
-        for row in values:
-            scores.append({"first step": tuple(row.tolist())})
+
+        def rows(part: Sequence[str], noise: Tensor = noise) -> list[Tensor]:
+            return list(first_step(model, [model.encode(p) for p in part], base, noise, sigma, batch_size))
+
+        together = prompts[start : start + PROMPTS_A_SEED]
+        for number, row in enumerate(one_by_one(rows, together), start):
+            if isinstance(row, OutOfMemory):
+                if on_left_out is None:
+                    raise row
+                fault = row
+                on_left_out(prompts[number], str(row))
+            else:
+                kept.append(number)
+                nulls.append(Null(style_of(prompts[number]), {"first step": tuple(row.tolist())}))
             on_prompt("first step")
-    nulls = tuple(Null(style_of(p), s) for p, s in zip(prompts, scores, strict=True))
-    profile = Profile(setting_of(model, wanted), nulls)
+    if not nulls and fault is not None:
+        raise fault
     traces: list[Trace] = []
-    full_runs = min(full_runs, len(prompts))
     guidance, sigmas = guidance_of(model, wanted), model.sigmas(wanted.steps)
-    for start in range(0, full_runs, PROMPTS_A_SEED):
-        part = [model.encode(prompt) for prompt in prompts[start : min(start + PROMPTS_A_SEED, full_runs)]]
-        noise = model.noise(SEED_BASE + start, wanted.images)
+    for group, members in groupby(kept[:full_runs], lambda number: number // PROMPTS_A_SEED):
+        part = [model.encode(prompts[number]) for number in members]
+        noise = model.noise(SEED_BASE + group * PROMPTS_A_SEED, wanted.images)
         for run in sample_prompts(model, part, guidance, noise, sigmas, None, batch_size):
             traces.append(run.trace)
             on_prompt("whole runs")
-    return with_whole_runs(profile, traces)
+    return with_whole_runs(Profile(setting_of(model, wanted), tuple(nulls)), traces)
 
 
 def with_whole_runs(profile: Profile, traces: Sequence[Trace]) -> Profile:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -77,22 +78,36 @@ class PValue:
 
 
 def conformal_p(score: float, nulls: Sequence[float]) -> float:
-    """(1 + #{null >= score}) / (n + 1)."""
-    return (1 + sum(n >= score for n in nulls)) / (len(nulls) + 1)
+    """(1 + #{null >= score}) / (n + 1), from sorted nulls: found by bisection, however many there are."""
+    return (1 + len(nulls) - bisect_left(nulls, score)) / (len(nulls) + 1)
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Null scores (L2) for one setting, and the null band of each step for charts."""
+    """Null scores (L2) for one setting, and the null band of each step for charts.
+
+    ``nulls`` are in the order of the prompts; the scores of each kind are sorted once, when they are first asked for.
+    """
 
     setting: Setting
     nulls: tuple[Null, ...]
     band: tuple[BandStep, ...] = ()
+    _sorted: dict[tuple[ScoreKind, int], dict[str | None, tuple[float, ...]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
-    def null_scores(self, kind: ScoreKind, images: int, style: str | None = None) -> list[float]:
-        """Mean over the first ``images`` values of each null that has as many, of one style or of all."""
-        chosen = (n.scores.get(kind, ()) for n in self.nulls if style in (None, n.style))
-        return [sum(values[:images]) / images for values in chosen if len(values) >= images]
+    def null_scores(self, kind: ScoreKind, images: int, style: str | None = None) -> tuple[float, ...]:
+        """Mean over the first ``images`` values of each null that has as many, of one style or of all; ascending."""
+        if (kind, images) not in self._sorted:
+            found: dict[str | None, list[float]] = {None: []}
+            for null in self.nulls:
+                values = null.scores.get(kind, ())
+                if len(values) >= images:
+                    mean = sum(values[:images]) / images
+                    found[None].append(mean)
+                    found.setdefault(null.style, []).append(mean)
+            self._sorted[kind, images] = {name: tuple(sorted(means)) for name, means in found.items()}
+        return self._sorted[kind, images].get(style, ())
 
     def p_value(
         self,
@@ -125,7 +140,7 @@ class Profile:
 
     def quantile(self, q: float, kind: ScoreKind = "first step", images: int = 1) -> float:
         """The q-quantile (0..1, linear interpolation) of the null scores."""
-        nulls = sorted(self.null_scores(kind, images))
+        nulls = self.null_scores(kind, images)
         if not nulls:
             raise ValueError(f"the profile has no ordinary prompts for the {kind} with {images} images")
         place = q * (len(nulls) - 1)

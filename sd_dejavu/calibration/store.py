@@ -35,8 +35,7 @@ def find(
     """
     exact = path_for(setting, folder)
     others = sorted(exact.parent.glob(f"{setting.model}-*.json")) if exact.parent.is_dir() else []
-    candidates = [exact, *(p for p in others if p != exact), *also]
-    profiles = [_load(path, path.stat().st_mtime_ns) for path in candidates if path.is_file()]
+    profiles = [_current(path) for path in (exact, *(p for p in others if p != exact), *also) if path.is_file()]
     fitting = [p for p in profiles if p.setting.mismatch(setting, kind) is None and p.null_scores(kind, images)]
     return max(fitting, key=lambda p: len(p.null_scores(kind, images)), default=None)
 
@@ -49,7 +48,12 @@ def find_for_monitor(
     return next((profile for profile in found if profile is not None), None)
 
 
-@lru_cache(maxsize=16)
-def _load(path: Path, changed: int) -> Profile:
-    """A host asks at every run; the file is read again when its time of change is another."""
+def _current(path: Path) -> Profile:
+    """The profile of a file. A host asks at every run; it is read again when its time of change or size is another."""
+    about = path.stat()
+    return _load(path, about.st_mtime_ns, about.st_size)
+
+
+@lru_cache(maxsize=64)
+def _load(path: Path, changed: int, size: int) -> Profile:
     return Profile.load(path)

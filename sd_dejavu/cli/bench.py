@@ -8,9 +8,11 @@ in style and the other figures say little.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor
 from ..denoiser import Model
 from ..detectors import Detector, Observed, available
 from ..measure import Measurement, guidance_of
+from ..memory import OutOfMemory, one_by_one
 from ..sampling import first_step, sample_prompts
 from ..statistics import auc, auc_interval, tpr_at_fpr, wilson
 from . import common
@@ -31,7 +34,10 @@ NEGATIVES, NEGATIVES_SEED = 200, 4242
 
 @dataclass(frozen=True)
 class Row:
-    """One detector in one configuration; ``steps`` 0 means that no model was run."""
+    """One detector in one configuration; ``steps`` 0 means that no model was run.
+
+    ``not_measured`` counts prompts for which memory did not suffice; the figures are those of the others.
+    """
 
     detector: str
     steps: int
@@ -41,6 +47,7 @@ class Row:
     tpr_at_1_fpr: float
     tpr_interval: tuple[float, float]
     seconds_per_prompt: float
+    not_measured: int = 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +81,10 @@ def run(arguments: argparse.Namespace) -> int:
     common.write_rows(told, arguments.json, arguments.csv)
     if str(arguments.json) != "-":
         Console().print(_table(rows, len(positives), len(negatives)))
-    return 0
+    missing = max(row.not_measured for row in rows)
+    if missing:
+        print(f"sd-dejavu: {missing} prompts were not measured: memory did not suffice", file=sys.stderr)
+    return common.EXIT_NOT_MEASURED if missing else 0
 
 
 def _prompts(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
@@ -116,7 +126,7 @@ def _rows(
     chosen = {(d.name, c): d for d in detectors for c in _configurations(d, wanted.steps)}
     for steps, images in dict.fromkeys(c for _, c in chosen):
         users = [d for (_, c), d in chosen.items() if c == (steps, images)]
-        scores: dict[str, list[float]] = {d.name: [] for d in users}
+        scores: dict[str, list[float | None]] = {d.name: [] for d in users}
         seconds = dict.fromkeys(scores, 0.0)
         with common.progress_bar(Console(stderr=True)) as bar:
             task = bar.add_task(f"{steps} steps, {images} images", total=len(prompts))
@@ -124,44 +134,74 @@ def _rows(
             for start in range(0, len(prompts), together):
                 part = prompts[start : start + together]
                 began = time.perf_counter()
-                observed, latents = _observe(model, part, wanted, steps, images, arguments.batch_size)
+                observe = partial(_observe, model, wanted, steps, images, arguments.batch_size)
+                runs = one_by_one(observe, part)
                 seconds_run = time.perf_counter() - began
                 began = time.perf_counter()
-                if latents and any(d.needs == "pictures" for d in users):
-                    observed = [replace(o, pictures=model.decode(z)) for o, z in zip(observed, latents, strict=True)]
+                looked_at = any(d.needs == "pictures" for d in users)
+                seen = one_by_one(partial(_with_pictures, model, looked_at), runs)
                 seconds_decoding = time.perf_counter() - began
                 for d in users:
                     began = time.perf_counter()
-                    scores[d.name] += [d.score(o) for o in observed]
+                    scores[d.name] += [None if isinstance(o, OutOfMemory) else d.score(o) for o in seen]
                     seconds[d.name] += time.perf_counter() - began + seconds_run
                     seconds[d.name] += seconds_decoding if d.needs == "pictures" else 0.0
                 bar.advance(task, len(part))
         for d in users:
             found = scores[d.name]
-            split = found[: len(positives)], found[len(positives) :]
-            rows.append(_row(d, steps, images, *split, seconds[d.name] / len(prompts)))
+            split = [
+                [score for score in side if score is not None]
+                for side in (found[: len(positives)], found[len(positives) :])
+            ]
+            missing = found.count(None)
+            if not all(split):
+                raise OutOfMemory("there is not enough memory for any of these prompts: use --dtype float16")
+            rows.append(_row(d, steps, images, split[0], split[1], seconds[d.name] / len(prompts), missing))
     return rows
 
 
 def _observe(
-    model: Model, prompts: Sequence[str], wanted: Measurement, steps: int, images: int, batch_size: int
-) -> tuple[list[Observed], list[Tensor]]:
+    model: Model, wanted: Measurement, steps: int, images: int, batch_size: int, prompts: Sequence[str]
+) -> list[tuple[Observed, Tensor | None]]:
     """Magnitudes of each prompt, and its final latents where a run went to the end."""
     if steps == 0:
-        return [Observed(prompt) for prompt in prompts], []
+        return [(Observed(prompt), None) for prompt in prompts]
     conditionings = [model.encode(prompt) for prompt in prompts]
     noise, sigmas = model.noise(wanted.seed, images), model.sigmas(wanted.steps)
     if steps == 1:
         values = first_step(model, conditionings, model.encode(""), noise, sigmas[0], batch_size)
-        return [Observed(p, magnitudes=row[None]) for p, row in zip(prompts, values, strict=True)], []
+        return [(Observed(p, magnitudes=row[None]), None) for p, row in zip(prompts, values, strict=True)]
     runs = sample_prompts(model, conditionings, guidance_of(model, wanted), noise, sigmas, steps, batch_size)
     readings = [torch.tensor([run.trace.reading(number) for number in range(steps)]) for run in runs]
-    observed = [Observed(p, magnitudes) for p, magnitudes in zip(prompts, readings, strict=True)]
-    return observed, [run.latents for run in runs] if steps == wanted.steps else []
+    return [
+        (Observed(prompt, magnitudes), run.latents if steps == wanted.steps else None)
+        for prompt, magnitudes, run in zip(prompts, readings, runs, strict=True)
+    ]
+
+
+def _with_pictures(
+    model: Model, looked_at: bool, runs: Sequence[tuple[Observed, Tensor | None] | OutOfMemory]
+) -> list[Observed | OutOfMemory]:
+    """What detectors look at, pictures decoded where one does; a fault stays one."""
+    seen: list[Observed | OutOfMemory] = []
+    for run in runs:
+        if isinstance(run, OutOfMemory):
+            seen.append(run)
+            continue
+        observed, latents = run
+        wanted = looked_at and latents is not None
+        seen.append(replace(observed, pictures=model.decode(latents)) if wanted else observed)
+    return seen
 
 
 def _row(
-    detector: Detector, steps: int, images: int, positives: list[float], negatives: list[float], seconds: float
+    detector: Detector,
+    steps: int,
+    images: int,
+    positives: list[float],
+    negatives: list[float],
+    seconds: float,
+    not_measured: int,
 ) -> Row:
     tpr = tpr_at_fpr(positives, negatives)
     return Row(
@@ -173,6 +213,7 @@ def _row(
         tpr,
         wilson(tpr, len(positives)),
         seconds,
+        not_measured,
     )
 
 

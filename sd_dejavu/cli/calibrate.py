@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -46,15 +47,24 @@ def run(arguments: argparse.Namespace) -> int:
         tasks = {"first step": bar.add_task("first step", total=len(prompts))}
         if arguments.full_runs:
             tasks["whole runs"] = bar.add_task("whole runs", total=min(arguments.full_runs, len(prompts)))
+        left_out: dict[str, str] = {}
         profile = calibrate(
-            model, prompts, wanted, arguments.full_runs, arguments.batch_size, lambda stage: bar.advance(tasks[stage])
+            model,
+            prompts,
+            wanted,
+            arguments.full_runs,
+            arguments.batch_size,
+            lambda stage: bar.advance(tasks[stage]),
+            left_out.__setitem__,
         )
+    for prompt, why in left_out.items():
+        print(f"sd-dejavu: not measured: {prompt}: {why}", file=sys.stderr)
     path = arguments.out or store.path_for(setting_of(model, wanted))
     path.parent.mkdir(parents=True, exist_ok=True)
     profile.save(path)
     summary = {
         "profile": str(path),
-        "prompts": len(prompts),
+        "prompts": len(profile.nulls),
         "styles": dict(Counter(null.style for null in profile.nulls)),
         "median": profile.quantile(0.5, "first step", wanted.images),
         "q99": profile.quantile(0.99, "first step", wanted.images),
@@ -63,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(summary))
     else:
         Console().print(
-            f"{len(prompts)} ordinary prompts measured: median {summary['median']:.3f}, 99% quantile {summary['q99']:.3f}\n"
+            f"{len(profile.nulls)} ordinary prompts measured: median {summary['median']:.3f}, 99% quantile {summary['q99']:.3f}\n"
             f"saved as {path}"
         )
-    return 0
+    return common.EXIT_NOT_MEASURED if left_out else 0

@@ -61,17 +61,19 @@ def run_case(
     setting, conditioning = setting_of(model, wanted), model.encode(prompt)
 
     def verdict_of(measured: Measured, words_of: str) -> Verdict:
-        words = explain(model, model.encode(words_of), wanted) if words_of.split() else None
+        words = None
+        if words_of.split():
+            words = explain(model, model.encode(words_of), wanted, batch_size=start.batch_size)
         return judge(measured, wanted, setting, profile, words)
 
-    (plain,) = measure_runs(model, [conditioning], start.noise, wanted)
+    (plain,) = measure_runs(model, [conditioning], start.noise, wanted, None, start.batch_size)
     on_run()
     assert plain.latents is not None  # measure_runs always samples
     pictures = model.decode(plain.latents)
     mitigated = []
     for name, settings in methods.items():
         outcome = available()[name].apply(model, conditioning, start, settings)
-        after = drawn_with(model, outcome, start.x, wanted)
+        after = drawn_with(model, outcome, start.x, wanted, start.batch_size)
         on_run()
         assert after.latents is not None
         drawn = model.decode(after.latents)

@@ -6,14 +6,10 @@ Only the first sampling step is run unless --score asks for more; words are name
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import asdict
 
 from rich.console import Console
 
-from ..explain.views import explain
 from ..measure import Measurement, judge, setting_of
-from ..report.terminal import verdict_panel
 from . import common
 
 
@@ -32,21 +28,20 @@ def run(arguments: argparse.Namespace) -> int:
     prompts = common.prompts_of(arguments)
     model = common.load_model(arguments)
     profile, setting = common.profile_of(arguments, model, wanted), setting_of(model, wanted)
-    output, flagged = Console(), 0
+    flagged, missing = 0, False
     for measured in common.measured_in_chunks(model, prompts, wanted, arguments.batch_size, Console(stderr=True)):
         verdict = judge(measured, wanted, setting, profile)
         flagged += bool(verdict.flagged)
+        why = ""
         if measured.scores is not None and (
             arguments.explain == "always" or (arguments.explain == "flagged" and verdict.flagged)
         ):
-            words = explain(model, model.encode(measured.prompt), wanted, batch_size=arguments.batch_size)
+            words, why = common.words_of(model, measured.prompt, wanted, batch_size=arguments.batch_size)
             verdict = judge(measured, wanted, setting, profile, words)
-        if arguments.json:
-            print(
-                json.dumps({**verdict.as_json(), "settings": asdict(wanted), "model": model.name}, ensure_ascii=False)
-            )
-        else:
-            output.print(verdict_panel(verdict))
+        missing = missing or measured.out_of_memory or bool(why)
+        common.print_verdict(verdict, wanted, model, arguments.json, why)
     if not arguments.json and len(prompts) > 1:
-        output.print(f"{flagged} of {len(prompts)} prompts flagged at alpha = {wanted.alpha:g}")
-    return 3 if arguments.fail_on_flag and flagged else 0
+        Console().print(f"{flagged} of {len(prompts)} prompts flagged at alpha = {wanted.alpha:g}")
+    if arguments.fail_on_flag and flagged:
+        return common.EXIT_FLAGGED
+    return common.EXIT_NOT_MEASURED if missing else 0

@@ -7,22 +7,28 @@ import csv
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from ..calibration import store
 from ..calibration.profile import Profile
 from ..denoiser import Model
+from ..explain.views import explain
 from ..measure import Measured, Measurement, measure, setting_of
+from ..memory import OutOfMemory, release, telling
+from ..report.terminal import verdict_panel
 from ..settings import Option, options_of
+from ..verdict import Explanation, Verdict, View
 from .prompt_files import read_prompts
 
 CHUNK = 64
+EXIT_FLAGGED, EXIT_NOT_MEASURED = 3, 4
 WORLD_SEED = 77  # of the bundled model's ordinary captions that calibrate
 Settings = TypeVar("Settings")
 
@@ -58,10 +64,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", help="diffusers folder, checkpoint file or hub id (default: the bundled model)")
     group.add_argument("--config", help="diffusers folder or hub id with the configuration a checkpoint file lacks")
-    group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: cpu)")
-    group.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16 (default: float32)")
+    add_device_options(group)
     group.add_argument("--prompt-weights", action="store_true", help="read '(word:1.3)' and '[word]' as weights")
-    group.add_argument("--batch-size", type=positive, default=32, help="pictures in one model evaluation (default: 32)")
+    group.add_argument(
+        "--batch-size",
+        type=positive,
+        default=32,
+        help="most pictures in one model evaluation; large ones take turns (default: 32)",
+    )
 
 
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
@@ -70,6 +80,12 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--column", help="column or key that holds the prompts (default: prompt, caption or text)")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="calibration profile (default: found by itself)")
     parser.add_argument("--json", action="store_true", help="one JSON object a prompt, a line each")
+
+
+def add_device_options(group: Any) -> None:
+    """Where the model computes, and in what precision."""
+    group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: cpu)")
+    group.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16 (default: float32)")
 
 
 def positive(text: str) -> int:
@@ -124,6 +140,32 @@ def measured_in_chunks(
         for start in range(0, len(prompts), CHUNK):
             part = prompts[start : start + CHUNK]
             yield from measure(model, part, wanted, batch_size, partial(_advance, bar, task, start))
+
+
+def words_of(
+    model: Model, prompt: str, wanted: Measurement, view: View | None = None, batch_size: int = 32
+) -> tuple[Explanation | None, str]:
+    """The words of a prompt; or None, with the reason, where memory does not suffice."""
+    try:
+        with telling():
+            return explain(model, model.encode(prompt), wanted, view, batch_size), ""
+    except OutOfMemory as error:
+        why = f"no words: {error}"
+    release()
+    return None, why
+
+
+def print_verdict(verdict: Verdict, wanted: Measurement, model: Model, as_json: bool, why_no_words: str = "") -> None:
+    """On standard output; the JSON line says why there are no words where that is not as asked for."""
+    if as_json:
+        missing = {"why_no_words": why_no_words} if why_no_words else {}
+        record = {**verdict.as_json(), **missing, "settings": asdict(wanted), "model": model.name}
+        print(json.dumps(record, ensure_ascii=False))
+        return
+    output = Console()
+    output.print(verdict_panel(verdict))
+    if why_no_words:
+        output.print(escape(why_no_words), soft_wrap=True)
 
 
 def _advance(bar: Progress, task: TaskID, before: int, done: float) -> None:

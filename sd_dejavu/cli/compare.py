@@ -7,6 +7,7 @@ captions from the same noises. With --out, DIR gets compare.svg: copies left aga
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -73,7 +74,10 @@ def run(arguments: argparse.Namespace) -> int:
         (arguments.out / PLOT).write_text(plot(rows), encoding="utf-8")
     if str(arguments.json) != "-":
         Console().print(_table(rows, len(pairs), len(ordinary)))
-    return 0
+    for row in rows:
+        if row.not_measured:
+            print(f"sd-dejavu: {row.method}: {row.not_measured} prompts did not fit into memory", file=sys.stderr)
+    return common.EXIT_NOT_MEASURED if any(row.not_measured for row in rows) else 0
 
 
 def _chosen(names: Sequence[str] | None, known: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ the training picture, the magnitude of each step against ordinary prompts, and w
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("dejavu-demo"), metavar="DIR", help="default: dejavu-demo")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     parser.add_argument("--images", type=common.positive, default=4, help="pictures a prompt (default: 4)")
+    common.add_device_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -43,7 +45,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("a prompt is empty: give some words, or leave it out")
     arguments.out.mkdir(parents=True, exist_ok=True)
     wanted = Measurement(images=arguments.images, seed=arguments.seed)
-    model, profile = load(), Profile.load(bundled.CALIBRATION)
+    model = load(device=arguments.device, dtype=arguments.dtype)
+    profile = Profile.load(bundled.CALIBRATION)  # of these very weights, which bfloat16 rounds
+    profile = replace(profile, setting=replace(profile.setting, model=model.fingerprint))
     noise, sigma = model.noise(wanted.seed, wanted.images), model.sigmas(wanted.steps)[0]
     target = profile.quantile(0.5, "first step", wanted.images)
     ordinary = profile.quantile(ORDINARY_QUANTILE, "first step", wanted.images)

@@ -7,16 +7,12 @@ score would be without each word), and 'confirmed gradient' (the first and the t
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import asdict
 from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
 
-from ..explain.views import explain
 from ..measure import Measurement, judge, setting_of
-from ..report.terminal import verdict_panel
 from ..verdict import Verdict, View
 from . import common
 
@@ -33,19 +29,15 @@ def run(arguments: argparse.Namespace) -> int:
     prompts = common.prompts_of(arguments)
     model = common.load_model(arguments)
     profile, setting = common.profile_of(arguments, model, wanted), setting_of(model, wanted)
-    output = Console()
+    output, missing = Console(), False
     for measured in common.measured_in_chunks(model, prompts, wanted, arguments.batch_size, Console(stderr=True)):
-        conditioning = model.encode(measured.prompt)
-        words = explain(model, conditioning, wanted, arguments.view, arguments.batch_size)
+        words, why = common.words_of(model, measured.prompt, wanted, arguments.view, arguments.batch_size)
         verdict = judge(measured, wanted, setting, profile, words)
-        if arguments.json:
-            print(
-                json.dumps({**verdict.as_json(), "settings": asdict(wanted), "model": model.name}, ensure_ascii=False)
-            )
-        else:
-            output.print(verdict_panel(verdict))
+        missing = missing or measured.out_of_memory or bool(why)
+        common.print_verdict(verdict, wanted, model, arguments.json, why)
+        if words is not None and not arguments.json:
             output.print(_table(verdict))
-    return 0
+    return common.EXIT_NOT_MEASURED if missing else 0
 
 
 def _table(verdict: Verdict) -> Table:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 
+from ..memory import telling
 from . import audit, bench, calibrate, check, compare, demo, explain, finetune, mitigate, refset
 
 COMMANDS = (demo, check, explain, mitigate, compare, calibrate, bench, refset, finetune, audit)
-EXIT_BAD_INPUT, EXIT_FLAGGED, EXIT_INTERRUPTED = 2, 3, 130
+EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,10 +25,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0, or 2 with one sentence for bad input, or 3 with --fail-on-flag when something was flagged."""
+    """0; 2 with one sentence for bad input, or where nothing fits into memory; 3 with --fail-on-flag when something was
+    flagged; 4 when some prompts were not measured for want of memory."""
     parsed = parser().parse_args(arguments)
     try:
-        return parsed.run(parsed)
+        with telling():
+            return parsed.run(parsed)
     except KeyboardInterrupt:
         print("sd-dejavu: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from ..calibration.profile import ORDINARY_QUANTILE, Profile
 from ..measure import Measurement, guidance_of
+from ..memory import OutOfMemory, one_by_one
 from ..mitigations import Mitigation, Start, available
 from ..mitigations.guard import Guard
 from ..reference.nearest import same_features
@@ -70,31 +71,36 @@ def run(arguments: argparse.Namespace) -> int:
     ordinary = None
     if profile is not None and arguments.target is None:
         ordinary = profile.quantile(ORDINARY_QUANTILE, "first step", wanted.images)
-    start = Start.of(model, noise, sigma, without, target, wanted.seed, ordinary, guard_of(arguments))
-    output, cases = Console(), []
-    for prompt in prompts:
+    guard, guided = guard_of(arguments), wanted.guidance_scale != 1
+    start = Start.of(model, noise, sigma, without, target, wanted.seed, ordinary, guard, arguments.batch_size, guided)
+    output, cases, missing = Console(), [], False
+
+    def mitigated(prompt: str) -> dict[str, Any]:
         if arguments.out is not None:
             case = run_case(model, prompt, wanted, profile, start, {arguments.method: chosen})
             cases.append(case)
             (outcome,) = (m.outcome for m in case.mitigated)
         else:
             outcome = method.apply(model, model.encode(prompt), start, chosen)
-        record = {
-            "prompt": prompt,
-            "method": method.name,
+        return {
             "score": outcome.score_before,
             "score_after": outcome.score_after,
             "target": target,
             "prompt_after": outcome.conditioning.prompt,
             **outcome.details,
-            "settings": {**asdict(wanted), **asdict(chosen)},
-            "model": model.name,
         }
+
+    for prompt in prompts:
+        (found,) = one_by_one(lambda part: [mitigated(one) for one in part], [prompt])
+        if isinstance(found, OutOfMemory):
+            found, missing = {"why": f"not mitigated: {found}"}, True
+        common_to_all = {"settings": {**asdict(wanted), **asdict(chosen)}, "model": model.name}
+        record = {"prompt": prompt, "method": method.name, **found, **common_to_all}
         if arguments.json:
             print(json.dumps(record, ensure_ascii=False))
         else:
             output.print(_table(record, method))
-    if arguments.out is not None:
+    if cases:
         arguments.out.mkdir(parents=True, exist_ok=True)
         save_pictures(cases, arguments.out)
         report = arguments.out / "report.html"
@@ -102,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
             render_cases("Mitigation", f"method: {method.name}", model, wanted, profile, cases), encoding="utf-8"
         )
         Console(stderr=True).print(f"report: {report}")
-    return 0
+    return common.EXIT_NOT_MEASURED if missing else 0
 
 
 def guard_of(arguments: argparse.Namespace) -> Guard | None:

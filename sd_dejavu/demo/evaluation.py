@@ -22,6 +22,7 @@ from ..conditioning import Conditioning
 from ..denoiser import Model
 from ..explain.views import explain
 from ..measure import Measured, Measurement, drawn_with, guidance_of, judge, measure, measure_runs, setting_of
+from ..memory import OutOfMemory, one_by_one
 from ..mitigations import Outcome, Start, available
 from ..mitigations.anti_memorization_guidance import GREY
 from ..mitigations.guard import Guard
@@ -187,7 +188,7 @@ class MitigationRow:
     ``untouched`` counts the pictures of ordinary prompts that are the same bit for bit as without the method, and
     ``change_on_ordinary`` is the root mean square difference of all of them, in 0..1. ``seconds_ratio`` is the
     median over the pairs of the time against plain sampling, ``peak_memory_mb`` the largest that was seen, NaN
-    where it cannot be told.
+    where it cannot be told. ``not_measured`` counts prompts for which memory did not suffice; the rest is of the others.
     """
 
     method: str
@@ -200,6 +201,7 @@ class MitigationRow:
     untouched: Share
     seconds_ratio: float
     peak_memory_mb: float
+    not_measured: int = 0
 
 
 @dataclass
@@ -207,10 +209,11 @@ class _Tally:
     likeness: list[float] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     captions: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
+    seconds: dict[int, float] = field(default_factory=dict)  # by the pair's number
     peaks: list[float] = field(default_factory=list)
     changes: list[float] = field(default_factory=list)
     untouched: int = 0
+    not_measured: int = 0
 
 
 def mitigations(
@@ -235,28 +238,48 @@ def mitigations(
     start = Start.of(model, noise, sigma, guidance, target, wanted.seed, acceptable, guard)
     trials = {NONE: None, **methods}
     tallies = {name: _Tally() for name in trials}
-    for pair in pairs:
+
+    def trial(caption: str, name: str) -> tuple[Outcome, Tensor, Tensor] | None:
+        """What came of it, and its pictures; None where memory does not suffice."""
+
+        def drawn(captions: Sequence[str]) -> list[tuple[Outcome, Tensor, Tensor]]:
+            runs = [_drawn(model, one, name, trials[name], start, wanted) for one in captions]
+            return [(outcome, latents, model.decode(latents)) for outcome, latents in runs]
+
+        (found,) = one_by_one(drawn, [caption])
+        if isinstance(found, OutOfMemory):
+            tallies[name].not_measured += 1
+            return None
+        return found
+
+    for number, pair in enumerate(pairs):
         for name, settings in trials.items():
             tally = tallies[name]
             with peak_memory(noise.device) as peak:
                 began = time.perf_counter()
-                outcome, latents = _drawn(model, pair.caption, name, settings, start, wanted)
-                pictures = model.decode(latents)
-                tally.seconds.append(time.perf_counter() - began)
+                found = trial(pair.caption, name)
+                seconds = time.perf_counter() - began
+            if found is None:
+                on_pair(name)
+                continue
+            outcome, latents, pictures = found
+            tally.seconds[number] = seconds
             tally.peaks.append(peak.megabytes)
             tally.likeness += copies(pair, pictures).tolist()
             tally.scores.append(outcome.score_after if settings else start.score(model, outcome.conditioning))
             tally.captions += [follows(model, pair, latent) for latent in latents[:1] if pair.trigger]
             on_pair(name)
     for caption in ordinary:
-        plain: Tensor | None = None
-        for name, settings in trials.items():
-            _, latents = _drawn(model, caption, name, settings, start, wanted)
-            plain = latents if plain is None else plain
-            tallies[name].untouched += sum(torch.equal(a, b) for a, b in zip(latents, plain, strict=True))
-            gap = (model.decode(latents) - model.decode(plain)).flatten(1)
-            tallies[name].changes += gap.square().mean(1).sqrt().tolist()
-            on_pair(name)
+        plain = trial(caption, NONE)
+        on_pair(NONE)
+        for name in trials:
+            found = plain if name == NONE else trial(caption, name)
+            if plain is not None and found is not None:
+                tallies[name].untouched += sum(torch.equal(a, b) for a, b in zip(found[1], plain[1], strict=True))
+                gap = (found[2] - plain[2]).flatten(1)
+                tallies[name].changes += gap.square().mean(1).sqrt().tolist()
+            if name != NONE:
+                on_pair(name)
     return [_row(name, tally, tallies[NONE]) for name, tally in tallies.items()]
 
 
@@ -281,13 +304,14 @@ def _row(name: str, tally: _Tally, plain: _Tally) -> MitigationRow:
         name,
         Share(sum(s >= COPY_THRESHOLD for s in tally.likeness), len(tally.likeness)),
         mean(tally.likeness),
-        float(np.quantile(tally.likeness, 0.95)),
+        float(np.quantile(tally.likeness, 0.95)) if tally.likeness else float("nan"),
         mean(tally.scores),
         mean(tally.captions),
         mean(tally.changes),
         Share(tally.untouched, len(tally.changes)),
-        median(own / other for own, other in zip(tally.seconds, plain.seconds, strict=True)),
-        max(tally.peaks),
+        median([tally.seconds[n] / plain.seconds[n] for n in tally.seconds if n in plain.seconds] or [float("nan")]),
+        max(tally.peaks, default=float("nan")),
+        tally.not_measured,
     )
 
 

@@ -10,6 +10,7 @@ For rectified flow that expression is the norm of the velocity difference.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..denoiser import Predictions, over_pixels
@@ -22,19 +23,29 @@ def difference(predictions: Predictions) -> Tensor:
     return gap / over_pixels(predictions.sigma)
 
 
+def length(difference: Tensor) -> Tensor:
+    """|| Delta ||_2 of each image, [B], from Delta [B, C, H, W]."""
+    return torch.linalg.vector_norm(difference.flatten(1), dim=1)
+
+
+def over_channels(difference: Tensor) -> Tensor:
+    """Delta^2 averaged over channels, [B, H, W], from Delta [B, C, H, W]."""
+    return difference.square().mean(dim=1)
+
+
 def magnitude(predictions: Predictions) -> Tensor:
     """|| Delta ||_2 of each image, [B], fp32. Differentiable except where the difference is zero."""
-    return difference(predictions).flatten(1).norm(dim=1)
+    return length(difference(predictions))
 
 
 def magnitude_of_noise_predictions(conditional: Tensor, unconditional: Tensor) -> Tensor:
     """The same from two noise predictions [B, C, H, W]."""
-    return (conditional.float() - unconditional.float()).flatten(1).norm(dim=1)
+    return length(conditional.float() - unconditional.float())
 
 
 def squared_difference_map(predictions: Predictions) -> Tensor:
     """Where the prompt acts: Delta^2 averaged over channels, [B, H, W] (Kim & Lee, ICML 2026)."""
-    return difference(predictions).square().mean(dim=1)
+    return over_channels(difference(predictions))
 
 
 def score(observed: Observed) -> float:

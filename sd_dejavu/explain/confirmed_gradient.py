@@ -23,28 +23,38 @@ from . import explanation, input_gradient
 
 
 def magnitudes_blanked(
-    denoiser: Denoiser, x: Tensor, sigma: Tensor, conditioning: Conditioning, unconditional: Tensor
+    denoiser: Denoiser,
+    x: Tensor,
+    sigma: Tensor,
+    conditioning: Conditioning,
+    unconditional: Tensor,
+    batch_size: int = 32,
 ) -> Tensor:
     """Mean first-step magnitude with each word blanked, [number of words].
 
-    x [B, C, H, W], sigma [B], ``unconditional`` the denoised prediction without the prompt. Raises
-    ValueError when the conditioning carries no way back through its encoder.
+    x [B, C, H, W], sigma [B], ``unconditional`` the denoised prediction without the prompt; at most ``batch_size``
+    pictures share an evaluation. Raises ValueError when the conditioning carries no way back through its encoder.
     """
     return torch.stack(
         [
-            _score(denoiser, x, sigma, _blanked(conditioning, number), unconditional)
+            _score(denoiser, x, sigma, _blanked(conditioning, number), unconditional, batch_size)
             for number in range(len(conditioning.words))
         ]
     )
 
 
 def explain(
-    denoiser: Denoiser, x: Tensor, sigma: Tensor, conditioning: Conditioning, unconditional: Tensor
+    denoiser: Denoiser,
+    x: Tensor,
+    sigma: Tensor,
+    conditioning: Conditioning,
+    unconditional: Tensor,
+    batch_size: int = 32,
 ) -> Explanation:
     """Raises ValueError when the text encoder is not at hand."""
-    gradient = input_gradient.explain(denoiser, x, sigma, conditioning, unconditional)
-    blanked = magnitudes_blanked(denoiser, x, sigma, conditioning, unconditional)
-    lost = (_score(denoiser, x, sigma, conditioning, unconditional) - blanked).clamp_min(0)
+    gradient = input_gradient.explain(denoiser, x, sigma, conditioning, unconditional, batch_size)
+    blanked = magnitudes_blanked(denoiser, x, sigma, conditioning, unconditional, batch_size)
+    lost = (_score(denoiser, x, sigma, conditioning, unconditional, batch_size) - blanked).clamp_min(0)
     product = torch.tensor([word.raw for word in gradient.words]) * lost
     return explanation("confirmed gradient", conditioning.words, product, "gradient norm times magnitude lost", blanked)
 
@@ -64,6 +74,13 @@ def _blanked(conditioning: Conditioning, word: int) -> Conditioning:
         return conditioning.with_rows(*conditioning.reencoding.encode(embeddings))
 
 
-def _score(denoiser: Denoiser, x: Tensor, sigma: Tensor, conditioning: Conditioning, unconditional: Tensor) -> Tensor:
-    denoised = predict(denoiser, x, sigma, conditioning)
+def _score(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigma: Tensor,
+    conditioning: Conditioning,
+    unconditional: Tensor,
+    batch_size: int,
+) -> Tensor:
+    denoised = predict(denoiser, x, sigma, conditioning, batch_size)
     return magnitude(Predictions(denoised, unconditional, sigma)).mean().cpu()

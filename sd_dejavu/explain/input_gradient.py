@@ -8,40 +8,53 @@ With two text encoders the norms of both are added; so are the tokens of a word.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..conditioning import Conditioning, merge_by_word
-from ..denoiser import Denoiser, Predictions
-from ..detectors.magnitude import magnitude
+from ..denoiser import Denoiser
+from ..gradients import value_and_gradients
 from ..verdict import Explanation
 from . import explanation
 
 
 def token_gradient_norms(
-    denoiser: Denoiser, x: Tensor, sigma: Tensor, conditioning: Conditioning, unconditional: Tensor
+    denoiser: Denoiser,
+    x: Tensor,
+    sigma: Tensor,
+    conditioning: Conditioning,
+    unconditional: Tensor,
+    batch_size: int | None = None,
 ) -> list[Tensor]:
     """|| d L / d e_i || of every input token, one [T] a text encoder.
 
-    x [B, C, H, W], sigma [B], ``unconditional`` the denoised prediction without the prompt. Raises
-    ValueError when the conditioning carries no way back through its encoder.
+    x [B, C, H, W], sigma [B], ``unconditional`` the denoised prediction without the prompt; at most ``batch_size``
+    pictures share a pass. Raises ValueError when the conditioning carries no way back through its encoder.
     """
     if conditioning.reencoding is None:
         raise ValueError("the text encoder is not at hand for this conditioning; use the gradient at its output rows")
-    leaves = [i.embeddings.detach().clone().requires_grad_(True) for i in conditioning.reencoding.inputs]
-    with torch.enable_grad():
-        rows, extras = conditioning.reencoding.encode(leaves)
-        denoised = denoiser(x, sigma, conditioning.with_rows(rows, extras))
-        loss = magnitude(Predictions(denoised, unconditional, sigma)).mean()
-        gradients = torch.autograd.grad(loss, leaves)
-    return [g.float().norm(dim=1) for g in gradients]
+    encode = conditioning.reencoding.encode
+    leaves = [i.embeddings.detach().float().clone().requires_grad_(True) for i in conditioning.reencoding.inputs]
+
+    def rebuild(moved: Sequence[Tensor]) -> Conditioning:
+        return conditioning.with_rows(*encode(moved))
+
+    found = value_and_gradients(denoiser, x, sigma, unconditional, rebuild, leaves, batch_size)
+    return [gradient.norm(dim=1) for gradient in found.gradients]
 
 
 def explain(
-    denoiser: Denoiser, x: Tensor, sigma: Tensor, conditioning: Conditioning, unconditional: Tensor
+    denoiser: Denoiser,
+    x: Tensor,
+    sigma: Tensor,
+    conditioning: Conditioning,
+    unconditional: Tensor,
+    batch_size: int | None = None,
 ) -> Explanation:
     """Raises ValueError when the text encoder is not at hand."""
-    norms = token_gradient_norms(denoiser, x, sigma, conditioning, unconditional)
+    norms = token_gradient_norms(denoiser, x, sigma, conditioning, unconditional, batch_size)
     assert conditioning.reencoding is not None  # token_gradient_norms has refused it
     merged = torch.stack(
         [

@@ -10,34 +10,47 @@ A contextual encoder spreads a word over all later rows, so this view often miss
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from ..conditioning import Conditioning, merge_by_word
-from ..denoiser import Denoiser, Predictions
-from ..detectors.magnitude import magnitude
+from ..denoiser import Denoiser
+from ..gradients import value_and_gradients
 from ..verdict import Explanation
 from . import explanation
 
 
 def row_gradient_norms(
-    denoiser: Denoiser, x: Tensor, sigma: Tensor, conditioning: Conditioning, unconditional: Tensor
+    denoiser: Denoiser,
+    x: Tensor,
+    sigma: Tensor,
+    conditioning: Conditioning,
+    unconditional: Tensor,
+    batch_size: int | None = None,
 ) -> Tensor:
-    """a_i of every row, [N]. x [B, C, H, W], sigma [B], ``unconditional`` the denoised prediction without the prompt."""
+    """a_i of every row, [N]. x [B, C, H, W], sigma [B], ``unconditional`` the denoised prediction without the prompt;
+    at most ``batch_size`` pictures share a pass."""
     rows = conditioning.rows.detach().float().clone().requires_grad_(True)
-    with torch.enable_grad():
-        denoised = denoiser(x, sigma, conditioning.with_rows(rows))
-        loss = magnitude(Predictions(denoised, unconditional, sigma)).mean()
-        (gradient,) = torch.autograd.grad(loss, [rows])
+
+    def rebuild(moved: Sequence[Tensor]) -> Conditioning:
+        return conditioning.with_rows(moved[0])
+
+    (gradient,) = value_and_gradients(denoiser, x, sigma, unconditional, rebuild, [rows], batch_size).gradients
     return gradient[0].norm(dim=1)
 
 
 def explain(
-    denoiser: Denoiser, x: Tensor, sigma: Tensor, conditioning: Conditioning, unconditional: Tensor
+    denoiser: Denoiser,
+    x: Tensor,
+    sigma: Tensor,
+    conditioning: Conditioning,
+    unconditional: Tensor,
+    batch_size: int | None = None,
 ) -> Explanation:
     """Raises ValueError when the tokens of the conditioning are not known."""
     if not conditioning.tokens:
         raise ValueError("the tokens of this conditioning are not known, so its rows cannot be given to words")
-    norms = row_gradient_norms(denoiser, x, sigma, conditioning, unconditional)
+    norms = row_gradient_norms(denoiser, x, sigma, conditioning, unconditional, batch_size)
     merged = merge_by_word(norms, conditioning.tokens, conditioning.words)
     return explanation("output gradient", conditioning.words, merged, "gradient norm at the encoder's output rows")

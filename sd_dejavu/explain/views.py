@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..conditioning import Conditioning
 from ..denoiser import Model
+from ..gradients import with_gradients
 from ..measure import Measurement, start_of_run
 from ..sampling import predict
 from ..verdict import Explanation, View
@@ -30,6 +31,10 @@ def explain(
         "input gradient": input_gradient,
         "output gradient": output_gradient,
     }[view]
-    with model.differentiable():
-        x, sigma = x.clone(), sigma.clone()  # a host in inference mode made tensors that cannot be differentiated
-        return method.explain(model, x, sigma, conditioning, predict(model, x, sigma, without, batch_size))
+
+    def work() -> Explanation:
+        at, levels = x.clone(), sigma.clone()  # a host in inference mode made tensors that cannot be differentiated
+        base = predict(model, at, levels, without, batch_size)
+        return method.explain(model, at, levels, conditioning, base, batch_size)
+
+    return with_gradients(model, work)

@@ -7,7 +7,7 @@ storage (no copy), which can. All aliases are put back before anything else runs
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,31 +15,25 @@ from torch import Tensor
 
 
 @contextmanager
-def differentiable(
-    modules: Sequence[torch.nn.Module], skip: Callable[[torch.nn.Module], bool] = lambda part: False
-) -> Iterator[None]:
-    """Out of inference mode, with every inference tensor of the modules aliased to a normal one; all put back.
-
-    ``skip`` names the parts whose tensors are left as they are.
-    """
+def differentiable(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Out of inference mode, with every inference tensor of the modules aliased to a normal one; all put back."""
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autograd.graph.allow_mutation_on_saved_tensors(),
-        ExitStack() as stack,
+        aliased(modules),
     ):
-        for module in modules:
-            stack.enter_context(_aliased(module, skip))
         yield
 
 
 @contextmanager
-def _aliased(module: torch.nn.Module, skip: Callable[[torch.nn.Module], bool]) -> Iterator[None]:
+def aliased(
+    modules: Sequence[torch.nn.Module], skip: Callable[[torch.nn.Module], bool] = lambda part: False
+) -> Iterator[None]:
+    """The aliases alone; ``skip`` names the parts whose tensors are left as they are."""
     taken: list[tuple[dict[str, Any], str, Any]] = []
     try:
-        for part in module.modules():
-            if skip(part):
-                continue
+        for part in (part for module in modules for part in module.modules() if not skip(part)):
             for table in (part._parameters, part._buffers):
                 for name, tensor in table.items():
                     if tensor is not None and tensor.is_inference():

@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 import json
 import logging
+import math
 import pickle
 import re
 import warnings
@@ -25,9 +26,15 @@ from torch import Tensor
 from ..attention import AttentionRule, scaled_keys, watched_attention
 from ..conditioning import Conditioning, EncoderInput, Reencoding, TokenRow, align
 from ..denoiser import PredictionType, denoised_from_output, model_input, over_pixels, seeded_noise
+from ..gradients import BYTES_A_LATENT_PIXEL, recomputing
 from ..guidance import GuidanceRule, GuidedStep
+from ..memory import OutOfMemory, free_memory, in_pieces, ran_out, too_large
 from ..prompt_weights import encode_weighted
 
+EVALUATION = 2**29  # bytes that the activations of one evaluation may take; larger batches are cut
+EVALUATION_BYTES = 16_000  # a latent pixel takes in half precision: 15,000 in SD1.5, 9,500 in SDXL
+DECODER_BYTES = 10_000  # a picture's pixel keeps for a backward pass through the decoder in half precision
+RECOMPUTED_FROM = 3 * 2**30  # bytes kept for a backward pass
 CHUNK = 75
 MAX_CHUNKS = 8
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
@@ -103,6 +110,18 @@ class DiffusersModel:
     # ------------------------------------------------------------------------------- denoising
 
     def __call__(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        at_once = max(1, EVALUATION // self._bytes(EVALUATION_BYTES, x[0, 0].numel()))
+        at_once = conditioning.pictures_at_once(len(x), at_once)
+        if len(x) <= at_once:
+            return self._denoised(x, sigma, conditioning)
+        parts = [(begin, min(begin + at_once, len(x))) for begin in range(0, len(x), at_once)]
+        return torch.cat([self._denoised(x[a:b], sigma[a:b], conditioning.of_pictures(a, b, len(x))) for a, b in parts])
+
+    def _bytes(self, of_half: int, pixels: int) -> int:
+        """What so many latent pixels take, from what one takes in half precision."""
+        return of_half * pixels * self._unet.dtype.itemsize // 2
+
+    def _denoised(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         dtype = self._unet.dtype
         rule = conditioning.attention
         rows = conditioning.rows if rule is None else rule.rows(conditioning.rows)
@@ -157,19 +176,27 @@ class DiffusersModel:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, H, W] -> pictures [B, 3, height, width] in 0..1, on the CPU."""
-        return self.pictures_of(latents).cpu().clamp(0, 1)
+        """Latents [B, C, H, W] -> pictures [B, 3, height, width] in 0..1, on the CPU; one after another."""
+        one_by_one = in_pieces(lambda a, b: self.pictures_of(latents[a:b]).cpu(), len(latents), 1)
+        return torch.cat(list(one_by_one)).clamp(0, 1)
 
     def pictures_of(self, latents: Tensor) -> Tensor:
         """As :meth:`decode`, but differentiable, on the model's device and not cut to 0..1."""
         scale = getattr(self._vae.config, "scaling_factor", 1.0)
         shift = getattr(self._vae.config, "shift_factor", None) or 0.0
-        pictures = self._vae.decode((latents / scale + shift).to(self._vae.dtype), return_dict=False)[0]
+        given = (latents / scale + shift).to(self._vae.dtype)
+        pixels = given[:, 0].numel() * (self.picture_size[1] // self.latent_shape[2]) ** 2
+        kept = DECODER_BYTES * pixels * self._vae.dtype.itemsize // 2
+        with recomputing(_blocks(self._vae.decoder) if given.requires_grad and kept > RECOMPUTED_FROM else ()):
+            pictures = self._vae.decode(given, return_dict=False)[0]
         return pictures.float() / 2 + 0.5
 
     @torch.no_grad()
     def latents_of(self, pictures: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in 0..1 -> latents [B, C, h, w] in fp32, the encoder's most likely ones."""
+        """Pictures [B, 3, H, W] in 0..1 -> latents [B, C, h, w] in fp32, the encoder's most likely ones; in turn."""
+        return torch.cat(list(in_pieces(lambda a, b: self._latents_of(pictures[a:b]), len(pictures), 1)))
+
+    def _latents_of(self, pictures: Tensor) -> Tensor:
         encoded = self._vae.encode((pictures * 2 - 1).to(self.device, self._vae.dtype))
         latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
         shift = getattr(self._vae.config, "shift_factor", None) or 0.0
@@ -183,24 +210,16 @@ class DiffusersModel:
 
     @contextmanager
     def differentiable(self, checkpointing: bool = False) -> Iterator[None]:
-        """Gradients through the model, in fp32 whatever its dtype; activations recomputed with ``checkpointing``."""
-        dtype = self._unet.dtype
-        differentiated = [self._unet, *(encoder for _, encoder in self._encoders)]
-        try:
-            if dtype != torch.float32:
-                for module in differentiated:
-                    module.float()
-            if checkpointing:
-                self._unet.enable_gradient_checkpointing()
-                self._unet.train()  # diffusers recomputes only in training mode; these UNets hold no dropout
+        """Gradients through the model, in its own dtype.
+
+        The UNet's blocks recompute their activations with ``checkpointing``, and where those of one picture are more
+        than fits beside the weights on a card of 12 GB, or than is free.
+        """
+        kept = self._bytes(BYTES_A_LATENT_PIXEL, math.prod(self.latent_shape[1:]))
+        free = free_memory(self.device)
+        short = kept > RECOMPUTED_FROM or (free is not None and kept > free)
+        with recomputing(_blocks(self._unet) if checkpointing or short else ()):
             yield
-        finally:
-            if checkpointing:
-                self._unet.disable_gradient_checkpointing()
-                self._unet.eval()
-            if dtype != torch.float32:
-                for module in differentiated:
-                    torch.nn.Module.to(module, dtype)  # diffusers' own warns of modules it keeps in fp32: here none
 
     # --------------------------------------------------------------------------------- prompts
 
@@ -263,6 +282,14 @@ class DiffusersModel:
         height, width = self.picture_size
         size = torch.tensor([[height, width, 0, 0, height, width]], device=rows.device, dtype=torch.float32)
         return rows, {"text_embeds": pooled[:1].float(), "time_ids": size}
+
+
+def _blocks(network: torch.nn.Module) -> list[torch.nn.Module]:
+    """The blocks that keep most for a backward pass and little when recomputed: none lies within another."""
+    from diffusers.models.attention import BasicTransformerBlock
+    from diffusers.models.resnet import ResnetBlock2D
+
+    return [module for module in network.modules() if isinstance(module, (BasicTransformerBlock, ResnetBlock2D))]
 
 
 @contextmanager
@@ -374,6 +401,8 @@ def load(
             "use a .safetensors file"
         ) from error
     except Exception as error:  # the loaders raise dozens of types; all mean that this is not a usable model
+        if ran_out(error):
+            raise OutOfMemory(f"{name} does not fit: {too_large(error)}") from error
         first_line = str(error).strip().split("\n")[0][:300]
         raise ModelError(f"{name} cannot be loaded as a Stable Diffusion model: {first_line}") from error
 

@@ -5,7 +5,8 @@ attention), its answer is an :class:`Outcome`, and an outcome is sampled in one 
 carries its attention rule, from its x_T, under a guidance rule made for the run.
 
 A module of this folder that mitigates ends in ``MITIGATIONS``, a tuple of :class:`Mitigation`; nothing
-else has to know of it.
+else has to know of it. What a method declares there about models is what refuses the others, and what
+docs/mitigations.md shows.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from ..attention import AttentionRule
 from ..conditioning import Conditioning
-from ..denoiser import Denoiser, Model, Predictions, initial_latent
+from ..denoiser import Denoiser, Model, Predictions, PredictionType, initial_latent
 from ..detectors.magnitude import magnitude
 from ..guidance import GuidanceRule
 from ..sampling import levels_of, predict
@@ -36,7 +37,9 @@ class Start:
     ``base`` is the denoised prediction there without the prompt, computed once. ``ordinary`` is the highest
     score that still counts as ordinary, for methods that stop there; the target where it is not known.
     ``unconditional`` is None where a host hands over its prediction only: methods that move x_T need it.
-    ``guard`` holds the reference pictures of methods that compare with them.
+    ``guard`` holds the reference pictures of methods that compare with them. At most ``batch_size`` pictures share an
+    evaluation. ``guided`` is whether the run has classifier-free guidance: at a scale of 1, where distilled models are
+    sampled, it has none.
     """
 
     x: Tensor
@@ -48,6 +51,8 @@ class Start:
     seed: int = 0
     ordinary: float | None = None
     guard: Guard | None = None
+    batch_size: int = 32
+    guided: bool = True
 
     @property
     def acceptable(self) -> float:
@@ -64,11 +69,13 @@ class Start:
         seed: int = 0,
         ordinary: float | None = None,
         guard: Guard | None = None,
+        batch_size: int = 32,
+        guided: bool = True,
     ) -> Start:
         x = initial_latent(noise, sigma, model.prediction_type)
         levels = levels_of(x, sigma)
-        base = predict(model, x, levels, unconditional)
-        return cls(x, levels, noise, unconditional, base, target, seed, ordinary, guard)
+        base = predict(model, x, levels, unconditional, batch_size)
+        return cls(x, levels, noise, unconditional, base, target, seed, ordinary, guard, batch_size, guided)
 
     def moved(self, denoiser: Denoiser, x: Tensor) -> Start:
         """The same run from another x_T; one more evaluation without the prompt.
@@ -77,11 +84,12 @@ class Start:
         """
         if self.unconditional is None:
             raise ValueError("the conditioning without the prompt is not at hand here, so the noise cannot be changed")
-        return replace(self, x=x, base=predict(denoiser, x, self.sigma, self.unconditional))
+        base = predict(denoiser, x, self.sigma, self.unconditional, self.batch_size)
+        return replace(self, x=x, base=base)
 
     def score(self, denoiser: Denoiser, conditioning: Conditioning) -> float:
         """Mean first-step magnitude over the images, without gradients."""
-        denoised = predict(denoiser, self.x, self.sigma, conditioning)
+        denoised = predict(denoiser, self.x, self.sigma, conditioning, self.batch_size)
         return float(magnitude(Predictions(denoised, self.base, self.sigma)).mean())
 
 
@@ -113,15 +121,55 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Mitigation:
-    """``settings`` is the method's settings class; ``apply(model, conditioning, start, settings)`` does it."""
+    """``settings`` is the method's settings class; ``work(model, conditioning, start, settings)`` does it.
+
+    ``prediction_types`` are those for which the method is what its paper says, ``needs_guidance`` tells that it has
+    nothing to change in a run without classifier-free guidance. ``why_not`` says why others are refused, and
+    ``remark`` what is different on flow or distilled models; both are shown to users.
+    """
 
     name: str
     help: str
     touches: Touches
     cost: str
     settings: type
-    apply: Callable[[Model, Conditioning, Start, Any], Outcome]
+    work: Callable[[Model, Conditioning, Start, Any], Outcome]
     needs_references: bool = False
+    prediction_types: tuple[PredictionType, ...] = get_args(PredictionType)
+    needs_guidance: bool = False
+    why_not: str = ""
+    remark: str = ""
+
+    def apply(self, model: Model, conditioning: Conditioning, start: Start, settings: Any) -> Outcome:
+        """Raises ValueError for a model or a run that the method is not made for; see :meth:`refusal`."""
+        if why := self.refusal(model.prediction_type, start.guided):
+            raise ValueError(why)
+        return self.work(model, conditioning, start, settings)
+
+    def refusal(self, prediction_type: PredictionType, guided: bool = True) -> str | None:
+        """Why this method is not done on such a model, or in a run without guidance; None where it is."""
+        if prediction_type not in self.prediction_types:
+            return f"{self.name} is not done on {KINDS[prediction_type]} models: {self.why_not}; choose another method"
+        if self.needs_guidance and not guided:
+            return (
+                f"{self.name} changes guidance, and this run has none (a guidance scale of 1, as for distilled "
+                "models): choose another method"
+            )
+        return None
+
+
+KINDS: dict[PredictionType, str] = {"epsilon": "epsilon", "v_prediction": "v-prediction", "flow": "flow"}
+
+
+def table() -> str:
+    """What each method does on each kind of model, as the Markdown table of docs/mitigations.md."""
+    rows = [["method", *KINDS.values(), "distilled (guidance scale 1)", "remarks"]]
+    for method in available().values():
+        asked = [method.refusal(kind) for kind in KINDS] + [method.refusal(method.prediction_types[0], guided=False)]
+        said = "; ".join(part for part in (method.why_not, method.remark) if part)
+        rows.append([method.name, *("refused" if why else "yes" for why in asked), said])
+    rows.insert(1, ["---"] * len(rows[0]))
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def available() -> dict[str, Mitigation]:

@@ -18,7 +18,10 @@ D' = x - sigma eps' gives
 
     D' = D - 1{s > lambda_t} [ s1 (D_c - D_u) + s2 (D_n - D_u) + c3 sigma^2 grad_D s ].
 
-t is the place, 0 to 1, of sigma in the training schedule of Stable Diffusion or of DDPM. Each picture of a batch is
+t is the place, 0 to 1, of sigma in the training schedule of Stable Diffusion or of DDPM. Rectified flow has
+x = (1 - s) x0 + s noise, hence x / (1 - s) = x0 + sigma noise with sigma = s / (1 - s): at that level all of the above
+holds for it, with the same D. Towards pure noise (s = 1) that sigma has no bound, nor has the last term, which nobody
+has tried there: levels above the training schedule's highest (14.6 for Stable Diffusion) count as that. Each picture of a batch is
 judged by itself; one that no step finds near is left as it is, bit for bit.
 
 Paper and published code differ, and the paper's formula is what is done: the code weakens guidance at every step
@@ -43,8 +46,10 @@ import torch
 from torch import Tensor
 
 from ..conditioning import Conditioning, stack
-from ..denoiser import Model, over_pixels
+from ..denoiser import Model, PredictionType, noise_to_signal, over_pixels
+from ..gradients import LossScale, scaled_gradients
 from ..guidance import GuidedStep
+from ..memory import in_pieces
 from ..reference.features import Features
 from ..settings import option, validate
 from . import Mitigation, Outcome, Start
@@ -112,6 +117,12 @@ def preset(features: Features) -> Settings:
     return GREY if features.name.split()[0] == "grey" else Settings()
 
 
+def level_of(sigma: Tensor, prediction_type: PredictionType, schedule: TrainingSchedule) -> Tensor:
+    """A run's noise levels [B] in the scale x0 + sigma * noise, at most the training schedule's highest."""
+    highest = float(_log_levels(schedule)[-1].exp())
+    return noise_to_signal(sigma, prediction_type).clamp_max(highest)
+
+
 @cache
 def _log_levels(schedule: TrainingSchedule) -> Tensor:
     """log sigma of the 1000 training steps, rising."""
@@ -149,8 +160,9 @@ class AntiMemorization:
     """The rule of one run. ``acted`` holds, an evaluation each, which pictures were steered, [B] booleans.
 
     ``pictures`` decodes latents [B, C, H, W] to pictures in 0..1, differentiably (identity for a pixel model);
-    ``encode`` makes a conditioning of a caption, None where there are no captions to encode. ``differentiable`` is
-    open while the gradient is taken: hosts in inference mode need it.
+    ``encode`` makes a conditioning of a caption, None where there are no captions to encode. ``prediction_type`` tells
+    what scale the run's noise levels have. ``differentiable`` is open while the gradient is taken: hosts in inference
+    mode need it. Pictures are decoded one by one.
     """
 
     def __init__(
@@ -159,10 +171,11 @@ class AntiMemorization:
         pictures: Callable[[Tensor], Tensor],
         encode: Callable[[str], Conditioning] | None,
         settings: Settings,
+        prediction_type: PredictionType,
         differentiable: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._guard, self._pictures, self._settings = guard, pictures, settings
-        self._differentiable = differentiable
+        self._prediction_type, self._differentiable = prediction_type, differentiable
         self._encode = encode if settings.deduplication else None
         self._encoded: dict[str, Conditioning] = {}
         self.acted: list[Tensor] = []
@@ -170,9 +183,11 @@ class AntiMemorization:
     def __call__(self, step: GuidedStep) -> Tensor:
         plain, settings = step.plain, self._settings
         with torch.no_grad():
-            found = self._guard.references.search(self._guard.features(self._pictures(plain)), 1)
+            embedded = in_pieces(lambda a, b: self._guard.features(self._pictures(plain[a:b])), len(plain), 1)
+            found = self._guard.references.search(torch.cat(list(embedded)), 1)
         s, index = found.similarity[:, 0].to(plain.device), found.index[:, 0]
-        t = time_of(step.sigma, settings.training_schedule)
+        sigma = level_of(step.sigma, self._prediction_type, settings.training_schedule)
+        t = time_of(sigma, settings.training_schedule)
         acts = s > threshold_at(t, settings)
         self.acted.append(acts)
         near = acts.nonzero()[:, 0]
@@ -189,7 +204,7 @@ class AntiMemorization:
                 c3 = c3 * (s - settings.threshold) * (STEEPNESS * (1 - t)).exp()
             with self._differentiable():
                 slope = similarity_gradient(self._guard, self._pictures, plain[near], index[near.to(index.device)])
-            away = away.index_add(0, near, over_pixels(c3[near] * step.sigma[near] ** 2) * slope)
+            away = away.index_add(0, near, over_pixels(c3[near] * sigma[near] ** 2) * slope)
         return torch.where(acts[:, None, None, None], plain - away.to(plain.dtype), plain)
 
     def _towards(self, step: GuidedStep, near: list[int], captions: list[str]) -> Tensor:
@@ -213,17 +228,24 @@ class AntiMemorization:
 
 def similarity_gradient(guard: Guard, pictures: Callable[[Tensor], Tensor], latents: Tensor, index: Tensor) -> Tensor:
     """grad_D s [B, C, H, W] of the similarity of each decoded latent [B, C, H, W] to reference ``index`` [B]."""
-    with torch.inference_mode(False), torch.enable_grad():
-        leaf = latents.detach().float().clone().requires_grad_(True)
-        s = guard.references.similarity(guard.features(pictures(leaf)), index)
-        (gradient,) = torch.autograd.grad(s.sum() * GRADIENT_SCALE, leaf)
-    return gradient / GRADIENT_SCALE
+    scale = LossScale(GRADIENT_SCALE)
+
+    def slope(start: int, stop: int) -> Tensor:
+        leaf = latents[start:stop].detach().float().clone().requires_grad_(True)
+
+        def similarity() -> Tensor:
+            return guard.references.similarity(guard.features(pictures(leaf)), index[start:stop])
+
+        return scaled_gradients(similarity, [leaf], scale)[1][0]
+
+    with torch.inference_mode(False):
+        return torch.cat(list(in_pieces(slope, len(latents), 1)))
 
 
 def _apply(model: Model, conditioning: Conditioning, start: Start, settings: Settings) -> Outcome:
     if start.guard is None:
         raise ValueError("anti-memorization guidance compares with reference pictures: name a reference set")
-    rule = partial(AntiMemorization, start.guard, model.pictures_of, model.encode, settings)
+    rule = partial(AntiMemorization, start.guard, model.pictures_of, model.encode, settings, model.prediction_type)
     score = start.score(model, conditioning)
     return Outcome(conditioning, score, score, rule=rule)
 
@@ -235,7 +257,8 @@ MITIGATIONS = (
         touches="guidance",
         cost="decoding, features and a search a step; where it acts, a backward pass through both and an evaluation",
         settings=Settings,
-        apply=_apply,
+        work=_apply,
         needs_references=True,
+        remark="without guidance its third term acts alone; on flow by the noise over the signal, s / (1 - s)",
     ),
 )

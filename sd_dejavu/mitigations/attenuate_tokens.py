@@ -83,6 +83,7 @@ MITIGATIONS = (
         touches="attention",
         cost="three evaluations",
         settings=Settings,
-        apply=_apply,
+        work=_apply,
+        remark="needs cross-attention of its own, which most flow models lack: they are refused",
     ),
 )

@@ -9,7 +9,8 @@ M times over the whole batch
 a finite difference for the gradient of the sharpness-aware magnitude; then the run starts from the new noise, and
 guidance begins late. The paper's gamma .7, rho 50 and M = 2 are for latents of 4 x 64 x 64, whose noise has a norm
 of 128: here rho is counted in expected norms of the noise, sqrt(C H W). Guidance begins at the paper's fifth of 50
-steps, told by its noise level (.64 of the first one in Stable Diffusion's schedule), as samplers count differently.
+steps, told by its noise level (.64 of the first one in Stable Diffusion's schedule), as samplers count differently;
+on flow models by the noise over the signal, s / (1 - s), where all above Stable Diffusion's highest count as that.
 Each round costs two evaluations with the prompt and two without it.
 """
 
@@ -22,12 +23,13 @@ import torch
 from torch import Tensor
 
 from ..conditioning import Conditioning
-from ..denoiser import Model, Predictions, initial_latent
+from ..denoiser import Model, Predictions, PredictionType, initial_latent
 from ..detectors.magnitude import difference
 from ..guidance import GuidedStep
 from ..sampling import predict
 from ..settings import option, validate
 from . import Mitigation, Outcome, Start
+from .anti_memorization_guidance import level_of
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,18 @@ class Settings:
 class LateGuidance:
     """The rule of one run: the prediction without the prompt until sigma is at most ``share`` of the first sigma."""
 
-    def __init__(self, share: float) -> None:
-        self._share = share
+    def __init__(self, share: float, prediction_type: PredictionType = "epsilon") -> None:
+        self._share, self._prediction_type = share, prediction_type
         self._first: Tensor | None = None
 
     def __call__(self, step: GuidedStep) -> Tensor:
-        self._first = step.sigma if self._first is None else self._first
-        guiding = step.sigma <= self._share * self._first
+        """Raises ValueError in a run without guidance."""
+        if step.scale == 1:
+            raise ValueError(BATCH_WISE.refusal(self._prediction_type, guided=False))
+        is_flow = self._prediction_type == "flow"
+        level = level_of(step.sigma, "flow", "stable diffusion") if is_flow else step.sigma
+        self._first = level if self._first is None else self._first
+        guiding = level <= self._share * self._first
         return torch.where(guiding[:, None, None, None], step.plain, step.unconditional)
 
 
@@ -72,7 +79,7 @@ def adjust(model: Model, conditioning: Conditioning, start: Start, settings: Set
     radius = settings.noise_radius * start.x[0].numel() ** 0.5
 
     def delta(at: Start) -> Tensor:
-        return difference(Predictions(predict(model, at.x, at.sigma, conditioning), at.base, at.sigma))
+        return difference(Predictions(predict(model, at.x, at.sigma, conditioning, at.batch_size), at.base, at.sigma))
 
     for _ in range(settings.noise_rounds):
         here = delta(start)
@@ -87,17 +94,18 @@ def _apply(model: Model, conditioning: Conditioning, start: Start, settings: Set
     if score <= start.acceptable:
         return Outcome.unchanged(conditioning, score)
     found = adjust(model, conditioning, start, settings)
-    rule = None if settings.guidance_from == 1 else partial(LateGuidance, settings.guidance_from)
+    rule = None if settings.guidance_from == 1 else partial(LateGuidance, settings.guidance_from, model.prediction_type)
     return Outcome(conditioning, score, found.score(model, conditioning), x=found.x, rule=rule)
 
 
-MITIGATIONS = (
-    Mitigation(
-        "batch-wise-noise",
-        "adjust the starting noise where the prompt moves the prediction less, and begin guidance late",
-        touches="noise",
-        cost="two evaluations and two without the prompt a round, no gradients",
-        settings=Settings,
-        apply=_apply,
-    ),
+BATCH_WISE = Mitigation(
+    "batch-wise-noise",
+    "adjust the starting noise where the prompt moves the prediction less, and begin guidance late",
+    touches="noise",
+    cost="two evaluations and two without the prompt a round, no gradients",
+    settings=Settings,
+    work=_apply,
+    needs_guidance=True,
+    remark="on flow the difference is that of velocities, and guidance begins by the noise over the signal",
 )
+MITIGATIONS = (BATCH_WISE,)

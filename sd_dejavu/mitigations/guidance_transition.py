@@ -50,6 +50,9 @@ class Transition:
         self.guiding: Tensor | None = None  # [B]: which pictures have passed their transition
 
     def __call__(self, step: GuidedStep) -> Tensor:
+        """Raises ValueError in a run without guidance."""
+        if step.scale == 1:
+            raise ValueError(TRANSITION.refusal("epsilon", guided=False))
         if self._lowest_sigma is None or self._last is None or self.guiding is None:
             self.guiding = torch.zeros(len(step.x), dtype=torch.bool, device=step.x.device)
             self._last = torch.full((len(step.x),), torch.inf, device=step.x.device)
@@ -71,13 +74,15 @@ def _apply(model: Model, conditioning: Conditioning, start: Start, settings: Set
     return Outcome(conditioning, score, score, rule=partial(Transition, settings.before_transition))
 
 
-MITIGATIONS = (
-    Mitigation(
-        "guidance-transition",
-        "no guidance until the magnitude's first local minimum",
-        touches="guidance",
-        cost="one evaluation",
-        settings=Settings,
-        apply=_apply,
-    ),
+TRANSITION = Mitigation(
+    "guidance-transition",
+    "no guidance until the magnitude's first local minimum",
+    touches="guidance",
+    cost="one evaluation",
+    settings=Settings,
+    work=_apply,
+    prediction_types=("epsilon", "v_prediction"),
+    needs_guidance=True,
+    why_not="the curve whose minimum counts is that of noise predictions, which begins at 0 on flow models",
 )
+MITIGATIONS = (TRANSITION,)

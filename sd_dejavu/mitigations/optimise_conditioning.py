@@ -3,13 +3,14 @@
 Wen et al., ICLR 2024, section 4.3: minimise L = || Delta ||_2 at the x_T that will be sampled, over the
 conditional embedding; Adam, learning rate 0.05, at most 10 iterations (here 25), stop at L <= target. The start
 token's row stays fixed, end and padding rows are learned. Against the published code: L is the mean of
-the per-image norms, the optimisation runs in fp32 whatever the model's dtype (in fp16 Adam's epsilon
+the per-image norms, rows and optimiser are fp32 whatever the model's dtype (in fp16 Adam's epsilon
 underflows and the start row turns NaN), and the unconditional prediction, which does not depend on the
 embedding, is computed once instead of in every iteration.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ..conditioning import Conditioning
-from ..denoiser import Denoiser, Model, Predictions
-from ..detectors.magnitude import magnitude
+from ..denoiser import Denoiser, Model
+from ..gradients import LossScale, value_and_gradients, with_gradients
 from ..settings import option, validate
 from . import Mitigation, Outcome, Start
 
@@ -76,10 +77,11 @@ def optimise(
     target: float,
     settings: Settings = Settings(),
     on_iteration: Callable[[int, float], None] = lambda iteration, loss: None,
+    batch_size: int | None = None,
 ) -> Optimised:
     """x [B, C, H, W] at sigma [B]; ``unconditional`` is the denoised prediction there without the prompt.
 
-    Returns the conditioning with the lowest loss seen. Raises ValueError when a loss is not finite or
+    At most ``batch_size`` pictures share a pass. Returns the conditioning with the lowest loss seen. Raises ValueError when a loss is not finite or
     the target is not positive.
     """
     start = conditioning.rows.detach().float()
@@ -92,7 +94,17 @@ def optimise(
         return conditioning.with_rows(moved[0])
 
     return descend(
-        denoiser, x, sigma, conditioning, unconditional, target, [leaf], rebuild, settings.iterations, on_iteration
+        denoiser,
+        x,
+        sigma,
+        conditioning,
+        unconditional,
+        target,
+        [leaf],
+        rebuild,
+        settings.iterations,
+        on_iteration,
+        batch_size,
     )
 
 
@@ -107,6 +119,7 @@ def descend(
     rebuild: Callable[[Sequence[Tensor]], Conditioning],
     iterations: int,
     on_iteration: Callable[[int, float], None] = lambda iteration, loss: None,
+    batch_size: int | None = None,
 ) -> Optimised:
     """The loop itself, over any embeddings from which ``rebuild`` makes a conditioning; see :func:`optimise`."""
     if not target > 0:
@@ -115,25 +128,25 @@ def descend(
     optimizer = torch.optim.Adam(
         [{"params": [tensor], "lr": leaf.learning_rate} for tensor, leaf in zip(moving, leaves, strict=True)]
     )
+
+    def mixed(moved: Sequence[Tensor]) -> Conditioning:
+        return rebuild([torch.where(leaf.free, tensor, leaf.start) for tensor, leaf in zip(moved, leaves, strict=True)])
+
     losses: list[float] = []
-    best, found = float("inf"), conditioning
+    best, found, scale = float("inf"), conditioning, LossScale()
     for iteration in range(iterations + 1):
-        with torch.enable_grad():
-            mixed = [torch.where(leaf.free, tensor, leaf.start) for tensor, leaf in zip(moving, leaves, strict=True)]
-            candidate = rebuild(mixed)
-            denoised = denoiser(x, sigma, candidate)
-            loss = magnitude(Predictions(denoised, unconditional, sigma)).mean()
-        losses.append(float(loss.detach()))
-        if not torch.isfinite(loss):
+        taken = value_and_gradients(denoiser, x, sigma, unconditional, mixed, moving, batch_size, scale)
+        losses.append(taken.loss)
+        if not math.isfinite(taken.loss):
             raise ValueError(
                 f"the loss became {losses[-1]} at iteration {iteration}: the model's weights may be broken"
             )
         if losses[-1] < best:
-            best, found = losses[-1], _detached(candidate)
+            best, found = losses[-1], taken.conditioning
         on_iteration(iteration, losses[-1])
         if losses[-1] <= target or iteration == iterations:
             break
-        for tensor, gradient in zip(moving, torch.autograd.grad(loss, moving), strict=True):
+        for tensor, gradient in zip(moving, taken.gradients, strict=True):
             tensor.grad = gradient
         optimizer.step()
     if losses[-1] > best:
@@ -144,21 +157,17 @@ def descend(
     return Optimised(conditioning.with_rows(rows, found.extras), tuple(losses), target, moved)
 
 
-def _detached(conditioning: Conditioning) -> Conditioning:
-    extras = conditioning.extras
-    if any(value.requires_grad for value in extras.values()):
-        extras = {name: value.detach() for name, value in extras.items()}
-    return conditioning.with_rows(conditioning.rows.detach().float().clone(), extras)
-
-
 def outcome_of(found: Optimised) -> Outcome:
     details = {"losses": found.losses, "moved": found.moved, "reached": found.reached, "target": found.target}
     return Outcome(found.conditioning, found.losses[0], min(found.losses), details)
 
 
 def _apply(model: Model, conditioning: Conditioning, start: Start, settings: Settings) -> Outcome:
-    with model.differentiable(settings.checkpointing):
-        return outcome_of(optimise(model, start.x, start.sigma, conditioning, start.base, start.target, settings))
+    def work() -> Outcome:
+        given = (model, start.x, start.sigma, conditioning, start.base, start.target, settings)
+        return outcome_of(optimise(*given, batch_size=start.batch_size))
+
+    return with_gradients(model, work, settings.checkpointing)
 
 
 MITIGATIONS = (
@@ -168,6 +177,6 @@ MITIGATIONS = (
         touches="conditioning",
         cost="one forward and backward pass an iteration",
         settings=Settings,
-        apply=_apply,
+        work=_apply,
     ),
 )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..conditioning import Conditioning
 from ..denoiser import Denoiser, Model
+from ..gradients import with_gradients
 from . import Mitigation, Outcome, Start
 from .optimise_conditioning import Leaf, Optimised, Settings, descend, outcome_of
 
@@ -31,11 +32,12 @@ def optimise(
     target: float,
     settings: Settings = Settings(),
     on_iteration: Callable[[int, float], None] = lambda iteration, loss: None,
+    batch_size: int | None = None,
 ) -> Optimised:
     """x [B, C, H, W] at sigma [B]; ``unconditional`` is the denoised prediction there without the prompt.
 
-    Returns the conditioning with the lowest loss seen. Raises ValueError when the conditioning carries no
-    way back through its encoder, a loss is not finite or the target is not positive.
+    At most ``batch_size`` pictures share a pass. Returns the conditioning with the lowest loss seen. Raises ValueError
+    when the conditioning carries no way back through its encoder, a loss is not finite or the target is not positive.
     """
     reencoding = conditioning.reencoding
     if reencoding is None:
@@ -51,13 +53,26 @@ def optimise(
         return conditioning.with_rows(*reencoding.encode(moved))
 
     return descend(
-        denoiser, x, sigma, conditioning, unconditional, target, leaves, rebuild, settings.iterations, on_iteration
+        denoiser,
+        x,
+        sigma,
+        conditioning,
+        unconditional,
+        target,
+        leaves,
+        rebuild,
+        settings.iterations,
+        on_iteration,
+        batch_size,
     )
 
 
 def _apply(model: Model, conditioning: Conditioning, start: Start, settings: Settings) -> Outcome:
-    with model.differentiable(settings.checkpointing):
-        return outcome_of(optimise(model, start.x, start.sigma, conditioning, start.base, start.target, settings))
+    def work() -> Outcome:
+        given = (model, start.x, start.sigma, conditioning, start.base, start.target, settings)
+        return outcome_of(optimise(*given, batch_size=start.batch_size))
+
+    return with_gradients(model, work, settings.checkpointing)
 
 
 MITIGATIONS = (
@@ -67,6 +82,6 @@ MITIGATIONS = (
         touches="conditioning",
         cost="one forward and backward pass an iteration, text encoder included",
         settings=Settings,
-        apply=_apply,
+        work=_apply,
     ),
 )

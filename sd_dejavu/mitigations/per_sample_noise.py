@@ -5,7 +5,7 @@ over the unit-variance noise of each picture, AdamW with learning rate 0.01, unt
 prompt and guidance stay as they are. The paper's target is 0.9 for latents of 4 x 64 x 64; here it is the score
 that still counts as ordinary, so that it fits every model and size. A picture that has reached it stays where it
 is. Unlike the conditioning, the noise moves the prediction without the prompt as well, so both passes are
-differentiated. Runs in fp32.
+differentiated. Noise and optimiser are fp32, the network computes in its own precision.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch import Tensor
 from ..conditioning import Conditioning
 from ..denoiser import Denoiser, Model, Predictions, initial_latent
 from ..detectors.magnitude import magnitude
+from ..gradients import LossScale, scaled_gradients, together, with_gradients
+from ..memory import in_pieces
 from ..settings import option, validate
 from . import Mitigation, Outcome, Start
 
@@ -49,38 +51,54 @@ def optimise(
     target: float,
     settings: Settings = Settings(),
     on_iteration: Callable[[int, float], None] = lambda iteration, loss: None,
+    batch_size: int | None = None,
 ) -> Moved:
     """x [B, C, H, W] at sigma [B] -> the x_T at which each picture's magnitude is at most ``target``.
 
-    Pictures that do not reach it in time keep the lowest magnitude seen. Raises ValueError when a magnitude is
+    Pictures that do not reach it in time keep the lowest magnitude seen; at most ``batch_size`` share a pass. Raises ValueError when a magnitude is
     not finite or the target is not positive.
     """
     if not target > 0:
         raise ValueError(f"the target magnitude must be positive, not {target:g}")
     unit = float(initial_latent(torch.ones(()), float(sigma[0]), denoiser.prediction_type))
     noise = (x.detach().float() / unit).requires_grad_(True)
+    scale, at_once = LossScale(), together(x, batch_size)
+    for given in (conditioning, unconditional):
+        at_once = given.pictures_at_once(len(x), at_once)
+
+    def one_pass(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        leaf = noise[start:stop].detach().requires_grad_(True)
+        levels = sigma[start:stop]
+
+        def values() -> Tensor:
+            both = [
+                denoiser(leaf * unit, levels, given.of_pictures(start, stop, len(x)))
+                for given in (conditioning, unconditional)
+            ]
+            return magnitude(Predictions(both[0], both[1], levels))
+
+        found, (gradient,) = scaled_gradients(values, [leaf], scale)
+        return found, gradient
+
     optimizer = torch.optim.AdamW([noise], lr=settings.noise_rate)
     best, lowest = x.detach().float().clone(), torch.full((len(x),), torch.inf, device=x.device)
     seen: list[tuple[float, ...]] = []
     for iteration in range(settings.noise_iterations + 1):
-        with torch.enable_grad():
-            here = noise * unit
-            both = Predictions(denoiser(here, sigma, conditioning), denoiser(here, sigma, unconditional), sigma)
-            found = magnitude(both)
-        values = found.detach()
+        found, gradients = zip(*in_pieces(one_pass, len(x), at_once), strict=True)
+        values, here = torch.cat(found), noise.detach() * unit
         if not torch.isfinite(values).all():
             raise ValueError(
                 f"a magnitude became {values.tolist()} at iteration {iteration}: the model's weights may be broken"
             )
         # Nothing is done again for a picture that is there: its first noise that reaches the target is the nearest.
         better = (values < lowest) & (lowest > target)
-        best = torch.where(better[:, None, None, None], here.detach(), best)
+        best = torch.where(better[:, None, None, None], here, best)
         lowest = torch.where(better, values, lowest)
         seen.append(tuple(lowest.tolist()))
         on_iteration(iteration, float(lowest.mean()))
         if bool((lowest <= target).all()) or iteration == settings.noise_iterations:
             break
-        (noise.grad,) = torch.autograd.grad(found.sum(), noise)
+        noise.grad = torch.cat(gradients)
         optimizer.step()
     return Moved(best, tuple(seen))
 
@@ -91,8 +109,13 @@ def _apply(model: Model, conditioning: Conditioning, start: Start, settings: Set
         return Outcome.unchanged(conditioning, score)
     if start.unconditional is None:
         raise ValueError("the conditioning without the prompt is not at hand here, so the noise cannot be changed")
-    with model.differentiable():
-        found = optimise(model, conditioning, start.unconditional, start.x, start.sigma, start.acceptable, settings)
+    unconditional = start.unconditional
+
+    def work() -> Moved:
+        given = (model, conditioning, unconditional, start.x, start.sigma, start.acceptable, settings)
+        return optimise(*given, batch_size=start.batch_size)
+
+    found = with_gradients(model, work)
     after = start.moved(model, found.x).score(model, conditioning)
     details = {
         "losses": tuple(sum(values) / len(values) for values in found.magnitudes),
@@ -110,6 +133,6 @@ MITIGATIONS = (
         touches="noise",
         cost="two forward and backward passes an iteration",
         settings=Settings,
-        apply=_apply,
+        work=_apply,
     ),
 )

@@ -15,6 +15,7 @@ from ..conditioning import Conditioning
 from ..denoiser import Denoiser, Model
 from ..explain import input_gradient, output_gradient
 from ..explain.leave_one_out import drop_word
+from ..gradients import with_gradients
 from ..settings import option, validate
 from . import Mitigation, Outcome, Start
 
@@ -64,7 +65,7 @@ def remove_trigger(
         and len(conditioning.words) - len(weakened) > 1
     ):
         view = input_gradient if conditioning.reencoding else output_gradient
-        found = view.explain(denoiser, start.x, start.sigma, conditioning, start.base)
+        found = view.explain(denoiser, start.x, start.sigma, conditioning, start.base, start.batch_size)
         left = [i for i in range(len(found.words)) if i not in weakened]
         number = max(left, key=lambda i: found.words[i].raw)
         if settings.keep:
@@ -92,8 +93,7 @@ def _marked(conditioning: Conditioning, weights: dict[int, float]) -> str:
 
 
 def _apply(model: Model, conditioning: Conditioning, start: Start, settings: Settings) -> Outcome:
-    with model.differentiable():
-        found = remove_trigger(model, model.encode, conditioning, start, settings)
+    found = with_gradients(model, lambda: remove_trigger(model, model.encode, conditioning, start, settings))
     details = {"words": found.words, "scores": found.scores, "reached": found.reached, "target": found.target}
     return Outcome(found.conditioning, found.scores[0], found.scores[-1], details)
 
@@ -105,6 +105,6 @@ MITIGATIONS = (
         touches="prompt",
         cost="one backward pass and one evaluation a word",
         settings=Settings,
-        apply=_apply,
+        work=_apply,
     ),
 )

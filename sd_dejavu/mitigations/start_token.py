@@ -65,6 +65,7 @@ MITIGATIONS = (
         touches="attention",
         cost="two evaluations",
         settings=Settings,
-        apply=_apply,
+        work=_apply,
+        remark="needs cross-attention of its own, which most flow models lack: they are refused",
     ),
 )

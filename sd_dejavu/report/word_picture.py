@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -22,7 +23,7 @@ def word_picture(verdict: Verdict, notes: Sequence[str] = (), width: int = WIDTH
 
     A prompt whose text is not known shows as its numbered tokens. ``notes`` stand below.
     """
-    font = ImageFont.load_default(SIZE)
+    font = _font()
     lines = [[(word, 0.0) for word in line] for line in _wrapped(sentence(verdict).split(), font, width)]
     lines += [[]]
     explanation = verdict.explanation
@@ -37,18 +38,23 @@ def word_picture(verdict: Verdict, notes: Sequence[str] = (), width: int = WIDTH
         legend = ". ".join(notes) or "The words were not looked at."
     lines += [[], *([(word, 0.0) for word in line] for line in _wrapped(legend.split(), font, width))]
     picture = Image.new("RGB", (width, 2 * MARGIN + LINE * len(lines)), "white")
-    draw = ImageDraw.Draw(picture)
+    draw, space = ImageDraw.Draw(picture), font.getlength(" ")
     for number, line in enumerate(lines):
         x, y = float(MARGIN), MARGIN + LINE * number
         for word, share in line:
-            length = draw.textlength(word, font=font)
+            length = font.getlength(word)
             if share > 0:
                 shade = tuple(int(v) for v in _PAPER + (_SHADE - _PAPER) * 0.6 * share)
                 draw.rectangle([x - 3, y, x + length + 3, y + LINE - 8], fill=shade)
                 draw.line([(x - 3, y + LINE - 7), (x + length + 3, y + LINE - 7)], _INK, max(1, round(4 * share)))
             draw.text((x, y), word, fill=_INK, font=font)
-            x += length + draw.textlength(" ", font=font)
+            x += length + space
     return np.asarray(picture).copy()
+
+
+@cache
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(SIZE)  # unpacked anew at each call
 
 
 def _shares(explanation: Explanation) -> dict[int, float]:

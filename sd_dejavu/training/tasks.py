@@ -21,6 +21,7 @@ from ..denoiser import Model
 from ..detectors.magnitude import magnitude
 from ..explain.views import explain
 from ..measure import Measurement, measure_runs
+from ..memory import OutOfMemory, one_by_one
 from ..report.wording import top_words
 from ..sampling import first_predictions
 from .alignment import alignment, as_trained
@@ -129,20 +130,34 @@ class Work:
             latents = model.latents_of(as_trained(given, *model.picture_size)) if given else None
             encoded = [_encoded(model, prompt) for prompt in prompts]
             sound = [one for one in encoded if isinstance(one, Conditioning)]
-            magnitudes = torch.zeros(len(sound), wanted.images)
-            aligned = torch.zeros(len(sound), wanted.images, len(given))
             noise = model.noise(seed + begin, wanted.images)
-            for part, predictions in first_predictions(model, sound, base, noise, sigma, self.batch_size):
-                towards = torch.zeros(len(part), 0) if latents is None else alignment(predictions, latents).cpu()
-                for number, ((prompt, image), value) in enumerate(zip(part, magnitude(predictions).cpu(), strict=True)):
-                    magnitudes[prompt, image] = value
-                    aligned[prompt, image] = towards[number]
-            measured = iter(zip(magnitudes, aligned.mean(1).tolist(), strict=True))
+
+            def measured_of(
+                some: Sequence[Conditioning],
+                noise: Tensor = noise,
+                given: Sequence[bytes] = given,
+                latents: Tensor | None = latents,
+            ) -> list[tuple[Tensor, list[float]]]:
+                magnitudes = torch.zeros(len(some), wanted.images)
+                aligned = torch.zeros(len(some), wanted.images, len(given))
+                for part, predictions in first_predictions(model, some, base, noise, sigma, self.batch_size):
+                    towards = torch.zeros(len(part), 0) if latents is None else alignment(predictions, latents).cpu()
+                    values = zip(part, magnitude(predictions).cpu(), strict=True)
+                    for number, ((prompt, image), value) in enumerate(values):
+                        magnitudes[prompt, image] = value
+                        aligned[prompt, image] = towards[number]
+                return list(zip(magnitudes, aligned.mean(1).tolist(), strict=True))
+
+            measured = iter(one_by_one(measured_of, sound))
             for place, one in enumerate(encoded):
                 if isinstance(one, str):
                     yield {"why": one}
                     continue
-                own_magnitudes, alignments = next(measured)
+                found = next(measured)
+                if isinstance(found, OutOfMemory):
+                    yield {"why": f"not measured: {found}"}
+                    continue
+                own_magnitudes, alignments = found
                 if task.kind == "captions" and given:  # its own picture first, then the others
                     others = [a for a, data in zip(alignments, given, strict=True) if data != given[place]]
                     alignments = [alignments[place], *others]
@@ -151,15 +166,23 @@ class Work:
     def _pictures(self, model: Trained, task: Task) -> Iterator[dict[str, Any]]:
         """The pictures of each prompt as PNG in base64, and the word that brings them about."""
         noise = model.noise(self.wanted.seed, self.wanted.images)
-        for prompt in task.prompts:
-            conditioning = model.encode(prompt)
-            (run,) = measure_runs(model, [conditioning], noise, self.wanted, None, self.batch_size)
-            assert run.latents is not None  # whole runs end in latents
-            words = task.words and len(conditioning.words) > 0
-            yield {
-                "pictures": [png(picture) for picture in model.decode(run.latents)],
-                "word": top_word(model, conditioning, self.wanted) if words else None,
-            }
+
+        def drawn(prompts: Sequence[str]) -> list[dict[str, Any]]:
+            return [self._drawn(model, prompt, noise, task.words) for prompt in prompts]
+
+        for found in one_by_one(drawn, task.prompts):
+            lacking = {"pictures": [], "word": None}
+            yield {**lacking, "why": f"not drawn: {found}"} if isinstance(found, OutOfMemory) else found
+
+    def _drawn(self, model: Trained, prompt: str, noise: Tensor, words: bool) -> dict[str, Any]:
+        conditioning = model.encode(prompt)
+        (run,) = measure_runs(model, [conditioning], noise, self.wanted, None, self.batch_size)
+        assert run.latents is not None  # whole runs end in latents
+        named = words and len(conditioning.words) > 0
+        return {
+            "pictures": [png(picture) for picture in model.decode(run.latents)],
+            "word": top_word(model, conditioning, self.wanted, self.batch_size) if named else None,
+        }
 
 
 def _value(magnitudes: Tensor, alignments: Sequence[float]) -> dict[str, Any]:
@@ -179,9 +202,9 @@ def _encoded(model: Model, prompt: str) -> Conditioning | str:
         return str(error)
 
 
-def top_word(model: Model, conditioning: Conditioning, wanted: Measurement) -> str | None:
+def top_word(model: Model, conditioning: Conditioning, wanted: Measurement, batch_size: int = 32) -> str | None:
     """The word that brings the prompt's picture about most; None where no word does."""
-    found = top_words(explain(model, conditioning, wanted), 1)
+    found = top_words(explain(model, conditioning, wanted, batch_size=batch_size), 1)
     return found[0].text.strip(",.;:") if found and found[0].raw > 0 else None
 
 

@@ -166,7 +166,7 @@ def test_the_guided_prediction_is_that_of_the_papers_equations(terms, sigma) -> 
     guard, step = guard_of(), step_of(images=4, sigma=sigma)
     settings = Settings(threshold=-1, threshold_rise=0, **{"dissimilarity": 0.01, "despecification": 2, **TERMS[terms]})
     shifted = replace(settings, threshold=0.3) if terms != "constant strength" else settings
-    rule = AntiMemorization(guard, decode, ENCODE, shifted)
+    rule = AntiMemorization(guard, decode, ENCODE, shifted, "epsilon")
     found, expected = rule(step), in_the_papers_scale(step, guard, shifted)
     assert rule.acted[0].any()
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
@@ -174,12 +174,58 @@ def test_the_guided_prediction_is_that_of_the_papers_equations(terms, sigma) -> 
     assert (changed == 0) == (terms == "none")
 
 
+@pytest.mark.parametrize(("kind", "level"), [("v_prediction", 2.0), ("flow", 0.3), ("flow", 0.8), ("flow", 0.93)])
+@pytest.mark.parametrize("terms", ["all", "dissimilarity"])
+def test_v_and_flow_models_are_guided_by_the_same_equations(kind, level, terms) -> None:
+    """A flow model's x = (1 - s) x0 + s noise over (1 - s) is the paper's, at sigma = s / (1 - s)."""
+    guard, model = guard_of(), LinearDenoiser(prediction_type=kind, gain=0.3)
+    x, levels = 2 * seeded_noise((1, 2, 2), 0, 4), torch.full((4,), level)
+
+    def predict(conditioning: Conditioning) -> Tensor:
+        return model(x, levels, conditioning)
+
+    step = GuidedStep(x, levels, predict(ENCODE("fox")), predict(ENCODE("")), SCALE, 0, predict)
+    signal = 1 - level if kind == "flow" else 1.0
+    the_papers = replace(step, x=x / signal, sigma=levels / signal)
+    settings = Settings(
+        threshold=0.2, threshold_rise=0, **{"dissimilarity": 0.01, "despecification": 2, **TERMS[terms]}
+    )
+    rule = AntiMemorization(guard, decode, ENCODE, settings, kind)
+    found = rule(step)
+    assert rule.acted[0].any() and not torch.equal(found, step.plain)
+    # 0.3 is the published strength's threshold, written into the equations above.
+    expected = in_the_papers_scale(the_papers, guard, replace(settings, dissimilarity=0))
+    acted = rule.acted[0]
+    sigma = level / signal
+    s = guard.references.search(guard.features(decode(step.plain)), 1)
+    slope = similarity_gradient(guard, decode, step.plain, s.index[:, 0])
+    t = time_of(torch.tensor([sigma]), "stable diffusion")
+    strength = 0.01 * (s.similarity[:, 0] - 0.2) * torch.exp((1000 - 1000 * t) / 170) * sigma**2
+    expected = expected - (strength * acted)[:, None, None, None] * slope
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_pure_noise_counts_as_the_training_schedules_highest_level() -> None:
+    abar = 1.0
+    for n in range(1000):
+        abar *= 1 - (0.00085**0.5 + n / 999 * (0.012**0.5 - 0.00085**0.5)) ** 2
+    highest = ((1 - abar) / abar) ** 0.5  # 14.6
+    guard, given = guard_of(), step_of(images=3)
+    only = {"despecification": 0, "deduplication": 0, "dissimilarity": 0.01, "dissimilarity_strength": "constant"}
+    rule = AntiMemorization(guard, decode, ENCODE, Settings(threshold=-1, threshold_rise=0, **only), "flow")
+    index = guard.references.search(guard.features(decode(given.plain)), 1).index[:, 0]
+    slope = similarity_gradient(guard, decode, given.plain, index)
+    for s in (1.0, 0.99, 0.95):  # s / (1 - s) is infinite, 99 and 19
+        found = rule(replace(given, sigma=torch.full((3,), s)))
+        torch.testing.assert_close(found, given.plain - 0.01 * highest**2 * slope, rtol=1e-4, atol=1e-4)
+
+
 def test_pictures_below_the_threshold_are_left_bit_for_bit() -> None:
     guard, step = guard_of(), step_of(images=6)
     s = guard.references.search(guard.features(decode(step.plain)), 1).similarity[:, 0]
     middle = float(s.sort().values[2:4].mean())
     for threshold, acting in ((1.0, torch.zeros(6, dtype=torch.bool)), (middle, s > middle)):
-        rule = AntiMemorization(guard, decode, ENCODE, Settings(threshold=threshold, threshold_rise=0))
+        rule = AntiMemorization(guard, decode, ENCODE, Settings(threshold=threshold, threshold_rise=0), "epsilon")
         found = rule(step)
         assert rule.acted[0].tolist() == acting.tolist()
         for image in range(6):
@@ -198,7 +244,7 @@ def test_captions_are_encoded_once_and_captions_of_one_length_share_an_evaluatio
         asked.append(tuple(conditioning.rows.shape[:2]))
         return step.predict(conditioning)
 
-    rule = AntiMemorization(guard, decode, encode, Settings(threshold=-1, despecification=0))
+    rule = AntiMemorization(guard, decode, encode, Settings(threshold=-1, despecification=0), "epsilon")
     asking = replace(step, predict=predict)
     index = guard.references.search(guard.features(decode(step.plain)), 1).index[:, 0].tolist()
     captions = {CAPTIONS[i] for i in index} - {""}
@@ -274,7 +320,7 @@ def test_an_unconditional_model_stops_copying_and_its_other_pictures_stay(traini
     plain = drawn(None)
     copied = nearest(training, plain) > COPY
     assert 0.25 <= float(copied.float().mean()) <= 0.75  # half of its mass is memorised
-    rule = AntiMemorization(training, pictures, None, UNCONDITIONAL)
+    rule = AntiMemorization(training, pictures, None, UNCONDITIONAL, "epsilon")
     found = drawn(rule)
     acted = torch.stack(rule.acted).any(0)
     assert not bool((nearest(training, found) > COPY).any())
@@ -283,7 +329,7 @@ def test_an_unconditional_model_stops_copying_and_its_other_pictures_stay(traini
     assert torch.equal(same, ~acted) and int(same.sum()) >= 12
     # What they became is no noise: as broad as the law they come from (its standard deviation is .5).
     assert float(found[copied].std()) == pytest.approx(0.5, abs=0.1)
-    off = AntiMemorization(training, pictures, None, replace(UNCONDITIONAL, dissimilarity=0))
+    off = AntiMemorization(training, pictures, None, replace(UNCONDITIONAL, dissimilarity=0), "epsilon")
     assert torch.equal(drawn(off), plain)  # the other two terms have nothing to take back
 
 
@@ -317,7 +363,7 @@ def test_diffusers_ddpm_pipeline_is_guarded_and_left_as_it_was(pipeline, trainin
     plain = through(pipeline)
     copied = nearest(training, plain) > COPY
     assert 3 <= int(copied.sum()) <= 9
-    rule = AntiMemorization(training, pictures, None, UNCONDITIONAL)
+    rule = AntiMemorization(training, pictures, None, UNCONDITIONAL, "epsilon")
     with guarded(pipeline, rule):
         found = through(pipeline)
     assert not bool((nearest(training, found) > COPY).any())

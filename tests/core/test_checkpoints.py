@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from sd_dejavu.conditioning import Conditioning
 from sd_dejavu.denoiser import initial_latent
 from sd_dejavu.explain import input_gradient, output_gradient
+from sd_dejavu.hosts import diffusers as diffusers_host
 from sd_dejavu.hosts.diffusers import CHUNK, MAX_CHUNKS, DiffusersModel, ModelError, load
 from sd_dejavu.sampling import Guidance, first_step, levels_of, predict, sample
 from sd_dejavu.trace import Trace
@@ -343,8 +344,70 @@ def test_checkpointing_changes_no_gradient(family: str, models: dict[str, Diffus
         kept = significance(model, conditioning, measure)
         recomputed = significance(model, conditioning, measure, checkpointing=True)
         torch.testing.assert_close(recomputed, kept, rtol=1e-5, atol=1e-9)
-    assert not model._unet.training
-    assert not model._unet.is_gradient_checkpointing
+    assert not any("forward" in vars(module) for module in model._unet.modules())
+
+
+@pytest.mark.parametrize("family", WRITERS)
+def test_recomputing_keeps_less_and_is_chosen_by_what_is_free(
+    family: str, models: dict[str, DiffusersModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models[family]
+    conditioning = model.encode(PROMPTS[0])
+
+    def bytes_kept(free: int | None, wanted: bool) -> int:
+        monkeypatch.setattr(diffusers_host, "free_memory", lambda device: free)
+        own = {p.untyped_storage().data_ptr() for module in model._modules() for p in module.parameters()}
+        found: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                found[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        x, sigma = model.noise(0, 1), torch.tensor([model.sigmas(50)[0]])
+        rows = conditioning.with_rows(conditioning.rows.clone().requires_grad_(True))
+        with model.differentiable(wanted), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            output = model(x, sigma, rows)  # its graph lives until all of it is counted
+            assert output.requires_grad
+            return sum(found.values())
+
+    plenty, unknown, asked, short = (
+        bytes_kept(*given) for given in ((2**40, False), (None, False), (2**40, True), (1000, False))
+    )
+    assert plenty == unknown
+    assert asked == short < 0.6 * plenty
+
+
+def test_a_batch_is_cut_by_what_an_evaluation_may_take(
+    models: dict[str, DiffusersModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen = models["1.x"], []
+    noise, sigma = model.noise(0, 7), torch.full((7,), 3.0)
+    conditioning = model.encode(PROMPTS[0])
+    whole = predict(model, noise, sigma, conditioning)
+    handle = model._unet.conv_in.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+    # In fp32 a latent pixel takes twice the bytes that it takes in half precision.
+    monkeypatch.setattr(diffusers_host, "EVALUATION", 3 * 2 * diffusers_host.EVALUATION_BYTES * noise[0, 0].numel())
+    parts = predict(model, noise, sigma, conditioning, batch_size=32)
+    own = Conditioning(conditioning.rows.repeat(7, 1, 1))
+    together = model(noise, sigma, own)
+    handle.remove()
+    assert seen == [3, 3, 1, 3, 3, 1]
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(together, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_the_decoder_recomputes_large_pictures_only_and_its_gradient_stays(
+    models: dict[str, DiffusersModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, found = models["1.x"], []
+    for limit in (2**40, 0):
+        monkeypatch.setattr(diffusers_host, "RECOMPUTED_FROM", limit)
+        latents = model.noise(0, 2).requires_grad_(True)
+        found.append(torch.autograd.grad(model.pictures_of(latents).square().sum(), latents)[0])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+    assert not any("forward" in vars(module) for module in model._vae.modules())
 
 
 # ---------------------------------------------------------------------------------------- precision
@@ -363,20 +426,17 @@ def test_half_precision(
     pictures = half.decode(noise)
     assert torch.isfinite(pictures).all()
     torch.testing.assert_close(pictures, full.decode(noise), rtol=0, atol=tolerance)
-    # Gradients are taken in fp32 from the rounded weights, and the model is left as it was.
-    rounded, before = load(str(folders[family])), half.fingerprint
-    for module in rounded._modules():
-        for parameter in module.parameters():
-            parameter.data = parameter.to(getattr(torch, dtype)).float()
-    given = rounded.encode(PROMPTS[0])
-    own = replace(given, reencoding=half.encode(PROMPTS[0]).reencoding)
+    # Gradients are taken in the model's own precision from fp32 rows, and nothing is turned into fp32 for them.
+    own = half.encode(PROMPTS[0])
+    seen = set()
+    handle = half._unet.conv_in.register_forward_hook(lambda module, given, output: seen.add(output.dtype))
     for measure in (output_gradient.row_gradient_norms, input_gradient.token_gradient_norms):
-        torch.testing.assert_close(
-            significance(half, own, measure), significance(rounded, given, measure), rtol=1e-3, atol=1e-6
-        )
-    assert {p.dtype for p in half._unet.parameters()} == {getattr(torch, dtype)}
-    half._fingerprint = None
-    assert half.fingerprint == before
+        found, expected = significance(half, own, measure), significance(full, full.encode(PROMPTS[0]), measure)
+        for one, other in zip(*((v if isinstance(v, list) else [v]) for v in (found, expected)), strict=True):
+            assert one.dtype == torch.float32
+            assert float(torch.corrcoef(torch.stack([one, other]))[0, 1]) > 0.99
+    handle.remove()
+    assert seen == {getattr(torch, dtype)} == {p.dtype for p in half._unet.parameters()}
 
 
 # --------------------------------------------------------------------------------------- single files

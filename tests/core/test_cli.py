@@ -11,10 +11,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
+from sd_dejavu.cli import demo
 from sd_dejavu.cli.main import main
 from sd_dejavu.demo import bundled
 from sd_dejavu.demo.evaluation import held_out_pairs
+from sd_dejavu.hosts.diffusers import DiffusersModel
 
 MEMORISED = held_out_pairs("hard")[0].caption
 ORDINARY = bundled.held_out_ordinary(3, seed=8)[1]
@@ -209,6 +212,110 @@ def test_bad_input_is_one_sentence_and_status_2(capsys, arguments, part):
     assert part in captured.err
     assert captured.err.count("\n") == 1
     assert "Traceback" not in captured.err
+
+
+# ------------------------------------------------------------------------------- out of memory
+
+LONG = "a red boat on the river " * 20  # of two chunks of tokens, for which memory does not suffice here
+
+
+@pytest.fixture
+def no_room_for_long_prompts(monkeypatch):
+    plain = DiffusersModel._denoised
+
+    def denoised(self, x, sigma, conditioning):
+        if conditioning.rows.shape[1] > 77:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return plain(self, x, sigma, conditioning)
+
+    monkeypatch.setattr(DiffusersModel, "_denoised", denoised)
+
+
+@pytest.mark.parametrize("command", [["check"], ["check", "--score", "first 5 steps"], ["explain"]])
+def test_out_of_memory_costs_one_prompt_and_not_the_run(capsys, no_room_for_long_prompts, command):
+    assert main([*command, "--json", "--images", "1", "a boat", LONG, "a red boat"]) == 4
+    first, none, last = json_lines(capsys)
+    assert first["score"] > 0 and last["score"] > 0
+    assert none["score"] is None and none["flagged"] is None and none["words"] == []
+    assert "not enough memory" in none["why"] and "float16" in none["why"]
+    if command == ["explain"]:
+        assert "no words: there is not enough memory" in none["why_no_words"]
+        assert len(last["words"]) == 3 and "why_no_words" not in last
+
+
+def test_words_that_do_not_fit_leave_the_verdict(capsys, monkeypatch):
+    plain = DiffusersModel._denoised
+
+    def denoised(self, x, sigma, conditioning):
+        if conditioning.rows.requires_grad:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return plain(self, x, sigma, conditioning)
+
+    monkeypatch.setattr(DiffusersModel, "_denoised", denoised)
+    assert main(["check", MEMORISED]) == 4
+    shown = capsys.readouterr().out
+    assert "Likely memorised" in shown and "no words: there is not enough memory" in shown
+    assert main(["check", "--fail-on-flag", MEMORISED]) == 3
+
+
+def test_a_prompt_that_cannot_be_mitigated_says_so_and_the_next_one_is(capsys, no_room_for_long_prompts):
+    given = ["mitigate", "--json", "--images", "1", "--method", "remove-trigger", "--target", "0.3", LONG, "a red boat"]
+    assert main(given) == 4
+    none, other = json_lines(capsys)
+    assert none["prompt"] == LONG and "not mitigated: there is not enough memory" in none["why"]
+    assert "score" not in none and other["score_after"] <= other["score"]
+
+
+def test_ordinary_prompts_that_do_not_fit_are_left_out_of_a_calibration(tmp_path, capsys, no_room_for_long_prompts):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(["a boat", LONG, *bundled.held_out_ordinary(30, seed=3)]))
+    given = ["calibrate", "--json", "--prompts-file", str(file), "--images", "1", "--steps", "3", "--full-runs", "2"]
+    assert main(given) == 4
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["prompts"] == 31
+    assert captured.err.startswith("sd-dejavu: not measured: a red boat") and captured.err.count("\n") == 1
+    file.write_text(LONG)
+    assert main(given) == 2
+    assert "not enough memory" in capsys.readouterr().err
+
+
+def test_a_bench_counts_what_was_not_measured(tmp_path, capsys, no_room_for_long_prompts):
+    positives, negatives = tmp_path / "p.txt", tmp_path / "n.txt"
+    positives.write_text("\n".join([MEMORISED, LONG]))
+    negatives.write_text("a boat\na red boat")
+    files = ["--positives", str(positives), "--negatives", str(negatives)]
+    assert main(["bench", *files, "--json", "-", "--steps", "2", "--detectors", "magnitude", "letter_case"]) == 4
+    captured = capsys.readouterr()
+    rows = json.loads(captured.out)["rows"]
+    assert {(r["detector"], r["not_measured"]) for r in rows} == {("magnitude", 1), ("letter_case", 0)}
+    assert captured.err == "sd-dejavu: 1 prompts were not measured: memory did not suffice\n"
+
+
+def test_out_of_memory_anywhere_else_is_one_sentence_and_status_2(capsys, monkeypatch):
+    def no_room(*given):
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 99 bytes.")
+
+    monkeypatch.setattr(DiffusersModel, "__init__", no_room)
+    assert main(["check", "a boat"]) == 2
+    captured = capsys.readouterr()
+    assert "bundled model does not fit: there is not enough memory" in captured.err and captured.err.count("\n") == 1
+
+
+def test_demo_takes_a_device_and_a_precision(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "METHODS", {})
+    seen = []
+    plain = DiffusersModel._denoised
+    monkeypatch.setattr(
+        DiffusersModel, "_denoised", lambda self, *given: (seen.append(self._unet.dtype), plain(self, *given))[1]
+    )
+    given = ["--device", "cpu", "--dtype", "bfloat16", "--images", "1", "--out", str(tmp_path / "demo")]
+    assert main(["demo", *given]) == 0
+    shown = capsys.readouterr().out
+    assert "Likely memorised" in shown and "Not flagged" in shown
+    assert set(seen) == {torch.bfloat16}
+    assert main(["demo", "--device", "cuda:9"]) == 2
+    assert main(["demo", "--dtype", "int8"]) == 2
+    assert "use one of float32, float16, bfloat16" in capsys.readouterr().err
 
 
 def test_a_broken_line_is_named(tmp_path, capsys):

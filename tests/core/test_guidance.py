@@ -83,6 +83,21 @@ def test_late_guidance_begins_at_its_noise_level_however_often_a_level_is_asked(
     assert seen == [False, False, False, True, True, True]
 
 
+def test_late_guidance_of_a_flow_model_counts_noise_over_signal() -> None:
+    """s / (1 - s), at most 14.61: .64 of that is 9.35, which s = .9034 has."""
+    rule, seen = LateGuidance(0.64, "flow"), []
+    for number, sigma in enumerate([1.0, 0.95, 0.91, 0.9, 0.5]):
+        step = step_of(number, sigma, [1.0])
+        seen += guiding(rule, step, step.unconditional)
+    assert seen == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize("rule", [Transition("off"), LateGuidance(0.5)])
+def test_rules_about_guidance_refuse_a_run_without_it(rule) -> None:
+    with pytest.raises(ValueError, match=r"changes guidance, and this run has none .*choose another method"):
+        rule(step_of(0, 2.0, [1.0], scale=1.0))
+
+
 # ---------------------------------------------------------------------- through the sampler
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hand_made import LinearDenoiser, encoder, v_scale
 from sd_dejavu.conditioning import Conditioning, EncoderInput, Reencoding, TokenRow
 from sd_dejavu.demo.reference import bundled_reference
 from sd_dejavu.denoiser import seeded_noise
-from sd_dejavu.mitigations import Start, available, optimise_tokens
+from sd_dejavu.mitigations import Start, available, optimise_tokens, table
 from sd_dejavu.mitigations.guard import Guard
 from sd_dejavu.mitigations.optimise_conditioning import Settings, optimise
 from sd_dejavu.mitigations.perturb_prompt import perturb
@@ -373,3 +374,44 @@ def test_methods_that_lack_what_they_need_say_so() -> None:
     for name in ("batch-wise-noise", "per-sample-noise"):
         with pytest.raises(ValueError, match="conditioning without the prompt is not at hand"):
             available()[name].apply(model, given, replace(begin, unconditional=None), available()[name].settings())
+
+
+# ----------------------------------------------------------------- which models they are made for
+
+KINDS = ("epsilon", "v_prediction", "flow")
+REFUSED = {("guidance-transition", "flow"), ("guidance-transition", "distilled"), ("batch-wise-noise", "distilled")}
+
+
+def test_the_documented_table_is_what_the_methods_declare() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "mitigations.md").read_text(encoding="utf-8")
+    assert table() in page
+    header, _, *lines = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table().splitlines()]
+    assert header[1:5] == ["epsilon", "v-prediction", "flow", "distilled (guidance scale 1)"]
+    assert [line[0] for line in lines] == list(available())
+    for name, *cells in lines:
+        refused = [(name, kind) in REFUSED for kind in (*KINDS, "distilled")]
+        assert [cell == "refused" for cell in cells[:4]] == refused
+        assert not any(refused[:3]) or cells[4]  # a reason
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "distilled"])
+@pytest.mark.parametrize("name", list(available()))
+def test_a_method_is_right_on_a_kind_of_model_or_refuses_it(name: str, kind: str) -> None:
+    """Right: both scores are k || sum_n f_n r_n || over the rows it goes on with (see hand_made)."""
+    prediction_type = "epsilon" if kind == "distilled" else kind
+    model, method = LinearDenoiser(prediction_type=prediction_type), available()[name]
+    model.encode = encoder(STRENGTHS)
+    k = v_scale(prediction_type, SIGMA)
+    guard = Guard(Pixels(2), bundled_reference(Pixels(2)), ["a caption"] * 200)
+    begin = replace(start(model, 3.3 * k), guard=guard, guided=kind != "distilled")
+    if (name, kind) in REFUSED:
+        with pytest.raises(ValueError, match=f"{name} .*choose another method"):
+            method.apply(model, model.encode(PROMPT), begin, method.settings())
+        return
+    outcome = method.apply(model, model.encode(PROMPT), begin, method.settings())
+    assert outcome.score_before == pytest.approx(9.2 * k, rel=1e-4)
+    rows, rule = outcome.conditioning.rows[0], outcome.attention
+    left = rows if rule is None else rows * (rule.factors * rule.keep)[:, None]
+    assert outcome.score_after == pytest.approx(k * float(left.sum(0).norm()), rel=1e-4)
+    if name in ("optimise-conditioning", "optimise-tokens", "remove-trigger"):
+        assert outcome.score_after <= 3.3 * k

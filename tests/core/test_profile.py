@@ -26,12 +26,12 @@ def profile(count: int = 99, style: str = "plain", start: float = 1.0) -> Profil
     [(0.0, 5 / 5), (1.0, 5 / 5), (1.5, 4 / 5), (2.0, 4 / 5), (3.0, 2 / 5), (3.1, 1 / 5)],
 )
 def test_conformal_p_counts_the_nulls_at_or_above_and_the_score_itself(score: float, p: float) -> None:
-    assert conformal_p(score, [2.0, 1.0, 3.0, 2.0]) == p  # ties count against a flag
+    assert conformal_p(score, [1.0, 2.0, 2.0, 3.0]) == p  # ties count against a flag
 
 
 def test_exchangeable_scores_are_flagged_at_most_alpha_of_the_time() -> None:
     # Each of 20 different scores in turn against the other 19: exactly 1 in 20 gets p <= .05.
-    scores = random.Random(0).sample(range(1000), 20)
+    scores = sorted(random.Random(0).sample(range(1000), 20))
     p_values = [conformal_p(s, scores[:i] + scores[i + 1 :]) for i, s in enumerate(scores)]
     assert sorted(p_values) == pytest.approx([k / 20 for k in range(1, 21)])
 
@@ -64,12 +64,41 @@ def test_nulls_of_the_same_style_are_used_where_they_suffice() -> None:
 def test_null_scores_average_the_first_images_of_nulls_that_have_as_many() -> None:
     nulls = (Null("a", {"first step": (1.0, 3.0, 8.0)}), Null("b", {"first step": (5.0,), "all steps": (2.0,)}))
     made = Profile(SETTING, nulls)
-    assert made.null_scores("first step", 1) == [1, 5]
-    assert made.null_scores("first step", 2) == [2]
-    assert made.null_scores("first step", 3, "a") == [4]
-    assert made.null_scores("first step", 1, "b") == [5]
-    assert made.null_scores("all steps", 1) == [2]
-    assert made.null_scores("first 5 steps", 1) == []
+    assert made.null_scores("first step", 1) == (1, 5)
+    assert made.null_scores("first step", 2) == (2,)
+    assert made.null_scores("first step", 3, "a") == (4,)
+    assert made.null_scores("first step", 1, "b") == (5,)
+    assert made.null_scores("first step", 1, "c") == ()
+    assert made.null_scores("all steps", 1) == (2,)
+    assert made.null_scores("first 5 steps", 1) == ()
+
+
+class Counted(float):
+    """A score that counts how often it is compared."""
+
+    comparisons = 0
+
+    def __lt__(self, other: float) -> bool:
+        Counted.comparisons += 1
+        return float(self) < other
+
+    def __gt__(self, other: float) -> bool:
+        Counted.comparisons += 1
+        return float(self) > other
+
+
+@pytest.mark.parametrize("style", [None, "plain"])
+def test_a_hundred_thousand_nulls_are_sorted_once_and_looked_up_by_bisection(style: str | None) -> None:
+    order = random.Random(1)
+    made = {count: order.sample(range(count), count) for count in (1_000, 100_000)}
+    for count, scores in made.items():
+        found = Profile(SETTING, tuple(Null("plain", {"first step": (float(s),)}) for s in scores))
+        # Unsorted as they are, and with ties counted against a flag: the highest ten are count - 10 and up.
+        assert found.p_value(count - 10.0, SETTING, style=style).p == pytest.approx(11 / (count + 1))
+        assert found.null_scores("first step", 1, style) is found.null_scores("first step", 1, style)
+        Counted.comparisons = 0
+        assert conformal_p(Counted(count - 9.5), found.null_scores("first step", 1, style)) == 10 / (count + 1)
+        assert 0 < Counted.comparisons <= math.ceil(math.log2(count + 1))
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf])

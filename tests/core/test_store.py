@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sd_dejavu.calibration.profile import Null, Profile, Setting
-from sd_dejavu.calibration.store import find, path_for, user_folder
+from sd_dejavu.calibration.store import find, find_for_monitor, path_for, user_folder
 
 SETTING = Setting("abc", "epsilon", (4, 8, 8), 50, 14.6, 7.5, "empty prompt")
 
@@ -83,3 +83,16 @@ def test_the_profile_that_can_serve_the_images_asked_for_is_taken(tmp_path: Path
     four.save(tmp_path / "four.json")
     assert find(SETTING, "first step", 4, [tmp_path / "four.json"]) == four
     assert find(SETTING, "first step", 5, [tmp_path / "four.json"]) is None
+
+
+def test_a_file_is_read_once_until_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept(SETTING, 1.0)
+    read, load = [], Profile.load
+    monkeypatch.setattr(Profile, "load", lambda path: read.append(path) or load(path))
+    first = find(SETTING, "first step")
+    assert find(SETTING, "first step") is first and find_for_monitor(SETTING, "all steps") is first
+    assert read == [path_for(SETTING)]
+    kept(SETTING, 12.5)
+    changed = find(SETTING, "first step")
+    assert changed is not None and changed.null_scores("first step", 1) == (12.5,)
+    assert read == [path_for(SETTING)] * 2

@@ -33,6 +33,12 @@ def comfyui(request: pytest.FixtureRequest) -> Path:
     return COMFYUI[request.param]
 
 
+@pytest.fixture
+def newest(comfyui: Path) -> bool:
+    """Whether this is the newest of the installs: what takes minutes is done whole there, and in part on the others."""
+    return comfyui == list(COMFYUI.values())[-1]
+
+
 @pytest.fixture(scope="session")
 def comfy_home(comfyui: Path, comfy_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base directory with the miniature checkpoints and, if there is one in this checkout, the pack."""

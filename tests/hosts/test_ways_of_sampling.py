@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import graphs
 import miniature
@@ -14,18 +15,19 @@ from watched import report, scores, watched
 LONG = ", ".join(["a red fox at dawn"] * 20)
 
 
-def test_every_sampler_with_every_scheduler(comfy: ComfyServer) -> None:
+def test_every_sampler_with_every_scheduler(comfy: ComfyServer, newest: bool) -> None:
+    """On older hosts every sampler with one scheduler, and every scheduler with one sampler."""
     known = comfy.object_info("KSampler")["KSampler"]["input"]["required"]
     samplers, schedulers = known["sampler_name"][0], known["scheduler"][0]
     assert len(samplers) >= 40 and len(schedulers) >= 9
     silent = []
-    for sampler in samplers:
-        for scheduler in schedulers:
-            (verdict,) = report(comfy, watched(graphs.text_to_image(sampler=sampler, scheduler=scheduler, steps=2)))[
-                "verdicts"
-            ]
-            if not (verdict["score"] and (verdict["p_value"] or "calibrat" in verdict["why"])):
-                silent.append((sampler, scheduler, verdict["why"]))
+    for sampler, scheduler in product(samplers, schedulers):
+        if not newest and sampler != "euler" and scheduler != "normal":
+            continue
+        graph = graphs.text_to_image(sampler=sampler, scheduler=scheduler, steps=2)
+        (verdict,) = report(comfy, watched(graph))["verdicts"]
+        if not (verdict["score"] and (verdict["p_value"] or "calibrat" in verdict["why"])):
+            silent.append((sampler, scheduler, verdict["why"]))
     assert silent == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -16,6 +17,15 @@ ANSWERS = {"6 ": {"a copy", "no copy found"}, "7 ": {"a copy"}}  # of Nearest Re
 def test_every_node_of_a_workflow_is_known(page, workflow: Path) -> None:
     page.load(workflow)
     assert page.missing_nodes() == []
+
+
+def test_a_node_that_nobody_has_is_missed(page, tmp_path: Path) -> None:
+    document = json.loads(WORKFLOWS[0].read_text(encoding="utf-8"))
+    known = next(node for node in document["nodes"] if node["type"] == "DejaVuVerdict")
+    known["type"] = "DejaVuNoSuchNode"
+    (tmp_path / "unknown.json").write_text(json.dumps(document), encoding="utf-8")
+    page.load(tmp_path / "unknown.json")
+    assert page.missing_nodes() == ["DejaVuNoSuchNode"]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from .guidance import anti_memorization, transition
 from .initial_noise import adjust_noise
 from .model import with_model
 from .monitor import Monitor
-from .page import LiveReport, keep_in_picture, tell
+from .page import LiveReport, keep_in_picture, tell, wait_until_told
 from .text import conditioning_of, encode_text
 from .training import HostFilter
 
@@ -29,5 +29,6 @@ __all__ = [
     "mitigate",
     "tell",
     "transition",
+    "wait_until_told",
     "with_model",
 ]

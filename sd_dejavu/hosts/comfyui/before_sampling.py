@@ -126,7 +126,7 @@ def begin_of(
     conditioning = conditioning_of(positive[0][0], positive[0][1])
     entries = model.negative
     for name, given in (("prompt", [model.entry]), ("negative prompt", entries)):
-        if not covers(given, sigma):
+        if not covers(given, float(sigma[0])):
             raise ValueError(
                 f"the {name} does not act on the whole picture at the first step (an area, mask or range): give one "
                 "that does"

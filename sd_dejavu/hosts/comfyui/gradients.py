@@ -32,8 +32,7 @@ import torch.nn.functional as F
 from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor
 
-from .. import aliases
-from ..aliases import as_normal, refuse_unusual
+from ..aliases import aliased, as_normal, refuse_unusual
 
 BYTES_A_LATENT_PIXEL = 360_000  # activations kept in fp32: 2.74 GiB for two SD1.5 pictures of 512 x 512
 
@@ -53,7 +52,9 @@ def differentiable(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
     """
     layers = {layer: None for module in modules for layer in module.modules() if is_layer(layer)}
     with (
-        aliases.differentiable(modules, skip=is_layer),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        aliased(modules, skip=is_layer),
         torch.autograd.set_multithreading_enabled(False),  # the host's streams and interruption live in this thread
         _without_fused_kernels(),
         ExitStack() as stack,
@@ -101,7 +102,8 @@ class _Layer(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: Any, forward: Callable[..., Tensor], named: dict[str, Any]) -> Tensor:
         ctx.layer, ctx.shape, ctx.dtype = layer, x.shape, x.dtype
         ctx.formula = _formula(layer, named)
-        ctx.save_for_backward(*([] if ctx.formula is None else [x]))
+        kept = [] if ctx.formula is None else [x.clone()]  # the host goes on to add to x in place
+        ctx.save_for_backward(*kept)
         return _forward(forward, x, named)
 
     @staticmethod

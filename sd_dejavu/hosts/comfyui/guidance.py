@@ -24,7 +24,7 @@ from ...mitigations import anti_memorization_guidance as amg
 from ...mitigations import guidance_transition
 from .gradients import differentiable
 from .model import ComfyModel, HostStep, as_host, as_pictures, remember_beginning
-from .monitor import KEY, covers, negative_of, without_of
+from .monitor import KEY, covers, level_of, negative_of, without_of
 from .reference import HostReferences, picture_device
 from .text import as_typed
 
@@ -109,10 +109,11 @@ class _Run:
     def _guided(self, arguments: dict[str, Any]) -> Tensor:
         plain, x, sigma = arguments["denoised"], arguments["input"], arguments["sigma"]
         positive, negative = arguments.get("cond"), negative_of(self._guider)
-        if positive is None or positive is not self._guider.conds.get("positive") or not covers(positive, sigma):
+        level = level_of(self._guider.conds, sigma)
+        if positive is None or positive is not self._guider.conds.get("positive") or not covers(positive, level):
             return plain
         shown, with_prompt = as_pictures(x), as_pictures(arguments["cond_denoised"])
-        found = without_of(arguments, negative) if covers(negative, sigma) else None
+        found = without_of(arguments, negative) if covers(negative, level) else None
         if found is not None:
             without = as_pictures(found)
         elif arguments.get("uncond") is None:
@@ -147,7 +148,12 @@ def transition(settings: guidance_transition.Settings, tell: Callable[[str], Non
         guiding = [] if rule.guiding is None else rule.guiding.tolist()
         return f"guidance began in {sum(guiding)} of {len(guiding)} pictures"
 
-    return Steering(lambda model, guider, x: guidance_transition.Transition(settings.before_transition), summary, tell)
+    def make(model: ComfyModel, guider: Any, x: Tensor) -> guidance_transition.Transition:
+        if why := guidance_transition.TRANSITION.refusal(model.prediction_type):
+            raise ValueError(why)
+        return guidance_transition.Transition(settings.before_transition)
+
+    return Steering(make, summary, tell)
 
 
 # --------------------------------------------------------------------- anti-memorization guidance
@@ -177,7 +183,8 @@ def anti_memorization(
         _make_room(vae, x, (guider.model_patcher, *patchers))
         pictures = partial(_pictures, vae, guider.inner_model)
         encode = None if model.clip is None else lambda caption: model.encode(as_typed(caption))
-        return amg.AntiMemorization(guard, pictures, encode, settings, lambda: differentiable(modules))
+        kind = model.prediction_type
+        return amg.AntiMemorization(guard, pictures, encode, settings, kind, lambda: differentiable(modules))
 
     return Steering(make, _steered, tell, patchers, clip)
 

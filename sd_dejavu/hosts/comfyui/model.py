@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -135,7 +135,7 @@ class ComfyModel:
         inner: Any,
         entry: dict[str, Any],
         model_options: dict[str, Any],
-        sigmas: Tensor,
+        sigmas: Tensor | Sequence[float],
         x: Tensor,
     ) -> None:
         self._patcher, self._inner, self.entry = patcher, inner, entry

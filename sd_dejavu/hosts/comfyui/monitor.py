@@ -1,4 +1,10 @@
-"""A monitor that watches every run of the host's samplers, through wrappers on a clone of the model."""
+"""A monitor that watches every run of the host's samplers, through wrappers on a clone of the model.
+
+The sampling loop never waits for the device on our account, with these exceptions: 'stop' and 'mitigate' need the
+first step's score before the second step, and a conditioning with a range of steps is compared with the noise level,
+which the host itself reads at that very place. What is explained because it was flagged is explained as soon as the
+score has arrived, in a later step on a fast card, from what was kept of the first.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +14,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,11 +29,20 @@ from ...calibration.profile import Profile
 from ...conditioning import Conditioning, Unconditional
 from ...denoiser import Predictions
 from ...guidance import GuidanceRule
-from ...monitor import Monitoring, Report, Watch, flagged
+from ...monitor import Monitoring, Report, Watch
+from ...readout import Readout
 from . import graph
 from .attention import attending
-from .model import ComfyModel, HostStep, as_host, as_pictures, remember_beginning, why_no_pictures
-from .setting import kind_of, profile_for, setting_of
+from .model import (
+    ComfyModel,
+    HostStep,
+    as_host,
+    as_pictures,
+    fingerprint,
+    remember_beginning,
+    why_no_pictures,
+)
+from .setting import kind_of, negative_name, profile_for, setting_of
 from .text import SOURCE, Source, conditioning_of
 
 KEY = "dejavu"
@@ -51,21 +66,59 @@ class OtherNoise(Exception):
 # ---------------------------------------------------------------------------------------- monitor
 
 
+@dataclass(frozen=True)
+class Moment:
+    """An evaluation to be explained: the host's entries of the prompt, x, its noise level, the prediction without."""
+
+    model: ComfyModel
+    entries: list[dict[str, Any]]
+    x: Tensor
+    sigma: Tensor
+    base: Tensor
+
+    def kept(self) -> Moment:
+        """The same for later, whatever the host does with its tensors."""
+        return replace(self, x=self.x.clone(), sigma=self.sigma.clone(), base=self.base.clone())
+
+
+class Output:
+    """What a run gave, told apart from what others gave by the bits of all its numbers.
+
+    Their sum is the same on every device and in every order, which that of the numbers themselves is not.
+    """
+
+    def __init__(self, samples: Tensor) -> None:
+        dtype = getattr(comfy.model_management, "intermediate_dtype", lambda: torch.float32)()  # between two nodes
+        bits = samples.detach().to(dtype).float().contiguous().view(torch.int32)
+        self._shape, self._sum = samples.shape, Readout(bits.sum(dtype=torch.int64))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Output):
+            return NotImplemented
+        return self._shape == other._shape and bool(self._sum.wait() == other._sum.wait())
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 @dataclass
 class Run:
     """One run of a sampler under a monitor."""
 
     watch: Watch
+    sigmas: Readout
+    from_picture: Readout
     sampler: str = ""
     number: str = field(default_factory=lambda: uuid.uuid4().hex)
     evaluations: int = 0
-    output: tuple[Any, ...] | None = None
+    level: float | None = None  # of this evaluation's noise, where a conditioning has a range
+    output: Output | None = None
     negative: Unconditional | None = None  # what the host's negative conditioning was found to be
-    from_picture: bool = False
     no_pictures: str = ""  # why there is nothing to measure
     acted: bool = False  # judged, and mitigated where that was asked for
     rule: GuidanceRule | None = None  # in place of plain guidance, since a mitigation
     attention: AttentionRule | None = None
+    unexplained: Moment | None = None  # until it is known whether this run is flagged
+    empty: Conditioning | None = None  # the empty prompt, where it had to be encoded
     cond: Tensor | None = field(default=None, repr=False)
     uncond: Tensor | None = field(default=None, repr=False)
 
@@ -99,6 +152,7 @@ class Monitor:
         key = f"{KEY}-{uuid.uuid4().hex[:8]}"
         # Plain functions: the host deep-copies what it finds, and a method would bring its object along.
         clone.add_wrapper_with_key(types.OUTER_SAMPLE, key, lambda *a, **k: self._outer_sample(*a, **k))
+        clone.add_wrapper_with_key(types.SAMPLER_SAMPLE, key, lambda *a, **k: self._sampler_sample(*a, **k))
         clone.add_wrapper_with_key(types.PREDICT_NOISE, key, lambda *a, **k: self._predict_noise(*a, **k))
         remember_beginning(clone, key)
         return clone
@@ -110,7 +164,7 @@ class Monitor:
 
     def _run_of(self, samples: Tensor) -> Run | None:
         """The finished run that gave these samples; the last finished one where none did."""
-        wanted = _digest(samples)
+        wanted = Output(samples) if isinstance(samples, Tensor) else None
         with self._lock:
             finished = [run for run in self.runs if run.watch.finished]
         matching = [run for run in finished if run.output == wanted] or finished
@@ -121,7 +175,7 @@ class Monitor:
     ) -> Tensor:
         guider = executor.class_obj
         name = getattr(getattr(sampler, "sampler_function", None), "__name__", "")
-        run = Run(Watch(self.monitoring), name, from_picture=bool(torch.count_nonzero(latent_image)))
+        run = Run(Watch(self.monitoring), Readout(sigmas), Readout(latent_image.any()), name)
         run.no_pictures = why_no_pictures(noise)
         self._open.append(run)
         options = guider.model_options
@@ -147,14 +201,37 @@ class Monitor:
             run.watch.finished = True
         finally:
             options["sampler_post_cfg_function"] = before
+            run.unexplained = None  # of a run that was interrupted
             self._open.remove(run)
             if run.evaluations:
                 with self._lock:
                     self.runs.append(run)
         with self._guarded(run):
-            run.output = _digest(samples)
+            run.output = Output(samples)
+            run.watch.settle()
             self._on_progress(run.number, run.watch)
         return samples
+
+    def _sampler_sample(self, executor: Any, guider: Any, sigmas: Tensor, *a: Any, **k: Any) -> Tensor:
+        """The sampler's loop, with models loaded and conditionings processed before and after it."""
+        if not self._open:
+            return executor(guider, sigmas, *a, **k)
+        run = self._open[-1]
+        run.sigmas = Readout(sigmas)
+        with self._guarded(run):
+            self._read_before_the_loop(run, guider)
+        samples = executor(guider, sigmas, *a, **k)
+        with self._guarded(run):
+            self._explain(run, wait=True)
+        return samples
+
+    def _read_before_the_loop(self, run: Run, guider: Any) -> None:
+        """What is read from the device once for a model or a conditioning, and known by the first step."""
+        fingerprint(guider.model_patcher)
+        positive, negative = guider.conds.get("positive"), negative_of(guider)
+        if positive and negative:
+            self._kind(run, positive, negative)
+            negative_name(negative)
 
     @contextmanager
     def _guarded(self, run: Run) -> Iterator[None]:
@@ -180,10 +257,13 @@ class Monitor:
         if not self._open:
             return executor(x, timestep, options, seed)
         run, guider = self._open[-1], executor.class_obj
+        run.level = level_of(guider.conds, timestep)
         denoised = executor(x, timestep, attending(options, run.attention), seed)
         changed = None
         with self._guarded(run):
             changed = self._after(run, guider, x, timestep, options)
+        with self._guarded(run):
+            self._explain(run)
         run.evaluations += 1
         run.cond = run.uncond = None
         if changed is not None:
@@ -201,11 +281,11 @@ class Monitor:
     def _read(self, run: Run, guider: Any, arguments: dict[str, Any]) -> None:
         """Take one guidance step in, if it tells both predictions; see :meth:`_after` for those that do not."""
         positive, negative, sigma = guider.conds.get("positive"), negative_of(guider), arguments["sigma"]
-        if arguments.get("cond") is not positive or not covers(positive, sigma) or run.no_pictures:
+        if arguments.get("cond") is not positive or not covers(positive, run.level) or run.no_pictures:
             return
         run.cond = as_pictures(arguments["cond_denoised"])
         found = without_of(arguments, negative)
-        if found is None or not covers(negative, sigma):
+        if found is None or not covers(negative, run.level):
             return
         kind = self._kind(run, positive, negative)
         if kind != "empty prompt" and self._wants_empty(kind, positive):
@@ -228,8 +308,7 @@ class Monitor:
             self._name_source(positive)
         model = None
         if run.evaluations == 0 or (run.uncond is None and watch.measures(run.evaluations)):
-            sigmas = options.get("transformer_options", {}).get("sample_sigmas", sigma[:1])
-            model = ComfyModel(guider.model_patcher, guider.inner_model, positive[0], options, sigmas, x)
+            model = _model(run, guider, options, x)
             model.clip = model.clip or self._clip
         if run.uncond is None:
             if model is None or not watch.measures(run.evaluations):
@@ -276,15 +355,16 @@ class Monitor:
         """Evaluations of our own where guidance has none to read: cfg 1, other guiders, another 'without'."""
         positive, negative = guider.conds["positive"], negative_of(guider)
         kind: Unconditional
-        if not covers(positive, sigma):
+        if not covers(positive, run.level):
             run.watch.trace.skip(sigma[0], "the prompt does not act on the whole picture here (an area, mask or range)")
             return
         with torch.no_grad():
-            known = self._kind(run, positive, negative) if negative and covers(negative, sigma) else None
+            known = self._kind(run, positive, negative) if negative and covers(negative, run.level) else None
             if known == "empty prompt" or (known is not None and not self._wants_empty(known, positive)):
                 without, kind = model.calculate(negative, x, sigma), known
             elif model.clip is not None:
-                without, kind = model(x, sigma, model.encode("")), "empty prompt"
+                run.empty = run.empty or model.encode("")
+                without, kind = model(x, sigma, run.empty), "empty prompt"
             else:
                 run.watch.trace.skip(
                     sigma[0],
@@ -304,33 +384,40 @@ class Monitor:
             watch.prompt, watch.prompt_node = source.text, source.node
         without = watch.trace.without or self.monitoring.without
         scale = float(getattr(guider, "cfg", 1.0))
-        watch.setting = setting_of(model, without, negative_of(guider), scale, run.from_picture, run.sampler)
+        from_picture = bool(run.from_picture.wait())
+        watch.setting = setting_of(model, without, negative_of(guider), scale, from_picture, run.sampler)
         watch.profile = self._profile or profile_for(watch.setting, model, self.monitoring, self._folder)
 
     # -------------------------------------------------------------------------------- acting
 
     def _act(self, run: Run, model: ComfyModel, guider: Any, x: Tensor, sigma: Tensor) -> bool:
         watch, wanted = run.watch, self.monitoring
-        if wanted.when_flagged == "report" and wanted.explain == "never":
+        if run.uncond is None or (wanted.when_flagged == "report" and wanted.explain == "never"):
             return False  # nothing to decide now, so nothing is waited for
-        is_flagged = bool(flagged(watch.verdicts("first step")))
         entries = guider.conds["positive"]
-        explaining = wanted.explain == "always" or (wanted.explain == "flagged" and is_flagged)
-        mitigating = is_flagged and wanted.when_flagged == "mitigate"
-        if run.uncond is None or not (explaining or is_flagged):
+        moment = run.unexplained = Moment(model, entries, x, sigma, run.uncond)
+        if wanted.when_flagged == "report":
+            self._explain(run)
+            if run.unexplained is not None:
+                run.unexplained = moment.kept()
             return False
-        conditioning = self._conditioning(watch, entries) if explaining or mitigating else None
-        if explaining and conditioning is not None:
-            with self._guarded(run):
-                watch.look_at_words(model, conditioning, x, sigma, run.uncond)
+        is_flagged = watch.is_flagged()
+        conditioning = None
+        with self._guarded(run):
+            conditioning = self._explain(run, wait=True)
         if is_flagged and wanted.when_flagged == "stop":
             watch.stopped = True
             self._on_progress(run.number, watch)
             raise Stopped(_stop_message(watch))
-        if not mitigating or conditioning is None:
+        if not is_flagged:
+            return False
+        if conditioning is None:
+            conditioning = self._conditioning(watch, entries)
+        if conditioning is None:
             return False
         if watch.trace.without == "empty prompt" and run.negative != "empty prompt" and model.clip is not None:
-            unconditional: Conditioning | None = model.encode("")
+            run.empty = run.empty or model.encode("")
+            unconditional: Conditioning | None = run.empty
         else:
             unconditional = model.of_the_host(negative_of(guider))
         outcome = watch.find_remedy(model, conditioning, x, sigma, run.uncond, unconditional)
@@ -341,20 +428,31 @@ class Monitor:
             raise OtherNoise(outcome.x.to(x) - x)  # of pictures; the latents may have a time axis
         return True
 
+    def _explain(self, run: Run, wait: bool = False) -> Conditioning | None:
+        """Explain the first step if that is wanted, once it is known whether it was flagged; what was explained."""
+        moment, wanted = run.unexplained, self.monitoring
+        if moment is None or (wanted.explain == "flagged" and not wait and not run.watch.trace.ready(1)):
+            return None
+        run.unexplained = None
+        if wanted.explain == "never" or (wanted.explain == "flagged" and not run.watch.is_flagged()):
+            return None
+        conditioning = self._conditioning(run.watch, moment.entries)
+        if conditioning is not None:
+            run.watch.look_at_words(moment.model, conditioning, moment.x, moment.sigma, moment.base)
+        return conditioning
+
     def _guide(self, run: Run, guider: Any, arguments: dict[str, Any]) -> Tensor:
         """The host's guided prediction, or what the rule of a mitigation makes of it."""
         denoised: Tensor = arguments["denoised"]
         x, sigma = arguments["input"], arguments["sigma"]
         positive = guider.conds["positive"]
-        if run.rule is None or arguments.get("cond") is not positive or not covers(positive, sigma):
+        if run.rule is None or arguments.get("cond") is not positive or not covers(positive, run.level):
             return denoised
         without = without_of(arguments, negative_of(guider))
         if without is None:
             run.watch.note(f"guidance is off or of another kind, so {self.monitoring.remedy} has nothing to change")
             return denoised
-        options = arguments["model_options"]
-        sigmas = options.get("transformer_options", {}).get("sample_sigmas", sigma[:1])
-        model = ComfyModel(guider.model_patcher, guider.inner_model, guider.conds["positive"][0], options, sigmas, x)
+        model = _model(run, guider, arguments["model_options"], x)
         shown, with_prompt, without, plain = map(as_pictures, (x, arguments["cond_denoised"], without, denoised))
         scale, ask = float(arguments["cond_scale"]), partial(model, shown, sigma)
         step = HostStep(shown, sigma, with_prompt, without, scale, run.evaluations, ask, plain)
@@ -407,19 +505,32 @@ def _noise_unit(guider: Any, sampler: Any, sigmas: Tensor) -> Tensor:
     return unit
 
 
-def covers(entries: Any, sigma: Tensor) -> bool:
-    """Whether some conditioning acts on the whole picture now: the host leaves zeros where none does."""
+def _model(run: Run, guider: Any, options: dict[str, Any], x: Tensor) -> ComfyModel:
+    """The model as it is sampled now."""
+    entry = guider.conds["positive"][0]
+    return ComfyModel(guider.model_patcher, guider.inner_model, entry, options, run.sigmas.wait().tolist(), x)
+
+
+def level_of(conds: dict[str, Any], sigma: Tensor) -> float | None:
+    """The noise level, where the prompt or the negative prompt acts in a part of the steps only; read from the device.
+
+    None where it does not matter, so that nothing is waited for.
+    """
+    names = ("positive", "negative", "empty_negative_prompt")
+    entries = (entry for name in names for entry in conds.get(name) or ())
+    return float(sigma[0]) if any("timestep_start" in e or "timestep_end" in e for e in entries) else None
+
+
+def covers(entries: Any, level: float | None) -> bool:
+    """Whether some conditioning acts on the whole picture at this level (see :func:`level_of`): the host leaves zeros
+    where none does.
+    """
     whole = [e for e in entries if "area" not in e and "mask" not in e]
     if any("timestep_start" not in e and "timestep_end" not in e for e in whole):
         return True
-    level = float(sigma[0]) if whole else 0.0
-    return any(e.get("timestep_end", 0.0) <= level <= e.get("timestep_start", float("inf")) for e in whole)
-
-
-def _digest(samples: Tensor) -> tuple[Any, ...]:
-    """Tells the outputs of runs apart."""
-    flat = samples.detach().float()
-    return (tuple(samples.shape), float(flat.sum()), float(flat.square().sum()))
+    return level is not None and any(
+        e.get("timestep_end", 0.0) <= level <= e.get("timestep_start", float("inf")) for e in whole
+    )
 
 
 def _stop_message(watch: Watch) -> str:

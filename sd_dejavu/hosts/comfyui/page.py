@@ -1,8 +1,14 @@
-"""What the host's page is told: the report while a run goes on, and the report kept in saved pictures."""
+"""What the host's page is told: the report while a run goes on, and the report kept in saved pictures.
+
+Reports are judged and written on a thread of their own: the sampling thread only hands over what it has recorded.
+"""
 
 from __future__ import annotations
 
+import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 from comfy_execution.utils import get_executing_context
@@ -10,32 +16,57 @@ from comfy_execution.utils import get_executing_context
 from ...monitor import Report, Watch
 
 EVENT = "dejavu.run"
-PAUSE = 0.25  # seconds between two reports on one run
+PAUSE = 0.5  # seconds between two reports on one run
+
+log = logging.getLogger("dejavu")
 
 
 class LiveReport:
     """Sends the report so far to the page that queued the run: at its first step, now and then, and at its end.
 
-    ``node`` is the monitor's, so that the page knows which of its nodes are meant.
+    ``node`` is the monitor's, so that the page knows which of its nodes are meant. Without a page that is open,
+    nothing is made.
     """
 
     def __init__(self, node: str) -> None:
         self._node = node
         self._told: tuple[str, float] | None = None
+        self._faults: set[str] = set()
 
     def __call__(self, run: str, watch: Watch) -> None:
+        """To be called from the sampling thread, which does not wait for the report."""
         from server import PromptServer
 
         server, context = getattr(PromptServer, "instance", None), get_executing_context()
-        if server is None or context is None or server.client_id is None:
+        if server is None or context is None or server.client_id not in server.sockets:
             return  # nobody looks on
         now, over = time.monotonic(), watch.finished or watch.stopped
         if not over and self._told is not None and self._told[0] == run and now - self._told[1] < PAUSE:
             return
         self._told = (run, now)
-        report = {**Report.of(watch).as_json(), "monitor": self._node}
         message = {"run": run, "monitor": self._node, "prompt_id": context.prompt_id, "finished": over}
-        server.send_sync(EVENT, {**message, "report": report}, server.client_id)
+        _writer().submit(self._send, server, server.client_id, message, watch.so_far())
+
+    def _send(self, server: Any, page: str, message: dict[str, Any], watch: Watch) -> None:
+        try:
+            report = {**Report.of(watch).as_json(), "monitor": self._node}
+            server.send_sync(EVENT, {**message, "report": report}, page)
+        except Exception as error:  # the run goes on; the page does without
+            text = f"{type(error).__name__}: {error}"
+            if text not in self._faults:
+                log.warning("[Déjà Vu] the page was not told: %s", text, exc_info=True)
+            self._faults.add(text)
+
+
+@cache
+def _writer() -> ThreadPoolExecutor:
+    """The one thread that writes reports, in the order they were asked for; it ends with the process."""
+    return ThreadPoolExecutor(1, thread_name_prefix="dejavu-report")
+
+
+def wait_until_told() -> None:
+    """Until the page has been sent all reports that were asked for, so that what a node sends next comes after them."""
+    _writer().submit(lambda: None).result()
 
 
 def tell(node: str, text: str) -> None:

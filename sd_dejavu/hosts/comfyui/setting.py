@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...calibration import store
 from ...calibration.profile import Profile, Setting
@@ -34,7 +35,7 @@ def setting_of(
         model.sigmas(0)[0],
         scale,
         without,
-        _negative_name(negative) if without == "negative prompt" else "",
+        negative_name(negative) if without == "negative prompt" else "",
         "a picture" if from_picture else "noise",
         sampler,
     )
@@ -81,8 +82,8 @@ def _equals_empty(rows: Tensor, clip: Any) -> bool:
     return known[key].shape == rows.shape and torch.allclose(known[key].to(rows), rows, atol=1e-3, rtol=1e-3)
 
 
-def _negative_name(negative: Any) -> str:
-    """The negative prompt as typed, or a digest of its rows where the text is unknown."""
+def negative_name(negative: Any) -> str:
+    """The negative prompt as typed, or a digest of its rows where the text is unknown: read from them once."""
     names = []
     for entry in negative or ():
         source, rows = entry.get(SOURCE), entry.get("cross_attn")
@@ -93,7 +94,12 @@ def _negative_name(negative: Any) -> str:
     return " | ".join(names)
 
 
+_row_names: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
 def _row_name(rows: Tensor) -> str:
-    digest = hashlib.sha256()
-    sample_into(digest, "rows", rows)
-    return f"conditioning {digest.hexdigest()[:12]}"
+    if rows not in _row_names:
+        digest = hashlib.sha256()
+        sample_into(digest, "rows", rows)
+        _row_names[rows] = f"conditioning {digest.hexdigest()[:12]}"
+    return str(_row_names[rows])

@@ -20,6 +20,7 @@ from torch import Tensor
 from ...attention import AttentionRule, scaled_keys, watched_attention
 from ...conditioning import Conditioning
 from ...denoiser import PredictionType, over_pixels, seeded_noise
+from ...gradients import recomputing
 from ..aliases import differentiable
 from .text import encode, engines_of, modules_of
 
@@ -447,5 +448,16 @@ class GuidedModel:
     def differentiable(self, checkpointing: bool = False) -> Iterator[None]:
         if why := self.host.refusal(self.step):
             raise ValueError(why)
-        with self.host.differentiable(self.step):
+        blocks = _blocks(self.host.network(self.step)) if checkpointing else []
+        with self.host.differentiable(self.step), recomputing(blocks):
             yield
+
+
+def _blocks(network: torch.nn.Module) -> list[torch.nn.Module]:
+    """The network's blocks, each of which can compute its activations again; none for a network of another build."""
+    lists = (getattr(network, name, ()) for name in ("input_blocks", "middle_block", "output_blocks", "joint_blocks"))
+    return [
+        inner
+        for block in (block for part in lists for block in part)
+        for inner in (block if isinstance(block, torch.nn.Sequential) else [block])
+    ]

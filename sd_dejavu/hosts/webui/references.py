@@ -52,4 +52,5 @@ def _guard(path: Path, changed: int) -> KnownSet:
 
 def rule_of(guard: Guard, model: GuidedModel) -> GuidanceRule:
     """Anti-memorization guidance for one run, with the numbers for its kind of features."""
-    return amg.AntiMemorization(guard, model.pictures_of, model.encode, amg.preset(guard.features), model.decoding)
+    settings, kind = amg.preset(guard.features), model.prediction_type
+    return amg.AntiMemorization(guard, model.pictures_of, model.encode, settings, kind, model.decoding)
