@@ -20,7 +20,7 @@ from .calibration.ordinary_prompts import style_of
 from .calibration.profile import ALPHA_DEFAULT, EVALUATIONS, ORDINARY_QUANTILE, Profile, ScoreKind, Setting
 from .conditioning import Baseline, Conditioning, Unconditional, by_position
 from .denoiser import Model
-from .explain import confirmed_gradient, output_gradient
+from .explain import confirmed_gradient, leave_one_out, output_gradient
 from .gradients import with_gradients
 from .mitigations import Mitigation, Outcome, Start, available
 from .settings import option, validate
@@ -128,14 +128,25 @@ class Watch:
         self.outcome, self.before, self.trace = outcome, self.trace, Trace()
 
     def look_at_words(self, model: Model, conditioning: Conditioning, x: Tensor, sigma: Tensor, base: Tensor) -> None:
-        """Explain at x [B, C, H, W], sigma [B]; ``base`` is the denoised prediction there without the prompt."""
+        """Explain at x [B, C, H, W], sigma [B]; ``base`` is the denoised prediction there without the prompt.
+
+        Where no gradients can be taken, a note says why, and the words come from leaving one out at a time.
+        """
         named = conditioning if conditioning.tokens else by_position(conditioning)
         view = confirmed_gradient if named.reencoding is not None else output_gradient
 
         def work() -> Explanation:
             return view.explain(model, x.clone(), sigma.clone(), named, base.float().clone())
 
-        self.explanation = with_gradients(model, work)
+        try:
+            self.explanation = with_gradients(model, work)
+        except (ValueError, RuntimeError) as error:  # refused, without a backward pass, or without the memory for it
+            try:
+                self.explanation = leave_one_out.explain_at(model, model.encode, named, x, sigma, base.float())
+            except ValueError:
+                raise error from None
+            told = str(error).strip().split("\n")[0].rstrip(". ")
+            self.note(f"no gradients could be taken ({told}), so the words come from leaving one out at a time")
 
     def find_remedy(
         self,

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from ..conditioning import Conditioning, Word
-from ..denoiser import Denoiser
+from ..denoiser import Denoiser, Predictions
+from ..detectors.magnitude import magnitude
 from ..prompt_weights import drop_empty_groups
-from ..sampling import first_step
+from ..sampling import first_step, predict
 from ..verdict import Explanation
 from . import explanation
 
@@ -52,3 +54,24 @@ def explain(
     full = first_step(denoiser, [conditioning], unconditional, noise, sigma, batch_size).mean()
     without = scores_without(denoiser, encode, conditioning, unconditional, noise, sigma, batch_size).mean(1)
     return explanation("leave one out", conditioning.words, full - without, "magnitude lost without the word", without)
+
+
+def explain_at(
+    denoiser: Denoiser,
+    encode: Callable[[str], Conditioning],
+    conditioning: Conditioning,
+    x: Tensor,
+    sigma: Tensor,
+    unconditional: Tensor,
+) -> Explanation:
+    """The same at x [B, C, H, W], sigma [B] of a run, where ``unconditional`` is the prediction without the prompt."""
+
+    def score(of: Conditioning) -> Tensor:
+        denoised = predict(denoiser, x, sigma, of)
+        return magnitude(Predictions(denoised, unconditional, sigma)).mean().cpu()
+
+    if not conditioning.words:
+        raise ValueError("the prompt has no words, so there is nothing to explain")
+    without = torch.stack([score(encode(drop_word(conditioning.prompt, word))) for word in conditioning.words])
+    lost = score(conditioning) - without
+    return explanation("leave one out", conditioning.words, lost, "magnitude lost without the word", without)

@@ -207,9 +207,7 @@ class FluxEncoder(Encoder):
 
 
 class LuminaEncoder(Encoder):
-    """As many rows as tokens, and a few more of padding, which the mask tells."""
-
-    multiple = 4
+    """As many rows as tokens; the mask masks none of them, the host counts by it."""
 
     def encode_token_weights(self, tokens: Any) -> tuple[Any, ...]:
         rows, mask = self.read(tokens)

@@ -31,16 +31,16 @@ import torch
 import torch.nn.functional as F
 from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor
+from torch.nn import grad
 
+from ...gradients import BYTES_A_LATENT_PIXEL, TOGETHER, recomputing
 from ..aliases import aliased, as_normal, refuse_unusual
-
-BYTES_A_LATENT_PIXEL = 360_000  # activations kept in fp32: 2.74 GiB for two SD1.5 pictures of 512 x 512
 
 _HAND_BACK = "offloadable" in inspect.signature(comfy.ops.cast_bias_weight).parameters  # 0.3.64 needs nothing back
 _CONVOLUTIONS: dict[type, Callable[..., Tensor]] = {
-    torch.nn.Conv1d: torch.nn.grad.conv1d_input,
-    torch.nn.Conv2d: torch.nn.grad.conv2d_input,
-    torch.nn.Conv3d: torch.nn.grad.conv3d_input,
+    torch.nn.Conv1d: grad.conv1d_input,
+    torch.nn.Conv2d: grad.conv2d_input,
+    torch.nn.Conv3d: grad.conv3d_input,
 }
 
 
@@ -113,7 +113,8 @@ class _Layer(torch.autograd.Function):
             if ctx.formula is None:
                 found = _of_linear_map(ctx.layer, ctx.shape, weight, gradient)
             else:
-                found = _of_formula(ctx.formula, *ctx.saved_tensors, weight, bias, gradient)
+                (x,) = ctx.saved_tensors
+                found = _of_formula(ctx.formula, x, weight, bias, gradient)
         return as_normal(found), None, None, None
 
 
@@ -139,8 +140,9 @@ def _formula(layer: Any, named: dict[str, Any]) -> Formula | None:
     if isinstance(layer, comfy.ops.disable_weight_init.RMSNorm):
         return lambda x, weight, bias: F.rms_norm(x, layer.normalized_shape, weight, layer.eps)
     if isinstance(layer, tuple(_CONVOLUTIONS)):
-        plain = layer.padding_mode == "zeros" and "_conv_forward" not in vars(layer) and not named
-        return None if plain else lambda x, weight, bias: layer._conv_forward(x, weight, bias, **named)
+        convolution: Any = layer
+        plain = convolution.padding_mode == "zeros" and "_conv_forward" not in vars(layer) and not named
+        return None if plain else lambda x, weight, bias: convolution._conv_forward(x, weight, bias, **named)
     if hasattr(layer, "in_features") and getattr(layer, "pre_quant_scale", None) is None:
         return None
     raise ValueError(f"gradients cannot be taken through this model's {type(layer).__name__} layers")
@@ -169,10 +171,10 @@ def _weight_and_bias(layer: Any, dtype: torch.dtype, device: torch.device) -> It
 
 
 def _of_linear_map(layer: Any, shape: torch.Size, weight: Tensor, gradient: Tensor) -> Tensor:
-    for kind, input_gradient in _CONVOLUTIONS.items():
-        if isinstance(layer, kind):
-            return input_gradient(shape, weight, gradient, layer.stride, layer.padding, layer.dilation, layer.groups)
-    return gradient @ weight
+    known = next((formula for kind, formula in _CONVOLUTIONS.items() if isinstance(layer, kind)), None)
+    if known is None:
+        return gradient @ weight
+    return known(shape, weight, gradient, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
 def _of_formula(formula: Formula, x: Tensor, weight: Tensor | None, bias: Tensor | None, gradient: Tensor) -> Tensor:
@@ -197,7 +199,7 @@ def _without_fused_kernels() -> Iterator[None]:
         managed.in_training = before
 
 
-def make_room(patcher: Any, latent_pixels: int) -> None:
+def make_room(patcher: Any, pictures: int, latent_pixels: int) -> None:
     """Ask the host for the memory of a backward pass: its own estimate knows only the forward pass.
 
     Other models are unloaded for it where need be, never the one that is being sampled. To be called in inference
@@ -208,9 +210,11 @@ def make_room(patcher: Any, latent_pixels: int) -> None:
     if getattr(patcher, "is_dynamic", lambda: False)():
         return
     computes_in = patcher.model.manual_cast_dtype or patcher.model.get_dtype()
-    needed = latent_pixels * BYTES_A_LATENT_PIXEL * managed.dtype_size(computes_in) // 4
+    bytes_a_picture = latent_pixels * BYTES_A_LATENT_PIXEL * managed.dtype_size(computes_in) // 2
     own = [m for m in managed.current_loaded_models if m.model is not None and patcher.is_clone(m.model)]
-    managed.free_memory(needed, patcher.load_device, keep_loaded=own)
+    managed.free_memory(
+        min(pictures * bytes_a_picture, max(TOGETHER, bytes_a_picture)), patcher.load_device, keep_loaded=own
+    )
 
 
 def plain_attention(function: Any, *arguments: Any, **settings: Any) -> Tensor:
@@ -228,14 +232,7 @@ def checkpointed(network: torch.nn.Module, wanted: bool) -> Iterator[None]:
         getattr(network, name, None) for name in ("input_blocks", "output_blocks", "joint_blocks", "double_blocks")
     ]
     outer = [block for part in lists if part is not None for block in part]
-    with ExitStack() as stack:
-        for block in (part for one in outer for part in (one if isinstance(one, torch.nn.Sequential) else [one])):
-            stack.enter_context(_running(block, _recomputing(block.forward)))
+    with recomputing(
+        part for one in outer for part in (one if isinstance(one, torch.nn.Sequential) else [one]) if not is_layer(part)
+    ):
         yield
-
-
-def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*arguments: Any, **settings: Any) -> Any:
-        return torch.utils.checkpoint.checkpoint(forward, *arguments, use_reentrant=False, **settings)
-
-    return run

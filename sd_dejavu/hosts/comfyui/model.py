@@ -260,7 +260,7 @@ class ComfyModel:
         """Gradients through the model and, where it is at hand, the text encoder."""
         modules = [self._inner, *([self.clip.cond_stage_model] if self.clip is not None else [])]
         before = self._plain_attention
-        make_room(self._patcher, self._images * prod(self.latent_shape[1:]))
+        make_room(self._patcher, self._images, prod(self.latent_shape[1:]))
         try:
             self._plain_attention = True
             with differentiable(modules), checkpointed(self._inner.diffusion_model, checkpointing):
