@@ -11,6 +11,7 @@ from typing import Any
 
 from browser import chromium
 from playwright.sync_api import Page as BrowserPage
+from playwright.sync_api import TimeoutError
 
 
 class Page:
@@ -80,10 +81,17 @@ class Page:
         self.browser.evaluate(script, [setting, value])
 
     def reload(self) -> None:
-        """Open the page anew."""
+        """Open the page anew, with the graph that it has kept or begins with."""
         self.browser.wait_for_timeout(500)  # settings are sent without waiting
+        has_nodes = "() => window.comfyAPI.app.app.graph.nodes.length > 0"
+        kept = self.browser.evaluate(has_nodes)
         self.browser.reload()
         self._ready()
+        try:  # some seconds after all else is ready; it would take the place of what a test loads before
+            self.browser.wait_for_function(has_nodes, timeout=60_000 if kept else 5_000)
+        except TimeoutError:
+            if kept:
+                raise
 
     def look_at(self, kind: str, scale: float = 1.0) -> None:
         """Bring the first node of a type into view, nothing in front of it."""
