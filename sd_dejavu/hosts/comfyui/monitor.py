@@ -408,7 +408,8 @@ class Monitor:
         if conditioning is None:
             return False
         if watch.trace.without == "empty prompt" and run.negative != "empty prompt" and model.clip is not None:
-            unconditional: Conditioning | None = model.encode("")
+            run.empty = run.empty or model.encode("")
+            unconditional: Conditioning | None = run.empty
         else:
             unconditional = model.of_the_host(negative_of(guider))
         outcome = watch.find_remedy(model, conditioning, x, sigma, run.uncond, unconditional)
