@@ -114,7 +114,8 @@ def test_events_reach_the_client(comfy: ComfyServer) -> None:
         prompt_id = comfy.post(graphs.text_to_image(seed=21), client_id="listener")
         events.wait_for("executed", where=lambda data: data["prompt_id"] == prompt_id)
         comfy.wait(prompt_id)
-    assert [data["value"] for data in events.of_type("progress")] == [1, 2, 3, 4]
+    steps = [data["value"] for data in events.of_type("progress")]
+    assert steps == sorted(set(steps)) and {1, 4} <= set(steps) <= {1, 2, 3, 4}  # a newer host skips some of quick ones
 
 
 def test_interrupt(comfy: ComfyServer) -> None:
