@@ -69,7 +69,9 @@ class Conditioning:
     numbers). ``host_values`` is what else a host keeps with this one prompt (masks, lengths, token numbers): for
     the host alone to read, it belongs to no batch of several prompts. ``tokens`` has N entries where the tokens are
     known and is empty where they are not.
-    ``attention`` is how the model shall attend to the N rows, where that is not as usual.
+    ``attention`` is how the model shall attend to the N rows, where that is not as usual. ``pictures`` is (first,
+    one past the last) of those of a batch that it is about to be evaluated for; None for all of them: hosts keep more
+    with a picture than its latent.
     """
 
     rows: Tensor
@@ -80,6 +82,7 @@ class Conditioning:
     reencoding: Reencoding | None = None
     attention: AttentionRule | None = None
     host_values: Mapping[str, Any] = field(default_factory=dict)
+    pictures: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.rows.ndim != 3:
@@ -102,10 +105,12 @@ class Conditioning:
 
     def of_pictures(self, start: int, stop: int, count: int) -> Conditioning:
         """What belongs to pictures ``start`` to ``stop`` of a batch of ``count``; a single prompt belongs to all."""
-        if self.rows.shape[0] != count or (start, stop) == (0, count):
+        if (start, stop) == (0, count):
             return self
+        if self.rows.shape[0] != count:
+            return replace(self, pictures=(start, stop))
         extras = {k: v[start:stop] if v.shape[0] == count else v for k, v in self.extras.items()}
-        return replace(self, rows=self.rows[start:stop], extras=extras)
+        return replace(self, rows=self.rows[start:stop], extras=extras, pictures=(start, stop))
 
     def pictures_at_once(self, count: int, at_once: int) -> int:
         """How many pictures of a batch of ``count`` can share an evaluation: all, where entries stand for several."""

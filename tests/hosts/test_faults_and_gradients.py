@@ -142,6 +142,56 @@ class Control(comfy.controlnet.ControlBase):
         return []
 
 
+class EachItsOwn(comfy.controlnet.ControlBase):
+    """A control net with a hint for each picture of the batch, kept as the host's own keep theirs."""
+
+    def __init__(self, hints):
+        super().__init__()
+        self.cond_hint_original = hints
+
+    def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
+        wanted = x_noisy.shape[0] // batched_number
+        if self.cond_hint is None or self.cond_hint.shape[0] != wanted:
+            self.cond_hint = (self.cond_hint if self.cond_hint is not None else self.cond_hint_original)[:wanted]
+        return {"input": [self.cond_hint.repeat(batched_number, 1, 1, 1).to(x_noisy)]}
+
+    def copy(self):
+        copied = EachItsOwn(self.cond_hint_original)
+        self.copy_to(copied)
+        return copied
+
+    def get_models(self):
+        return []
+
+
+class Apart:
+    """Two pictures with control hints and masks of their own, evaluated together and one by one."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = (), "do", "test", True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        kinds = {"model": "MODEL", "positive": "CONDITIONING", "latent": "LATENT"}
+        return {"required": {name: (kind,) for name, kind in kinds.items()}}
+
+    def do(self, model, positive, latent):
+        comfyui = adapter()
+        hints = torch.tensor([0.0, 0.5]).reshape(2, 1, 1, 1)
+        positive = [[rows, {**options, "control": EachItsOwn(hints)}] for rows, options in positive]
+        latent = latent["samples"].repeat(2, 1, 1, 1)
+        noise = torch.randn(latent[:1].shape, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
+
+        def work(dejavu, x, sigma):
+            given = comfyui.conditioning_of(positive[0][0], positive[0][1])
+            both = dejavu(x, sigma, given)
+            apart = [dejavu(x[i : i + 1], sigma[i : i + 1], given.of_pictures(i, i + 1, 2)) for i in (0, 1)]
+            again = dejavu(x, sigma, given)
+            gap = float((torch.cat(apart) - both).norm() / both.norm())
+            return gap, float((both[0] - both[1]).norm() / both.norm()), float((again - both).abs().max())
+
+        return {"ui": {"gaps": list(comfyui.with_model(model, positive, latent, noise, torch.tensor([14.6, 0.0]), work))}}
+
+
 class OtherPacks:
     """What other packs do to a model and a prompt: attention patch, block patch, guidance, control net."""
 
@@ -161,7 +211,7 @@ class OtherPacks:
         return (model, [[rows, {**options, "control": control, "control_apply_to_uncond": True}] for rows, options in positive])
 
 
-NODE_CLASS_MAPPINGS = {"OtherPacks": OtherPacks, "RawDifference": RawDifference, "RawReport": RawReport, "Sabotage": Sabotage, "Broken": Broken, "FiniteDifference": FiniteDifference}
+NODE_CLASS_MAPPINGS = {"Apart": Apart, "OtherPacks": OtherPacks, "RawDifference": RawDifference, "RawReport": RawReport, "Sabotage": Sabotage, "Broken": Broken, "FiniteDifference": FiniteDifference}
 '''
 
 
@@ -277,6 +327,15 @@ def test_gradients_through_fp16_weights(start_comfy: Callable[..., ComfyServer],
     by_gradient, by_difference, dtype = slopes(server, 1e-2)
     assert dtype == "torch.float16"
     assert by_gradient == pytest.approx(by_difference, rel=5e-2, abs=1e-4)
+
+
+def test_a_picture_evaluated_alone_keeps_its_own_hint(faulty: ComfyServer) -> None:
+    graph = graphs.text_to_image(seed=1, steps=1)
+    inputs = graph["sampler"]["inputs"]
+    graph["apart"] = node("Apart", model=inputs["model"], positive=inputs["positive"], latent=inputs["latent_image"])
+    apart, between, afterwards = faulty.run(graph)["apart"]["gaps"]
+    assert between > 1e-3  # the same noise and prompt: only the hints tell the two pictures apart
+    assert apart < 1e-4 and afterwards == 0  # a batch of another size rounds otherwise
 
 
 def test_other_packs_patches_are_measured_as_they_are(faulty: ComfyServer) -> None:

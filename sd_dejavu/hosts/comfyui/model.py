@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -185,11 +186,12 @@ class ComfyModel:
 
     def __call__(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        if self._own is not None and conditioning is self._own[0]:
-            return self.calculate(self._own[1], x, sigma)
+        if self._own is not None and conditioning.rows is self._own[0].rows:
+            return self.calculate(self._own[1], x, sigma, pictures=conditioning.pictures)
         if conditioning.attention is not None and not isinstance(self._inner.diffusion_model, UNetModel):
             raise ValueError("the host lets nobody change this model's attention: choose another way to mitigate")
-        return self.calculate([self.entry_with(conditioning, x)], x, sigma, conditioning.attention)
+        entry = self.entry_with(conditioning, x)
+        return self.calculate([entry], x, sigma, conditioning.attention, conditioning.pictures)
 
     def of_the_host(self, entries: list[dict[str, Any]]) -> Conditioning | None:
         """A conditioning that stands for the host's own processed ``entries``; None where they have no rows, or more.
@@ -203,9 +205,19 @@ class ComfyModel:
         return found
 
     def calculate(
-        self, entries: list[dict[str, Any]], x: Tensor, sigma: Tensor, attention: AttentionRule | None = None
+        self,
+        entries: list[dict[str, Any]],
+        x: Tensor,
+        sigma: Tensor,
+        attention: AttentionRule | None = None,
+        pictures: tuple[int, int] | None = None,
     ) -> Tensor:
-        """The host's own prediction for a list of its processed conditionings, on the device that the run began on."""
+        """The host's own prediction for a list of its processed conditionings, on the device that the run began on.
+
+        ``pictures`` are those of the run's batch that x holds, where it does not hold all.
+        """
+        if pictures is not None:
+            entries = [_of_pictures(entry, *pictures, self._images) for entry in entries]
         if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
             self._refuse_other_weights(entries)
         # Other devices evaluate without gradients, and have no work to share here.
@@ -233,7 +245,7 @@ class ComfyModel:
             if isinstance(value := given.get(name), Tensor):
                 given[name] = value.to(value.device if place is None else place.device)
         noise, latents = began.pop("noise", None), as_host(x, self._dimensions)
-        if noise is None or noise.shape != latents.shape:
+        if noise is None or noise.shape[1:] != latents.shape[1:] or conditioning.rows.shape[0] > 1:
             noise = latents
         (made,) = comfy.samplers.encode_model_conds(
             self._inner.extra_conds,
@@ -267,6 +279,32 @@ class ComfyModel:
                 yield
         finally:
             self._plain_attention = before
+
+
+def _of_pictures(entry: dict[str, Any], start: int, stop: int, count: int) -> dict[str, Any]:
+    """The entry for some pictures of a batch of ``count``: the host would give each of them what the first ones have."""
+
+    def part(value: Any) -> Any:
+        return value[start:stop] if isinstance(value, Tensor) and value.ndim and value.shape[0] == count else value
+
+    conds = {
+        name: cond._copy_with(part(cond.cond)) if hasattr(cond, "_copy_with") else cond
+        for name, cond in entry["model_conds"].items()
+    }
+    changed = {name: part(entry[name]) for name in ("mask",) if name in entry}
+    if entry.get("control") is not None:
+        changed["control"] = _control_of_pictures(entry["control"], part)
+    return {**entry, **changed, "model_conds": conds, "uuid": uuid.uuid4()}
+
+
+def _control_of_pictures(control: Any, part: Callable[[Any], Any]) -> Any:
+    """A control net's copy with hints of these pictures alone; the run's own keeps what it has prepared for all."""
+    copied = copy.copy(control)
+    copied.cond_hint = None
+    copied.cond_hint_original = part(getattr(control, "cond_hint_original", None))
+    if getattr(control, "previous_controlnet", None) is not None:
+        copied.previous_controlnet = _control_of_pictures(control.previous_controlnet, part)
+    return copied
 
 
 def _normal(value: Any) -> Any:
