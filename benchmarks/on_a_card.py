@@ -44,7 +44,7 @@ import comfyui_server  # noqa: E402
 import graphs  # noqa: E402
 import miniature  # noqa: E402
 import miniatures  # noqa: E402
-from comfyui_server import ComfyServer, ExecutionFailed, make_home  # noqa: E402
+from comfyui_server import ComfyServer, ExecutionFailed, PromptRejected, make_home  # noqa: E402
 from graphs import Graph, node  # noqa: E402
 from watched import watched  # noqa: E402
 
@@ -397,7 +397,7 @@ class Bench:
         graph["told"] = node("CardTold", model=["reset", 0], samples=samples, number=self._number)
         try:
             outputs = self.server.run(graph, timeout=600)
-        except ExecutionFailed as failed:
+        except (ExecutionFailed, PromptRejected) as failed:
             return {"fault": str(failed).splitlines()[0]}
         found = {key: value[0] for key, value in outputs["told"].items()}
         if "dejavu" in outputs.get("verdict", {}):
@@ -421,7 +421,7 @@ class Bench:
         began = time.perf_counter()
         try:
             outputs = self.server.run(graph, timeout=600)
-        except ExecutionFailed as failed:
+        except (ExecutionFailed, PromptRejected) as failed:
             return {"fault": str(failed).splitlines()[0]}
         return {"seconds": time.perf_counter() - began, **json.loads(outputs["shown"]["text"][0])}
 
@@ -434,7 +434,7 @@ class Bench:
             del graph[name]
         try:
             found = self.server.run(graph, timeout=600)["slopes"]
-        except ExecutionFailed as failed:
+        except (ExecutionFailed, PromptRejected) as failed:
             return {"fault": str(failed).splitlines()[0]}
         by_gradient, by_difference = found["slopes"]
         return {"gradient": by_gradient, "difference": by_difference, "ratio": by_gradient / by_difference}
@@ -446,6 +446,7 @@ class Bench:
 
 
 STEPS = 6  # of the runs of table A
+UPDATES = {"iterations": 4, "learning_rate": 0.0, "checkpointing": False}
 WEIGHTS: dict[str, Row] = {
     "fp16": {},
     "fp16, LoRA": {"lora": True},
@@ -477,7 +478,7 @@ def in_comfyui(bench: Bench, mode: str, names: Sequence[str], report: Callable[[
     add("Monitor mitigates", "fp16", **mitigation_of(seen))
     explained = bench.alone(bench.graph(), "DejaVuExplain")
     add("Explain", "fp16", seconds=explained.get("seconds"), **words_of({"report": explained}, explained))
-    mitigated = bench.alone(bench.graph(), "DejaVuMitigate", target=0.01, iterations=4)
+    mitigated = bench.alone(bench.graph(), "DejaVuMitigate", target=0.01, **UPDATES)
     kept = ("score_before", "score_after", "seconds", "fault")
     add("Mitigate Conditioning, 4 updates", "fp16", **{key: mitigated[key] for key in kept if key in mitigated})
     for name in (SD15, SDXL):
@@ -769,11 +770,13 @@ def main() -> None:
 
             def static() -> None:
                 known = started(1, [] if small else ["--disable-dynamic-vram"])
-                rows["static"] = in_comfyui(known, "--disable-dynamic-vram", ["fp16, LoRA", "fp8_e4m3fn"], report)
+                rows["static"] = in_comfyui(
+                    known, "--disable-dynamic-vram", ["fp8_e4m3fn"] if small else ["fp16, LoRA", "fp8_e4m3fn"], report
+                )
 
             beside = Thread(target=static)
             beside.start()
-            rows["default"] = in_comfyui(bench, "default", list(WEIGHTS), report)
+            rows["default"] = in_comfyui(bench, "default", ["fp16, LoRA"] if small else list(WEIGHTS), report)
             beside.join()
             result["A"] = rows["default"] + rows.get("static", [])
         if other is not None:
