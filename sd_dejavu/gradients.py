@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ R = TypeVar("R")
 
 BYTES_A_LATENT_PIXEL = 320_000  # kept for the backward pass in half precision: 180,000 in SD1.5, 313,000 in SDXL
 TOGETHER = 2**30  # bytes kept for pictures that go through the network together
+RECOMPUTED_FROM = 3 * 2**30  # bytes kept for one picture: more would not fit beside the weights on a card of 12 GB
 TRIES, STEP = 4, 2.0**4
 
 
@@ -165,7 +166,7 @@ def recomputing(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
     try:
         for module in modules:
             before.append((module, vars(module).get("forward")))
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
+            module.forward = partial(_again, module.forward)
         yield
     finally:
         for module, own in reversed(before):
@@ -173,3 +174,17 @@ def recomputing(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
                 del module.forward  # the class's own shows again
             else:
                 module.forward = own  # type: ignore[assignment]
+
+
+def _again(forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """``forward`` of copies of copies: hosts add to a block's input in place, in the block and after it."""
+
+    def of_copies(*given: Any, **more: Any) -> Any:
+        return forward(*map(_copied, given), **{name: _copied(value) for name, value in more.items()})
+
+    kept = {name: _copied(value) for name, value in named.items()}
+    return checkpoint(of_copies, *map(_copied, arguments), use_reentrant=False, preserve_rng_state=False, **kept)
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..attention import AttentionRule, scaled_keys, watched_attention
 from ..conditioning import Conditioning, EncoderInput, Reencoding, TokenRow, align
 from ..denoiser import PredictionType, denoised_from_output, model_input, over_pixels, seeded_noise
-from ..gradients import BYTES_A_LATENT_PIXEL, recomputing
+from ..gradients import BYTES_A_LATENT_PIXEL, RECOMPUTED_FROM, recomputing
 from ..guidance import GuidanceRule, GuidedStep
 from ..memory import OutOfMemory, free_memory, in_pieces, ran_out, too_large
 from ..prompt_weights import encode_weighted
@@ -34,7 +34,6 @@ from ..prompt_weights import encode_weighted
 EVALUATION = 2**29  # bytes that the activations of one evaluation may take; larger batches are cut
 EVALUATION_BYTES = 16_000  # a latent pixel takes in half precision: 15,000 in SD1.5, 9,500 in SDXL
 DECODER_BYTES = 10_000  # a picture's pixel keeps for a backward pass through the decoder in half precision
-RECOMPUTED_FROM = 3 * 2**30  # bytes kept for a backward pass
 CHUNK = 75
 MAX_CHUNKS = 8
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")

@@ -355,11 +355,15 @@ class Slopes:
                 rows = given.rows.clone().float().requires_grad_(True)
                 vector = None if pooled is None else pooled.clone().float().requires_grad_(True)
                 leaves = [rows] if vector is None else [rows, vector]
-                found = torch.autograd.grad(loss(moved(rows, vector)), leaves, allow_unused=True)
-                by_gradient = [
-                    0.0 if gradient is None else float((gradient * direction).sum())
-                    for gradient, direction in zip(found, (along, beside), strict=False)
-                ]
+
+                def slopes() -> list[float]:
+                    found = torch.autograd.grad(loss(moved(rows, vector)), leaves, allow_unused=True)
+                    return [
+                        0.0 if gradient is None else float((gradient * direction).sum())
+                        for gradient, direction in zip(found, (along, beside), strict=False)
+                    ]
+
+                by_gradient = slopes()
                 by_difference = []
                 with torch.no_grad():
                     for number in range(len(leaves)):
@@ -369,7 +373,9 @@ class Slopes:
                             new[number] += sign * step * (along, beside)[number]
                             ends.append(float(loss(moved(new[0], new[1] if len(new) > 1 else None))))
                         by_difference.append((ends[0] - ends[1]) / (2 * step))
-            return [*by_gradient, *by_difference]
+            with dejavu.differentiable(checkpointing=True):
+                recomputed = slopes()
+            return [*by_gradient, *by_difference, *recomputed]
 
         found = host.with_model(model, positive, latent, noise, torch.tensor([sigma, 0.0]), work)
         return {"ui": {"slopes": found}}

@@ -33,7 +33,7 @@ from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor
 from torch.nn import grad
 
-from ...gradients import BYTES_A_LATENT_PIXEL, TOGETHER, recomputing
+from ...gradients import BYTES_A_LATENT_PIXEL, RECOMPUTED_FROM, TOGETHER, recomputing
 from ..aliases import aliased, as_normal, refuse_unusual
 
 _HAND_BACK = "offloadable" in inspect.signature(comfy.ops.cast_bias_weight).parameters  # 0.3.64 needs nothing back
@@ -199,6 +199,18 @@ def _without_fused_kernels() -> Iterator[None]:
         managed.in_training = before
 
 
+def kept_by_a_picture(patcher: Any, latent_pixels: int) -> int:
+    """Bytes that the backward pass of one picture needs kept from its forward pass."""
+    computes_in = patcher.model.manual_cast_dtype or patcher.model.get_dtype()
+    return latent_pixels * BYTES_A_LATENT_PIXEL * int(comfy.model_management.dtype_size(computes_in)) // 2
+
+
+def must_recompute(patcher: Any, latent_pixels: int) -> bool:
+    """Whether one picture's activations are more than fits beside the weights on a card of 12 GB, or than is free."""
+    count_free = getattr(patcher, "get_free_memory", comfy.model_management.get_free_memory)
+    return kept_by_a_picture(patcher, latent_pixels) > min(RECOMPUTED_FROM, count_free(patcher.load_device))
+
+
 def make_room(patcher: Any, pictures: int, latent_pixels: int) -> None:
     """Ask the host for the memory of a backward pass: its own estimate knows only the forward pass.
 
@@ -209,12 +221,9 @@ def make_room(patcher: Any, pictures: int, latent_pixels: int) -> None:
     managed = comfy.model_management
     if getattr(patcher, "is_dynamic", lambda: False)():
         return
-    computes_in = patcher.model.manual_cast_dtype or patcher.model.get_dtype()
-    bytes_a_picture = latent_pixels * BYTES_A_LATENT_PIXEL * managed.dtype_size(computes_in) // 2
+    one = kept_by_a_picture(patcher, latent_pixels)
     own = [m for m in managed.current_loaded_models if m.model is not None and patcher.is_clone(m.model)]
-    managed.free_memory(
-        min(pictures * bytes_a_picture, max(TOGETHER, bytes_a_picture)), patcher.load_device, keep_loaded=own
-    )
+    managed.free_memory(min(pictures * one, max(TOGETHER, one)), patcher.load_device, keep_loaded=own)
 
 
 def plain_attention(function: Any, *arguments: Any, **settings: Any) -> Tensor:
@@ -229,7 +238,8 @@ def checkpointed(network: torch.nn.Module, wanted: bool) -> Iterator[None]:
         yield
         return
     lists = [
-        getattr(network, name, None) for name in ("input_blocks", "output_blocks", "joint_blocks", "double_blocks")
+        getattr(network, name, None)
+        for name in ("input_blocks", "middle_block", "output_blocks", "joint_blocks", "double_blocks", "single_blocks")
     ]
     outer = [block for part in lists if part is not None for block in part]
     with recomputing(

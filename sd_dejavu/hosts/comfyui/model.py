@@ -29,7 +29,7 @@ from ...denoiser import PredictionType, seeded_noise
 from ...guidance import GuidedStep
 from ..aliases import normal
 from .attention import attending
-from .gradients import checkpointed, differentiable, make_room, plain_attention
+from .gradients import checkpointed, differentiable, make_room, must_recompute, plain_attention
 from .text import SOURCE, conditioning_of, encode, options_with
 
 FINGERPRINT = "dejavu_fingerprint"  # attachment of a model whose fingerprint is known
@@ -269,13 +269,18 @@ class ComfyModel:
 
     @contextmanager
     def differentiable(self, checkpointing: bool = False) -> Iterator[None]:
-        """Gradients through the model and, where it is at hand, the text encoder."""
+        """Gradients through the model and, where it is at hand, the text encoder.
+
+        The network's blocks recompute their activations with ``checkpointing``, and where memory is too short for them.
+        """
         modules = [self._inner, *([self.clip.cond_stage_model] if self.clip is not None else [])]
         before = self._plain_attention
-        make_room(self._patcher, self._images, prod(self.latent_shape[1:]))
+        pixels = prod(self.latent_shape[1:])
+        make_room(self._patcher, self._images, pixels)
+        recomputing = checkpointing or must_recompute(self._patcher, pixels)
         try:
             self._plain_attention = True
-            with differentiable(modules), checkpointed(self._inner.diffusion_model, checkpointing):
+            with differentiable(modules), checkpointed(self._inner.diffusion_model, recomputing):
                 yield
         finally:
             self._plain_attention = before
