@@ -543,30 +543,32 @@ def words_of(found: Row, explained: Row | None = None) -> Row:
 def cost(bench: Bench, pairs: int, open_page: bool, report: Callable[[str], None]) -> Row:
     """Table B: wall ratio of watched to plain runs, the order within a pair changing from pair to pair.
 
-    Noise of the machine only ever adds to a run's time, so the ratio of the fastest runs stands beside the median.
+    A machine shared with others only ever adds to a run's time, so the ratio of the fastest runs, and that of the
+    processor time of the host's process, stand beside the median.
     """
     server = bench.server
 
-    def seconds(seed: int, monitored: bool, client: str | None) -> tuple[float, float]:
+    def seconds(seed: int, monitored: bool, client: str | None) -> tuple[float, float, float]:
         graph = bench.graph(seed=seed)
         if monitored:
             watched(graph, words=False, explain="flagged", alpha=0.005)  # below any p-value of so few nulls
-        began = time.perf_counter()
+        began, computed = time.perf_counter(), cpu_seconds(server.pid)
         entry = server.wait(server.post(graph, client), timeout=600)
-        took = time.perf_counter() - began
+        took, computed = time.perf_counter() - began, cpu_seconds(server.pid) - computed
         stamps = {kind: data["timestamp"] for kind, data in entry["status"]["messages"] if "timestamp" in data}
-        return took, (stamps["execution_success"] - stamps["execution_start"]) / 1000
+        return took, (stamps["execution_success"] - stamps["execution_start"]) / 1000, computed
 
     def measured(client: str | None) -> Row:
         for number, monitored in enumerate((False, True, False, True)):
             seconds(1 + number, monitored, client)  # warm up
-        walls, hosts, runs = [], [], {False: [], True: []}
+        walls, hosts, cpus, runs = [], [], [], {False: [], True: []}
         for pair in range(pairs):
             order = (False, True) if pair % 2 else (True, False)
             took = {monitored: seconds(100 + pair, monitored, client) for monitored in order}
             walls.append(took[True][0] / took[False][0])
             hosts.append(took[True][1] / took[False][1])
-            for monitored, (_, own) in took.items():
+            cpus.append(took[True][2] / took[False][2])
+            for monitored, (_, own, _) in took.items():
                 runs[monitored].append(own)
         return {
             "pairs": pairs,
@@ -575,6 +577,7 @@ def cost(bench: Bench, pairs: int, open_page: bool, report: Callable[[str], None
             "wall_quartiles": [float(q) for q in np.quantile(walls, [0.25, 0.75])],
             "host_ratio": float(np.median(hosts)),
             "host_quartiles": [float(q) for q in np.quantile(hosts, [0.25, 0.75])],
+            "cpu_ratio": float(np.median(cpus)),
             "fastest_ratio": min(runs[True]) / min(runs[False]),
             "plain_seconds": float(np.median(runs[False])),
             "plain_fastest": min(runs[False]),
@@ -587,6 +590,12 @@ def cost(bench: Bench, pairs: int, open_page: bool, report: Callable[[str], None
         found = measured(None)
     report(f"B {found}")
     return found
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time of a process with all its threads so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 # ------------------------------------------------------------------------------------- C: the command line
@@ -685,7 +694,7 @@ def markdown(result: Row) -> str:
         lines.append(
             f"| {row['page']} | {row['pairs']} | {row['wall_ratio']:.3f} ({low:.3f} to {high:.3f}) | "
             f"{row['host_ratio']:.3f} ({own_low:.3f} to {own_high:.3f}) | {row['fastest_ratio']:.3f} | "
-            f"{row['plain_seconds']:.3f} s |"
+            f"{row['cpu_ratio']:.3f} | {row['plain_seconds']:.3f} s |"
         )
     lines += ["", "## C. Peak memory allocated by the command line, fp16", ""]
     lines += ["| command | " + " | ".join(_models(result)) + " |", "| --- |" + " --- |" * len(_models(result))]
@@ -697,6 +706,13 @@ def markdown(result: Row) -> str:
             cells.append(peak if not row["status"] else f"failed ({peak})")
         lines.append(f"| {command} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
+
+
+def write(result: Row, out: Path) -> None:
+    """JSON and Markdown beside each other."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    out.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
 
 
 def _models(result: Row) -> list[str]:
@@ -782,11 +798,10 @@ def main() -> None:
         if other is not None:
             told, _ = other.communicate()
             result["C"] = json.loads(told)
+        write(result, arguments.out)
         if bench is not None and "A" in arguments.parts and not small:  # now that nothing else needs the card
             result["A"] += on_a_small_card(bench, 1300, report)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    arguments.out.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
+    write(result, arguments.out)
     report(f"written to {arguments.out}.json and .md")
 
 
