@@ -49,7 +49,7 @@ def change_options(model: Any) -> None:
         return arguments["denoised"]
 
     def outer_sample(executor: Any, *arguments: Any, **named: Any) -> Any:
-        options = _known["options"] = executor.class_obj.model_options
+        options = executor.class_obj.model_options
         before = options.get("sampler_post_cfg_function", [])
         options["sampler_post_cfg_function"] = [*before, post_cfg]
         return executor(*arguments, **named)
