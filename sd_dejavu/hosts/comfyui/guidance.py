@@ -26,6 +26,7 @@ from .gradients import differentiable
 from .model import ComfyModel, HostStep, as_host, as_pictures, remember_beginning
 from .monitor import KEY, covers, level_of, negative_of, without_of
 from .reference import HostReferences, picture_device
+from .run_options import in_guidance
 from .text import as_typed
 
 KEPT = 4  # times the memory of a decoder's forward pass that its backward pass needs
@@ -68,13 +69,10 @@ class Steering:
 
     def _outer_sample(self, executor: Any, *arguments: Any, **named: Any) -> Tensor:
         run = _Run(self, executor.class_obj)
-        options = executor.class_obj.model_options
-        before = options.get("sampler_post_cfg_function", [])
-        options["sampler_post_cfg_function"] = [lambda step: run.guided(step), *before]
         try:
-            return executor(*arguments, **named)
+            with in_guidance(executor.class_obj.model_options, first=[lambda step: run.guided(step)]):
+                return executor(*arguments, **named)
         finally:
-            options["sampler_post_cfg_function"] = before
             run.end()
 
 

@@ -30,6 +30,7 @@ from ...guidance import GuidedStep
 from ..aliases import normal
 from .attention import attending
 from .gradients import checkpointed, differentiable, make_room, must_recompute, plain_attention
+from .run_options import uncached
 from .text import SOURCE, conditioning_of, encode, options_with
 
 FINGERPRINT = "dejavu_fingerprint"  # attachment of a model whose fingerprint is known
@@ -222,7 +223,7 @@ class ComfyModel:
             self._refuse_other_weights(entries)
         # Other devices evaluate without gradients, and have no work to share here.
         options = {name: value for name, value in self._options.items() if name != "multigpu_clones"}
-        options = attending(options, attention)
+        options = attending(uncached(options), attention)
         if self._plain_attention:
             transformer = {**options.get("transformer_options", {}), "optimized_attention_override": plain_attention}
             options = {**options, "transformer_options": transformer}

@@ -34,6 +34,7 @@ from ...readout import Readout
 from . import graph
 from .attention import attending
 from .model import ComfyModel, HostStep, as_host, as_pictures, fingerprint, remember_beginning, why_no_pictures
+from .run_options import forget_steps, in_guidance
 from .setting import kind_of, negative_name, profile_for, setting_of
 from .text import SOURCE, Source, conditioning_of
 
@@ -171,7 +172,6 @@ class Monitor:
         run.no_pictures = why_no_pictures(noise)
         self._open.append(run)
         options = guider.model_options
-        before = options.get("sampler_post_cfg_function", [])
 
         def read(arguments: dict[str, Any]) -> Tensor:
             with self._guarded(run):
@@ -181,18 +181,18 @@ class Monitor:
         def guide(arguments: dict[str, Any]) -> Tensor:
             return self._guide(run, guider, arguments)
 
-        options["sampler_post_cfg_function"] = [guide, *before, read]
         try:
-            try:
-                samples = executor(noise, latent_image, sampler, sigmas, *a, **k)
-            except OtherNoise as found:
-                run.evaluations = 0
-                moved = as_host(found.moved, noise.ndim) / _noise_unit(guider, sampler, sigmas)
-                noise = noise + moved.to(noise)
-                samples = executor(noise, latent_image, sampler, sigmas, *a, **k)
+            with in_guidance(options, first=[guide], last=[read]):
+                try:
+                    samples = executor(noise, latent_image, sampler, sigmas, *a, **k)
+                except OtherNoise as found:
+                    run.evaluations = 0
+                    moved = as_host(found.moved, noise.ndim) / _noise_unit(guider, sampler, sigmas)
+                    noise = noise + moved.to(noise)
+                    forget_steps(options)
+                    samples = executor(noise, latent_image, sampler, sigmas, *a, **k)
             run.watch.finished = True
         finally:
-            options["sampler_post_cfg_function"] = before
             run.unexplained = None  # of a run that was interrupted
             self._open.remove(run)
             if run.evaluations:
@@ -259,6 +259,7 @@ class Monitor:
         run.evaluations += 1
         run.cond = run.uncond = None
         if changed is not None:
+            forget_steps(options)
             denoised = executor(x, timestep, attending(options, run.attention), seed)
             if run.uncond is None:
                 with self._guarded(run):
