@@ -158,7 +158,22 @@ export function store(app, node, report) {
   node.properties.dejavu = report
   const state = tracker(app)?.activeState
   const graphs = [state, ...(state?.definitions?.subgraphs ?? [])].filter((g) => g && (node.graph?.isRootGraph ?? true ? g === state : g.id === node.graph.id))
-  const saved = graphs.flatMap((g) => g.nodes ?? []).find((n) => String(n.id) === String(node.id) && n.type === node.type)
+  keepIn(graphs.flatMap((g) => g.nodes ?? []).find((n) => String(n.id) === String(node.id) && n.type === node.type), report)
+}
+
+/** The same for a node of a workflow that waits in another tab: it shows the report when it is opened again. */
+export function storeElsewhere(app, workflow, id, report) {
+  const states = (app.extensionManager?.workflow?.openWorkflows ?? []).map((open) => open.changeTracker?.activeState)
+  const state = states.find((known) => known?.id === workflow)
+  let graph = state, saved = null
+  for (const part of String(id).split(':')) {
+    saved = graph?.nodes?.find((n) => String(n.id) === part)
+    graph = state?.definitions?.subgraphs?.find((inner) => inner.id === saved?.type)
+  }
+  keepIn(saved, report)
+}
+
+function keepIn(saved, report) {
   if (saved) saved.properties = { ...saved.properties, dejavu: JSON.parse(JSON.stringify(report)) }
 }
 
