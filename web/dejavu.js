@@ -2,7 +2,7 @@
 
 import { api } from '../../scripts/api.js'
 import { app } from '../../scripts/app.js'
-import { behind, executionId, placeOf, places, rootGraph, setText, sourceOf, store, storeElsewhere, textWidget } from './graph.js'
+import { behind, elsewhere, executionId, placeOf, places, rootGraph, setText, sourceOf, store, storeElsewhere, textWidget } from './graph.js'
 import { createPanel } from './panel.js'
 import { readReport } from './report.js'
 import { createRuns } from './runs.js'
@@ -140,17 +140,14 @@ function keepDocument(node, document) {
   showDocument(node, document)
 }
 
-/** Whether a workflow is the one that is open; one that is not known by its id is taken for it. */
-const isOpen = (workflow) => workflow == null || workflow === rootGraph(app)?.id
-
 /** A run that goes on or has ended: to its nodes, and to the list. */
 function onRun({ run, monitor, prompt_id: promptId, workflow, finished, report: document }) {
   const report = readReport(document)
   if (!report) return
   const key = `${promptId} ${run}`
   const begins = !runs.all.some((known) => known.key === key)
-  runs.put({ key, promptId, workflow, monitor: String(monitor), report, document, finished })
-  if (!isOpen(workflow)) return
+  runs.put({ key, promptId, monitor: String(monitor), report, document, finished })
+  if (workflow != null && workflow !== rootGraph(app)?.id) return // it waits in another tab
   for (const { node } of readersOf(monitor)) {
     if (begins) panels.get(node)?.pictures([])
     if (finished) keepDocument(node, document)
@@ -171,17 +168,12 @@ function readersOf(monitor) {
   })
 }
 
-/**
- * What a node gives out: a report for its panel, and the pictures behind a Verdict's latent for its map and the list.
- *
- * The workflow is the one that queued it, which may wait in another tab; a prompt that told of no run came out of
- * the host's cache at once.
- */
+/** What a node gives out: a report for its panel, and the pictures behind a Verdict's latent for its map and the list. */
 function onExecuted({ node: id, display_node: shownId, prompt_id: promptId, output }) {
-  const workflow = runs.all.find((r) => r.promptId === promptId)?.workflow
   const document = output?.dejavu?.[0]
-  if (!isOpen(workflow)) {
-    if (readReport(document)) storeElsewhere(app, workflow, shownId ?? id, document)
+  const waiting = elsewhere(app, id, output)
+  if (waiting) {
+    if (readReport(document)) storeElsewhere(waiting, shownId ?? id, document)
     return
   }
   const own = document && placeOf(rootGraph(app), shownId ?? id)

@@ -161,14 +161,20 @@ export function store(app, node, report) {
   keepIn(graphs.flatMap((g) => g.nodes ?? []).find((n) => String(n.id) === String(node.id) && n.type === node.type), report)
 }
 
-/** The same for a node of a workflow that waits in another tab: it shows the report when it is opened again. */
-export function storeElsewhere(app, workflow, id, report) {
-  const states = (app.extensionManager?.workflow?.openWorkflows ?? []).map((open) => open.changeTracker?.activeState)
-  const state = states.find((known) => known?.id === workflow)
+/** The workflow whose run has given out this output, where it waits in another tab than the one that is open. */
+export function elsewhere(app, id, output) {
+  const { openWorkflows = [], activeWorkflow } = app.extensionManager?.workflow ?? {}
+  const queued = openWorkflows.find((known) => known.changeTracker?.nodeOutputs?.[id] === output)
+  return queued && queued !== activeWorkflow ? queued : null
+}
+
+/** Keep a report in a node of a workflow in another tab: it is shown when that is opened again. */
+export function storeElsewhere(workflow, id, report) {
+  const state = workflow.changeTracker.activeState
   let graph = state, saved = null
   for (const part of String(id).split(':')) {
     saved = graph?.nodes?.find((n) => String(n.id) === part)
-    graph = state?.definitions?.subgraphs?.find((inner) => inner.id === saved?.type)
+    graph = state.definitions?.subgraphs?.find((inner) => inner.id === saved?.type)
   }
   keepIn(saved, report)
 }
