@@ -2,7 +2,7 @@
 
 import { api } from '../../scripts/api.js'
 import { app } from '../../scripts/app.js'
-import { behind, executionId, placeOf, places, rootGraph, setText, sourceOf, store, textWidget } from './graph.js'
+import { behind, elsewhere, executionId, placeOf, places, rootGraph, setText, sourceOf, store, storeElsewhere, textWidget } from './graph.js'
 import { createPanel } from './panel.js'
 import { readReport } from './report.js'
 import { createRuns } from './runs.js'
@@ -106,7 +106,7 @@ function addPanel(node) {
   forwardPointer(panel.element)
   node.setSize?.([Math.max(SIZE[0], node.size[0]), Math.max(SIZE[1], node.size[1])])
   mount(node)
-  const { onRemoved, onConfigure, onExecuted: executed } = node
+  const { onRemoved, onConfigure } = node
   node.onRemoved = function (...given) {
     onRemoved?.apply(this, given)
     panel.remove()
@@ -116,11 +116,6 @@ function addPanel(node) {
   node.onConfigure = function (...given) {
     onConfigure?.apply(this, given)
     showDocument(node, node.properties?.dejavu)
-  }
-  node.onExecuted = function (message, ...more) {
-    executed?.call(this, message, ...more)
-    const document = message?.dejavu?.[0]
-    if (document) keepDocument(node, document)
   }
 }
 
@@ -146,12 +141,13 @@ function keepDocument(node, document) {
 }
 
 /** A run that goes on or has ended: to its nodes, and to the list. */
-function onRun({ run, monitor, prompt_id: promptId, finished, report: document }) {
+function onRun({ run, monitor, prompt_id: promptId, workflow, finished, report: document }) {
   const report = readReport(document)
   if (!report) return
   const key = `${promptId} ${run}`
   const begins = !runs.all.some((known) => known.key === key)
   runs.put({ key, promptId, monitor: String(monitor), report, document, finished })
+  if (workflow != null && workflow !== rootGraph(app)?.id) return // it waits in another tab
   for (const { node } of readersOf(monitor)) {
     if (begins) panels.get(node)?.pictures([])
     if (finished) keepDocument(node, document)
@@ -172,8 +168,16 @@ function readersOf(monitor) {
   })
 }
 
-/** Pictures that were made behind a Verdict's latent, for its map and for the list's thumbnails. */
+/** What a node gives out: a report for its panel, and the pictures behind a Verdict's latent for its map and the list. */
 function onExecuted({ node: id, display_node: shownId, prompt_id: promptId, output }) {
+  const document = output?.dejavu?.[0]
+  const waiting = elsewhere(app, id, output)
+  if (waiting) {
+    if (readReport(document)) storeElsewhere(waiting, shownId ?? id, document)
+    return
+  }
+  const own = document && placeOf(rootGraph(app), shownId ?? id)
+  if (own && panels.has(own.node)) keepDocument(own.node, document)
   const images = output?.images
   if (!Array.isArray(images) || !images.length) return
   const urls = images.map(({ filename, subfolder = '', type = 'output' }) => api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`))

@@ -4,8 +4,9 @@
  * A place is {node, graph, parents}: the node, the graph that holds it, and the subgraph nodes around it as places.
  */
 
-const SUBGRAPH_INPUTS = -10
-const SUBGRAPH_OUTPUTS = -20
+// Numbers in older front ends, strings in newer ones, as all ids of nodes.
+const SUBGRAPH_INPUTS = '-10'
+const SUBGRAPH_OUTPUTS = '-20'
 const TEXT_NAMES = ['text', 'prompt', 'string', 'value']
 const FARTHEST = 100
 
@@ -39,13 +40,9 @@ export function placeOf(graph, id) {
 /** Where the value of an input comes from: a place, through reroutes and subgraph borders; null if from nowhere. */
 export function sourceOf(place, input) {
   for (let hop = 0; hop < FARTHEST && input?.link != null; hop += 1) {
-    const link = linkOf(place.graph, input.link)
+    [place, input] = outermost(place, input)
+    const link = place && linkOf(place.graph, input?.link)
     if (!link) return null
-    if (link.origin_id === SUBGRAPH_INPUTS) {
-      place = place.parents.at(-1)
-      input = place?.node.inputs?.[link.origin_slot]
-      continue
-    }
     let next = { ...place, node: nodeOf(place.graph, link.origin_id) }
     let slot = link.origin_slot
     while (next.node?.subgraph) {
@@ -63,6 +60,15 @@ export function sourceOf(place, input) {
   return null
 }
 
+/** The place and the input through which a value enters the outermost of the subgraphs around it. */
+function outermost(place, input) {
+  for (let link = linkOf(place.graph, input.link); String(link?.origin_id) === SUBGRAPH_INPUTS; link = place && linkOf(place.graph, input?.link)) {
+    place = place.parents.at(-1)
+    input = place?.node.inputs?.[link.origin_slot]
+  }
+  return [place, input]
+}
+
 /** The places that take what an output gives, through reroutes and subgraph borders. */
 export function targetsOf(place, slot, hop = 0) {
   const links = place.node.outputs?.[slot]?.links ?? []
@@ -71,7 +77,7 @@ export function targetsOf(place, slot, hop = 0) {
 
 function arrivals(place, link, hop) {
   if (!link) return []
-  if (link.target_id === SUBGRAPH_OUTPUTS) {
+  if (String(link.target_id) === SUBGRAPH_OUTPUTS) {
     const parent = place.parents.at(-1)
     return parent ? targetsOf(parent, link.target_slot, hop + 1) : []
   }
@@ -116,6 +122,7 @@ export function textWidget(graph, id, prompt) {
       const fed = new Set(linked.map((i) => i.widget?.name ?? i.name))
       candidates.push(...(place.node.widgets ?? []).filter((w) => typeof w.value === 'string' && !fed.has(w.name) && isText(w)))
       next.push(...linked.map((i) => sourceOf(place, i)).filter(Boolean))
+      candidates.push(...linked.map((i) => promoted(place, i)).filter(Boolean))
     }
     front = next
   }
@@ -124,6 +131,13 @@ export function textWidget(graph, id, prompt) {
   if (same ?? only) return { widget: same ?? only }
   const title = start.node.title ?? 'the node'
   return { why: `The text of “${title}” is put together by other nodes, so it cannot be changed here.` }
+}
+
+/** The widget on the subgraph's node in which an input's value is set, where the widget was promoted to there. */
+function promoted(place, input) {
+  const [around, entrance] = outermost(place, input)
+  if (around === place || !entrance || entrance.link != null) return null
+  return around.node.widgets?.find((w) => w.name === (entrance.widget?.name ?? entrance.name) && typeof w.value === 'string') ?? null
 }
 
 const carriesText = (input) => input.type === 'STRING' || input.type === '*' || TEXT_NAMES.includes(input.name)
@@ -144,7 +158,28 @@ export function store(app, node, report) {
   node.properties.dejavu = report
   const state = tracker(app)?.activeState
   const graphs = [state, ...(state?.definitions?.subgraphs ?? [])].filter((g) => g && (node.graph?.isRootGraph ?? true ? g === state : g.id === node.graph.id))
-  const saved = graphs.flatMap((g) => g.nodes ?? []).find((n) => String(n.id) === String(node.id) && n.type === node.type)
+  keepIn(graphs.flatMap((g) => g.nodes ?? []).find((n) => String(n.id) === String(node.id) && n.type === node.type), report)
+}
+
+/** The workflow whose run has given out this output, where it waits in another tab than the one that is open. */
+export function elsewhere(app, id, output) {
+  const { openWorkflows = [], activeWorkflow } = app.extensionManager?.workflow ?? {}
+  const queued = openWorkflows.find((known) => known.changeTracker?.nodeOutputs?.[id] === output)
+  return queued && queued !== activeWorkflow ? queued : null
+}
+
+/** Keep a report in a node of a workflow in another tab: it is shown when that is opened again. */
+export function storeElsewhere(workflow, id, report) {
+  const state = workflow.changeTracker.activeState
+  let graph = state, saved = null
+  for (const part of String(id).split(':')) {
+    saved = graph?.nodes?.find((n) => String(n.id) === part)
+    graph = state.definitions?.subgraphs?.find((inner) => inner.id === saved?.type)
+  }
+  keepIn(saved, report)
+}
+
+function keepIn(saved, report) {
   if (saved) saved.properties = { ...saved.properties, dejavu: JSON.parse(JSON.stringify(report)) }
 }
 
@@ -157,4 +192,4 @@ function capture(app) {
 }
 
 const linkOf = (graph, id) => (id == null ? null : (graph.getLink?.(id) ?? graph.links?.get?.(id) ?? graph.links?.[id] ?? null))
-const nodeOf = (graph, id) => graph.getNodeById?.(id) ?? graph.nodes?.find((n) => n.id === id) ?? null
+const nodeOf = (graph, id) => graph.getNodeById?.(id) ?? graph.nodes?.find((n) => String(n.id) === String(id)) ?? null

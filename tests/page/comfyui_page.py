@@ -94,13 +94,13 @@ class Page:
                 raise
 
     def look_at(self, kind: str, scale: float = 1.0) -> None:
-        """Bring the first node of a type into view, nothing in front of it."""
+        """Bring the first node of a type in the graph that is open into view, nothing in front of it."""
         for _ in range(3):
             self.browser.keyboard.press("Escape")
             self.browser.wait_for_timeout(150)
         self.browser.evaluate(
             """([kind, scale]) => {
-                const {app} = window.comfyAPI.app, node = app.graph.nodes.find((n) => n.type === kind);
+                const {app} = window.comfyAPI.app, node = app.canvas.graph.nodes.find((n) => n.type === kind);
                 app.canvas.ds.scale = scale;
                 app.canvas.ds.offset[0] = 520 - node.pos[0];
                 app.canvas.ds.offset[1] = 160 - node.pos[1];

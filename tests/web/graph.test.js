@@ -1,5 +1,5 @@
 import { expect, it, vi } from 'vitest'
-import { behind, executionId, placeOf, places, rootGraph, setText, sourceOf, store, textWidget } from '../../web/graph.js'
+import { behind, elsewhere, executionId, placeOf, places, rootGraph, setText, sourceOf, store, storeElsewhere, textWidget } from '../../web/graph.js'
 
 /** A graph from nodes {id, type, inputs: {name: [from, slot]}}; -10 and -20 are a subgraph's borders. */
 function graphOf(nodes, { inputs = 0, outputs = [], ...more } = {}) {
@@ -58,6 +58,38 @@ it('finds what lies behind an output, up to the next sampler', () => {
     { id: 11, inputs: { mask: [7, 1] } },
   ])
   expect(behind(placeOf(graph, '7'), 0)).toEqual(['12:5', '8'])
+})
+
+it('passes the borders of subgraphs whose ids are strings', () => {
+  const inner = graphOf([{ id: '5', inputs: { monitor: [-10, 0] } }, { id: '6', inputs: { samples: [-10, 0] } }], { inputs: 1, outputs: [['6', 0]] })
+  const graph = graphOf([{ id: '1', type: 'Monitor' }, { id: '12', subgraph: inner, inputs: { monitor: ['1', 1] } }, { id: '8', inputs: { images: ['12', 0] } }])
+  for (const link of inner.links.values()) {
+    link.origin_id = String(link.origin_id)
+    link.target_id = String(link.target_id)
+  }
+  const place = placeOf(graph, '12:5')
+  expect(executionId(sourceOf(place, place.node.inputs[0]))).toBe('1')
+  expect(behind(placeOf(graph, '12:6'), 0)).toEqual(['8'])
+})
+
+it('finds a promoted text in the node of the outermost subgraph', () => {
+  const inner = graphOf([{ id: 3, widgets: [text('as it was')], inputs: { text: [-10, 0] }, types: { text: 'STRING' } }], { inputs: 1 })
+  const middle = graphOf([{ id: 7, subgraph: inner, widgets: [text('as it was')], inputs: { text: [-10, 0] } }], { inputs: 1 })
+  const graph = graphOf([{ id: 12, subgraph: middle, widgets: [text('a cat')], inputs: { text: null } }])
+  expect(textWidget(graph, '12:7:3', 'a cat').widget).toBe(graph.nodes[0].widgets[0])
+  expect(textWidget(graph, '12:7:3', 'since changed').widget).toBe(graph.nodes[0].widgets[0])
+})
+
+it('keeps a report in the workflow that queued it, which waits in another tab', () => {
+  const output = { dejavu: [{ prompt: 'a cat' }] }
+  const nodes = () => [{ id: 12, type: 'inner-id' }]
+  const waiting = { changeTracker: { nodeOutputs: { '12:7': output }, activeState: { nodes: nodes(), definitions: { subgraphs: [{ id: 'inner-id', nodes: [{ id: 7 }] }] } } } }
+  const open = { changeTracker: { nodeOutputs: { '12:7': { ...output } }, activeState: { nodes: nodes() } } }
+  const app = { extensionManager: { workflow: { openWorkflows: [open, waiting], activeWorkflow: open } } }
+  expect(elsewhere(app, '12:7', output)).toBe(waiting)
+  expect(elsewhere(app, '12:7', open.changeTracker.nodeOutputs['12:7'])).toBeNull()
+  storeElsewhere(waiting, '12:7', output.dejavu[0])
+  expect(waiting.changeTracker.activeState.definitions.subgraphs[0].nodes[0].properties.dejavu).toEqual({ prompt: 'a cat' })
 })
 
 it('ends where links go round', () => {

@@ -45,6 +45,7 @@ class LiveReport:
             return
         self._told = (run, now)
         message = {"run": run, "monitor": self._node, "prompt_id": context.prompt_id, "finished": over}
+        message["workflow"] = _workflow(server, context.prompt_id)
         _writer().submit(self._send, server, server.client_id, message, watch.so_far())
 
     def _send(self, server: Any, page: str, message: dict[str, Any], watch: Watch) -> None:
@@ -56,6 +57,13 @@ class LiveReport:
             if text not in self._faults:
                 log.warning("[Déjà Vu] the page was not told: %s", text, exc_info=True)
             self._faults.add(text)
+
+
+def _workflow(server: Any, prompt_id: str) -> str | None:
+    """The id of the workflow that queued this prompt: the page may have another one open by now."""
+    running = {item[1]: item[3] for item in server.prompt_queue.currently_running.values()}
+    workflow = (running.get(prompt_id, {}).get("extra_pnginfo") or {}).get("workflow")
+    return workflow.get("id") if isinstance(workflow, dict) else None
 
 
 @cache
