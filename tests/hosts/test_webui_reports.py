@@ -226,7 +226,7 @@ ODD = {
     "[a|(b:1.1)]": ["a"],
     "a red [|blue] fox": ["a", "red", "fox"],
     ":o": [":o"],
-    "a cat, :3, :o": ["a", "cat", ":3", ":o"],
+    "a cat, :3, :o": ["a", "cat,", ":3,", ":o"],
     "a (red fox": ["a", "red", "fox"],
     "a red) fox]": ["a", "red)", "fox]"],
     "((a][:b:c [d:3]": None,
