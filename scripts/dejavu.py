@@ -11,8 +11,7 @@ from typing import Any, TypeVar
 
 import gradio as gr
 from fastapi import Body, HTTPException
-from modules import call_queue, paths, processing, script_callbacks, scripts, shared, ui_common
-from modules.ui_components import InputAccordion
+from modules import call_queue, paths, processing, script_callbacks, scripts, shared, ui_common, ui_components
 
 from sd_dejavu.calibration import store
 from sd_dejavu.hosts.webui import audit, controls, references, run
@@ -34,11 +33,44 @@ class Session:
 
     def __init__(self) -> None:
         self.watching: run.Run | run.Calibration | audit.Piece | None = None
+        self.wanted: controls.Wanted | None = None
         self.panel = ""
         self.documents: list[dict[str, Any]] = []
+        self._p: Any = None  # the host's processing object of that run
+        self._job: float | None = None  # when the host's job began that the run is part of
+
+    def begin(self, p: Any) -> None:
+        """A run of its own begins; what was known of the last one goes."""
+        if isinstance(self.watching, run.Run):
+            self.watching.end()  # a fault of the host's has cut it short
+        self.watching = self.wanted = None
+        self.panel, self.documents = "", []
+        self._p, self._job = p, _job()
+
+    def is_within(self, p: Any) -> bool:
+        """Whether ``p`` is drawn in the midst of the run that is watched: another extension repaints a face, say."""
+        return isinstance(self.watching, run.Run) and p is not self._p and _job() is not None and _job() == self._job
+
+    def run_of(self, p: Any) -> run.Run | None:
+        """The watched run, where ``p`` is what it draws."""
+        return self.watching if isinstance(self.watching, run.Run) and p is self._p else None
+
+
+def _job() -> float | None:
+    """When the host's job began; a fault ends all of a job."""
+    began: float | None = getattr(shared.state, "time_start", None)
+    return began
 
 
 SESSION = Session()
+
+
+def _lacking() -> list[str]:
+    """What nothing can be measured without and this host has not."""
+    needed = {"on_cfg_denoiser": script_callbacks, "process_before_every_sampling": scripts.Script}
+    if HOST.name != "Forge":
+        needed["on_cfg_denoised"] = script_callbacks
+    return [name for name, owner in needed.items() if not hasattr(owner, name)]
 
 
 @contextmanager
@@ -71,7 +103,7 @@ class DejaVuScript(scripts.Script):
 
     def ui(self, is_img2img: bool) -> list[Any]:
         tab = self.tab = "img2img" if is_img2img else "txt2img"
-        with InputAccordion(False, label=TITLE, elem_id=f"dejavu_{tab}") as enabled:
+        with _accordion(tab) as enabled:
             gr.HTML("<p>Is this picture mine, or is the model replaying its training data?</p>")
             components = [_component(known, tab, _choices(known)) for known in controls.OPTIONS]
             with gr.Row():
@@ -116,36 +148,48 @@ class DejaVuScript(scripts.Script):
     # ------------------------------------------------------------------------------------ runs
 
     def process(self, p: Any, *arguments: Any) -> None:
-        if isinstance(SESSION.watching, run.Run):
-            SESSION.watching.end()  # a fault of the host's has cut it short
-        SESSION.watching = None
-        SESSION.panel, SESSION.documents = "", []
+        if SESSION.is_within(p):
+            return
+        SESSION.begin(p)
+        for name in (controls.INFOTEXT, *controls.LINES):
+            p.extra_generation_params.pop(name, None)  # of a run that this one was copied from
         with _guarded(p):
             wanted = controls.read(arguments, getattr(p, "dejavu_changes", None))
             if not wanted.enabled:
                 return
-            p.all_prompts = controls.perturbed(p.all_prompts, p.all_seeds, wanted)
+            if lacking := _lacking():
+                raise ValueError(f"this host has no {' and no '.join(lacking)}, so nothing can be measured: update it")
             chosen = wanted.references
             guard = None if chosen == controls.NO_REFERENCES else references.guard_of(REFERENCES, chosen)
             SESSION.watching = run.Run(HOST, wanted.monitoring, FOLDER, guard)
+            SESSION.wanted = wanted
             p.extra_generation_params[controls.INFOTEXT] = controls.as_infotext(wanted)
 
-    def process_batch(self, p: Any, *arguments: Any, **kwargs: Any) -> None:
-        if isinstance(SESSION.watching, run.Run):
-            SESSION.watching.forget()
-
-    def process_before_every_sampling(self, p: Any, *arguments: Any, **kwargs: Any) -> None:
-        watching = SESSION.watching
-        if not isinstance(watching, run.Run):
+    def before_process_batch(self, p: Any, *arguments: Any, **kwargs: Any) -> None:
+        """Put the published baselines in, when other extensions have said what the prompts are."""
+        wanted = SESSION.wanted
+        if SESSION.run_of(p) is None or wanted is None or wanted.perturb == controls.NOT_CHANGED:
             return
         with _guarded(p):
-            watching.begin(p, from_picture=getattr(p, "init_latent", None) is not None)
-            if HOST.name == "Forge":
-                watching.attach(p)
+            begin = kwargs.get("batch_number", 0) * p.batch_size
+            p.prompts = controls.perturbed(p.prompts, p.seeds, wanted)
+            p.all_prompts = [*p.all_prompts[:begin], *p.prompts, *p.all_prompts[begin + len(p.prompts) :]]
+
+    def process_batch(self, p: Any, *arguments: Any, **kwargs: Any) -> None:
+        if watching := SESSION.run_of(p):
+            watching.forget()
+            for name in controls.LINES:
+                p.extra_generation_params.pop(name, None)  # of the batch before
+
+    def process_before_every_sampling(self, p: Any, *arguments: Any, **kwargs: Any) -> None:
+        if watching := SESSION.run_of(p):
+            with _guarded(p):
+                watching.begin(p, from_picture=getattr(p, "init_latent", None) is not None)
+                if HOST.name == "Forge":
+                    watching.attach(p)
 
     def postprocess_batch(self, p: Any, *arguments: Any, **kwargs: Any) -> None:
-        watching = SESSION.watching
-        if isinstance(watching, run.Run):
+        if watching := SESSION.run_of(p):
             with _guarded(p):
                 self._report(p, watching, kwargs.get("batch_number", 0) * p.batch_size)
 
@@ -165,7 +209,20 @@ class DejaVuScript(scripts.Script):
             p.extra_generation_params.update(controls.infotexts([(image, report) for _, image, report in reports]))
 
     def postprocess(self, p: Any, processed: Any, *arguments: Any) -> None:
-        SESSION.watching = None
+        if SESSION.run_of(p):
+            SESSION.watching = None
+
+
+@contextmanager
+def _accordion(tab: str) -> Iterator[Any]:
+    """Holds our controls, and switches them on; a host without switches on its accordions gets a checkbox in it."""
+    kind = getattr(ui_components, "InputAccordion", None)
+    if kind is not None:
+        with kind(False, label=TITLE, elem_id=f"dejavu_{tab}") as enabled:
+            yield enabled
+        return
+    with gr.Accordion(TITLE, open=False, elem_id=f"dejavu_{tab}"):
+        yield gr.Checkbox(False, label="Enable", elem_id=f"dejavu_enabled_{tab}")
 
 
 def _component(known: Any, tab: str, choices: list[str]) -> Any:
@@ -412,9 +469,15 @@ def add_axes() -> None:
                 grid.axis_options.append(axis)
 
 
-script_callbacks.on_cfg_denoiser(before_evaluation)
-script_callbacks.on_cfg_denoised(after_evaluation)
-script_callbacks.on_app_started(add_routes)
-script_callbacks.on_ui_tabs(audit_tab)
-script_callbacks.on_ui_settings(add_settings)
-script_callbacks.on_before_ui(add_axes)
+for name, function in {
+    "on_cfg_denoiser": before_evaluation,
+    "on_cfg_denoised": after_evaluation,
+    "on_app_started": add_routes,
+    "on_ui_tabs": audit_tab,
+    "on_ui_settings": add_settings,
+    "on_before_ui": add_axes,
+}.items():
+    if hasattr(script_callbacks, name):
+        getattr(script_callbacks, name)(function)
+    else:
+        log.warning("[Déjà Vu] this host has no %s: what needs it is left out", name)

@@ -12,6 +12,7 @@ from ...report.wording import label, number, p_text
 from ...settings import Option, options_of
 
 INFOTEXT = "Déjà Vu settings"
+LINES = ("Déjà Vu", "Déjà Vu score", "Déjà Vu p-value")
 NOT_CHANGED = "none"
 NO_REFERENCES = "none"
 
@@ -98,9 +99,7 @@ def pasted(known: Mapping[str, Any], name: str) -> Any:
 def infotexts(reports: Sequence[tuple[int, Report]]) -> dict[str, list[str | None]]:
     """Lines for the parameters of each picture: verdict, score and p-value of its first pass that has a verdict."""
     images = max((image for image, _ in reports), default=-1) + 1
-    lines: dict[str, list[str | None]] = {
-        name: [None] * images for name in ("Déjà Vu", "Déjà Vu score", "Déjà Vu p-value")
-    }
+    lines: dict[str, list[str | None]] = {name: [None] * images for name in LINES}
     told: dict[int, Report] = {}
     for image, report in reports:
         if image not in told or told[image].verdicts[0].flagged is None:

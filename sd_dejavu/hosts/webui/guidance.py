@@ -78,6 +78,16 @@ def rows_of(cond: Cond, places: list[int]) -> Conditioning:
     return Conditioning(cond[places])
 
 
+def _denoiser_of(params: Any) -> Any:
+    """The host's object that evaluates the model. Raises ValueError for a host that does not tell it."""
+    denoiser = getattr(params, "denoiser", None)
+    if denoiser is None:
+        raise ValueError(
+            "this host does not tell extensions of its denoiser, as Automatic1111 does since 1.8: update it"
+        )
+    return denoiser
+
+
 class Automatic1111:
     """Reads and asks Automatic1111's guidance."""
 
@@ -85,10 +95,10 @@ class Automatic1111:
 
     def step(self, params: Any) -> Step:
         """From the parameters of its callback before an evaluation: the pictures come last, for the negative prompt."""
-        uncond = params.text_uncond
+        uncond, denoiser = params.text_uncond, _denoiser_of(params)
         images = (uncond["crossattn"] if isinstance(uncond, dict) else uncond).shape[0]
         image_cond = params.image_cond[-images:] if isinstance(params.image_cond, Tensor) else None
-        return Step(params.denoiser, params.x[-images:], params.sigma[-images:], image_cond, params.text_cond, uncond)
+        return Step(denoiser, params.x[-images:], params.sigma[-images:], image_cond, params.text_cond, uncond)
 
     def sigma(self, step: Step) -> Tensor:
         if not self._timesteps(step):
@@ -161,7 +171,7 @@ class Automatic1111:
 
         if sd_unet.current_unet is not None:
             return "no gradient can be taken through a compiled (TensorRT) unet: choose 'None' under SD Unet"
-        if shared.cmd_opts.lowvram:
+        if getattr(shared.cmd_opts, "lowvram", False):
             return "no gradient can be taken under --lowvram: use --medvram, or none of both"
         return None
 
@@ -218,7 +228,7 @@ class Forge:
 
     def step(self, params: Any) -> Step:
         image_cond = params.image_cond if isinstance(params.image_cond, Tensor) else None
-        return Step(params.denoiser, params.x, params.sigma, image_cond, params.text_cond, params.text_uncond)
+        return Step(_denoiser_of(params), params.x, params.sigma, image_cond, params.text_cond, params.text_uncond)
 
     def sigma(self, step: Step) -> Tensor:
         return step.level

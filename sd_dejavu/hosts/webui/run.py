@@ -8,11 +8,12 @@ Where a remedy may change the noise, the function of the run's own sampler is ou
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from .references import rule_of
 
 Host = Automatic1111 | Forge
 
+HIRES = "hires pass"
 MARK = "dejavu"  # an attribute of our function among those that Forge calls after guidance
 
 log = logging.getLogger("dejavu")
@@ -70,6 +72,7 @@ class Pass:
     sampler: str
     from_picture: bool
     title: str
+    first_steps: int  # of the first pass, as the host counts them: its prompt editing goes by them
     evaluations: int = 0
     acted: bool = False  # judged, and mitigated where that was asked for
     may_begin_again: bool = False  # from other noise, now
@@ -86,6 +89,7 @@ class Run:
         self._folder = folder
         self.passes: list[Pass] = []
         self._open: Pass | None = None
+        self._p: Any = None  # the host's processing object, whose evaluations are ours to read
         self._attending = ExitStack()  # while the host evaluates
 
     # ------------------------------------------------------------------------------- passes
@@ -102,11 +106,16 @@ class Run:
         scale = float(getattr(p, "hr_cfg", 0) or p.cfg_scale) if hires else float(p.cfg_scale)
         name = (getattr(p, "hr_sampler_name", None) if hires else None) or p.sampler_name
         steps = (getattr(p, "hr_second_pass_steps", 0) if hires else 0) or p.steps
-        title = "hires pass" if hires else "first pass"
+        first_steps = int(getattr(p, "firstpass_steps", 0) or p.steps)
+        self._p = p
+        title = HIRES if hires else "first pass"
         if self._open is not None and not self._open.evaluations:
             # Forge announces the hires pass twice.
             self.passes = [known for known in self.passes if known is not self._open]
-        self._open = Pass(list(groups.values()), list(negatives), scale, steps, str(name), from_picture or hires, title)
+        from_picture = from_picture or hires
+        self._open = Pass(
+            list(groups.values()), list(negatives), scale, steps, str(name), from_picture, title, first_steps
+        )
         self.passes.append(self._open)
         if self.monitoring.changes_noise and not self._open.from_picture:
             let_begin_again(p, partial(setattr, self._open, "may_begin_again"))
@@ -157,7 +166,11 @@ class Run:
         if self._open is None:
             return
         with self._guarded():
-            step = self._open.step = self.host.step(params)
+            self._open.step = None
+            step = self.host.step(params)
+            if step.denoiser.p is not self._p:
+                return  # another extension draws something of its own in the midst of this run
+            self._open.step = step
             drawn_by = checkpoint_of(step.sd_model)
             self._open.drawn_by = self._open.drawn_by or drawn_by
             if drawn_by != self._open.drawn_by:
@@ -191,7 +204,7 @@ class Run:
                     or any(group.rule for group in groups)
                 )
                 # Where the negative prompt is skipped, the prompt's own result stands in its place.
-                guided = not (matters and torch.equal(first, without))
+                guided = not (matters and self._may_be_skipped() and torch.equal(first, without))
                 if guided:
                     self._record(torch.stack(joined), without)
                 else:
@@ -218,7 +231,9 @@ class Run:
             step = self._open.step
             parts = self._parts(step)
             without, conditional = arguments["uncond_denoised"], arguments["cond_denoised"]
-            guided = arguments.get("uncond") is not None and bool(without.any())
+            guided = arguments.get("uncond") is not None
+            if guided and self._may_be_skipped(arguments["model_options"]):
+                guided = bool(without.any())  # zeros stand in its place where it was
             if guided:
                 strength = sum(entry.get("strength", 1) for entry in arguments["cond"])
                 conditional = without + strength * (conditional - without)
@@ -243,6 +258,19 @@ class Run:
         given = step.denoiser.sampler.sampler_extra_args["cond"]
         parts: list[list[tuple[int, float]]] = prompt_parser.reconstruct_multicond_batch(given, step.denoiser.step)[0]
         return parts
+
+    def _may_be_skipped(self, options: Mapping[str, Any] = MappingProxyType({})) -> bool:
+        """Whether the negative prompt may have been left out of this evaluation, so that its result must be looked at.
+
+        To look waits for the device, which the first evaluation does anyway. ``options`` are Forge's, of the model.
+        """
+        from modules import shared
+
+        known = self._open
+        assert known is not None and known.step is not None
+        asked = shared.opts.data.get("skip_early_cond", 0), getattr(known.step.denoiser.sampler, "s_min_uncond", 0)
+        changed = any(options.get(name) for name in ("sampler_pre_cfg_function", "conditioning_modifiers"))
+        return known.evaluations == 0 or known.scale == 1 or any(asked) or changed
 
     def _record(self, conditional: Tensor, without: Tensor) -> None:
         """Both predictions of a step, by picture, as guidance has them: measured against the negative prompt."""
@@ -437,14 +465,18 @@ class Run:
         self, model: GuidedModel, group: Group, parts: list[list[tuple[int, float]]]
     ) -> Conditioning | None:
         """What the host sampled this prompt with, with words where they can be told."""
-        from modules import prompt_parser
+        from modules import prompt_parser, shared
 
         assert self._open is not None and self._open.step is not None
         own = parts[group.images[0]]
         if len(own) != 1:
             group.watch.note(f"the prompt is joined from {len(own)} by AND, so its words are not told apart")
             return None
-        schedule = prompt_parser.get_learned_conditioning_prompt_schedules([group.prompt], self._open.steps)[0]
+        known = self._open
+        hires_steps = known.steps if known.title == HIRES else None
+        old = bool(shared.opts.data.get("use_old_scheduling", False))
+        schedules = prompt_parser.get_learned_conditioning_prompt_schedules
+        schedule = schedules([group.prompt], known.first_steps, hires_steps, old)[0]
         if len(schedule) > 1:
             group.watch.note("the prompt changes during the run; what is said here is of its first part")
         text = group.watch.prompt = schedule[0][1]
