@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -24,25 +24,25 @@ def word_picture(verdict: Verdict, notes: Sequence[str] = (), width: int = WIDTH
     A prompt whose text is not known shows as its numbered tokens. ``notes`` stand below.
     """
     font = _font()
-    lines = [[(word, 0.0) for word in line] for line in _wrapped(sentence(verdict).split(), font, width)]
+    lines = [[(word, 0.0) for word in line] for line in _wrapped(sentence(verdict).split(), width)]
     lines += [[]]
     explanation = verdict.explanation
     shares = _shares(explanation) if explanation else {}
     prompt = [(verdict.prompt[start:end], shares.get(start, 0.0)) for start, end in _places(verdict.prompt)]
     if not prompt and explanation:
         prompt = [(word.text, word.significance) for word in explanation.words]
-    lines += _wrapped_pairs(prompt, font, width)
+    lines += _wrapped_pairs(prompt, width)
     if explanation is not None:
         legend = ". ".join([f"Highest by {explanation.view}: {top_words_text(explanation)}", *notes])
     else:
         legend = ". ".join(notes) or "The words were not looked at."
-    lines += [[], *([(word, 0.0) for word in line] for line in _wrapped(legend.split(), font, width))]
+    lines += [[], *([(word, 0.0) for word in line] for line in _wrapped(legend.split(), width))]
     picture = Image.new("RGB", (width, 2 * MARGIN + LINE * len(lines)), "white")
-    draw, space = ImageDraw.Draw(picture), font.getlength(" ")
+    draw, space = ImageDraw.Draw(picture), _length(" ")
     for number, line in enumerate(lines):
         x, y = float(MARGIN), MARGIN + LINE * number
-        for word, share in line:
-            length = font.getlength(word)
+        for word, share in line if any(share > 0 for _, share in line) else [(" ".join(w for w, _ in line), 0.0)]:
+            length = _length(word)
             if share > 0:
                 shade = tuple(int(v) for v in _PAPER + (_SHADE - _PAPER) * 0.6 * share)
                 draw.rectangle([x - 3, y, x + length + 3, y + LINE - 8], fill=shade)
@@ -55,6 +55,11 @@ def word_picture(verdict: Verdict, notes: Sequence[str] = (), width: int = WIDTH
 @cache
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(SIZE)  # unpacked anew at each call
+
+
+@lru_cache(4096)
+def _length(word: str) -> float:
+    return float(_font().getlength(word))
 
 
 def _shares(explanation: Explanation) -> dict[int, float]:
@@ -70,19 +75,17 @@ def _places(prompt: str) -> list[tuple[int, int]]:
     return found
 
 
-def _wrapped(words: list[str], font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[list[str]]:
-    return [[word for word, _ in line] for line in _wrapped_pairs([(word, 0.0) for word in words], font, width)]
+def _wrapped(words: list[str], width: int) -> list[list[str]]:
+    return [[word for word, _ in line] for line in _wrapped_pairs([(word, 0.0) for word in words], width)]
 
 
-def _wrapped_pairs(
-    words: list[tuple[str, float]], font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
-) -> list[list[tuple[str, float]]]:
+def _wrapped_pairs(words: list[tuple[str, float]], width: int) -> list[list[tuple[str, float]]]:
     """Lines that fit; a word longer than a line stands alone and is cut by the picture's edge."""
     lines: list[list[tuple[str, float]]] = [[]]
     used = 0.0
-    space = font.getlength(" ")
+    space = _length(" ")
     for word, share in words:
-        length = font.getlength(word)
+        length = _length(word)
         if lines[-1] and used + length > width - 2 * MARGIN:
             lines.append([])
             used = 0.0
