@@ -14,6 +14,7 @@ import json
 import sys
 import threading
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 pack = sys.argv.pop(1)
 sys.path.insert(0, ".")  # the host's own modules before ours: the pack has a folder called nodes
@@ -28,6 +29,7 @@ import torch  # noqa: E402
 
 from sd_dejavu.hosts import aliases  # noqa: E402
 from sd_dejavu.hosts.comfyui import gradients  # noqa: E402
+from sd_dejavu.hosts.comfyui.model import fingerprint  # noqa: E402
 
 POOL = 2**16  # bytes: more than any weight here
 
@@ -211,6 +213,23 @@ def refusals():
     return told
 
 
+def fingerprints():
+    """Of weights held in fp8, and of the same as they lie in their file, to be cast to fp8 on their way to the card."""
+    found = {}
+    with torch.inference_mode():
+        weight = torch.randn(16, 16, generator=torch.Generator().manual_seed(0)).half()
+        kinds = {"file": weight, "held": weight.to(torch.float8_e4m3fn), "cast on the way": weight}
+        for name, value in kinds.items():
+            layer = torch.nn.Linear(16, 16, bias=False)
+            layer.weight = torch.nn.Parameter(value, requires_grad=False)
+            layer.weight_comfy_model_dtype = value.dtype if name != "cast on the way" else torch.float8_e4m3fn
+            model = torch.nn.Module()
+            model.diffusion_model = torch.nn.ModuleDict({"layer": layer})
+            patcher = SimpleNamespace(model=model, patches={}, patches_uuid=name, backup={}, attachments={})
+            found[name] = fingerprint(patcher)
+    return found
+
+
 if __name__ == "__main__":
     cases = {
         "fp32": (torch.float32, torch.float32),
@@ -221,4 +240,4 @@ if __name__ == "__main__":
     found = {
         f"{name}{', LoRA' if lora else ''}": compare(*kinds, lora) for name, kinds in cases.items() for lora in (0, 1)
     }
-    print(json.dumps({"cases": found, "refusals": refusals()}))
+    print(json.dumps({"cases": found, "refusals": refusals(), "fingerprints": fingerprints()}))

@@ -49,3 +49,8 @@ def test_weights_of_another_pack_are_refused_with_a_sentence(probed: dict[str, A
     assert "GGMLTensor weights: load a plain checkpoint" in told["foreign weights"]
     assert "load a plain checkpoint" in told["foreign layer"]
     assert told["foreign weights: without gradients"] and told["foreign layer: without gradients"]
+
+
+def test_a_weight_counts_as_what_the_network_computes_with(probed: dict[str, Any]) -> None:
+    found = probed["fingerprints"]
+    assert found["cast on the way"] == found["held"] != found["file"]

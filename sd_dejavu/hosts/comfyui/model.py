@@ -345,9 +345,13 @@ def _fingerprint(patcher: Any, network: str) -> str:
     if known is not None:
         digest.update(str(known).encode())
     else:
-        for key, value in sorted(patcher.model.get_submodule(network).state_dict().items()):
+        held = patcher.model.get_submodule(network)
+        for key, value in sorted(held.state_dict().items()):
             kept = patcher.backup.get(f"{network}.{key}" if network else key)
-            sample_into(digest, key, kept.weight if kept is not None else value)
+            module, _, name = key.rpartition(".")
+            # Under dynamic VRAM a weight lies there as in its file, and is cast to this dtype on its way to the card.
+            used_in = getattr(held.get_submodule(module), f"{name}_comfy_model_dtype", None)
+            sample_into(digest, key, kept.weight if kept is not None else value, used_in)
     for key in sorted(patcher.patches, key=str):
         for strength, patch, on_model, *_ in patcher.patches[key]:
             digest.update(f"{key}{strength}{on_model}".encode())
@@ -356,9 +360,10 @@ def _fingerprint(patcher: Any, network: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def sample_into(digest: Any, key: str, value: Tensor) -> None:
+def sample_into(digest: Any, key: str, value: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Name, shape and sampled values, these rounded to ``dtype`` where it is given."""
     flat = value.detach().reshape(-1)
-    chosen = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
+    chosen = flat[:: max(1, flat.numel() // 64)][:64].to(dtype or flat.dtype).float().cpu()
     digest.update(f"{key}{tuple(value.shape)}".encode() + chosen.numpy().tobytes())
 
 
