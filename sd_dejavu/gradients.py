@@ -160,30 +160,33 @@ def with_gradients(model: Model, work: Callable[[], R], checkpointing: bool = Fa
 
 
 @contextmanager
-def recomputing(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """While open, these modules keep nothing but their inputs for the backward pass, and compute the rest again there."""
+def recomputing(modules: Iterable[torch.nn.Module], of_copies: bool = False) -> Iterator[None]:
+    """While open, these modules keep nothing but their inputs for the backward pass, and compute the rest again there.
+
+    ``of_copies``: of copies of their inputs, for networks that add to those in place, in a block and after it.
+    """
     before: list[tuple[torch.nn.Module, object]] = []
     try:
         for module in modules:
             before.append((module, vars(module).get("forward")))
-            module.forward = partial(_again, module.forward)
+            again = _again_of_copies if of_copies else checkpoint
+            module.forward = partial(again, module.forward, use_reentrant=False, preserve_rng_state=False)
         yield
     finally:
-        for module, own in reversed(before):
-            if own is None:
+        for module, kept in reversed(before):
+            if kept is None:
                 del module.forward  # the class's own shows again
             else:
-                module.forward = own  # type: ignore[assignment]
+                module.forward = kept  # type: ignore[assignment]
 
 
-def _again(forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """``forward`` of copies of copies: hosts add to a block's input in place, in the block and after it."""
+def _again_of_copies(forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """As PyTorch's own checkpoint, whose settings are among ``named``."""
 
-    def of_copies(*given: Any, **more: Any) -> Any:
+    def run(*given: Any, **more: Any) -> Any:
         return forward(*map(_copied, given), **{name: _copied(value) for name, value in more.items()})
 
-    kept = {name: _copied(value) for name, value in named.items()}
-    return checkpoint(of_copies, *map(_copied, arguments), use_reentrant=False, preserve_rng_state=False, **kept)
+    return checkpoint(run, *map(_copied, arguments), **{name: _copied(value) for name, value in named.items()})
 
 
 def _copied(value: Any) -> Any:

@@ -92,11 +92,13 @@ def imported_in(server: ComfyServer) -> float:
 
 
 def test_the_pack_loads_at_once_without_a_word_of_its_own(
-    comfy: ComfyServer, start_comfy: Callable[..., ComfyServer]
+    start_comfy: Callable[..., ComfyServer], tmp_path: Path
 ) -> None:
-    seconds = [imported_in(comfy)]
+    compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path / "compiled")}
+    imported_in(start_comfy(env=compiled))  # the first start compiles, as after an installation
+    seconds = [imported_in(start_comfy(env=compiled))]
     while seconds[-1] > 0.3 and len(seconds) < 3:  # another process may have had the core just then
-        seconds.append(imported_in(start_comfy()))
+        seconds.append(imported_in(start_comfy(env=compiled)))
     assert min(seconds) <= 0.3
 
 

@@ -92,7 +92,7 @@ def test_nothing_of_a_lora_stays(host: ComfyServer) -> None:
     def told(outputs: dict[str, Any]) -> tuple[Any, ...]:
         document = document_of(outputs)
         words = [word["significance"] for word in document["verdicts"][0]["words"]]  # by gradients
-        return document["setting"]["model_fingerprint"], scores(document), words
+        return document["setting"]["model"], scores(document), words
 
     before, with_it, after = run(), run(lora=miniature.LORA), run()
     assert told(before) == told(after)
@@ -122,20 +122,23 @@ def test_fp8_weights_can_be_moved_after_an_explanation(host: ComfyServer) -> Non
 
 
 def test_a_cache_between_steps_keeps_nothing_of_ours(host: ComfyServer, memorised: str) -> None:
-    def run(*, cached: bool) -> dict[str, Any]:
-        graph = watched(demo(memorised, steps=20, seed=4), when_flagged="mitigate", alpha=0.02)
+    def run(*, cached: bool, monitored: bool = True) -> dict[str, Any]:
+        graph = demo(memorised, steps=20, seed=4)
+        if monitored:
+            watched(graph, when_flagged="mitigate", alpha=0.02)
         through(graph, "CountedPasses")
         if cached:
             through(graph, "EasyCache", reuse_threshold=0.5, start_percent=0.0, end_percent=1.0, verbose=False)
         return host.run(looked_at(graph))
 
-    plain, cached = run(cached=False), run(cached=True)
+    plain, cached, without_us = run(cached=False), run(cached=True), run(cached=True, monitored=False)
     # What the remedy works with is what the network gives, not what the cache kept of another evaluation.
     for name in ("score_before", "score_after"):
         expected = document_of(plain)["mitigation"][name]
         assert document_of(cached)["mitigation"][name] == pytest.approx(expected, rel=1e-4)
     assert state_of(cached)["graphs"] == 0
-    assert state_of(cached)["passes"] < state_of(plain)["passes"] - 5  # steps are still skipped after the swap
+    # After the swap it skips steps as it does for any prompt: the first ones count twice, and prompts differ a little.
+    assert state_of(cached)["passes"] <= state_of(without_us)["passes"] + 5
 
 
 # city96/ComfyUI-GGUF#22: weights that are a pack's own tensors

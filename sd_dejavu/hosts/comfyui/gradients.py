@@ -242,7 +242,6 @@ def checkpointed(network: torch.nn.Module, wanted: bool) -> Iterator[None]:
         for name in ("input_blocks", "middle_block", "output_blocks", "joint_blocks", "double_blocks", "single_blocks")
     ]
     outer = [block for part in lists if part is not None for block in part]
-    with recomputing(
-        part for one in outer for part in (one if isinstance(one, torch.nn.Sequential) else [one]) if not is_layer(part)
-    ):
+    inner = (part for one in outer for part in (one if isinstance(one, torch.nn.Sequential) else [one]))
+    with recomputing((part for part in inner if not is_layer(part)), of_copies=True):
         yield
