@@ -61,7 +61,7 @@ class LiveReport:
 
 def _workflow(server: Any, prompt_id: str) -> str | None:
     """The id of the workflow that queued this prompt: the page may have another one open by now."""
-    running = {item[1]: item[3] for item in server.prompt_queue.currently_running.values()}
+    running = {item[1]: item[3] for item in getattr(server.prompt_queue, "currently_running", {}).values()}
     workflow = (running.get(prompt_id, {}).get("extra_pnginfo") or {}).get("workflow")
     return workflow.get("id") if isinstance(workflow, dict) else None
 
