@@ -16,8 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,9 +24,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "hosts"))
-
-HOOKS = ("_outer_sample", "_sampler_sample", "_predict_noise")  # these call on to the host: executor first
-INNER = ("_read", "_guide")  # these are called from within it
 
 
 def measured(install: Path, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -45,58 +41,6 @@ def measured(install: Path, wanted: dict[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------- in the host
 
 
-class Clock:
-    """Seconds in our hooks, less what they spend in the host: the thread's own time, or all of it ``on_a_card``."""
-
-    def __init__(self, on_a_card: bool) -> None:
-        self.now = time.perf_counter if on_a_card else time.thread_time
-        self.hooks = self.step = 0.0
-        self.steps: list[float] = []
-
-    def watch(self, monitor: Any) -> None:
-        for name in HOOKS:
-            setattr(monitor, name, self._outside(getattr(monitor, name), name == "_predict_noise"))
-        for name in INNER:
-            setattr(monitor, name, self._inside(getattr(monitor, name)))
-
-    def _outside(self, hook: Callable[..., Any], is_step: bool) -> Callable[..., Any]:
-        def timed(executor: Any, *given: Any, **named: Any) -> Any:
-            away, self_ = 0.0, self
-
-            class Executor:
-                class_obj = executor.class_obj
-
-                def __call__(self, *a: Any, **k: Any) -> Any:
-                    nonlocal away
-                    began = self_.now()
-                    try:
-                        return executor(*a, **k)
-                    finally:
-                        away += self_.now() - began
-
-            began, before = self.now(), self.step
-            found = hook(Executor(), *given, **named)
-            ours = self.now() - began - away
-            self.hooks += ours
-            if is_step:
-                self.steps.append(ours + self.step - before)
-            return found
-
-        return timed
-
-    def _inside(self, hook: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*given: Any, **named: Any) -> Any:
-            began = self.now()
-            try:
-                return hook(*given, **named)
-            finally:
-                took = self.now() - began
-                self.hooks += took
-                self.step += took
-
-        return timed
-
-
 def inside(install: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     """Runs with and without a monitor; in the host's own Python."""
     sys.path.remove(str(ROOT / "tests" / "hosts"))
@@ -112,6 +56,7 @@ def inside(install: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     import torch
     from comfy_execution.utils import CurrentNodeContext
     from device_reads import DeviceReads
+    from hook_clock import HookClock
 
     from sd_dejavu.calibration.profile import Null, Profile
     from sd_dejavu.demo import bundled
@@ -163,7 +108,7 @@ def inside(install: Path, wanted: dict[str, Any]) -> dict[str, Any]:
             for seed in range(wanted["runs"]):
                 plain = draw(model, seed)
                 monitor, patcher = watched(profile, "flagged")
-                clock = Clock(on_a_card=not wanted["options"])
+                clock = HookClock(wall=not wanted["options"])
                 clock.watch(monitor)
                 equal &= bool(torch.equal(draw(patcher, seed), plain))
                 steps += clock.steps

@@ -5,10 +5,13 @@ command line on them, and a real ComfyUI found as the tests find it ($DEJAVU_COM
 dynamic VRAM and once without. Needs no network and at most four minutes on a card. Writes three tables:
 
     A  the pack in ComfyUI: are pictures the plain ones, are gradients those of finite differences, what is left behind
-    B  the wall ratio of a watched run to a plain one, in interleaved pairs, page closed and open
+    B  the wall ratio of a watched run to a plain one, page closed and open: of the whole workflow, and of the sampling
+       alone with our hooks' part in it
     C  peak memory allocated by the command line
 
-    python benchmarks/on_a_card.py [--out benchmarks/results/on_a_card] [--small]
+    python benchmarks/on_a_card.py [--out benchmarks/results/on_a_card] [--parts ABC] [--small]
+
+Tables that are not asked for stay as they are in the file.
 
 ``--small`` runs the same on the CPU with miniatures; its figures say nothing about cards, and memory is not measured.
 """
@@ -55,11 +58,14 @@ MEBI = 2**20
 
 # ------------------------------------------------------------------------------------- nodes in the host
 
+HOOK_CLOCK = (ROOT / "tests" / "hosts" / "hook_clock.py").read_text(encoding="utf-8")
 NODES = '''
 import hashlib
 import sys
+import time
 
 import comfy.model_management
+import nodes
 import torch
 
 from comfy_api.latest import io  # a host too old for this pack says so here
@@ -188,7 +194,50 @@ class Ballast:
         return {"ui": {"free": [free]}}
 
 
-NODE_CLASS_MAPPINGS = {"CardReset": Reset, "CardTold": Told, "CardSlopes": Slopes, "CardBallast": Ballast}
+class Rounds:
+    """Seconds of sampling as KSampler does it, plain and watched, our hooks' part in it, and whether all are equal."""
+    RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = (), "do", "test", True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"plain": ("MODEL",), "watched": ("MODEL",), "monitor": ("DEJAVU_MONITOR",),
+                             "positive": ("CONDITIONING",), "negative": ("CONDITIONING",), "latent": ("LATENT",),
+                             "steps": ("INT", {"default": 20}), "rounds": ("INT", {"default": 1}),
+                             "number": ("INT", {"default": 0})}}
+
+    def do(self, plain, watched, monitor, positive, negative, latent, steps, rounds, number):
+        models = {"plain": plain, "watched": watched}
+        seconds, hooks, in_steps, pictures = {"plain": [], "watched": []}, [], [], {}
+
+        def draw(name, seed):
+            began = time.perf_counter()
+            (found,) = nodes.common_ksampler(
+                models[name], seed, steps, 7.0, "euler", "normal", positive, negative, latent, denoise=1.0
+            )
+            if on_card():
+                torch.cuda.synchronize()
+            pictures.setdefault(seed, []).append(found["samples"])
+            return time.perf_counter() - began
+
+        for turn in range(rounds):
+            for name in sorted(models, reverse=turn % 2 == 1):
+                draw(name, 0)  # the host loads another clone of the model
+                for again in range(3):
+                    clock = HookClock(wall=True)
+                    if name == "watched":
+                        clock.watch(monitor)
+                    seconds[name].append(draw(name, 1 + again))
+                    if name == "watched":
+                        clock.leave(monitor)
+                        hooks.append(clock.hooks)
+                        in_steps += clock.steps
+        equal = all(torch.equal(found[0], one) for found in pictures.values() for one in found)
+        return {"ui": {"seconds": [seconds], "hooks": hooks, "in_steps": in_steps, "equal": [equal]}}
+
+
+NODE_CLASS_MAPPINGS = {
+    "CardReset": Reset, "CardTold": Told, "CardSlopes": Slopes, "CardBallast": Ballast, "CardRounds": Rounds,
+}
 '''
 
 
@@ -540,47 +589,66 @@ def words_of(found: Row, explained: Row | None = None) -> Row:
     return {"words": len(shown), "view": verdict.get("view"), **({"notes": notes} if notes else {})}
 
 
-def cost(bench: Bench, pairs: int, open_page: bool, report: Callable[[str], None]) -> Row:
-    """Table B: wall ratio of watched to plain runs, the order within a pair changing from pair to pair.
+def cost(bench: Bench, rounds: int, open_page: bool, report: Callable[[str], None]) -> Row:
+    """Table B. A round draws plain and watched pictures, in an order that changes from round to round.
 
-    A machine shared with others only ever adds to a run's time, so the ratio of the fastest runs, and that of the
-    processor time of the host's process, stand beside the median.
+    The first run after a change is not counted: the host loads another clone of the model for it, which costs the same
+    either way, and nothing where all runs are watched. A machine shared with others only ever adds to a run's time, so
+    the ratio of the fastest runs and that of the processor time of the host's process stand beside the median. Sampling
+    alone is timed in the host. It knows nothing of HTTP, of decoding and of writing the PNG, so what we add weighs more
+    in it; and the part of our hooks in it does not depend on what else the machine does.
     """
     server = bench.server
 
-    def seconds(seed: int, monitored: bool, client: str | None) -> tuple[float, float, float]:
+    def with_monitor(graph: Graph) -> Graph:
+        return watched(graph, words=False, explain="flagged", alpha=0.005)  # below any p-value of so few nulls
+
+    def run(seed: int, monitored: bool, client: str | None) -> tuple[float, float, float]:
         graph = bench.graph(seed=seed)
         if monitored:
-            watched(graph, words=False, explain="flagged", alpha=0.005)  # below any p-value of so few nulls
+            with_monitor(graph)
         began, computed = time.perf_counter(), cpu_seconds(server.pid)
         entry = server.wait(server.post(graph, client), timeout=600)
         took, computed = time.perf_counter() - began, cpu_seconds(server.pid) - computed
         stamps = {kind: data["timestamp"] for kind, data in entry["status"]["messages"] if "timestamp" in data}
         return took, (stamps["execution_success"] - stamps["execution_start"]) / 1000, computed
 
+    def sampling(client: str | None) -> Row:
+        graph = with_monitor(bench.graph())
+        sampler = graph["sampler"]["inputs"]
+        links = {name: sampler[name] for name in ("positive", "negative")} | {"latent": sampler["latent_image"]}
+        links |= {"plain": graph["monitor"]["inputs"]["model"], "watched": sampler["model"], "monitor": ["monitor", 1]}
+        count = {"steps": sampler["steps"], "rounds": rounds, "number": int(open_page)}
+        graph = {name: one for name, one in graph.items() if name not in ("sampler", "decode", "save", "verdict")}
+        graph["rounds"] = node("CardRounds", **links, **count)
+        return dict(server.run(graph, timeout=600, client_id=client)["rounds"])
+
     def measured(client: str | None) -> Row:
-        for number, monitored in enumerate((False, True, False, True)):
-            seconds(1 + number, monitored, client)  # warm up
-        walls, hosts, cpus, runs = [], [], [], {False: [], True: []}
-        for pair in range(pairs):
-            order = (False, True) if pair % 2 else (True, False)
-            took = {monitored: seconds(100 + pair, monitored, client) for monitored in order}
-            walls.append(took[True][0] / took[False][0])
-            hosts.append(took[True][1] / took[False][1])
-            cpus.append(took[True][2] / took[False][2])
-            for monitored, (_, own, _) in took.items():
-                runs[monitored].append(own)
+        taken: dict[str, list[tuple[float, float, float]]] = {"plain": [], "watched": []}
+        for turn in range(-1, rounds):
+            for name in sorted(taken, reverse=turn % 2 == 1):
+                run(1000 + turn, name == "watched", client)
+                found = run(turn + 2, name == "watched", client)
+                if turn >= 0:  # the first is to warm up
+                    taken[name].append(found)
+        walls, own, computed = (
+            {name: [one[kind] for one in runs] for name, runs in taken.items()} for kind in range(3)
+        )
+        alone = sampling(client)
+        seconds = alone["seconds"][0]
         return {
-            "pairs": pairs,
             "page": "open" if client else "closed",
-            "wall_ratio": float(np.median(walls)),
-            "wall_quartiles": [float(q) for q in np.quantile(walls, [0.25, 0.75])],
-            "host_ratio": float(np.median(hosts)),
-            "host_quartiles": [float(q) for q in np.quantile(hosts, [0.25, 0.75])],
-            "cpu_ratio": float(np.median(cpus)),
-            "fastest_ratio": min(runs[True]) / min(runs[False]),
-            "plain_seconds": float(np.median(runs[False])),
-            "plain_fastest": min(runs[False]),
+            "wall": ratios(walls),
+            "host": ratios(own),
+            "processor": ratios(computed),
+            "sampling": ratios(seconds),
+            "hooks": {
+                "ratio": 1 / (1 - float(np.median(np.divide(alone["hooks"], seconds["watched"])))),
+                "ms_a_run": 1000 * float(np.median(alone["hooks"])),
+                "ms_a_step": 1000 * float(np.median(alone["in_steps"])),
+            },
+            "equal": alone["equal"][0],
+            "seconds": {"wall": walls, "sampling": seconds},
         }
 
     if open_page:
@@ -588,8 +656,21 @@ def cost(bench: Bench, pairs: int, open_page: bool, report: Callable[[str], None
             found = measured(page.client_id)
     else:
         found = measured(None)
-    report(f"B {found}")
+    report(f"B { ({name: one for name, one in found.items() if name != 'seconds'}) }")
     return found
+
+
+def ratios(seconds: dict[str, list[float]]) -> Row:
+    """Watched to plain: the median and the quartiles of pairs, and the fastest to the fastest."""
+    plain, watched = (np.maximum(seconds[name], 1e-3) for name in ("plain", "watched"))
+    ratio = watched / plain
+    return {
+        "pairs": len(ratio),
+        "ratio": float(np.median(ratio)),
+        "quartiles": [float(q) for q in np.quantile(ratio, [0.25, 0.75])],
+        "fastest": float(watched.min() / plain.min()),
+        "plain": float(np.median(plain)),
+    }
 
 
 def cpu_seconds(pid: int) -> float:
@@ -666,6 +747,14 @@ def command_line(models: dict[str, Path], folder: Path, small: bool, report: Cal
 # ------------------------------------------------------------------------------------- all of it
 
 
+TIMES = {
+    "wall": "the whole workflow",
+    "host": "the same, by the host's clock",
+    "processor": "the same, of the processors",
+    "sampling": "sampling alone",
+}
+
+
 def markdown(result: Row) -> str:
     """The three tables as a page."""
     lines = [
@@ -684,18 +773,23 @@ def markdown(result: Row) -> str:
         found = ", ".join(f"{key} {_short(value)}" for key, value in row.items() if key not in hidden)
         lines.append(f"| {row['mode']} | {row['check']} | {row['weights']} | {found} |")
     lines += ["", "## B. Watched against plain, 20 steps, 512 x 512", ""]
-    lines += [
-        "| page | pairs | wall ratio (quartiles) | by the host's clock | fastest to fastest | processor time | plain |"
-    ]
-    lines += ["| --- |" + " --- |" * 6]
+    lines += ["| page | time of | pairs | watched to plain (quartiles) | fastest to fastest | plain |"]
+    lines += ["| --- |" + " --- |" * 5]
     for row in result["B"]:
-        low, high = row["wall_quartiles"]
-        own_low, own_high = row["host_quartiles"]
-        lines.append(
-            f"| {row['page']} | {row['pairs']} | {row['wall_ratio']:.3f} ({low:.3f} to {high:.3f}) | "
-            f"{row['host_ratio']:.3f} ({own_low:.3f} to {own_high:.3f}) | {row['fastest_ratio']:.3f} | "
-            f"{row['cpu_ratio']:.3f} | {row['plain_seconds']:.3f} s |"
-        )
+        for kind, name in TIMES.items():
+            found = row[kind]
+            low, high = found["quartiles"]
+            lines.append(
+                f"| {row['page']} | {name} | {found['pairs']} | {found['ratio']:.3f} ({low:.3f} to {high:.3f}) | "
+                f"{found['fastest']:.3f} | {found['plain']:.3f} s |"
+            )
+    for row in result["B"]:
+        hooks = row["hooks"]
+        lines += [
+            "",
+            f"Page {row['page']}: our hooks take {hooks['ms_a_step']:.2f} ms a step and {hooks['ms_a_run']:.1f} ms a run "
+            f"of the sampling thread, {hooks['ratio']:.4f} times the rest.",
+        ]
     lines += ["", "## C. Peak memory allocated by the command line, fp16", ""]
     lines += ["| command | " + " | ".join(_models(result)) + " |", "| --- |" + " --- |" * len(_models(result))]
     for command in dict.fromkeys(row["command"] for row in result["C"]):
@@ -706,6 +800,13 @@ def markdown(result: Row) -> str:
             cells.append(peak if not row["status"] else f"failed ({peak})")
         lines.append(f"| {command} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
+
+
+def kept(out: Path, parts: str) -> Row:
+    """The tables of an earlier run that this one does not make."""
+    file = out.with_suffix(".json")
+    known: Row = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return {part: known[part] for part in "ABC" if part in known and part not in parts}
 
 
 def write(result: Row, out: Path) -> None:
@@ -727,7 +828,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "on_a_card")
     parser.add_argument("--small", action="store_true", help="miniatures on the CPU")
-    parser.add_argument("--pairs", type=int, default=10, help="pairs of runs in table B")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds in table B (default: 3)")
     parser.add_argument("--parts", default="ABC", help="which tables (default: ABC)")
     parser.add_argument("--models", type=Path, help=argparse.SUPPRESS)  # C runs in a process of its own
     arguments = parser.parse_args()
@@ -751,15 +852,13 @@ def main() -> None:
         "torch": torch.__version__,
         "comfyui": comfyui_server.version(install),
         "date": datetime.date.today().isoformat(),
-        "A": [],
-        "B": [],
-        "C": [],
     }
+    result |= {part: [] for part in "ABC"} | kept(arguments.out, arguments.parts)
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(temporary)
         for name in ("nodes", "models"):
             (folder / name).mkdir()
-        (folder / "nodes" / "on_a_card_nodes.py").write_text(NODES)
+        (folder / "nodes" / "on_a_card_nodes.py").write_text(HOOK_CLOCK + NODES, encoding="utf-8")
         making = Thread(target=make_models, args=(folder, small, "cpu" if small else "cuda"))
         making.start()
 
@@ -775,7 +874,7 @@ def main() -> None:
         bench = started(0, []) if set(arguments.parts) & set("AB") else None
         if bench is not None and "B" in arguments.parts:  # alone on the machine
             bench.calibrate()
-            result["B"] = [cost(bench, arguments.pairs, page, report) for page in (False, True)]
+            result["B"] = [cost(bench, arguments.rounds, page, report) for page in (False, True)]
         making.join()
         other = None
         if "C" in arguments.parts:

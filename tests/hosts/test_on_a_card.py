@@ -21,7 +21,7 @@ def result(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         pytest.skip("it takes the newest ComfyUI")
     out = tmp_path_factory.mktemp("card") / "small"
     script = ROOT / "benchmarks" / "on_a_card.py"
-    command = [sys.executable, str(script), "--small", "--pairs", "1", "--out", str(out)]
+    command = [sys.executable, str(script), "--small", "--rounds", "1", "--out", str(out)]
     environment = {**os.environ, comfyui_server.VARIABLE: str(comfyui)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -51,5 +51,10 @@ def test_the_page_shows_what_was_found(result: dict[str, Any]) -> None:
     page = result["page"]
     assert "CPU (miniatures)" in page and "not measured" in page
     assert [row["page"] for row in result["B"]] == ["closed", "open"]
+    for row in result["B"]:
+        assert (
+            row["equal"] and row["sampling"]["pairs"] == 3 and 0 < row["hooks"]["ms_a_step"] < row["hooks"]["ms_a_run"]
+        )
+        assert f"| {row['page']} | sampling alone | 3 | {row['sampling']['ratio']:.3f} (" in page
     for row in (*result["A"], *result["C"]):
         assert f"| {row.get('check') or row['command']} |" in page
