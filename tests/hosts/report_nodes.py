@@ -65,6 +65,49 @@ def change_options(model: Any) -> None:
     model.wrappers[TYPES.OUTER_SAMPLE] = {"look": [look], **model.wrappers[TYPES.OUTER_SAMPLE]}
 
 
+def swap_blocks(model: Any) -> None:
+    """Each block's weights are a copy while it runs, and that memory is another's afterwards."""
+
+    held: dict[Any, list[tuple[dict[str, Any], str, Any]]] = {}
+
+    def bring(block: Any, arguments: Any) -> None:
+        places = [part._parameters for part in block.modules()]
+        held[block] = [
+            (place, name, stored) for place in places for name, stored in place.items() if stored is not None
+        ]
+        for place, name, stored in held[block]:
+            place[name] = torch.nn.Parameter(stored.detach().clone(), requires_grad=False)
+        _known["swaps"] = _known.get("swaps", 0) + 1
+
+    def take_away(block: Any, arguments: Any, output: Any) -> None:
+        for place, name, stored in held.pop(block):
+            with torch.inference_mode():
+                place[name].fill_(float("nan"))
+            place[name] = stored
+
+    def outer_sample(executor: Any, *arguments: Any, **named: Any) -> Any:
+        network = executor.class_obj.model_patcher.model.diffusion_model
+        blocks = [part for group in (*network.input_blocks, *network.output_blocks) for part in group]
+        hooks = [block.register_forward_pre_hook(bring) for block in blocks]
+        hooks += [block.register_forward_hook(take_away) for block in blocks]
+        try:
+            return executor(*arguments, **named)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    model.add_wrapper_with_key(TYPES.OUTER_SAMPLE, "swap", outer_sample)
+
+
+def adapt(model: Any) -> None:
+    """A LoRA of rank 1 on one layer, whatever the network."""
+    generator = torch.Generator().manual_seed(0)
+    key = next(key for key in model.model_state_dict() if key.endswith("attn2.to_k.weight"))
+    rows, columns = model.model_state_dict()[key].shape
+    up, down = torch.randn(rows, 1, generator=generator), torch.randn(1, columns, generator=generator)
+    model.add_patches({key: ("diff", (0.05 * up @ down,))}, 1.0)
+
+
 def look_at_cache(model: Any) -> None:
     """Counts the network's passes; linked above a cache, so that a skipped step is none."""
 
@@ -106,13 +149,15 @@ class State:
             if type(found) is torch.Tensor and found.grad_fn is not None:
                 graphs += 1
         told = {"weights": digest.hexdigest(), "books": books, "graphs": graphs}
-        told |= {name: _known.pop(name) for name in ("called", "left", "passes") if name in _known}
+        told |= {name: _known.pop(name) for name in ("called", "left", "passes", "swaps") if name in _known}
         return {"ui": {"state": [told]}}
 
 
 NODE_CLASS_MAPPINGS = {
     "ChangedOptions": changed(change_options),
     "CountedPasses": changed(look_at_cache),
+    "OwnLora": changed(adapt),
     "Quantised": changed(quantise),
     "State": State,
+    "SwappedBlocks": changed(swap_blocks),
 }

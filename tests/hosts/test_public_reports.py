@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from PIL import Image
 from watched import demo, scores, watched
 
 from sd_dejavu.demo import bundled
+from sd_dejavu.mitigations import anti_memorization_guidance
+from sd_dejavu.settings import options_of
 
 HERE = Path(__file__).parent
 
@@ -121,14 +124,15 @@ def test_fp8_weights_can_be_moved_after_an_explanation(host: ComfyServer) -> Non
 # EasyCache kept what a new conditioning gave, with its graph
 
 
-def test_a_cache_between_steps_keeps_nothing_of_ours(host: ComfyServer, memorised: str) -> None:
+@pytest.mark.parametrize("cache", ["EasyCache", "LazyCache"])
+def test_a_cache_between_steps_keeps_nothing_of_ours(host: ComfyServer, memorised: str, cache: str) -> None:
     def run(*, cached: bool, monitored: bool = True) -> dict[str, Any]:
         graph = demo(memorised, steps=20, seed=4)
         if monitored:
             watched(graph, when_flagged="mitigate", alpha=0.02)
         through(graph, "CountedPasses")
         if cached:
-            through(graph, "EasyCache", reuse_threshold=0.5, start_percent=0.0, end_percent=1.0, verbose=False)
+            through(graph, cache, reuse_threshold=0.5, start_percent=0.0, end_percent=1.0, verbose=False)
         return host.run(looked_at(graph))
 
     plain, cached, without_us = run(cached=False), run(cached=True), run(cached=True, monitored=False)
@@ -165,3 +169,77 @@ def test_what_another_pack_adds_during_a_run_stays(host: ComfyServer) -> None:
     graphs.splice(graph, "sampler", "model", "ChangedOptions", node("ChangedOptions"))
     state = state_of(host.run(looked_at(graph)))
     assert state["called"] == 2 and state["left"] == [True]
+
+
+# obisin/ComfyUI-DGLS#3: blocks that are on the card only while they run
+
+
+def test_blocks_that_are_swapped_in_and_out_are_explained_alike(host: ComfyServer) -> None:
+    def run(swapped: bool) -> dict[str, Any]:
+        graph = watched(graphs.text_to_image(seed=7, steps=2), explain="always")
+        if swapped:
+            through(graph, "SwappedBlocks")
+        return host.run(looked_at(graph))
+
+    plain, swapped = run(False), run(True)
+    assert document_of(swapped)["notes"] == document_of(plain)["notes"]
+    assert state_of(swapped)["swaps"] > 0
+    words = [document_of(outputs)["verdicts"][0]["words"] for outputs in (plain, swapped)]
+    assert words[1] == words[0] != []
+    assert state_of(swapped)["weights"] == state_of(plain)["weights"]
+    assert (pixels(host, swapped) == pixels(host, plain)).all()
+
+
+# After whatever we do, the host samples as before
+
+
+def with_a_monitor(graph: Graph, **settings: Any) -> None:
+    watched(graph, **settings)
+
+
+def with_a_node_before(graph: Graph, kind: str, **settings: Any) -> None:
+    sampler = graph["sampler"]["inputs"]
+    for name in ("positive", "negative"):
+        graph[name]["class_type"] = "DejaVuTextEncode"
+    names = ("model", "positive", "negative", "latent_image", "seed", "steps", "sampler_name", "scheduler", "denoise")
+    graph["before"] = node(kind, **{name: sampler[name] for name in names}, **settings)
+    if kind == "DejaVuMitigate":
+        graph["sampler"]["inputs"]["positive"] = ["before", 0]
+    else:
+        graph["shown"] = node("PreviewAny", source=["before", 1])
+
+
+def with_references(graph: Graph) -> None:
+    graph["references"] = node("DejaVuLoadReferenceSet", name="the bundled model's training pictures")
+    settings = {known.name: known.default for known in options_of(anti_memorization_guidance.Settings)}
+    links = {"vae": ["checkpoint", 2], "clip": ["checkpoint", 1], "references": ["references", 0]}
+    graphs.splice(graph, "sampler", "model", "amg", node("DejaVuAMG", **links, **settings))
+
+
+UPDATES = {"target": 0.01, "iterations": 3, "learning_rate": 0.0, "checkpointing": False}
+ACTS: dict[str, Callable[[Graph], None]] = {
+    "explained by the monitor": partial(with_a_monitor, explain="always"),
+    "mitigated by the monitor": partial(with_a_monitor, when_flagged="mitigate", alpha=0.02),
+    "explained before": partial(with_a_node_before, kind="DejaVuExplain"),
+    "mitigated before": partial(with_a_node_before, kind="DejaVuMitigate", **UPDATES),
+    "led away from references": with_references,
+}
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("act", ACTS)
+def test_plain_sampling_is_as_before(host: ComfyServer, memorised: str, act: str, lora: bool) -> None:
+    def run(number: int, act: Callable[[Graph], None] = lambda graph: None) -> dict[str, Any]:
+        # The host keeps results: a denoise that means 1 too makes it draw again.
+        graph = demo(memorised, steps=4, seed=8, cfg=7.5, denoise=1 - number * 1e-5)
+        if lora:
+            through(graph, "OwnLora")
+        act(graph)
+        return host.run(looked_at(graph))
+
+    before, ours, after = run(1), run(2, ACTS[act]), run(3)
+    assert (pixels(host, after) == pixels(host, before)).all()
+    for outputs in (ours, after):
+        assert state_of(outputs) == {**state_of(before), "graphs": 0}
+    if act in ("mitigated before", "led away from references") or (act == "mitigated by the monitor" and not lora):
+        assert (pixels(host, ours) != pixels(host, before)).any()
