@@ -18,7 +18,7 @@ def main(pack: Path) -> None:
     for name in ("server", "execution", "nodes"):
         importlib.import_module(name)
     before = set(sys.modules)
-    name = "custom_nodes.sd-dejavu"
+    name = "the_pack"
     spec = importlib.util.spec_from_file_location(name, pack / "__init__.py", submodule_search_locations=[str(pack)])
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
