@@ -13,6 +13,7 @@ from .calibration.ordinary_prompts import style_of
 from .calibration.profile import ALPHA_DEFAULT, EVALUATIONS, Profile, ScoreKind, Setting
 from .conditioning import Baseline, Conditioning
 from .denoiser import Model, initial_latent
+from .detectors.magnitude import rounding
 from .memory import one_by_one
 from .mitigations import Outcome
 from .sampling import Guidance, Run, first_step, sample, sample_prompts
@@ -139,9 +140,10 @@ def _measure_first_step(
         on_progress(done / noise.shape[0])
 
     scores = first_step(model, conditionings, base, noise, sigma, batch_size, progress)
+    equal = rounding(noise[0].numel())
     return [
         Measured(c.prompt, row, ((sigma, float(row.mean())),))
-        if bool((row > 0).all())
+        if bool((row > equal).all())
         else Measured(c.prompt, None, ((sigma, None),), why="both predictions are equal: the prompt acts on nothing")
         for c, row in zip(conditionings, scores, strict=True)
     ]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .conditioning import Unconditional
 from .denoiser import Predictions
-from .detectors.magnitude import difference, length, over_channels
+from .detectors.magnitude import difference, length, over_channels, rounding
 from .readout import Readout
 
 Unit = Literal["l2", "rms"]
@@ -39,10 +39,11 @@ class NotMeasured(ValueError):
 
 
 class _Evaluation:
-    """One evaluation on the device: its noise level, and the magnitudes [B] or why there are none."""
+    """One evaluation on the device: its noise level, and the magnitudes [B] of ``elements`` or why there are none."""
 
-    def __init__(self, sigma: Tensor, magnitudes: Tensor | None, why: str | None = None) -> None:
+    def __init__(self, sigma: Tensor, magnitudes: Tensor | None, why: str | None = None, elements: int = 1) -> None:
         self._sigma, self._magnitudes, self._why = sigma.detach(), magnitudes, why
+        self._equal = rounding(elements)
         self._readout: Readout | None = None
         self._place = 0  # where its numbers begin among those that were read with them
 
@@ -75,7 +76,7 @@ class _Evaluation:
         values = tuple(magnitudes[images])
         if not all(map(math.isfinite, values)):
             return Reading(level, None, "the model's predictions are not finite (NaN or infinity)")
-        if 0 in values:
+        if min(values) <= self._equal:
             return Reading(level, None, "both predictions are equal: guidance was skipped, or the prompt is empty")
         return Reading(level, values)
 
@@ -118,7 +119,7 @@ class Trace:
         self.elements = predictions.conditional[0].numel()
         with torch.no_grad():
             delta = difference(predictions)
-            self._evaluations.append(_Evaluation(predictions.sigma[0], length(delta)))
+            self._evaluations.append(_Evaluation(predictions.sigma[0], length(delta), elements=self.elements))
             self._map = _Map(delta)
 
     def skip(self, sigma: Tensor | float, why: str) -> None:

@@ -28,6 +28,13 @@ def length(difference: Tensor) -> Tensor:
     return torch.linalg.vector_norm(difference.flatten(1), dim=1)
 
 
+def rounding(elements: int) -> float:
+    """Two predictions of so many elements that differ by no more than this are equal: hosts evaluate both in one batch,
+    and its rows need not be rounded alike. A thousandth of what ordinary prompts give.
+    """
+    return 1e-5 * float(elements) ** 0.5
+
+
 def over_channels(difference: Tensor) -> Tensor:
     """Delta^2 averaged over channels, [B, H, W], from Delta [B, C, H, W]."""
     return difference.square().mean(dim=1)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..calibration.calibrate import PROMPTS_A_SEED, SEED_BASE
 from ..conditioning import Conditioning
 from ..denoiser import Model
-from ..detectors.magnitude import magnitude
+from ..detectors.magnitude import magnitude, rounding
 from ..explain.views import explain
 from ..measure import Measurement, measure_runs
 from ..memory import OutOfMemory, one_by_one
@@ -161,7 +161,7 @@ class Work:
                 if task.kind == "captions" and given:  # its own picture first, then the others
                     others = [a for a, data in zip(alignments, given, strict=True) if data != given[place]]
                     alignments = [alignments[place], *others]
-                yield _value(own_magnitudes, alignments)
+                yield _value(own_magnitudes, alignments, rounding(noise[0].numel()))
 
     def _pictures(self, model: Trained, task: Task) -> Iterator[dict[str, Any]]:
         """The pictures of each prompt as PNG in base64, and the word that brings them about."""
@@ -185,9 +185,9 @@ class Work:
         }
 
 
-def _value(magnitudes: Tensor, alignments: Sequence[float]) -> dict[str, Any]:
-    """Means over the images: of magnitudes [images], and alignments with each picture."""
-    if not bool((magnitudes > 0).all()):
+def _value(magnitudes: Tensor, alignments: Sequence[float], equal: float) -> dict[str, Any]:
+    """Means over the images: of magnitudes [images], which up to ``equal`` are none, and alignments with each picture."""
+    if not bool((magnitudes > equal).all()):
         return {"why": "both predictions are equal: the prompt acts on nothing"}
     found: dict[str, Any] = {"magnitude": float(magnitudes.mean())}
     return {**found, "alignment": list(alignments)} if alignments else found

@@ -55,7 +55,12 @@ def test_too_few_evaluations_are_not_a_score(first) -> None:
 
 @pytest.mark.parametrize(
     ("norms", "reason"),
-    [([3.0, 0.0], "guidance was skipped"), ([math.nan, 3.0], "not finite"), ([math.inf, 0.0], "not finite")],
+    [
+        ([3.0, 0.0], "guidance was skipped"),
+        ([3.0, 4e-5], "guidance was skipped"),  # 18 elements: up to 1e-5 * 18 ** .5 = 4.24e-5 it is rounding
+        ([math.nan, 3.0], "not finite"),
+        ([math.inf, 0.0], "not finite"),
+    ],
 )
 def test_false_zeros_and_nan_are_not_measured(norms: list[float], reason: str) -> None:
     trace = traced(step([3.0, 3.0], 4.0), step(norms, 2.0), step([1.0, 1.0], 1.0))
