@@ -55,6 +55,5 @@ def test_workflows_on_the_bundled_model_run(page, workflow: Path) -> None:
 
 def test_nothing_of_ours_is_an_error_in_the_console(page) -> None:
     ours = [text for text in page.errors if "dejavu" in text.lower().replace("é", "e").replace("à", "a")]
-    assert [text for text in ours if "DejaVuNoSuchNode" not in text] == [], (
-        "newer hosts ask their registry for that one"
-    )
+    # The host itself asks its registry which pack a node is of; tests have no network.
+    assert [text for text in ours if "api.comfy.org" not in text] == []
