@@ -123,7 +123,9 @@ function addPanel(node) {
 function mount(node, patience = MOUNT_TRIES) {
   const element = panels.get(node)?.element
   if (!element || element.isConnected || !setting('Comfy.VueNodes.Enabled')) return
-  const shown = document.querySelector(`[data-node-id="${CSS.escape(String(node.id))}"]`)
+  // The host makes nodes that are never shown, when a subgraph is made for one: they have the ids of those that are.
+  const isOpen = app.canvas?.graph?.nodes?.includes(node)
+  const shown = isOpen && document.querySelector(`[data-node-id="${CSS.escape(String(node.id))}"]`)
   if (shown && patience < MOUNT_TRIES - 2) shown.append(element)
   else if (patience > 0) setTimeout(() => mount(node, patience - 1), MOUNT_PAUSE)
 }

@@ -76,6 +76,11 @@ def show(page: Page) -> None:
     change(page, "app.canvas.ds.offset[0] = 520 - node.pos[0]; app.canvas.ds.offset[1] = 160 - node.pos[1]")
 
 
+def is_vue(page: Page) -> bool:
+    script = "() => window.comfyAPI.app.app.extensionManager.setting.get('Comfy.VueNodes.Enabled')"
+    return bool(page.browser.evaluate(script))
+
+
 def reports(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [output["dejavu"][0] for output in result["outputs"].values() if output and "dejavu" in output]
 
@@ -114,7 +119,9 @@ def test_a_verdict_in_subgraphs_shows_its_run_and_changes_its_text(opened: Page,
     (document,) = reports(page.run())
     assert document["prompt"] == PROMPT and document["prompt_node"] == ":".join([*path, "3"])
     show(page)
-    assert "Likely memorised" in panel(page)
+    if page.browser.evaluate("(kind) => !document.querySelector(kind)", "[data-node-id='7']") and is_vue(page):
+        pytest.skip("Nodes 2.0 of this front end draws no nodes of a subgraph that is open")
+    assert "Likely memorised" in panel(page) and "\n---\n" not in panel(page)  # one panel
 
     # The host moves what lies beside the pointer: no mouse.
     page.browser.locator(".dejavu [data-index='6']").first.dispatch_event("click")
@@ -163,6 +170,8 @@ def test_a_report_waits_for_the_workflow_that_queued_it(opened: Page) -> None:
     )
     page.browser.wait_for_timeout(1000)
     show(page)
+    if page.browser.evaluate("(kind) => !document.querySelector(kind)", "[data-node-id='7']") and is_vue(page):
+        pytest.skip("Nodes 2.0 of this front end draws no nodes of a subgraph that is open")
     assert "Likely memorised" in panel(page) and PROMPT in panel(page)
 
 
