@@ -325,6 +325,23 @@ def test_caching_never_shows_another_runs_verdict(comfy: ComfyServer, memorised:
     assert scores(again["verdict"]["dejavu"][0]) == pytest.approx(second)
 
 
+def test_a_run_past_the_monitor_has_no_verdict(comfy: ComfyServer, memorised: str) -> None:
+    """The host keeps the monitor between runs: what it saw in an earlier one is nothing that this one drew."""
+    watched_run = comfy.run(watched(demo("a red boat beside the moon", steps=2, seed=23)))
+    assert scores(watched_run["verdict"]["dejavu"][0])
+    past = watched(demo(memorised, steps=2, seed=24))
+    past["sampler"]["inputs"]["model"] = past["monitor"]["inputs"]["model"]
+    document = report(comfy, past)
+    (verdict,) = document["verdicts"]
+    assert document["flagged"] is None and verdict["score"] is None and document["prompt"] == ""
+    assert "no sampler has drawn these samples with the monitored model" in verdict["why"]
+    # What other nodes make of the samples of this run is still told by it.
+    changed = watched(demo(memorised, steps=2, seed=25))
+    changed["flip"] = node("LatentFlip", samples=["sampler", 0], flip_method="y-axis: horizontally")
+    changed["verdict"]["inputs"]["samples"] = ["flip", 0]
+    assert report(comfy, changed)["prompt"] == memorised
+
+
 def test_explaining_and_mitigating_before_sampling(comfy: ComfyServer, memorised: str) -> None:
     graph = demo(memorised, steps=2, seed=30)
     for name in ("positive", "negative"):

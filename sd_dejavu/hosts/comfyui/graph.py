@@ -13,6 +13,12 @@ REPLACING = ("ConditioningZeroOut",)  # nodes behind which the rows are no longe
 Graph = Mapping[str, Mapping[str, Any]]
 
 
+def prompt_id() -> str | None:
+    """The host's name for what it executes now; None outside of an execution."""
+    context = get_executing_context()
+    return None if context is None else str(context.prompt_id)
+
+
 def executing() -> tuple[Graph, str] | None:
     """The workflow (the host's API format) and the node that runs now; None outside of a run."""
     from server import PromptServer

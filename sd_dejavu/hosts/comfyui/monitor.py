@@ -101,6 +101,7 @@ class Run:
     sigmas: Readout
     from_picture: Readout
     sampler: str = ""
+    prompt_id: str | None = field(default_factory=graph.prompt_id)  # the execution that it belongs to
     number: str = field(default_factory=lambda: uuid.uuid4().hex)
     evaluations: int = 0
     level: float | None = None  # of this evaluation's noise, where a conditioning has a range
@@ -153,14 +154,21 @@ class Monitor:
     def report_of(self, samples: Tensor) -> Report:
         """The report on the run that gave these samples."""
         run = self._run_of(samples)
-        return Report.missing("no sampler has used the monitored model") if run is None else Report.of(run.watch)
+        if run is None:
+            why = "no sampler has drawn these samples with the monitored model: link the monitor's model to the sampler"
+            return Report.missing(why)
+        return Report.of(run.watch)
 
     def _run_of(self, samples: Tensor) -> Run | None:
-        """The finished run that gave these samples; the last finished one where none did."""
+        """The finished run that gave these samples.
+
+        Other nodes may have changed them since: where none did, it is the last run of this execution, and no earlier.
+        """
         wanted = Output(samples) if isinstance(samples, Tensor) else None
         with self._lock:
             finished = [run for run in self.runs if run.watch.finished]
-        matching = [run for run in finished if run.output == wanted] or finished
+        now = graph.prompt_id()
+        matching = [run for run in finished if run.output == wanted] or [r for r in finished if r.prompt_id == now]
         return matching[-1] if matching else None
 
     def _outer_sample(
