@@ -3,7 +3,7 @@
 import { drawChart } from './chart.js'
 import { badge, button, make } from './dom.js'
 import { acted, compared, pieces, placed } from './prompt.js'
-import { asText, mapPixels, mitigationFacts, number, topWord, withoutWord, wordValue } from './report.js'
+import { asText, besideLabel, mapPixels, mitigationFacts, number, topWord, withoutWord, wordValue } from './report.js'
 
 const LEAST_CHART_WIDTH = 260
 const HINT = 'Point at a word for its value; click it to see what the score would be without it.'
@@ -67,7 +67,7 @@ export function createPanel(host = null) {
 
   function head(verdict) {
     const progress = state.live ? make('span', { class: 'dejavu-quiet' }, ` Sampling: ${state.steps} evaluated so far.`) : ''
-    return make('p', { class: 'dejavu-verdict', role: 'status' }, badge(verdict.label), ` ${verdict.sentence}.`, progress)
+    return make('p', { class: 'dejavu-verdict', role: 'status' }, badge(verdict.label), ` ${besideLabel(verdict)}.`, progress)
   }
 
   function chooser() {
@@ -249,7 +249,7 @@ export function createPanel(host = null) {
     if (!report.mitigation) return []
     return make('section', { class: 'dejavu-mitigation', 'aria-label': 'Mitigation' },
       make('h4', {}, 'Mitigation'), factList(mitigationFacts(report)),
-      report.mitigation.verdicts.slice(0, 1).map((v) => make('p', {}, badge(v.label), ` after it: ${v.sentence}.`)))
+      report.mitigation.verdicts.slice(0, 1).map((v) => make('p', {}, badge(v.label), ` after it: ${besideLabel(v)}.`)))
   }
 
   function details(verdict) {

@@ -102,12 +102,18 @@ export function topWord(words) {
   return words.reduce((best, word, i) => ((word.raw ?? -Infinity) > (words[best]?.raw ?? -Infinity) ? i : best), -1)
 }
 
+/** A verdict's sentence where its label stands before it: 'No verdict' is not said twice. */
+export function besideLabel({ label, sentence }) {
+  const told = sentence.startsWith(`${label}: `) ? sentence.slice(label.length + 2) : sentence
+  return told.charAt(0).toUpperCase() + told.slice(1)
+}
+
 /** The whole report as plain text, for the clipboard. */
 export function asText(report) {
   const many = report.verdicts.length > 1
   const lines = ['Déjà Vu report', `Prompt: ${report.prompt || '(not known)'}`]
   report.verdicts.forEach((verdict, i) => {
-    lines.push('', `${many ? `Image ${i + 1}: ` : ''}${verdict.label}. ${verdict.sentence}.`)
+    lines.push('', `${many ? `Image ${i + 1}: ` : ''}${verdict.label}. ${besideLabel(verdict)}.`)
     lines.push(...verdict.facts.map(([name, value]) => `${name}: ${value}`))
     const steps = verdict.steps.map((v) => (v === null ? '-' : number(v)))
     if (steps.length) lines.push(`Magnitude at each evaluation: ${steps.join(' ')}`)

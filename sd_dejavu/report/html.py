@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..verdict import BandStep, Verdict
 from .chart import loss_sparkline, magnitude_chart
 from .picture import Pixels, png_uri, where_overlay
-from .wording import facts, label, number, p_text, sentence
+from .wording import beside_label, facts, label, number, p_text, sentence
 from .words import word_legend, word_spans
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _case(case: Case) -> dict[str, object]:
     verdict = case.verdict
     return {
         "label": label(verdict),
-        "sentence": sentence(verdict),
+        "sentence": beside_label(verdict),
         "prompt": verdict.prompt,
         "words": word_spans(verdict.prompt, verdict.explanation),
         "legend": word_legend(verdict.explanation) if verdict.explanation and verdict.explanation.words else None,

@@ -12,7 +12,7 @@ from ..trace import NotMeasured
 from ..verdict import Verdict
 from .chart import loss_sparkline, magnitude_chart
 from .picture import colours, png_uri
-from .wording import facts, label, number, sentence
+from .wording import beside_label, facts, label, number, sentence
 from .words import word_legend, word_spans
 
 _PANEL = Markup('<div class="dejavu-panel" data-dejavu="panel">{}</div>')
@@ -58,7 +58,9 @@ def _picture(title: str, report: Report) -> Markup:
         *(Markup('<p class="dejavu-note">{}.</p>').format(note) for note in report.watch.notes),
         _FOLDED.format(Markup("").join(_FACT.format(*fact) for fact in facts(verdict))),
     ]
-    return _PICTURE.format(title=title, label=label(verdict), sentence=sentence(verdict), body=Markup("").join(parts))
+    return _PICTURE.format(
+        title=title, label=label(verdict), sentence=beside_label(verdict), body=Markup("").join(parts)
+    )
 
 
 def _legend(verdict: Verdict) -> Markup:

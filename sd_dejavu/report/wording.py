@@ -23,6 +23,12 @@ def sentence(verdict: Verdict) -> str:
     return f"{opening}, {p_text(verdict)}: {_frequency(_shown_p(verdict))} as high"
 
 
+def beside_label(verdict: Verdict) -> str:
+    """The sentence where :func:`label` stands before it: 'No verdict' is not said twice."""
+    told = sentence(verdict).removeprefix(f"{label(verdict)}: ")
+    return told[:1].upper() + told[1:]
+
+
 def p_text(verdict: Verdict) -> str:
     """'p = 0.41', or 'p <= 0.001' where no ordinary prompt scored as high; 'p unknown' without one."""
     if verdict.p_value is None:

@@ -19,7 +19,7 @@ from sd_dejavu.report.chart import loss_sparkline, magnitude_chart
 from sd_dejavu.report.html import Case, Mitigated, Report, render, similarity_text
 from sd_dejavu.report.picture import colours, png_uri, where_overlay
 from sd_dejavu.report.terminal import step_sparkline, verdict_panel
-from sd_dejavu.report.wording import facts, label, number, sentence
+from sd_dejavu.report.wording import beside_label, facts, label, number, sentence
 from sd_dejavu.report.words import word_legend, word_spans
 from sd_dejavu.verdict import BandStep, Explanation, Verdict, WordSignificance
 
@@ -139,6 +139,7 @@ def test_sentence_without_a_verdict_says_why(score, why, expected):
     verdict = replace(PLAIN, score=score, p_value=None, flagged=None, why=why, nulls=0)
     assert sentence(verdict) == expected
     assert label(verdict) == "No verdict"
+    assert f"{label(verdict)}: {beside_label(verdict)}".lower() == sentence(verdict).lower()
 
 
 def test_facts_name_unit_images_and_calibration():
@@ -327,7 +328,7 @@ def test_page_bears_nothing_and_lone_surrogates():
     assert "No prompt was examined" in render(Report("", "", "", []))
     empty = Verdict("\ud800", None, None, None, 0.01, why="guidance is off")
     text = render(Report("t", "", "m", [Case(empty), Case(replace(empty, prompt=""))]))
-    assert "No verdict: guidance is off" in text
+    assert "No verdict" in text and "Guidance is off" in text
     assert "(empty prompt)" in text
     text.encode("utf-8")
 

@@ -1,5 +1,5 @@
 import { describe, expect, it } from 'vitest'
-import { asText, mapPixels, mitigationFacts, number, readReport, topWord, withoutWord } from '../../web/report.js'
+import { asText, besideLabel, mapPixels, mitigationFacts, number, readReport, topWord, withoutWord } from '../../web/report.js'
 import { document, NASTY, verdict } from './fixture.js'
 
 describe('reading a document', () => {
@@ -61,4 +61,9 @@ it('colours a map from dark to light', () => {
 
 it.each(Object.entries(NASTY))('keeps the prompt as it is: %s', (_, prompt) => {
   expect(asText(readReport(document(prompt)))).toContain(prompt)
+})
+
+it('says what a label says once', () => {
+  expect(besideLabel({ label: 'No verdict', sentence: 'No verdict: the prompt is empty' })).toBe('The prompt is empty')
+  expect(besideLabel({ label: 'Flagged', sentence: 'Likely memorised, p = 0.01' })).toBe('Likely memorised, p = 0.01')
 })
