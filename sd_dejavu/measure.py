@@ -140,7 +140,7 @@ def _measure_first_step(
         on_progress(done / noise.shape[0])
 
     scores = first_step(model, conditionings, base, noise, sigma, batch_size, progress)
-    equal = rounding(noise[0].numel())
+    equal = rounding(noise[0].numel(), sigma)
     return [
         Measured(c.prompt, row, ((sigma, float(row.mean())),))
         if bool((row > equal).all())

@@ -43,7 +43,7 @@ class _Evaluation:
 
     def __init__(self, sigma: Tensor, magnitudes: Tensor | None, why: str | None = None, elements: int = 1) -> None:
         self._sigma, self._magnitudes, self._why = sigma.detach(), magnitudes, why
-        self._equal = rounding(elements)
+        self._elements = elements
         self._readout: Readout | None = None
         self._place = 0  # where its numbers begin among those that were read with them
 
@@ -76,7 +76,7 @@ class _Evaluation:
         values = tuple(magnitudes[images])
         if not all(map(math.isfinite, values)):
             return Reading(level, None, "the model's predictions are not finite (NaN or infinity)")
-        if min(values) <= self._equal:
+        if min(values) <= rounding(self._elements, level):
             return Reading(level, None, "both predictions are equal: guidance was skipped, or the prompt is empty")
         return Reading(level, values)
 

@@ -28,11 +28,14 @@ def length(difference: Tensor) -> Tensor:
     return torch.linalg.vector_norm(difference.flatten(1), dim=1)
 
 
-def rounding(elements: int) -> float:
+def rounding(elements: int, sigma: float) -> float:
     """Two predictions of so many elements that differ by no more than this are equal: hosts evaluate both in one batch,
-    and its rows need not be rounded alike. A thousandth of what ordinary prompts give.
+    and its rows need not be rounded alike.
+
+    1e-5 of what the network puts out, in the unit of :func:`magnitude`: velocities v of a variance-preserving model are
+    sqrt(sigma^2 + 1) times that, and other outputs are larger still against what ordinary prompts give.
     """
-    return 1e-5 * float(elements) ** 0.5
+    return 1e-5 * (float(elements) / (sigma**2 + 1)) ** 0.5
 
 
 def over_channels(difference: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ class Work:
                 if task.kind == "captions" and given:  # its own picture first, then the others
                     others = [a for a, data in zip(alignments, given, strict=True) if data != given[place]]
                     alignments = [alignments[place], *others]
-                yield _value(own_magnitudes, alignments, rounding(noise[0].numel()))
+                yield _value(own_magnitudes, alignments, rounding(noise[0].numel(), sigma))
 
     def _pictures(self, model: Trained, task: Task) -> Iterator[dict[str, Any]]:
         """The pictures of each prompt as PNG in base64, and the word that brings them about."""

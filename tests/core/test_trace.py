@@ -57,7 +57,7 @@ def test_too_few_evaluations_are_not_a_score(first) -> None:
     ("norms", "reason"),
     [
         ([3.0, 0.0], "guidance was skipped"),
-        ([3.0, 4e-5], "guidance was skipped"),  # 18 elements: up to 1e-5 * 18 ** .5 = 4.24e-5 it is rounding
+        ([3.0, 1.8e-5], "guidance was skipped"),  # up to 1e-5 * (18 elements / (2 ** 2 + 1)) ** .5 = 1.9e-5
         ([math.nan, 3.0], "not finite"),
         ([math.inf, 0.0], "not finite"),
     ],

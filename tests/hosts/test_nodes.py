@@ -30,6 +30,7 @@ from sd_dejavu.mitigations.perturb_prompt import perturb
 from sd_dejavu.monitor import OPTIMISE
 
 HERE = Path(__file__).parent
+ORDINARY = "a red boat beside the moon"
 OURS = {
     "DejaVuTextEncode",
     "DejaVuMonitor",
@@ -327,7 +328,7 @@ def test_caching_never_shows_another_runs_verdict(comfy: ComfyServer, memorised:
 
 def test_a_run_past_the_monitor_has_no_verdict(comfy: ComfyServer, memorised: str) -> None:
     """The host keeps the monitor between runs: what it saw in an earlier one is nothing that this one drew."""
-    watched_run = comfy.run(watched(demo("a red boat beside the moon", steps=2, seed=23)))
+    watched_run = comfy.run(watched(demo(ORDINARY, steps=2, seed=23)))
     assert scores(watched_run["verdict"]["dejavu"][0])
     past = watched(demo(memorised, steps=2, seed=24))
     past["sampler"]["inputs"]["model"] = past["monitor"]["inputs"]["model"]
@@ -340,6 +341,51 @@ def test_a_run_past_the_monitor_has_no_verdict(comfy: ComfyServer, memorised: st
     changed["flip"] = node("LatentFlip", samples=["sampler", 0], flip_method="y-axis: horizontally")
     changed["verdict"]["inputs"]["samples"] = ["flip", 0]
     assert report(comfy, changed)["prompt"] == memorised
+
+
+def test_samples_that_were_changed_are_told_by_the_sampler_behind_them(comfy: ComfyServer, memorised: str) -> None:
+    def graph(seed: int, factor: float) -> graphs.Graph:
+        """A memorised prompt, and an ordinary one whose latent is changed before its Verdict, on one monitor."""
+        made = watched(demo(memorised, steps=2, seed=seed))
+        for name in ("positive", "sampler", "decode", "save", "verdict"):
+            inputs = {
+                key: list(value) if isinstance(value, list) else value for key, value in made[name]["inputs"].items()
+            }
+            made[f"other {name}"] = {**made[name], "inputs": inputs}
+        made["other positive"]["inputs"]["text"] = ORDINARY
+        made["other sampler"]["inputs"] |= {"positive": ["other positive", 0], "seed": 26}
+        made["changed"] = node("LatentMultiply", samples=["other sampler", 0], multiplier=factor)
+        made["other verdict"]["inputs"]["samples"] = ["changed", 0]
+        made["other decode"]["inputs"]["samples"] = ["other verdict", 0]
+        made["other save"]["inputs"]["images"] = ["other decode", 0]
+        return made
+
+    def told(outputs: dict[str, Any]) -> list[str]:
+        return [outputs[name]["dejavu"][0]["prompt"] for name in ("verdict", "other verdict")]
+
+    assert told(comfy.run(graph(26, 0.9))) == [memorised, ORDINARY]
+    # The ordinary one is not drawn again, the memorised one is: each Verdict still tells its own.
+    assert told(comfy.run(graph(27, 0.8))) == [memorised, ORDINARY]
+    # Behind a sampler that nobody watches there is no run, whatever else was drawn.
+    unwatched = graph(28, 0.7)
+    unwatched["other sampler"]["inputs"]["model"] = unwatched["monitor"]["inputs"]["model"]
+    unwatched["other sampler"]["inputs"]["seed"] = 29
+    assert told(comfy.run(unwatched)) == [memorised, ""]
+
+
+def test_each_run_of_a_long_list_is_told_by_its_own_verdict(comfy: ComfyServer, memorised: str) -> None:
+    """The host draws the whole list before the first Verdict runs."""
+    graph = watched(demo(memorised, steps=2, seed=30, batch=10))
+    graph["parts"] = node("RebatchLatents", latents=["checkpoint", 3], batch_size=1)
+    graph["sampler"]["inputs"]["latent_image"] = ["parts", 0]
+    graph["chosen"] = node("PreviewAny", source=["verdict", 2])
+    outputs = comfy.run(graph, extra_pnginfo={"workflow": {"nodes": []}})
+    found = [scores(document)[0] for document in outputs["verdict"]["dejavu"]]
+    assert len(found) == len(set(found)) == 10
+    (image, *_) = outputs["save"]["images"]
+    kept = json.loads(Image.open(io.BytesIO(comfy.view(image))).info["dejavu"])["verdict"]
+    assert scores(kept) == [max(found)]  # one place for all: the highest stays, and says so
+    assert any("several runs were told by this node" in note for note in kept["notes"])
 
 
 def test_explaining_and_mitigating_before_sampling(comfy: ComfyServer, memorised: str) -> None:

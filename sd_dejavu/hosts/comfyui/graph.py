@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from comfy_execution.utils import get_executing_context
@@ -13,10 +13,36 @@ REPLACING = ("ConditioningZeroOut",)  # nodes behind which the rows are no longe
 Graph = Mapping[str, Mapping[str, Any]]
 
 
-def prompt_id() -> str | None:
-    """The host's name for what it executes now; None outside of an execution."""
+def place() -> tuple[str | None, str | None]:
+    """The host's names for what it executes now and for the node that runs; None outside of an execution."""
     context = get_executing_context()
-    return None if context is None else str(context.prompt_id)
+    return (None, None) if context is None else (str(context.prompt_id), str(context.node_id))
+
+
+def behind(graph: Graph, values: Iterable[Any], wanted: Collection[str]) -> list[str]:
+    """Those of the ``wanted`` nodes that these values of inputs come from, without what lies behind these."""
+    links, seen, found = list(values), set(), []
+    while links:
+        link = links.pop(0)
+        if not isinstance(link, list) or len(link) != 2 or str(link[0]) not in graph or str(link[0]) in seen:
+            continue
+        seen.add(source := str(link[0]))
+        if source in wanted:
+            found.append(source)
+        else:
+            links += graph[source]["inputs"].values()
+    return found
+
+
+def samplers_behind(graph: Graph, verdict: str, drew: Collection[str]) -> list[str]:
+    """Of the nodes that ``drew`` under a Verdict's monitor: those that its samples come from, and that it watches now."""
+    inputs = graph[verdict]["inputs"]
+    monitor = {str(link[0]) for link in [inputs.get("monitor")] if isinstance(link, list) and link}
+    return [
+        node
+        for node in behind(graph, [inputs.get("samples")], drew)
+        if monitor.intersection(behind(graph, graph[node]["inputs"].values(), {*drew, *monitor}))
+    ]
 
 
 def executing() -> tuple[Graph, str] | None:

@@ -101,7 +101,7 @@ class Run:
     sigmas: Readout
     from_picture: Readout
     sampler: str = ""
-    prompt_id: str | None = field(default_factory=graph.prompt_id)  # the execution that it belongs to
+    place: tuple[str | None, str | None] = field(default_factory=graph.place)  # the execution, and the sampler's node
     number: str = field(default_factory=lambda: uuid.uuid4().hex)
     evaluations: int = 0
     level: float | None = None  # of this evaluation's noise, where a conditioning has a range
@@ -135,7 +135,7 @@ class Monitor:
         self.monitoring = monitoring
         self._profile, self._folder, self._clip = profile, folder, clip
         self._on_progress = on_progress
-        self.runs: deque[Run] = deque(maxlen=RUNS_KEPT)
+        self.runs: deque[Run] = deque()  # the last few, and all of this execution: a list is drawn before it is told
         self._open: list[Run] = []
         self._lock = threading.Lock()
 
@@ -153,23 +153,36 @@ class Monitor:
 
     def report_of(self, samples: Tensor) -> Report:
         """The report on the run that gave these samples."""
-        run = self._run_of(samples)
-        if run is None:
+        runs = self._runs_of(samples)
+        if not runs:
             why = "no sampler has drawn these samples with the monitored model: link the monitor's model to the sampler"
             return Report.missing(why)
-        return Report.of(run.watch)
+        reports = [Report.of(run.watch) for run in runs]
+        worst = max(reports, key=lambda report: max((v.score or 0.0 for v in report.verdicts), default=0.0))
+        if len(reports) > 1:
+            worst.watch.note(
+                f"{len(reports)} runs may have given these samples: this is the one with the highest score"
+            )
+        return worst
 
-    def _run_of(self, samples: Tensor) -> Run | None:
-        """The finished run that gave these samples.
+    def _runs_of(self, samples: Tensor) -> list[Run]:
+        """The finished run that gave these samples, or those that may have.
 
-        Other nodes may have changed them since: where none did, it is the last run of this execution, and no earlier.
+        Other nodes may have changed the samples since: then it is what the samplers that lie behind them in the
+        workflow drew last, be it in an earlier execution, since the host keeps what need not be drawn again.
         """
         wanted = Output(samples) if isinstance(samples, Tensor) else None
         with self._lock:
             finished = [run for run in self.runs if run.watch.finished]
-        now = graph.prompt_id()
-        matching = [run for run in finished if run.output == wanted] or [r for r in finished if r.prompt_id == now]
-        return matching[-1] if matching else None
+        if matching := [run for run in finished if run.output == wanted]:
+            return matching[-1:]
+        execution, _ = graph.place()
+        found = graph.executing()
+        drew = {run.place[1]: run.place[0] for run in finished if run.place[1]}  # the last execution of each node
+        if found is None or found[1] not in found[0] or not all(node in found[0] for node in drew):
+            return [run for run in finished if run.place[0] == execution][-1:]  # nodes that the host made on the way
+        samplers = graph.samplers_behind(*found, drew)
+        return [run for run in finished if run.place[1] in samplers and run.place[0] == drew[run.place[1]]]
 
     def _outer_sample(
         self, executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *a: Any, **k: Any
@@ -206,6 +219,9 @@ class Monitor:
             if run.evaluations:
                 with self._lock:
                     self.runs.append(run)
+                    execution = run.place[0]
+                    while len(self.runs) > RUNS_KEPT and (execution is None or self.runs[0].place[0] != execution):
+                        self.runs.popleft()
         with self._guarded(run):
             run.output = Output(samples)
             run.watch.settle()

@@ -87,10 +87,23 @@ def tell(node: str, text: str) -> None:
 
 
 def keep_in_picture(extra: dict[str, Any], node: str, document: dict[str, Any]) -> None:
-    """Put a report into what the host saves with pictures: by node, and into the workflow, which shows it again."""
-    extra.setdefault("dejavu", {})[node] = document
+    """Put a report into what the host saves with pictures: by node, and into the workflow, which shows it again.
+
+    A node that runs for each item of a list has all of its reports made before the first picture is saved, and one
+    place for them: there the one with the highest score stays.
+    """
+    reports = extra.setdefault("dejavu", {})
+    if node in reports:
+        document = max(reports[node], document, key=_highest_score)
+        note = "several runs were told by this node: this is the one with the highest score"
+        document = {**document, "notes": [*(n for n in document["notes"] if n != note), note]}
+    reports[node] = document
     if (found := _node_of(extra.get("workflow"), node)) is not None:
         found.setdefault("properties", {})["dejavu"] = document
+
+
+def _highest_score(document: dict[str, Any]) -> float:
+    return max((verdict["score"] or 0.0 for verdict in document["verdicts"]), default=0.0)
 
 
 def _node_of(workflow: Any, node: str) -> dict[str, Any] | None:
