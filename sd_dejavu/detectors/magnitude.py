@@ -16,6 +16,8 @@ from torch import Tensor
 from ..denoiser import Predictions, over_pixels
 from . import Detector, Observed
 
+HIGHEST_OF_EPSILON = 15.0  # Stable Diffusion's schedules end at sigma 14.6
+
 
 def difference(predictions: Predictions) -> Tensor:
     """Noise-prediction (flow: velocity) difference [B, C, H, W] in fp32."""
@@ -32,10 +34,10 @@ def rounding(elements: int, sigma: float) -> float:
     """Two predictions of so many elements that differ by no more than this are equal: hosts evaluate both in one batch,
     and its rows need not be rounded alike.
 
-    1e-5 of what the network puts out, in the unit of :func:`magnitude`: velocities v of a variance-preserving model are
-    sqrt(sigma^2 + 1) times that, and other outputs are larger still against what ordinary prompts give.
+    1e-5 of unit variance in each element. Above the noise levels of schedules that end before pure noise, only networks
+    are sampled that put out v (or EDM's F): there the unit of :func:`magnitude` falls as 1 / sigma, and this with it.
     """
-    return 1e-5 * (float(elements) / (sigma**2 + 1)) ** 0.5
+    return 1e-5 * float(elements) ** 0.5 * min(1.0, HIGHEST_OF_EPSILON / max(sigma, 1e-6))
 
 
 def over_channels(difference: Tensor) -> Tensor:

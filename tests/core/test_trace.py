@@ -57,7 +57,7 @@ def test_too_few_evaluations_are_not_a_score(first) -> None:
     ("norms", "reason"),
     [
         ([3.0, 0.0], "guidance was skipped"),
-        ([3.0, 1.8e-5], "guidance was skipped"),  # up to 1e-5 * (18 elements / (2 ** 2 + 1)) ** .5 = 1.9e-5
+        ([3.0, 4e-5], "guidance was skipped"),  # 18 elements: up to 1e-5 * 18 ** .5 = 4.24e-5 it is rounding
         ([math.nan, 3.0], "not finite"),
         ([math.inf, 0.0], "not finite"),
     ],
@@ -106,3 +106,10 @@ def test_recording_keeps_no_gradient_graph() -> None:
     tensors = [value for value in held if isinstance(value, torch.Tensor)]
     assert len(tensors) == 4 and not any(value.requires_grad for value in tensors)
     assert not trace.where().requires_grad
+
+
+def test_at_pure_noise_what_counts_as_rounding_is_smaller() -> None:
+    """Zero terminal SNR: v-predictions apart by 1 are 1 / 4500 in the unit of the magnitude."""
+    assert traced(step([4e-5], 4500.0)).score().tolist() == pytest.approx([4e-5], rel=1e-4)
+    with pytest.raises(NotMeasured, match="guidance was skipped"):
+        traced(step([1.3e-7], 4500.0)).score()  # up to 1e-5 * 18 ** .5 * 15 / 4500 = 1.41e-7
