@@ -177,12 +177,12 @@ class Monitor:
         if matching := [run for run in finished if run.output == wanted]:
             return matching[-1:]
         execution, _ = graph.place()
-        found = graph.executing()
-        drew = {run.place[1]: run.place[0] for run in finished if run.place[1]}  # the last execution of each node
-        if found is None or found[1] not in found[0] or not all(node in found[0] for node in drew):
-            return [run for run in finished if run.place[0] == execution][-1:]  # nodes that the host made on the way
+        found, own = graph.executing(), [run for run in finished if run.place[0] == execution]
+        if found is None or any(node not in found[0] for node in (found[1], *(run.place[1] for run in own))):
+            return own[-1:]  # nodes that the host has made on the way are in no workflow
+        drew = {str(run.place[1]): run.place[0] for run in finished if run.place[1] in found[0]}  # the last execution
         samplers = graph.samplers_behind(*found, drew)
-        return [run for run in finished if run.place[1] in samplers and run.place[0] == drew[run.place[1]]]
+        return [run for run in finished if run.place[1] in samplers and run.place[0] == drew[str(run.place[1])]]
 
     def _outer_sample(
         self, executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *a: Any, **k: Any
