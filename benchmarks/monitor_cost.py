@@ -1,8 +1,10 @@
 """What the monitor takes of the sampling thread in a real ComfyUI: milliseconds a step and a run, and device reads.
 
-The bundled model draws in a process of the host's own Python; time spent in the host inside of our hooks is not ours and is
-taken off. On a CPU the time is the thread's own, so that other processes do not count. A device read is whatever would wait for a card: asking a tensor that the host made,
-or that was made from one, for its values. On a CPU nothing waits, so they are counted where they are asked for.
+The bundled model draws in a process of the host's own Python; time spent in the host inside of our hooks is not ours
+and is taken off. On a CPU the time is the thread's own, so that other processes do not count. The verdict is what its
+node makes of a run, but for the host's part. A device read is whatever would wait for a card: asking a tensor that the
+host made, or that was made from one, for its values. On a CPU nothing waits, so they are counted where they are asked
+for.
 
     python benchmarks/monitor_cost.py [--steps 20] [--runs 5] [--nulls 100000] [--json FILE]
 """
@@ -63,6 +65,7 @@ def inside(install: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     from sd_dejavu.hosts.comfyui import LiveReport, Monitor, encode_text, wait_until_told
     from sd_dejavu.hosts.comfyui.demo import load_demo_model
     from sd_dejavu.monitor import Monitoring
+    from sd_dejavu.report.word_picture import word_picture
 
     torch.set_num_threads(1)
     prompt = bundled.held_out_memorised(("hard",))[0]
@@ -116,6 +119,7 @@ def inside(install: Path, wanted: dict[str, Any]) -> dict[str, Any]:
                 began = clock.now()
                 report = monitor.report_of(plain)
                 report.as_json()
+                word_picture(report.verdicts[0], report.watch.notes)
                 verdicts.append(clock.now() - began)
                 wait_until_told()
                 monitor, patcher = watched(profile, "flagged")

@@ -17,7 +17,7 @@ The results come from these commands, one after the other on an idle machine:
     python benchmarks/audit_picture.py
     python benchmarks/pictures.py
     python benchmarks/screenshots.py
-    python benchmarks/comfyui_cost.py --json benchmarks/results/comfyui_cost.json
+    python benchmarks/on_a_card.py
     python benchmarks/webui_cost.py --pairs 7 --steps 20 --size 128 --json benchmarks/results/webui_cost.json
     python benchmarks/webui_screenshots.py
     python benchmarks/demo_calibration.py
@@ -282,16 +282,17 @@ as many."""
 
 
 def host_cost() -> str:
-    if not (RESULTS / "comfyui_cost.json").is_file():
-        return ""
-    found = read("comfyui_cost")
-    text = f"""**Cost in the hosts**, interleaved pairs of runs in one server, on against off, median wall ratio. ComfyUI
-({found["pairs"]} pairs, {found["what"]}): {found["median_ratio"]:.3f}."""
-    if (RESULTS / "webui_cost.json").is_file():
-        found = read("webui_cost")
-        ratios = f"Automatic1111 {found['a1111']['median_ratio']:.3f}, Forge {found['forge']['median_ratio']:.3f}"
-        text += f"\n{ratios} ({found['pairs']} pairs, {found['what']})."
-    return text
+    found = read("on_a_card")
+    pages = [
+        f"{row['wall']['ratio']:.3f} with the page {row['page']} ({row['hooks']['ratio']:.3f} by the time in our hooks)"
+        for row in found["B"]
+    ]
+    text = f"""**Cost in the hosts**, interleaved pairs of runs in one server, on against off, median wall ratio. ComfyUI on one
+{found["card"]}, {found["B"][0]["wall"]["pairs"]} pairs of Stable Diffusion 1.5, 512 x 512, 20 steps:
+{" and ".join(pages)}."""
+    found = read("webui_cost")
+    ratios = f"Automatic1111 {found['a1111']['median_ratio']:.3f}, Forge {found['forge']['median_ratio']:.3f}"
+    return f"{text}\n{ratios} ({found['pairs']} pairs, {found['what']})."
 
 
 PARTS: tuple[Callable[[], str], ...] = (

@@ -254,6 +254,7 @@ class Report:
     watch: Watch
     verdicts: tuple[Verdict, ...]
     after: tuple[Verdict, ...] = ()
+    images: tuple[int, ...] | None = None  # which of the run these are; None for all of them
 
     @classmethod
     def of(cls, watch: Watch) -> Report:
@@ -264,12 +265,22 @@ class Report:
         """No run to speak of."""
         return cls(Watch(Monitoring(), notes=[why]), (Verdict("", None, None, None, ALPHA_DEFAULT, why=why),))
 
+    def of_images(self, places: Sequence[int]) -> Report:
+        """The same of these images only, in this order; one may come twice. What is told of all stays."""
+
+        def chosen(verdicts: tuple[Verdict, ...]) -> tuple[Verdict, ...]:
+            return verdicts if len(verdicts) <= max(places) else tuple(verdicts[place] for place in places)
+
+        return replace(self, verdicts=chosen(self.verdicts), after=chosen(self.after), images=tuple(places))
+
     def where(self, height: int, width: int, images: int) -> Tensor:
         """Where in the picture the prompt acts, [images, height, width] in 0..1; zeros where it was not measured."""
         try:
             found = self.watch.trace.where()
         except NotMeasured:
             return torch.zeros(images, height, width)
+        if self.images is not None:
+            found = found[list(self.images)]
         highest = found.flatten(1).amax(1).clamp_min(1e-12)[:, None, None]
         scaled = F.interpolate((found / highest)[:, None], size=(height, width), mode="bilinear")[:, 0]
         return scaled[:images] if len(scaled) >= images else torch.zeros(images, height, width)

@@ -18,36 +18,35 @@ _PAPER = np.array([255, 255, 255], dtype=float)
 _INK = (24, 24, 28)
 
 
-def word_picture(verdict: Verdict, notes: Sequence[str] = (), width: int = WIDTH) -> Pixels:
-    """uint8 [H, width, 3]: the verdict's sentence, then the prompt; darker ground and thicker line mean more.
+def word_picture(verdict: Verdict, notes: Sequence[str] = ()) -> Pixels:
+    """uint8 [H, 768, 3]: the verdict's sentence, then the prompt; darker ground and thicker line mean more.
 
     A prompt whose text is not known shows as its numbered tokens. ``notes`` stand below.
     """
-    font = _font()
-    lines = [[(word, 0.0) for word in line] for line in _wrapped(sentence(verdict).split(), width)]
+    lines = [[(word, 0.0) for word in line] for line in _wrapped(sentence(verdict).split())]
     lines += [[]]
     explanation = verdict.explanation
     shares = _shares(explanation) if explanation else {}
     prompt = [(verdict.prompt[start:end], shares.get(start, 0.0)) for start, end in _places(verdict.prompt)]
     if not prompt and explanation:
         prompt = [(word.text, word.significance) for word in explanation.words]
-    lines += _wrapped_pairs(prompt, width)
+    lines += _wrapped_pairs(prompt)
     if explanation is not None:
         legend = ". ".join([f"Highest by {explanation.view}: {top_words_text(explanation)}", *notes])
     else:
         legend = ". ".join(notes) or "The words were not looked at."
-    lines += [[], *([(word, 0.0) for word in line] for line in _wrapped(legend.split(), width))]
-    picture = Image.new("RGB", (width, 2 * MARGIN + LINE * len(lines)), "white")
+    lines += [[], *([(word, 0.0) for word in line] for line in _wrapped(legend.split()))]
+    picture = Image.new("RGB", (WIDTH, 2 * MARGIN + LINE * len(lines)), "white")
     draw, space = ImageDraw.Draw(picture), _length(" ")
     for number, line in enumerate(lines):
         x, y = float(MARGIN), MARGIN + LINE * number
-        for word, share in line if any(share > 0 for _, share in line) else [(" ".join(w for w, _ in line), 0.0)]:
+        for word, share in line:
             length = _length(word)
             if share > 0:
                 shade = tuple(int(v) for v in _PAPER + (_SHADE - _PAPER) * 0.6 * share)
                 draw.rectangle([x - 3, y, x + length + 3, y + LINE - 8], fill=shade)
                 draw.line([(x - 3, y + LINE - 7), (x + length + 3, y + LINE - 7)], _INK, max(1, round(4 * share)))
-            draw.text((x, y), word, fill=_INK, font=font)
+            picture.paste(_INK, (round(x) - MARGIN, y), _drawn(word))
             x += length + space
     return np.asarray(picture).copy()
 
@@ -60,6 +59,14 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 @lru_cache(4096)
 def _length(word: str) -> float:
     return float(_font().getlength(word))
+
+
+@lru_cache(256)
+def _drawn(word: str) -> Image.Image:
+    """The word's shape, a margin from the left: most words of a prompt are the same in the next run."""
+    shape = Image.new("L", (min(WIDTH, round(_length(word))) + 2 * MARGIN, LINE))
+    ImageDraw.Draw(shape).text((MARGIN, 0), word, fill=255, font=_font())
+    return shape
 
 
 def _shares(explanation: Explanation) -> dict[int, float]:
@@ -75,18 +82,18 @@ def _places(prompt: str) -> list[tuple[int, int]]:
     return found
 
 
-def _wrapped(words: list[str], width: int) -> list[list[str]]:
-    return [[word for word, _ in line] for line in _wrapped_pairs([(word, 0.0) for word in words], width)]
+def _wrapped(words: list[str]) -> list[list[str]]:
+    return [[word for word, _ in line] for line in _wrapped_pairs([(word, 0.0) for word in words])]
 
 
-def _wrapped_pairs(words: list[tuple[str, float]], width: int) -> list[list[tuple[str, float]]]:
+def _wrapped_pairs(words: list[tuple[str, float]]) -> list[list[tuple[str, float]]]:
     """Lines that fit; a word longer than a line stands alone and is cut by the picture's edge."""
     lines: list[list[tuple[str, float]]] = [[]]
     used = 0.0
     space = _length(" ")
     for word, share in words:
         length = _length(word)
-        if lines[-1] and used + length > width - 2 * MARGIN:
+        if lines[-1] and used + length > WIDTH - 2 * MARGIN:
             lines.append([])
             used = 0.0
         lines[-1].append((word, share))

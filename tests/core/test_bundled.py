@@ -96,7 +96,8 @@ def test_p_values_are_uniform_on_fresh_ordinary_prompts(model, profile):
 
 
 def test_memorised_pictures_are_copies_and_mitigation_ends_that(model, profile):
-    pairs = held_out_pairs("hard")[::2] + held_out_pairs("photo")[::2] + held_out_pairs("scene")[::2]
+    """Every sixth pair of these kinds here; all of them by the README's command."""
+    pairs = held_out_pairs("hard")[::6] + held_out_pairs("photo")[::6] + held_out_pairs("scene")[::6]
     methods = {
         "optimise-conditioning": optimise_conditioning.Settings(),
         "optimise-tokens": optimise_conditioning.Settings(),
@@ -135,7 +136,7 @@ def test_guidance_away_from_copies_needs_its_dissimilarity_term_and_leaves_ordin
 
 
 def test_ordinary_pictures_are_not_called_copies(model):
-    assert false_copies(model, Measurement(images=2), bundled.held_out_ordinary(30, seed=99)).share <= 0.02
+    assert false_copies(model, Measurement(images=1), bundled.held_out_ordinary(30, seed=99)).hits == 0
 
 
 def test_memorisation_grows_with_repetition(model, profile):

@@ -16,6 +16,7 @@ from sd_dejavu.denoiser import Predictions
 from sd_dejavu.mitigations import Outcome
 from sd_dejavu.monitor import Monitoring, Report, Watch, flagged
 from sd_dejavu.report.word_picture import word_picture
+from sd_dejavu.trace import Trace
 from sd_dejavu.report.words import word_spans
 from sd_dejavu.verdict import BandStep, Explanation, Verdict, WordSignificance
 
@@ -129,6 +130,26 @@ def test_the_map_is_scaled_to_each_picture_and_sized_as_asked() -> None:
     assert where[0, 0, 0] == 1.0 and where[0, -1, -1] == 0.0
     assert where[1, -1, -1] == 1.0 and where[1, 0, 0] == 0.0
     assert not Report.missing("nothing ran").where(4, 4, 3).any()
+
+
+def test_a_report_of_some_images_tells_of_them_in_their_order() -> None:
+    found = watch(3.0)
+    base = torch.zeros(3, 4, 2, 2)
+    moved = base.clone()
+    moved[0, 0, 0, 0], moved[1, 0, 0, 1], moved[2, 0, 1, 1] = 1.0, 2.0, 4.0
+    found.trace = Trace()
+    found.trace.record(Predictions(moved, base, torch.ones(3)))
+    whole = Report.of(found)
+    some = whole.of_images([2, 0, 2])
+    assert [v.score for v in whole.verdicts] == pytest.approx([1.0, 2.0, 4.0])
+    assert [v.score for v in some.verdicts] == pytest.approx([4.0, 1.0, 4.0])
+    assert some.where(2, 2, 3).flatten(1).argmax(1).tolist() == [3, 0, 3]
+    assert [v["where"] for v in some.as_json()["verdicts"]] == [
+        whole.as_json()["verdicts"][place]["where"] for place in (2, 0, 2)
+    ]
+    missing = Watch(Monitoring())
+    missing.trace.skip(2.0, "guidance is off")
+    assert Report.of(missing).of_images([1]).verdicts == Report.of(missing).verdicts  # told of all at once
 
 
 def test_the_word_picture_shades_what_matters() -> None:

@@ -326,6 +326,23 @@ def test_caching_never_shows_another_runs_verdict(comfy: ComfyServer, memorised:
     assert scores(again["verdict"]["dejavu"][0]) == pytest.approx(second)
 
 
+def test_a_verdict_on_some_images_of_a_batch_is_on_these(comfy: ComfyServer, memorised: str) -> None:
+    """Picked, repeated and in another order, between the sampler and the Verdict."""
+    graph = watched(demo(memorised, batch=3, steps=2, seed=26))
+    whole = report(comfy, graph)
+    assert len(set(scores(whole))) == 3
+    for place in (0, 2):
+        graph[f"image {place}"] = node("LatentFromBatch", samples=["sampler", 0], batch_index=place, length=1)
+    graph["twice"] = node("RepeatLatentBatch", samples=["image 2", 0], amount=2)
+    graph["both"] = node("LatentBatch", samples1=["twice", 0], samples2=["image 0", 0])
+    for source, places in (("image 2", [2]), ("both", [2, 2, 0])):
+        graph["verdict"]["inputs"]["samples"] = [source, 0]
+        document = report(comfy, graph)
+        assert scores(document) == [scores(whole)[place] for place in places]
+        assert [v["where"] for v in document["verdicts"]] == [whole["verdicts"][place]["where"] for place in places]
+        assert document["notes"] == whole["notes"]
+
+
 def test_a_run_past_the_monitor_has_no_verdict(comfy: ComfyServer, memorised: str) -> None:
     """The host keeps the monitor between runs: what it saw in an earlier one is nothing that this one drew."""
     watched_run = comfy.run(watched(demo(ORDINARY, steps=2, seed=23)))

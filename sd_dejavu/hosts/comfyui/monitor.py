@@ -8,6 +8,7 @@ score has arrived, in a later step on a fast card, from what was kept of the fir
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 import uuid
@@ -75,22 +76,30 @@ class Moment:
 
 
 class Output:
-    """What a run gave, told apart from what others gave by the bits of all its numbers.
-
-    Their sum is the same on every device and in every order, which that of the numbers themselves is not.
-    """
+    """What a run gave, told apart from what others gave by the bytes of each image, as they are between two nodes."""
 
     def __init__(self, samples: Tensor) -> None:
-        dtype = getattr(comfy.model_management, "intermediate_dtype", lambda: torch.float32)()  # between two nodes
-        bits = samples.detach().to(dtype).float().contiguous().view(torch.int32)
-        self._shape, self._sum = samples.shape, Readout(bits.sum(dtype=torch.int64))
+        """From the host's latents [B, ...], on any device. Waits for nothing."""
+        dtype = getattr(comfy.model_management, "intermediate_dtype", lambda: torch.float32)()
+        self._samples: Readout | None = Readout(samples.detach().to(dtype).float())
+        self._images: tuple[bytes, ...] = ()
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Output):
-            return NotImplemented
-        return self._shape == other._shape and bool(self._sum.wait() == other._sum.wait())
+    @property
+    def images(self) -> tuple[bytes, ...]:
+        """A digest of each image. Waits for the samples."""
+        if self._samples is not None:
+            values = self._samples.wait().contiguous()
+            self._images = tuple(hashlib.sha256(one.numpy().tobytes()).digest() for one in values)
+            self._samples = None
+        return self._images
 
-    __hash__ = None  # type: ignore[assignment]
+    def places_of(self, other: Output) -> tuple[int, ...] | None:
+        """Where each image of the other is among these; None where one of them is not."""
+        if other.images == self.images:
+            return tuple(range(len(self.images)))
+        if not other.images or not set(other.images) <= set(self.images):
+            return None
+        return tuple(self.images.index(image) for image in other.images)
 
 
 @dataclass
@@ -152,8 +161,19 @@ class Monitor:
         return clone
 
     def report_of(self, samples: Tensor) -> Report:
-        """The report on the run that gave these samples."""
-        runs = self._runs_of(samples)
+        """The report on the run that gave these samples, or some of its images, in any order.
+
+        Other nodes may have changed the samples since: then it is on what the samplers that lie behind them in the
+        workflow drew last, be it in an earlier execution, since the host keeps what need not be drawn again.
+        """
+        with self._lock:
+            finished = [run for run in self.runs if run.watch.finished]
+        wanted = Output(samples) if isinstance(samples, Tensor) else None
+        for run in reversed(finished):
+            places = run.output.places_of(wanted) if run.output is not None and wanted is not None else None
+            if places is not None:
+                return Report.of(run.watch).of_images(places)
+        runs = self._runs_behind(finished)
         if not runs:
             why = "no sampler has drawn these samples with the monitored model: link the monitor's model to the sampler"
             return Report.missing(why)
@@ -165,17 +185,9 @@ class Monitor:
             )
         return worst
 
-    def _runs_of(self, samples: Tensor) -> list[Run]:
-        """The finished run that gave these samples, or those that may have.
-
-        Other nodes may have changed the samples since: then it is what the samplers that lie behind them in the
-        workflow drew last, be it in an earlier execution, since the host keeps what need not be drawn again.
-        """
-        wanted = Output(samples) if isinstance(samples, Tensor) else None
-        with self._lock:
-            finished = [run for run in self.runs if run.watch.finished]
-        if matching := [run for run in finished if run.output == wanted]:
-            return matching[-1:]
+    @staticmethod
+    def _runs_behind(finished: list[Run]) -> list[Run]:
+        """Of these runs, those that the workflow says to lie behind the samples of the Verdict that asks."""
         execution, _ = graph.place()
         found, own = graph.executing(), [run for run in finished if run.place[0] == execution]
         if found is None or any(node not in found[0] for node in (found[1], *(run.place[1] for run in own))):
