@@ -16,8 +16,8 @@ from sd_dejavu.denoiser import Predictions
 from sd_dejavu.mitigations import Outcome
 from sd_dejavu.monitor import Monitoring, Report, Watch, flagged
 from sd_dejavu.report.word_picture import word_picture
-from sd_dejavu.trace import Trace
 from sd_dejavu.report.words import word_spans
+from sd_dejavu.trace import Trace
 from sd_dejavu.verdict import BandStep, Explanation, Verdict, WordSignificance
 
 SETTING = Setting("abc", "epsilon", (4, 2, 2), 20, 14.6, 7.0, "empty prompt")
