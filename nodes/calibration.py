@@ -7,12 +7,12 @@ from typing import Any
 
 import comfy.samplers
 import comfy.utils
-import torch
 from comfy_api.latest import io
 
 from ..sd_dejavu.calibration import store
 from ..sd_dejavu.calibration.profile import Profile
 from ..sd_dejavu.hosts import comfyui
+from ..sd_dejavu.report.wording import calibrated
 from . import sockets
 
 
@@ -86,11 +86,7 @@ class Calibrate(io.ComfyNode):
         path = store.path_for(profile.setting, sockets.user_folder())
         path.parent.mkdir(parents=True, exist_ok=True)
         profile.save(path)
-        scores = torch.tensor(profile.null_scores("first step", 1))
-        text = (
-            f"{len(scores)} ordinary prompts: median {scores.median():.3g}, 99th percentile {scores.quantile(0.99):.3g} "
-            f"at sigma {profile.setting.sigma:.4g}. Kept as {path.name}."
-        )
+        text = f"{calibrated(profile)} Kept as {path.name}."
         return io.NodeOutput(profile, text, ui={"text": [text]})
 
 

@@ -15,7 +15,7 @@ from modules import call_queue, paths, processing, script_callbacks, scripts, sh
 
 from sd_dejavu.calibration import store
 from sd_dejavu.hosts.webui import audit, controls, references, run
-from sd_dejavu.report import panel
+from sd_dejavu.report import panel, wording
 
 Found = TypeVar("Found")
 
@@ -313,11 +313,7 @@ def _calibrate(*arguments: Any) -> tuple[Any, Path]:
 
 
 def _told(profile: Any, path: Path) -> str:
-    median, high = profile.quantile(0.5), profile.quantile(0.99)
-    return (
-        f"{len(profile.nulls)} ordinary prompts at sigma {profile.setting.sigma:.4g}: median {median:.3g}, 99th "
-        f"percentile {high:.3g}. Kept as {path.name}."
-    )
+    return f"{wording.calibrated(profile)} Kept as {path.name}."
 
 
 def _calibrate_from_page(*arguments: Any) -> str:

@@ -167,17 +167,48 @@ def token_bytes(token: str) -> bytes:
     return text.encode()
 
 
+_SEPARATORS = frozenset(",;，、；。")
+
+
 def split_words(prompt: str) -> tuple[Word, ...]:
-    """Words at white space; punctuation stays with its word ('river,' is one word)."""
+    """Words at white space, after commas and semicolons, and in scripts that leave none between words.
+
+    Punctuation stays with its word: 'a river,blue' has the words 'a', 'river,' and 'blue'. Every Chinese character is
+    a word, and so is a row of Hiragana or of Katakana.
+    """
     words, start = [], None
     for i, character in enumerate(prompt + " "):
-        if character.isspace():
-            if start is not None:
-                words.append(Word(prompt[start:i], start, i))
-                start = None
-        elif start is None:
+        if start is not None and (character.isspace() or _parts(prompt, i)):
+            words.append(Word(prompt[start:i], start, i))
+            start = None
+        if start is None and not character.isspace():
             start = i
     return tuple(words)
+
+
+def _parts(prompt: str, i: int) -> bool:
+    """Whether a word ends before the character at ``i``, though no white space does."""
+    before, here = prompt[i - 1], prompt[i]
+    if before in _SEPARATORS:
+        is_number = i > 1 and before == "," and prompt[i - 2].isdigit() and here.isdigit()
+        return here not in _SEPARATORS and not is_number
+    scripts = _unspaced(before), _unspaced(here)
+    if scripts == (None, None) or unicodedata.category(before) in ("Ps", "Pi"):
+        return False  # an opening bracket stays with what follows it
+    if scripts[1] is None:
+        return here.isalnum() or unicodedata.category(here) in ("Ps", "Pi")
+    return scripts[0] != scripts[1] or scripts[1] == "Han"
+
+
+def _unspaced(character: str) -> str | None:
+    """The script of a character, where it is one that is written without spaces."""
+    if "\u3041" <= character <= "\u309f":
+        return "Hiragana"
+    if "\u30a1" <= character <= "\u30ff":
+        return "Katakana"
+    code = ord(character)
+    is_han = 0x3400 <= code <= 0x9FFF or 0xF900 <= code <= 0xFAFF or 0x20000 <= code <= 0x3FFFF
+    return "Han" if is_han else None
 
 
 def align(prompt: str, tokens: Sequence[str]) -> tuple[tuple[Word, ...], tuple[int | None, ...]]:

@@ -1,6 +1,7 @@
 """Gradients of the first step's magnitude, in the model's own precision and in little memory.
 
-The loss is the mean over the pictures of || Delta ||_2. It is a sum over pictures, so they go through the network one
+The loss is the mean over the pictures of || Delta ||_2; a picture that has reached a target adds nothing to the
+gradients. It is a sum over pictures, so they go through the network one
 after another (a few together where they are small) and their gradients add up exactly; the text encoder's graph is
 made once and gone back through once, with the sum. Values, losses and gradients are fp32; the network computes in
 what it was loaded in. In half precision small gradients would become 0, so each loss is scaled up by a power of two
@@ -63,13 +64,14 @@ def value_and_gradients(
     leaves: Sequence[Tensor],
     at_once: int | None = None,
     scale: LossScale | None = None,
+    target: float = -math.inf,
 ) -> Taken:
     """Magnitudes at x [B, C, H, W], sigma [B], and the gradient of their mean at each of ``leaves``, in fp32.
 
     ``base`` [B, C, H, W] is the denoised prediction without the prompt; ``rebuild`` makes the conditioning from the
-    leaves, which require gradients. At most ``at_once`` pictures share a pass. A magnitude that is not finite is
-    returned as it is. Raises OutOfMemory where one picture does not fit, and ValueError where gradients are not
-    finite under any scale.
+    leaves, which require gradients. Pictures below ``target`` add nothing to the gradients. At most ``at_once``
+    pictures share a pass. A magnitude that is not finite is returned as it is. Raises OutOfMemory where one picture
+    does not fit, and ValueError where gradients are not finite under any scale.
     """
     scale = scale or LossScale()
     with torch.enable_grad():
@@ -84,7 +86,7 @@ def value_and_gradients(
             denoised = denoiser(x[start:stop], sigma[start:stop], given.of_pictures(start, stop, len(x)))
             return magnitude(Predictions(denoised, base[start:stop], sigma[start:stop]))
 
-        return scaled_gradients(values, cut, scale)
+        return scaled_gradients(values, cut, scale, target)
 
     magnitudes, totals = [], [torch.zeros_like(joint, dtype=torch.float32) for joint in cut]
     for found, parts in in_pieces(one_pass, len(x), given.pictures_at_once(len(x), together(x, at_once))):
@@ -102,16 +104,18 @@ def together(x: Tensor, at_once: int | None = None) -> int:
 
 
 def scaled_gradients(
-    values_of: Callable[[], Tensor], leaves: Sequence[Tensor], scale: LossScale
+    values_of: Callable[[], Tensor], leaves: Sequence[Tensor], scale: LossScale, target: float = -math.inf
 ) -> tuple[Tensor, list[Tensor]]:
-    """``values_of()`` [B] without their graph, and the gradients of their sum in fp32; 0 at a leaf that is not used.
+    """``values_of()`` [B] without their graph, and the gradients of the sum of those that are not below ``target``, in fp32.
+
+    They are 0 at a leaf that is not used.
 
     Raises ValueError where gradients are not finite under any scale, though the values are.
     """
     for _ in range(TRIES):
         with torch.enable_grad():
             values = values_of()
-            found = torch.autograd.grad(values.sum() * scale.factor, leaves, allow_unused=True)
+            found = torch.autograd.grad(values.clamp_min(target).sum() * scale.factor, leaves, allow_unused=True)
         gradients = [_unscaled(g, leaf, scale.factor) for g, leaf in zip(found, leaves, strict=True)]
         values = values.detach()
         if not bool(values.isfinite().all()) or all(bool(g.isfinite().all()) for g in gradients):

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from .conditioning import Conditioning
@@ -51,6 +52,19 @@ class GuidanceRule(Protocol):
     def __call__(self, step: GuidedStep) -> Tensor:
         """The guided denoised prediction [B, C, H, W]. Where the rule has nothing to say it is ``step.plain``."""
         ...
+
+
+class OfImages:
+    """A rule for some images [B] of a batch; the others go on under plain guidance, to the bit."""
+
+    def __init__(self, images: Tensor, make: Callable[[], GuidanceRule]) -> None:
+        self._images, self._rule = images, make()
+
+    def __call__(self, step: GuidedStep) -> Tensor:
+        """Raises ValueError in a run of another number of images."""
+        if len(step.x) != len(self._images):
+            raise ValueError(f"this rule was made for {len(self._images)} images, and the run has {len(step.x)}")
+        return torch.where(self._images.to(step.x.device)[:, None, None, None], self._rule(step), step.plain)
 
 
 def guided(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import torch
 from torch import Tensor
 
-from .calibration.ordinary_prompts import style_of
 from .calibration.profile import ALPHA_DEFAULT, EVALUATIONS, Profile, ScoreKind, Setting
 from .conditioning import Baseline, Conditioning
 from .denoiser import Model, initial_latent
 from .detectors.magnitude import rounding
+from .judge import judge
 from .memory import one_by_one
 from .mitigations import Outcome
 from .sampling import Guidance, Run, first_step, sample, sample_prompts
@@ -190,7 +190,7 @@ def _measured(run: Run, prompt: str, wanted: Measurement) -> Measured:
     return Measured(prompt, scores, per_step, run.latents, run.trace.where())
 
 
-def judge(
+def verdict_on(
     measured: Measured,
     wanted: Measurement,
     setting: Setting,
@@ -198,33 +198,23 @@ def judge(
     explanation: Explanation | None = None,
 ) -> Verdict:
     """The verdict on one measured prompt; without a fitting profile it has a score but no p-value."""
-    score = None if measured.scores is None else float(measured.scores.mean())
-    why, p, nulls, style = measured.why, None, 0, None
-    if score is not None and profile is None:
-        why = "there is no calibration profile for this model and setting: make one with 'sd-dejavu calibrate'"
-    elif score is not None and profile is not None:
-        try:
-            value = profile.p_value(
-                score, setting, wanted.score, wanted.images, style_of(measured.prompt), wanted.alpha
-            )
-            p, nulls, style = value.p, value.nulls, value.style
-        except ValueError as error:
-            why = str(error)
-    return Verdict(
+    verdict = Verdict(
         prompt=measured.prompt,
-        score=score,
-        p_value=p,
-        flagged=None if p is None else p <= wanted.alpha,
+        score=None if measured.scores is None else float(measured.scores.mean()),
+        p_value=None,
+        flagged=None,
         alpha=wanted.alpha,
         score_kind=wanted.score,
         images=wanted.images,
         without=wanted.without,
         score_per_step=measured.per_step,
-        nulls=nulls,
-        null_style=style,
-        why=why,
+        why=measured.why,
         explanation=explanation,
     )
+    if profile is not None or verdict.score is None:
+        return verdict if profile is None else judge(verdict, setting, profile)
+    why = "there is no calibration profile for this model and setting: make one with 'sd-dejavu calibrate'"
+    return replace(verdict, why=why)
 
 
 def start_of_run(model: Model, wanted: Measurement) -> tuple[Tensor, Tensor]:

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .calibration.ordinary_prompts import style_of
 from .calibration.profile import ALPHA_DEFAULT, EVALUATIONS, ORDINARY_QUANTILE, Profile, ScoreKind, Setting
 from .conditioning import Baseline, Conditioning, Unconditional, by_position
 from .denoiser import Model
 from .explain import confirmed_gradient, leave_one_out, output_gradient
 from .gradients import with_gradients
+from .judge import judge
 from .mitigations import Mitigation, Outcome, Start, available
 from .settings import option, validate
 from .trace import NotMeasured, Trace
@@ -215,30 +215,18 @@ class Watch:
                     empty,
                     score=score,
                     score_per_step=tuple((s, None if v is None else v[image]) for s, v in steps),
-                ),
-                kind,
+                    batch=len(scores),
+                )
             )
             for image, score in enumerate(scores)
         ]
 
-    def _with_p(self, verdict: Verdict, kind: ScoreKind) -> Verdict:
-        if self.profile is None or self.setting is None:
-            missing = "there is no calibration for this model and setting: calibrate first"
-            return replace(verdict, why="; ".join([missing, *self.notes]))
-        assert verdict.score is not None
-        style = style_of(verdict.prompt) if verdict.prompt else None
-        setting = replace(self.setting, without=verdict.without)
-        try:
-            found = self.profile.p_value(verdict.score, setting, kind, 1, style, self.monitoring.alpha)
-        except ValueError as error:
-            return replace(verdict, why=str(error))
-        return replace(
-            verdict,
-            p_value=found.p,
-            flagged=found.p <= self.monitoring.alpha,
-            nulls=found.nulls,
-            null_style=found.style,
-        )
+    def _with_p(self, verdict: Verdict) -> Verdict:
+        if self.profile is not None and self.setting is not None:
+            judged = judge(verdict, replace(self.setting, without=verdict.without), self.profile)
+        else:
+            judged = replace(verdict, why="there is no calibration for this model and setting: calibrate first")
+        return judged if judged.why is None else replace(judged, why="; ".join([judged.why, *self.notes]))
 
 
 def flagged(verdicts: Sequence[Verdict]) -> bool | None:
@@ -273,14 +261,17 @@ class Report:
 
         return replace(self, verdicts=chosen(self.verdicts), after=chosen(self.after), images=tuple(places))
 
+    def maps(self) -> Tensor:
+        """Squared-difference map [images, H, W] of the last evaluation that was measured. Raises NotMeasured."""
+        found = self.watch.trace.where()
+        return found if self.images is None else found[list(self.images)]
+
     def where(self, height: int, width: int, images: int) -> Tensor:
         """Where in the picture the prompt acts, [images, height, width] in 0..1; zeros where it was not measured."""
         try:
-            found = self.watch.trace.where()
+            found = self.maps()
         except NotMeasured:
             return torch.zeros(images, height, width)
-        if self.images is not None:
-            found = found[list(self.images)]
         highest = found.flatten(1).amax(1).clamp_min(1e-12)[:, None, None]
         scaled = F.interpolate((found / highest)[:, None], size=(height, width), mode="bilinear")[:, 0]
         return scaled[:images] if len(scaled) >= images else torch.zeros(images, height, width)

@@ -53,9 +53,10 @@ class BandStep:
 class Verdict:
     """``flagged`` is None when there is no verdict; ``why`` then says why in one sentence.
 
-    ``score`` is the mean over the images; ``p_value`` comes from ``nulls`` ordinary prompts, of the
-    style ``null_style`` where the profile held enough of it. ``score_per_step`` holds (sigma, mean
-    magnitude or None where not measured).
+    ``score`` is the mean over ``images``, or that of one image of a ``batch`` of the same prompt; ``p_value`` comes
+    from ``nulls`` ordinary prompts, of the style ``null_style`` where the profile held enough of it, with
+    ``null_images`` of each compared at once. ``score_per_step`` holds (sigma, mean magnitude or None where not
+    measured).
     """
 
     prompt: str
@@ -72,6 +73,13 @@ class Verdict:
     null_style: str | None = None
     why: str | None = None
     explanation: Explanation | None = None
+    batch: int = 1
+    null_images: int = 1
+
+    @property
+    def times(self) -> int:
+        """How often p was counted, as the images of the batch outnumber those of an ordinary prompt."""
+        return -(-self.batch // self.null_images)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for ``json.dumps``; ``words`` is flat and empty where nothing was explained."""

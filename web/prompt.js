@@ -10,6 +10,7 @@ const DROPPED = 0
 // Python's str.isspace: JavaScript's \s knows U+FEFF and lacks U+001C..1F and U+0085.
 const SPACE = '\\t-\\r\\x1c-\\x20\\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000'
 const EMPTY_GROUP = new RegExp(`\\([${SPACE}]*(?::[${SPACE}]*[+-]?[\\p{Nd}.]+[${SPACE}]*)?\\)|\\[[${SPACE}]*\\]`, 'u')
+const BLANK = new RegExp(`[${SPACE}]`, 'u')
 const SPACES = new RegExp(`[${SPACE}]+`, 'gu')
 const ENDS = /^[ ,;|-]+|[ ,;|-]+$/g
 const WEIGHT_BEHIND = /^:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)/
@@ -50,7 +51,7 @@ export function changed(prompt, words, changes) {
   for (const [index, factor] of order) {
     const { start, end } = words[index]
     dropped ||= factor === DROPPED
-    text = factor === DROPPED ? `${text.slice(0, start)} ${text.slice(end)}` : weighed(text, start, end, factor)
+    text = factor === DROPPED ? without(text, start, end) : weighed(text, start, end, factor)
   }
   return dropped ? tidied(text, prompt) : text
 }
@@ -83,9 +84,16 @@ export function acted(action, prompt, words, current, index) {
     return changed(prompt, words, next)
   }
   const place = places[index]
-  if (action === 'drop') return place && tidied(`${current.slice(0, place[0])} ${current.slice(place[1])}`, current)
+  if (action === 'drop') return place && tidied(without(current, ...place), current)
   if (action === 'weaken') return place && weighed(current, ...place, WEAKER)
   return place ? unweighed(current, ...place) : inserted(words, current, places, index)
+}
+
+/** The text without start..end; where no white space stood around that, none comes in its place. */
+function without(text, start, end) {
+  const before = text.slice(0, start), after = text.slice(end)
+  const hasGap = !before || !after || BLANK.test(before.at(-1)) || BLANK.test(after[0])
+  return `${before}${hasGap ? ' ' : ''}${after}`
 }
 
 /** White space closed up, emptied brackets and dangling separators gone: what follows a dropped word. */

@@ -34,8 +34,8 @@ def calibrate(
     """First-step scores of all prompts, and whole runs of the first ``full_runs`` of them.
 
     Every 25 prompts share a noise of their own, so that the nulls vary over noises as well as over
-    prompts. The style of a null is what :func:`style_of` calls it, as with the prompts to be judged,
-    which keeps p-values exact within a style. ``on_prompt`` is called with the stage's name
+    prompts. The style of a null is what :func:`style_of` calls it, as with the prompts to be judged. P-values within
+    a style are approximate, since nulls that share a noise are not independent. ``on_prompt`` is called with the stage's name
     after each prompt and may raise to interrupt. A prompt for which memory does not suffice is left out, and
     ``on_left_out`` told why; without that, or where none is left, OutOfMemory is raised.
     """

@@ -3,6 +3,10 @@
 Split-conformal p-value (Vovk et al., 2005): p = (1 + #{null >= s}) / (n + 1). If the prompt at hand is
 exchangeable with the nulls, P(p <= alpha) <= alpha at any n. The smallest possible p is 1 / (n + 1),
 so a flag at alpha needs n >= 1 / alpha - 1 nulls.
+
+A batch of B images of one prompt is flagged where any image is, so each of its images is compared with the highest of
+g <= B images of each null (g: as many as they have), and p counts B / g times, rounded up (Bonferroni): at alpha one
+ordinary prompt in 1 / alpha is flagged, whatever the number of images.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from ..verdict import BandStep
 
 SCHEMA_VERSION = 1
 ALPHA_DEFAULT = 0.01
+ENOUGH_OF_STYLE = 99  # ordinary prompts of one style: they alone are compared with where there are as many
 ORDINARY_QUANTILE = 0.95  # up to here a score is called ordinary when a mitigation asks how far to go
 
 ScoreKind = Literal["first step", "first 5 steps", "all steps"]
@@ -70,11 +75,16 @@ class Null:
 
 @dataclass(frozen=True)
 class PValue:
-    """``p`` from ``nulls`` ordinary prompts; ``style`` is None where all styles were taken together."""
+    """``p`` from ``nulls`` ordinary prompts; ``style`` is None where all styles were taken together.
+
+    ``at_once`` images of each null were compared with one of the batch, and p was counted ``times`` times for that.
+    """
 
     p: float
     nulls: int
     style: str | None
+    at_once: int = 1
+    times: int = 1
 
 
 def conformal_p(score: float, nulls: Sequence[float]) -> float:
@@ -92,22 +102,27 @@ class Profile:
     setting: Setting
     nulls: tuple[Null, ...]
     band: tuple[BandStep, ...] = ()
-    _sorted: dict[tuple[ScoreKind, int], dict[str | None, tuple[float, ...]]] = field(
+    _sorted: dict[tuple[ScoreKind, int, bool], dict[str | None, tuple[float, ...]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
-    def null_scores(self, kind: ScoreKind, images: int, style: str | None = None) -> tuple[float, ...]:
-        """Mean over the first ``images`` values of each null that has as many, of one style or of all; ascending."""
-        if (kind, images) not in self._sorted:
+    def null_scores(
+        self, kind: ScoreKind, images: int, style: str | None = None, highest: bool = False
+    ) -> tuple[float, ...]:
+        """Mean of the first ``images`` values of each null that has as many, or the highest of them; ascending.
+
+        Of the nulls of one style, or of all.
+        """
+        if (kind, images, highest) not in self._sorted:
             found: dict[str | None, list[float]] = {None: []}
             for null in self.nulls:
-                values = null.scores.get(kind, ())
-                if len(values) >= images:
-                    mean = sum(values[:images]) / images
-                    found[None].append(mean)
-                    found.setdefault(null.style, []).append(mean)
-            self._sorted[kind, images] = {name: tuple(sorted(means)) for name, means in found.items()}
-        return self._sorted[kind, images].get(style, ())
+                values = null.scores.get(kind, ())[:images]
+                if len(values) == images:
+                    value = max(values) if highest else sum(values) / images
+                    found[None].append(value)
+                    found.setdefault(null.style, []).append(value)
+            self._sorted[kind, images, highest] = {name: tuple(sorted(values)) for name, values in found.items()}
+        return self._sorted[kind, images, highest].get(style, ())
 
     def p_value(
         self,
@@ -116,27 +131,29 @@ class Profile:
         kind: ScoreKind = "first step",
         images: int = 1,
         style: str | None = None,
-        alpha: float = ALPHA_DEFAULT,
+        batch: int = 1,
     ) -> PValue:
-        """The p-value of one score, among nulls of the same style if there are enough of them for ``alpha``.
+        """The p-value of one score: of the mean over ``images``, or of one image of a ``batch`` of one prompt.
 
-        Raises ValueError with a sentence when the profile was made for another setting, the score is not
-        finite, or the profile holds too few nulls for this number of images to ever reach ``alpha``.
+        Raises ValueError with a sentence when the profile was made for another setting, has no null for this kind and
+        number of images, or the score is not finite.
         """
         if not math.isfinite(score):
             # Compared with the nulls a NaN would pass for the highest score of all.
             raise ValueError(f"the score is {score}, so there is no p-value: the model's weights may be broken")
         if why := self.setting.mismatch(setting, kind):
             raise ValueError(f"this calibration profile is for another setting: {why}; calibrate for this setting")
-        needed = math.ceil(1 / alpha - 1e-9) - 1
-        for chosen in (style, None) if style else (None,):
-            nulls = self.null_scores(kind, images, chosen)
-            if len(nulls) >= needed:
-                return PValue(conformal_p(score, nulls), len(nulls), chosen)
-        raise ValueError(
-            f"the profile has {len(nulls)} ordinary prompts for the {kind} with {images} images, and alpha = {alpha:g} "
-            f"needs at least {needed}: raise alpha, or calibrate with more prompts or images"
-        )
+        at_once = min([batch, *(len(values) for null in self.nulls if (values := null.scores.get(kind)))])
+        times = math.ceil(batch / at_once)
+        if batch > 1:
+            images = at_once
+        for chosen in (style, None):
+            nulls = self.null_scores(kind, images, chosen, batch > 1)
+            if chosen is None or len(nulls) >= ENOUGH_OF_STYLE * times:
+                break
+        if not nulls:
+            raise ValueError(f"the profile has no ordinary prompts for the {kind} of {images} images: calibrate for it")
+        return PValue(min(1.0, times * conformal_p(score, nulls)), len(nulls), chosen, at_once, times)
 
     def quantile(self, q: float, kind: ScoreKind = "first step", images: int = 1) -> float:
         """The q-quantile (0..1, linear interpolation) of the null scores."""

@@ -16,6 +16,7 @@ from rich.console import Console
 from ..calibration import store
 from ..calibration.calibrate import calibrate
 from ..measure import Measurement, setting_of
+from ..report.wording import calibrated
 from . import common
 
 
@@ -72,8 +73,5 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(summary))
     else:
-        Console().print(
-            f"{len(profile.nulls)} ordinary prompts measured: median {summary['median']:.3f}, 99% quantile {summary['q99']:.3f}\n"
-            f"saved as {path}"
-        )
+        Console().print(f"{calibrated(profile, wanted.images)}\nsaved as {path}")
     return common.EXIT_NOT_MEASURED if left_out else 0

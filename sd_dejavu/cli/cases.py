@@ -13,7 +13,7 @@ from torch import Tensor
 from ..calibration.profile import Profile
 from ..denoiser import Model
 from ..explain.views import explain
-from ..measure import Measured, Measurement, drawn_with, judge, measure_runs, setting_of
+from ..measure import Measured, Measurement, drawn_with, measure_runs, setting_of, verdict_on
 from ..mitigations import Outcome, Start, available
 from ..report import html
 from ..similarity import COPY_THRESHOLD, grey_correlation
@@ -64,7 +64,7 @@ def run_case(
         words = None
         if words_of.split():
             words = explain(model, model.encode(words_of), wanted, batch_size=start.batch_size)
-        return judge(measured, wanted, setting, profile, words)
+        return verdict_on(measured, wanted, setting, profile, words)
 
     (plain,) = measure_runs(model, [conditioning], start.noise, wanted, None, start.batch_size)
     on_run()

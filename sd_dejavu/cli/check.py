@@ -9,7 +9,7 @@ import argparse
 
 from rich.console import Console
 
-from ..measure import Measurement, judge, setting_of
+from ..measure import Measurement, setting_of, verdict_on
 from . import common
 
 
@@ -30,14 +30,14 @@ def run(arguments: argparse.Namespace) -> int:
     profile, setting = common.profile_of(arguments, model, wanted), setting_of(model, wanted)
     flagged, missing = 0, False
     for measured in common.measured_in_chunks(model, prompts, wanted, arguments.batch_size, Console(stderr=True)):
-        verdict = judge(measured, wanted, setting, profile)
+        verdict = verdict_on(measured, wanted, setting, profile)
         flagged += bool(verdict.flagged)
         why = ""
         if measured.scores is not None and (
             arguments.explain == "always" or (arguments.explain == "flagged" and verdict.flagged)
         ):
             words, why = common.words_of(model, measured.prompt, wanted, batch_size=arguments.batch_size)
-            verdict = judge(measured, wanted, setting, profile, words)
+            verdict = verdict_on(measured, wanted, setting, profile, words)
         missing = missing or measured.out_of_memory or bool(why)
         common.print_verdict(verdict, wanted, model, arguments.json, why)
     if not arguments.json and len(prompts) > 1:

@@ -12,7 +12,7 @@ from typing import get_args
 from rich.console import Console
 from rich.table import Table
 
-from ..measure import Measurement, judge, setting_of
+from ..measure import Measurement, setting_of, verdict_on
 from ..verdict import Verdict, View
 from . import common
 
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     output, missing = Console(), False
     for measured in common.measured_in_chunks(model, prompts, wanted, arguments.batch_size, Console(stderr=True)):
         words, why = common.words_of(model, measured.prompt, wanted, arguments.view, arguments.batch_size)
-        verdict = judge(measured, wanted, setting, profile, words)
+        verdict = verdict_on(measured, wanted, setting, profile, words)
         missing = missing or measured.out_of_memory or bool(why)
         common.print_verdict(verdict, wanted, model, arguments.json, why)
         if words is not None and not arguments.json:

@@ -21,7 +21,7 @@ from ..caption_following import caption_score
 from ..conditioning import Conditioning
 from ..denoiser import Model
 from ..explain.views import explain
-from ..measure import Measured, Measurement, drawn_with, guidance_of, judge, measure, measure_runs, setting_of
+from ..measure import Measured, Measurement, drawn_with, guidance_of, measure, measure_runs, setting_of, verdict_on
 from ..memory import OutOfMemory, one_by_one
 from ..mitigations import Outcome, Start, available
 from ..mitigations.anti_memorization_guidance import GREY
@@ -118,7 +118,7 @@ def graded(
                 and (p.kind == "hard") == (kind == "hard")
             ]
             runs = draw(model, [model.encode(p.caption) for p in chosen], wanted, on_prompts)
-            verdicts = [judge(run, wanted, setting, profile) for run, _ in runs]
+            verdicts = [verdict_on(run, wanted, setting, profile) for run, _ in runs]
             likeness = [
                 s for pair, (_, pictures) in zip(chosen, runs, strict=True) for s in copies(pair, pictures).tolist()
             ]
@@ -149,7 +149,7 @@ def fresh_verdicts(model: Model, profile: Profile, wanted: Measurement, captions
     for start in range(0, len(captions), 50):
         here = replace(wanted, seed=500 + start)
         setting = setting_of(model, here)
-        verdicts += [judge(m, here, setting, profile) for m in measure(model, captions[start : start + 50], here)]
+        verdicts += [verdict_on(m, here, setting, profile) for m in measure(model, captions[start : start + 50], here)]
     return verdicts
 
 
@@ -276,7 +276,7 @@ def mitigations(
         return found
 
     for number, pair in enumerate(pairs):
-        for name, settings in trials.items():
+        for name in trials:
             tally = tallies[name]
             with peak_memory(noise.device) as peak:
                 began = time.perf_counter()
@@ -289,7 +289,8 @@ def mitigations(
             tally.seconds[number] = seconds
             tally.peaks.append(peak.megabytes)
             tally.likeness += copies(pair, pictures).tolist()
-            tally.scores.append(outcome.score_after if settings else start.score(model, outcome.conditioning))
+            begins = start if outcome.x is None else start.moved(model, outcome.x)
+            tally.scores.append(float(begins.scores(model, outcome.conditioning).mean()))
             tally.captions += [follows(model, pair, latent) for latent in latents[:1] if pair.trigger]
             on_pair(name)
     for caption in ordinary:

@@ -24,7 +24,9 @@ from . import explanation
 
 def drop_word(prompt: str, word: Word) -> str:
     """The prompt without one word; white space is closed up, emptied brackets and dangling separators go too."""
-    kept = drop_empty_groups(f"{prompt[: word.start]} {prompt[word.end :]}", before=prompt)
+    before, after = prompt[: word.start], prompt[word.end :]
+    has_gap = not (before and after) or before[-1].isspace() or after[0].isspace()
+    kept = drop_empty_groups(f"{before}{' ' if has_gap else ''}{after}", before=prompt)
     return " ".join(kept.split()).strip(" ,;|-")
 
 

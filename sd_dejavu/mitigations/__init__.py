@@ -87,15 +87,23 @@ class Start:
         base = predict(denoiser, x, self.sigma, self.unconditional, self.batch_size)
         return replace(self, x=x, base=base)
 
-    def score(self, denoiser: Denoiser, conditioning: Conditioning) -> float:
-        """Mean first-step magnitude over the images, without gradients."""
+    def scores(self, denoiser: Denoiser, conditioning: Conditioning) -> Tensor:
+        """First-step magnitude of each image, [images], without gradients."""
         denoised = predict(denoiser, self.x, self.sigma, conditioning, self.batch_size)
-        return float(magnitude(Predictions(denoised, self.base, self.sigma)).mean())
+        return magnitude(Predictions(denoised, self.base, self.sigma))
+
+    def score(self, denoiser: Denoiser, conditioning: Conditioning) -> float:
+        """The highest first-step magnitude of the images: a batch is ordinary when its worst image is."""
+        return float(self.scores(denoiser, conditioning).max())
+
+    def to_change(self, scores: Tensor) -> Tensor:
+        """Which images are not ordinary, [images] booleans: a method that can leave the others as they are does."""
+        return scores > self.acceptable
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What to go on with, the first-step score before and after, and how it was reached.
+    """What to go on with, the first-step score of the worst image before and after, and how it was reached.
 
     ``x`` is the x_T [images, C, H, W] to sample from instead, at the noise level of the start; None leaves it.
     ``rule`` makes a guidance rule for one run; None leaves plain guidance. ``conditioning`` carries the attention

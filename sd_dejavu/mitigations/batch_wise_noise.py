@@ -25,7 +25,7 @@ from torch import Tensor
 from ..conditioning import Conditioning
 from ..denoiser import Model, Predictions, PredictionType, initial_latent
 from ..detectors.magnitude import difference
-from ..guidance import GuidedStep
+from ..guidance import GuidedStep, OfImages
 from ..sampling import predict
 from ..settings import option, validate
 from . import Mitigation, Outcome, Start
@@ -90,12 +90,16 @@ def adjust(model: Model, conditioning: Conditioning, start: Start, settings: Set
 
 
 def _apply(model: Model, conditioning: Conditioning, start: Start, settings: Settings) -> Outcome:
-    score = start.score(model, conditioning)
-    if score <= start.acceptable:
-        return Outcome.unchanged(conditioning, score)
+    scores = start.scores(model, conditioning)
+    images = start.to_change(scores)
+    if not images.any():
+        return Outcome.unchanged(conditioning, float(scores.max()))
     found = adjust(model, conditioning, start, settings)
-    rule = None if settings.guidance_from == 1 else partial(LateGuidance, settings.guidance_from, model.prediction_type)
-    return Outcome(conditioning, score, found.score(model, conditioning), x=found.x, rule=rule)
+    late = partial(LateGuidance, settings.guidance_from, model.prediction_type)
+    rule = None if settings.guidance_from == 1 else partial(OfImages, images, late)
+    after = torch.where(images, found.scores(model, conditioning), scores)
+    x = torch.where(images[:, None, None, None], found.x, start.x)
+    return Outcome(conditioning, float(scores.max()), float(after.max()), x=x, rule=rule)
 
 
 BATCH_WISE = Mitigation(

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..conditioning import Conditioning
 from ..denoiser import Model
 from ..detectors.magnitude import magnitude
-from ..guidance import GuidedStep, guided
+from ..guidance import GuidedStep, OfImages, guided
 from ..settings import option, validate
 from . import Mitigation, Outcome, Start
 
@@ -68,10 +68,12 @@ class Transition:
 
 
 def _apply(model: Model, conditioning: Conditioning, start: Start, settings: Settings) -> Outcome:
-    score = start.score(model, conditioning)
-    if score <= start.acceptable:
+    scores = start.scores(model, conditioning)
+    score, images = float(scores.max()), start.to_change(scores)
+    if not images.any():
         return Outcome.unchanged(conditioning, score)
-    return Outcome(conditioning, score, score, rule=partial(Transition, settings.before_transition))
+    rule = partial(OfImages, images, partial(Transition, settings.before_transition))
+    return Outcome(conditioning, score, score, rule=rule)
 
 
 TRANSITION = Mitigation(

@@ -4,7 +4,8 @@ Wen et al., ICLR 2024, section 4.3: minimise L = || Delta ||_2 at the x_T that w
 conditional embedding; Adam, learning rate 0.05, at most 10 iterations (here 25), stop at L <= target. The start
 token's row stays fixed, end and padding rows are learned. Against the published code: L is the mean of
 the per-image norms, rows and optimiser are fp32 whatever the model's dtype (in fp16 Adam's epsilon
-underflows and the start row turns NaN), and the unconditional prediction, which does not depend on the
+underflows and the start row turns NaN), an image that has reached the target adds nothing to the gradient and the loop
+ends when the worst image has, and the unconditional prediction, which does not depend on the
 embedding, is computed once instead of in every iteration.
 """
 
@@ -47,16 +48,20 @@ class Settings:
 
 @dataclass(frozen=True)
 class Optimised:
-    """``losses`` holds L before each update and at the end; ``moved`` is || new - old || / || old || of the rows."""
+    """``losses`` holds L before each update and at the end, and after those that of the best where it was an earlier one.
+
+    ``scores`` are the worst image's before and after: the best is the one with the lowest of these; ``moved`` is || new - old || / || old || of the rows.
+    """
 
     conditioning: Conditioning
     losses: tuple[float, ...]
     target: float
     moved: float
+    scores: tuple[float, float]
 
     @property
     def reached(self) -> bool:
-        return self.losses[-1] <= self.target
+        return self.scores[1] <= self.target
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,8 @@ def optimise(
 ) -> Optimised:
     """x [B, C, H, W] at sigma [B]; ``unconditional`` is the denoised prediction there without the prompt.
 
-    At most ``batch_size`` pictures share a pass. Returns the conditioning with the lowest loss seen. Raises ValueError when a loss is not finite or
-    the target is not positive.
+    At most ``batch_size`` pictures share a pass. Returns the conditioning at which the worst picture scores lowest.
+    Raises ValueError when a loss is not finite or the target is not positive.
     """
     start = conditioning.rows.detach().float()
     # Where the tokens are unknown: every chunk of 77 rows begins with a start token in all these text encoders.
@@ -133,33 +138,35 @@ def descend(
         return rebuild([torch.where(leaf.free, tensor, leaf.start) for tensor, leaf in zip(moved, leaves, strict=True)])
 
     losses: list[float] = []
-    best, found, scale = float("inf"), conditioning, LossScale()
+    worst: list[float] = []
+    best, found, scale = 0, conditioning, LossScale()
     for iteration in range(iterations + 1):
-        taken = value_and_gradients(denoiser, x, sigma, unconditional, mixed, moving, batch_size, scale)
+        taken = value_and_gradients(denoiser, x, sigma, unconditional, mixed, moving, batch_size, scale, target)
         losses.append(taken.loss)
+        worst.append(float(taken.magnitudes.max()))
         if not math.isfinite(taken.loss):
             raise ValueError(
                 f"the loss became {losses[-1]} at iteration {iteration}: the model's weights may be broken"
             )
-        if losses[-1] < best:
-            best, found = losses[-1], taken.conditioning
+        if iteration == 0 or worst[-1] < worst[best]:
+            best, found = iteration, taken.conditioning
         on_iteration(iteration, losses[-1])
-        if losses[-1] <= target or iteration == iterations:
+        if worst[-1] <= target or iteration == iterations:
             break
         for tensor, gradient in zip(moving, taken.gradients, strict=True):
             tensor.grad = gradient
         optimizer.step()
-    if losses[-1] > best:
-        losses.append(best)
+    if best < len(losses) - 1:
+        losses.append(losses[best])
     before = conditioning.rows.detach().float()
     moved = float((found.rows - before).norm() / before.norm())
     rows = found.rows.to(conditioning.rows.dtype)
-    return Optimised(conditioning.with_rows(rows, found.extras), tuple(losses), target, moved)
+    return Optimised(conditioning.with_rows(rows, found.extras), tuple(losses), target, moved, (worst[0], worst[best]))
 
 
 def outcome_of(found: Optimised) -> Outcome:
     details = {"losses": found.losses, "moved": found.moved, "reached": found.reached, "target": found.target}
-    return Outcome(found.conditioning, found.losses[0], min(found.losses), details)
+    return Outcome(found.conditioning, *found.scores, details)
 
 
 def _apply(model: Model, conditioning: Conditioning, start: Start, settings: Settings) -> Outcome:

@@ -36,8 +36,9 @@ def optimise(
 ) -> Optimised:
     """x [B, C, H, W] at sigma [B]; ``unconditional`` is the denoised prediction there without the prompt.
 
-    At most ``batch_size`` pictures share a pass. Returns the conditioning with the lowest loss seen. Raises ValueError
-    when the conditioning carries no way back through its encoder, a loss is not finite or the target is not positive.
+    At most ``batch_size`` pictures share a pass. Returns the conditioning at which the worst picture scores lowest.
+    Raises ValueError when the conditioning carries no way back through its encoder, a loss is not finite or the target
+    is not positive.
     """
     reencoding = conditioning.reencoding
     if reencoding is None:

@@ -76,7 +76,7 @@ def _charts(report: Report, verdict: Verdict) -> Markup:
     after = report.after[0].score_per_step if report.after else None
     chart = Markup(magnitude_chart(verdict.score_per_step, band, after, 460, 220))
     try:
-        values = report.watch.trace.where()[0].double().numpy()
+        values = report.maps()[0].double().numpy()
     except NotMeasured:
         return chart
     scaled = (values - values.min()) / (np.ptp(values) or 1)

@@ -8,6 +8,7 @@ from functools import cache, lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..conditioning import split_words
 from ..verdict import Explanation, Verdict
 from .picture import Pixels
 from .wording import sentence, top_words_text
@@ -27,7 +28,7 @@ def word_picture(verdict: Verdict, notes: Sequence[str] = ()) -> Pixels:
     lines += [[]]
     explanation = verdict.explanation
     shares = _shares(explanation) if explanation else {}
-    prompt = [(verdict.prompt[start:end], shares.get(start, 0.0)) for start, end in _places(verdict.prompt)]
+    prompt = [(word.text, shares.get(word.start, 0.0)) for word in split_words(verdict.prompt)]
     if not prompt and explanation:
         prompt = [(word.text, word.significance) for word in explanation.words]
     lines += _wrapped_pairs(prompt)
@@ -71,15 +72,6 @@ def _drawn(word: str) -> Image.Image:
 
 def _shares(explanation: Explanation) -> dict[int, float]:
     return {word.start: word.significance for word in explanation.words}
-
-
-def _places(prompt: str) -> list[tuple[int, int]]:
-    found, at = [], 0
-    for word in prompt.split():
-        start = prompt.index(word, at)
-        at = start + len(word)
-        found.append((start, at))
-    return found
 
 
 def _wrapped(words: list[str]) -> list[list[str]]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Context, Decimal
 
+from ..calibration.profile import ALPHA_DEFAULT, Profile
+from ..judge import needed_nulls
 from ..verdict import Explanation, Verdict, WordSignificance
+
+UNUSUAL = 0.05  # below this p, no image that is not flagged is called ordinary
 
 
 def label(verdict: Verdict) -> str:
@@ -17,10 +20,10 @@ def sentence(verdict: Verdict) -> str:
     """What was found and how sure that is, without a full stop at the end."""
     if verdict.flagged is None or verdict.p_value is None:
         return f"No verdict: {_reason(verdict)}"
-    opening = "Likely memorised" if verdict.flagged else "Nothing unusual"
-    if is_smallest_p(verdict):
-        return f"{opening}, {p_text(verdict)}: none of {verdict.nulls:,} ordinary prompts scores as high"
-    return f"{opening}, {p_text(verdict)}: {_frequency(_shown_p(verdict))} as high"
+    ordinary = "Nothing unusual" if verdict.p_value >= UNUSUAL else "Unusual"
+    opening = "Likely memorised" if verdict.flagged else ordinary
+    batch = "" if verdict.batch == 1 else f" for {verdict.batch} images"
+    return f"{opening}, {p_text(verdict)}{batch}: {_frequency(verdict)}"
 
 
 def beside_label(verdict: Verdict) -> str:
@@ -37,9 +40,8 @@ def p_text(verdict: Verdict) -> str:
 
 
 def is_smallest_p(verdict: Verdict) -> bool:
-    """Whether p is 1 / (nulls + 1): the profile cannot give less, so p is only an upper bound."""
-    p = verdict.p_value
-    return p is not None and verdict.nulls > 0 and math.isclose(p * (verdict.nulls + 1), 1, rel_tol=1e-6)
+    """Whether no ordinary prompt scored as high: the profile cannot give less, so p is only an upper bound."""
+    return verdict.p_value is not None and verdict.nulls > 0 and _as_high(verdict) == 0
 
 
 def number(value: float) -> str:
@@ -52,16 +54,32 @@ def facts(verdict: Verdict) -> list[tuple[str, str]]:
     found = []
     if verdict.score is not None:
         images = "1 image" if verdict.images == 1 else f"mean of {verdict.images} images"
+        images = images if verdict.batch == 1 else f"1 of {verdict.batch} images"
         unit = {"l2": "L2", "rms": "RMS"}[verdict.unit]
         found.append(("Score", f"{number(verdict.score)} ({unit}, {verdict.score_kind}, {images})"))
     if verdict.p_value is not None:
         relation, value = p_text(verdict).removeprefix("p ").split()
-        found.append(("p", f"{value if relation == '=' else f'<= {value}'} (flagged from {verdict.alpha:g} down)"))
+        found.append(("p", f"{value if relation == '=' else f'<= {value}'} (flagged if p <= {verdict.alpha:g})"))
     if verdict.nulls:
         style = f" of style '{verdict.null_style}'" if verdict.null_style else ""
-        found.append(("Calibration", f"{verdict.nulls:,} ordinary prompts{style}"))
+        images = "" if verdict.null_images == 1 else f", {verdict.null_images} images each"
+        found.append(("Calibration", f"{verdict.nulls:,} ordinary prompts{style}{images}"))
     found.append(("Measured against", f"the {verdict.without}"))
     return found
+
+
+def calibrated(profile: Profile, images: int = 1, alpha: float = ALPHA_DEFAULT) -> str:
+    """What a calibration found, and what it can flag: told when it is made. ``images`` are those of each prompt."""
+    scores = profile.null_scores("first step", images)
+    found = (
+        f"{len(scores):,} ordinary prompts at sigma {profile.setting.sigma:.4g}: median "
+        f"{number(profile.quantile(0.5, 'first step', images))}, 99th percentile "
+        f"{number(profile.quantile(0.99, 'first step', images))}."
+    )
+    if len(scores) < needed_nulls(alpha):
+        return f"{found} Too few to flag anything at alpha = {alpha:g}: that takes at least {needed_nulls(alpha):,}."
+    batch = images * int((len(scores) + 1) * alpha + 1e-9)
+    return f"{found} Enough to flag at alpha = {alpha:g} {'one image at a time' if batch == 1 else f'in batches of up to {batch:,}'}."
 
 
 def top_words(explanation: Explanation, count: int = 3) -> list[WordSignificance]:
@@ -86,7 +104,7 @@ def _shown_p(verdict: Verdict) -> Decimal:
     """p to two significant digits, or as many as keep it on its own side of alpha; bounds are rounded up."""
     assert verdict.p_value is not None
     if is_smallest_p(verdict):
-        exact, rounding = 1 / Decimal(verdict.nulls + 1), ROUND_CEILING
+        exact, rounding = min(Decimal(1), verdict.times / Decimal(verdict.nulls + 1)), ROUND_CEILING
     else:
         exact, rounding = Decimal(repr(float(verdict.p_value))), ROUND_HALF_EVEN
     alpha = Decimal(repr(float(verdict.alpha)))
@@ -98,11 +116,17 @@ def _shown_p(verdict: Verdict) -> Decimal:
     return shown
 
 
-def _frequency(p: Decimal) -> str:
-    if p == 1:
-        return "practically every ordinary prompt scores"
-    exponent = p.as_tuple().exponent
-    assert isinstance(exponent, int)
-    out_of = max(100, 10**-exponent)
-    count = int(p * out_of)
-    return f"about {count:,} in {out_of:,} ordinary prompts {'scores' if count == 1 else 'score'}"
+def _as_high(verdict: Verdict) -> int | None:
+    """How many of the ordinary prompts score as high; None where p is 1, as it is for any number from some on."""
+    p = verdict.p_value
+    return None if p is None or p >= 1 else round(p / verdict.times * (verdict.nulls + 1)) - 1
+
+
+def _frequency(verdict: Verdict) -> str:
+    """'3 of 1,000 ordinary prompts score as high': the count behind p = (1 + 3) / (1,000 + 1)."""
+    count = _as_high(verdict)
+    if count is None:
+        return "practically every ordinary prompt scores as high"
+    once = "" if verdict.null_images == 1 else f" in one of {verdict.null_images} images"
+    shown, scores = f"{count:,}" if count else "none", "scores" if count < 2 else "score"
+    return f"{shown} of {verdict.nulls:,} ordinary prompts {scores} as high{once}"

@@ -18,10 +18,10 @@ def stand_ins(text: str) -> str:
 
 
 def clip_like_tokens(prompt: str, bytes_a_token: int) -> tuple[list[str], list[int]]:
-    """Tokens of so many bytes, never across white space, and for each the number of its word."""
+    """Tokens of so many bytes, never across words, and for each the number of its word."""
     tokens, owners = [], []
-    for number, word in enumerate(prompt.split()):
-        printed = stand_ins(NORMALISE.normalize_str(word))
+    for number, word in enumerate(split_words(prompt)):
+        printed = stand_ins(NORMALISE.normalize_str(word.text))
         pieces = [printed[i : i + bytes_a_token] for i in range(0, len(printed), bytes_a_token)]
         tokens += [*pieces[:-1], pieces[-1] + "</w>"]
         owners += [number] * len(pieces)
@@ -44,7 +44,7 @@ def test_every_token_finds_the_word_it_was_cut_from(prompt: str, bytes_a_token: 
     tokens, owners = clip_like_tokens(prompt, bytes_a_token)
     words, found = align(prompt, tokens)
     assert list(found) == owners
-    assert [w.text for w in words] == prompt.split()
+    assert words == split_words(prompt)
 
 
 def test_tokens_a_tokenizer_changed_count_to_the_word_reached_and_alignment_recovers() -> None:
@@ -67,6 +67,26 @@ def test_words_keep_letter_case_punctuation_and_place() -> None:
     words = split_words(prompt)
     assert [w.text for w in words] == ["An", "Old", "River,", "bank"]
     assert [prompt[w.start : w.end] for w in words] == [w.text for w in words]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("1girl,solo,red_dress,masterpiece", ["1girl,", "solo,", "red_dress,", "masterpiece"]),
+        ("a fox, 1,000 stars;night", ["a", "fox,", "1,000", "stars;", "night"]),
+        ("red,(blue:1.2),", ["red,", "(blue:1.2),"]),
+        ("wait... what?!ok", ["wait...", "what?!ok"]),
+        ("一只红狐狸，夜晚", ["一", "只", "红", "狐", "狸，", "夜", "晚"]),
+        ("赤いキツネ、「夜」の雪", ["赤", "い", "キツネ、", "「夜」", "の", "雪"]),
+        ("fox狐fox2", ["fox", "狐", "fox2"]),
+        ("a 🦊,b", ["a", "🦊,", "b"]),
+        ("빨간 여우", ["빨간", "여우"]),
+    ],
+)
+def test_words_end_at_commas_and_in_scripts_without_spaces(prompt: str, words: list[str]) -> None:
+    found = split_words(prompt)
+    assert [w.text for w in found] == words
+    assert [prompt[w.start : w.end] for w in found] == words
 
 
 @pytest.mark.parametrize("text", ["caf", "é", "🦊", "東", "~!", "\x00\x7f\xad"])

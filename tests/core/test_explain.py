@@ -179,6 +179,8 @@ def test_leaving_a_word_out_loses_its_part_of_the_magnitude() -> None:
         ("Fox , asleep", 0, "asleep"),
         ("red red fox", 1, "red fox"),
         ("fox", 0, ""),
+        ("1girl,solo,red", 1, "1girl,red"),
+        ("東京の夜", 2, "東京夜"),
     ],
 )
 def test_a_dropped_word_leaves_no_gap_and_no_dangling_separator(prompt: str, word: int, left: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from hand_made import LinearDenoiser, encoder, v_scale
 from sd_dejavu.conditioning import Conditioning, EncoderInput, Reencoding, TokenRow
 from sd_dejavu.demo.reference import bundled_reference
 from sd_dejavu.denoiser import seeded_noise
+from sd_dejavu.guidance import GuidedStep
 from sd_dejavu.mitigations import Start, available, optimise_tokens, table
 from sd_dejavu.mitigations.guard import Guard
 from sd_dejavu.mitigations.optimise_conditioning import Settings, optimise
-from sd_dejavu.mitigations.perturb_prompt import perturb
+from sd_dejavu.mitigations.perturb_prompt import Perturbation, perturb
 from sd_dejavu.mitigations.remove_trigger import Removed, remove_trigger
 from sd_dejavu.mitigations.remove_trigger import Settings as RemoveSettings
 from sd_dejavu.reference.features import Pixels
@@ -345,12 +347,12 @@ def test_outcomes_report_the_scores_that_measuring_again_gives(name: str) -> Non
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow"])
-def test_a_start_scores_the_mean_magnitude_at_the_first_step(prediction_type) -> None:
+def test_a_start_scores_the_highest_magnitude_at_the_first_step(prediction_type) -> None:
     model, encode = LinearDenoiser(prediction_type=prediction_type, gain=0.5), encoder(STRENGTHS)
     begin = start(model, 1.0, images=3)
     stretch = 1 if prediction_type == "flow" else (1 + SIGMA**2) ** 0.5
     means = [stretch * float(image.mean()) for image in seeded_noise((1, 2, 2), 0, 3)]
-    expected = v_scale(prediction_type, SIGMA) * sum(9.2 * abs(1 + 0.5 * m) for m in means) / 3
+    expected = v_scale(prediction_type, SIGMA) * max(9.2 * abs(1 + 0.5 * m) for m in means)
     assert begin.score(model, encode(PROMPT)) == pytest.approx(expected, rel=1e-4)
 
 
@@ -364,6 +366,40 @@ def test_an_ordinary_prompt_is_left_alone(name: str) -> None:
     assert outcome.conditioning is given
     assert (outcome.x, outcome.rule, outcome.attention) == (None, None, None)
     assert outcome.score_after == outcome.score_before == pytest.approx(9.2, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [n for n in available() if n != "amg" and n not in get_args(Perturbation)])
+def test_one_image_among_ordinary_ones_is_changed_and_counts(name: str) -> None:
+    """Eight images that score 9.2 and seven times 0.92: their mean, 1.96, is below the target of 3.3."""
+    model, method = LinearDenoiser(gain=1.0), available()[name]
+    model.encode = encoder(STRENGTHS)
+    place, level = 5, torch.full((8, 1, 1, 1), -0.9)
+    level[place] = 0.0  # 1 + gain * mean is the factor
+    stretch = (1 + SIGMA**2) ** 0.5
+    begin = Start.of(model, (level / stretch).expand(8, 1, 2, 2).clone(), SIGMA, encoder({})(""), 3.3, seed=3)
+    given = model.encode(PROMPT)
+    expected = torch.full((8,), 0.92)
+    expected[place] = 9.2
+    torch.testing.assert_close(begin.scores(model, given), expected, atol=1e-4, rtol=1e-4)
+    outcome = method.apply(model, given, begin, method.settings())
+    assert outcome.score_before == pytest.approx(9.2, rel=1e-4)
+    x = begin.x if outcome.x is None else outcome.x
+    moved = begin if outcome.x is None else begin.moved(model, x)
+    after = moved.scores(model, outcome.conditioning)
+    assert outcome.score_after == pytest.approx(float(after.max()), rel=1e-4)
+    if "reached" in outcome.details:
+        assert outcome.details["reached"] == bool((after <= 3.3).all())
+    others = [n for n in range(8) if n != place]
+    assert torch.equal(x[others], begin.x[others])
+    assert (method.touches == "noise") == (not torch.equal(x[place], begin.x[place]))
+    if outcome.rule is not None:
+        both = (torch.rand(8, 1, 2, 2, generator=torch.manual_seed(n)) for n in range(2))
+        step = GuidedStep(x, begin.sigma, *both, 7.0, 0, model)
+        found = outcome.rule()(step)
+        assert torch.equal(found[others], step.plain[others])
+        assert name != "guidance-transition" or torch.equal(found[place], step.unconditional[place])
+    elif method.touches in ("prompt", "conditioning"):
+        assert outcome.score_after <= 3.3
 
 
 def test_methods_that_lack_what_they_need_say_so() -> None:

@@ -43,9 +43,11 @@ def watch(*gaps: float, **settings) -> Watch:
 def test_every_picture_gets_a_verdict_of_its_own() -> None:
     first, second = watch(3.0, 0.505).verdicts()
     assert (first.score, second.score) == pytest.approx((3.0, 0.505))
-    # No null reaches 3; of 199 those from 0.51 up, 149, reach 0.505.
-    assert first.p_value == pytest.approx(1 / 200)
-    assert second.p_value == pytest.approx(150 / 200)
+    # No null reaches 3; of 199 those from 0.51 up, 149, reach 0.505. Of two images either may flag the run.
+    assert first.p_value == pytest.approx(2 * 1 / 200)
+    assert second.p_value == 1.0  # 2 * 150 / 200
+    (alone,) = watch(0.505).verdicts()
+    assert alone.p_value == pytest.approx(150 / 200)
     assert (first.flagged, second.flagged) == (True, False)
     assert first.score_per_step == ((2.0, pytest.approx(3.0)), (1.0, pytest.approx(1.5)))
     assert flagged([first, second]) is True
@@ -55,7 +57,7 @@ def test_every_picture_gets_a_verdict_of_its_own() -> None:
 def test_a_score_over_all_steps_is_their_mean() -> None:
     (verdict,) = watch(3.0, score="all steps").verdicts()
     assert verdict.score == pytest.approx((3.0 + 1.5) / 2)
-    assert verdict.flagged is None and "0 ordinary prompts" in (verdict.why or "")
+    assert verdict.flagged is None and "no ordinary prompts for the all steps" in (verdict.why or "")
 
 
 def test_without_a_calibration_there_is_a_score_and_no_flag() -> None:

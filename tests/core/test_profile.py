@@ -41,24 +41,29 @@ def test_p_value_by_hand() -> None:
     assert (found.p, found.nulls, found.style) == (4 / 100, 99, None)
 
 
-@pytest.mark.parametrize(
-    ("alpha", "needed"), [(0.01, 99), (0.05, 19), (0.001, 999), (0.03, 33), (0.1, 9), (1 / 3, 2), (0.5, 1)]
-)
-def test_nulls_must_be_able_to_reach_alpha(alpha: float, needed: int) -> None:
-    assert 1 / (needed + 1) <= alpha * (1 + 1e-12) and 1 / needed > alpha  # the definition of 'needed'
-    assert profile(needed).p_value(1e9, SETTING, alpha=alpha).p <= alpha * (1 + 1e-12)
-    with pytest.raises(ValueError, match=f"has {needed - 1} ordinary prompts .* needs at least {needed}: raise alpha"):
-        profile(needed - 1).p_value(1e9, SETTING, alpha=alpha)
-
-
 def test_nulls_of_the_same_style_are_used_where_they_suffice() -> None:
-    plain, title = profile(19, "plain", 1.0), profile(19, "title", 101.0)
-    both = Profile(SETTING, plain.nulls + title.nulls[:18])
-    enough = both.p_value(15.5, SETTING, style="plain", alpha=0.05)
-    assert (enough.p, enough.nulls, enough.style) == (5 / 20, 19, "plain")  # 16..19 are above
-    pooled = both.p_value(15.5, SETTING, style="title", alpha=0.05)  # only 18 of that style
-    assert (pooled.p, pooled.nulls, pooled.style) == ((1 + 4 + 18) / 38, 37, None)
-    assert both.p_value(15.5, SETTING, style="keywords", alpha=0.05).style is None
+    plain, title = profile(99, "plain", 1.0), profile(98, "title", 101.0)
+    both = Profile(SETTING, plain.nulls + title.nulls)
+    enough = both.p_value(95.5, SETTING, style="plain")
+    assert (enough.p, enough.nulls, enough.style) == (5 / 100, 99, "plain")  # 96..99 are above
+    pooled = both.p_value(95.5, SETTING, style="title")  # only 98 of that style
+    assert (pooled.p, pooled.nulls, pooled.style) == ((1 + 4 + 98) / 198, 197, None)
+    assert both.p_value(95.5, SETTING, style="keywords").style is None
+    assert both.p_value(95.5, SETTING, style="plain", batch=2).style is None  # counted twice: 198 would be enough
+
+
+def test_an_image_of_a_batch_by_hand() -> None:
+    one = profile(999)  # 1, 2, ... 999, of one image each
+    found = one.p_value(990.5, SETTING, batch=4)
+    assert (found.p, found.at_once, found.times) == (4 * (1 + 9) / 1000, 1, 4)
+    assert one.p_value(500.0, SETTING, batch=4).p == 1.0
+    three = Profile(SETTING, tuple(Null("a", {"first step": (i, -1.0, i + 0.5)}) for i in range(99)))
+    found = three.p_value(90.2, SETTING, batch=3)  # the highest of each are 0.5, 1.5, ... 98.5
+    assert (found.p, found.at_once, found.times) == ((1 + 9) / 100, 3, 1)
+    found = three.p_value(90.2, SETTING, batch=2)  # of the first two: 0, 1, ... 98
+    assert (found.p, found.at_once, found.times) == ((1 + 8) / 100, 2, 1)
+    found = three.p_value(90.2, SETTING, batch=7)
+    assert (found.p, found.at_once, found.times) == (pytest.approx(3 * (1 + 9) / 100), 3, 3)
 
 
 def test_null_scores_average_the_first_images_of_nulls_that_have_as_many() -> None:
@@ -69,6 +74,8 @@ def test_null_scores_average_the_first_images_of_nulls_that_have_as_many() -> No
     assert made.null_scores("first step", 3, "a") == (4,)
     assert made.null_scores("first step", 1, "b") == (5,)
     assert made.null_scores("first step", 1, "c") == ()
+    assert made.null_scores("first step", 3, highest=True) == (8,)
+    assert made.null_scores("first step", 1, highest=True) == (1, 5)
     assert made.null_scores("all steps", 1) == (2,)
     assert made.null_scores("first 5 steps", 1) == ()
 

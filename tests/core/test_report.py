@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from sd_dejavu.calibration.profile import Null, Profile, Setting
 from sd_dejavu.conditioning import split_words
 from sd_dejavu.report.chart import loss_sparkline, magnitude_chart
 from sd_dejavu.report.html import Case, Mitigated, Report, render, similarity_text
 from sd_dejavu.report.picture import colours, png_uri, where_overlay
 from sd_dejavu.report.terminal import step_sparkline, verdict_panel
-from sd_dejavu.report.wording import beside_label, facts, label, number, sentence
+from sd_dejavu.report.wording import beside_label, calibrated, facts, label, number, sentence
 from sd_dejavu.report.words import word_legend, word_spans
 from sd_dejavu.verdict import BandStep, Explanation, Verdict, WordSignificance
 
@@ -102,27 +103,37 @@ def full_case(prompt: str) -> Case:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, "Likely memorised, p = 0.002: about 2 in 1,000 ordinary prompts score as high"),
+        # p = (1 + count) / (n + 1)
+        ({}, "Likely memorised, p = 0.002: 1 of 999 ordinary prompts scores as high"),
         ({"p_value": 0.001}, "Likely memorised, p <= 0.001: none of 999 ordinary prompts scores as high"),
         # 1 / 123 = 0.00813: a bound may only be rounded up.
         (
             {"p_value": 1 / 123, "nulls": 122},
             "Likely memorised, p <= 0.0082: none of 122 ordinary prompts scores as high",
         ),
-        ({"p_value": 41 / 100}, "about 41 in 100 ordinary prompts score as high"),
-        ({"p_value": 0.4}, "p = 0.4: about 40 in 100 ordinary prompts score as high"),
-        ({"p_value": 0.01, "nulls": 1999}, "p = 0.01: about 1 in 100 ordinary prompts scores as high"),
-        ({"p_value": 0.00352, "nulls": 9999}, "p = 0.0035: about 35 in 10,000 ordinary prompts score as high"),
-        ({"p_value": 1.0}, "p = 1: practically every ordinary prompt scores as high"),
+        ({"p_value": 41 / 100}, "Nothing unusual, p = 0.41: 409 of 999 ordinary prompts score as high"),
+        ({"p_value": 0.05}, "Nothing unusual, p = 0.05: 49 of 999 ordinary prompts score as high"),
+        ({"p_value": 0.049}, "Unusual, p = 0.049: 48 of 999 ordinary prompts score as high"),
+        ({"p_value": 0.01, "nulls": 1999}, "p = 0.01: 19 of 1,999 ordinary prompts score as high"),
+        ({"p_value": 1.0}, "Nothing unusual, p = 1: practically every ordinary prompt scores as high"),
         # 0.0104 is above alpha = 0.01 and must not be shown as 0.01.
-        ({"p_value": 0.0104}, "p = 0.0104: about 104 in 10,000 ordinary prompts score as high"),
+        ({"p_value": 0.0104, "nulls": 9999}, "Unusual, p = 0.0104: 103 of 9,999 ordinary prompts score as high"),
+        # Counted eight times, or twice where each ordinary prompt has four images.
+        (
+            {"p_value": 0.008, "batch": 8},
+            "Likely memorised, p <= 0.008 for 8 images: none of 999 ordinary prompts scores as high",
+        ),
+        ({"p_value": 0.08, "batch": 8}, "p = 0.08 for 8 images: 9 of 999 ordinary prompts score as high"),
+        (
+            {"p_value": 0.08, "batch": 8, "null_images": 4},
+            "p = 0.08 for 8 images: 39 of 999 ordinary prompts score as high in one of 4 images",
+        ),
     ],
 )
-def test_sentence_tells_p_as_a_frequency(changes, expected):
+def test_sentence_counts_the_ordinary_prompts(changes, expected):
     verdict = replace(PLAIN, **changes)
     verdict = replace(verdict, flagged=verdict.p_value <= verdict.alpha)
-    opening = "Likely memorised" if verdict.flagged else "Nothing unusual"
-    assert sentence(verdict).startswith(opening)
+    assert sentence(verdict).startswith("Likely memorised") == verdict.flagged
     assert sentence(verdict).endswith(expected)
 
 
@@ -146,10 +157,27 @@ def test_facts_name_unit_images_and_calibration():
     verdict = replace(PLAIN, images=4, null_style="caption", unit="rms")
     assert facts(verdict) == [
         ("Score", "7.31 (RMS, first step, mean of 4 images)"),
-        ("p", "0.002 (flagged from 0.01 down)"),
+        ("p", "0.002 (flagged if p <= 0.01)"),
         ("Calibration", "999 ordinary prompts of style 'caption'"),
         ("Measured against", "the empty prompt"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("count", "images", "expected"),
+    [
+        (98, 1, "Too few to flag anything at alpha = 0.01: that takes at least 99."),
+        (99, 1, "Enough to flag at alpha = 0.01 one image at a time."),
+        (1000, 1, "Enough to flag at alpha = 0.01 in batches of up to 10."),
+        (1000, 4, "Enough to flag at alpha = 0.01 in batches of up to 40."),
+    ],
+)
+def test_a_calibration_says_what_it_can_flag(count, images, expected):
+    setting = Setting("abc", "epsilon", (4, 8, 8), 50, 14.6, 7.5, "empty prompt")
+    nulls = tuple(Null("plain", {"first step": (float(n),) * images}) for n in range(count))
+    text = calibrated(Profile(setting, nulls), images)
+    assert text.startswith(f"{count:,} ordinary prompts at sigma 14.6: median {number((count - 1) / 2)}, ")
+    assert text.endswith(expected)
 
 
 @pytest.mark.parametrize(("value", "text"), [(0.01234, "0.0123"), (7.0, "7"), (99.96, "100"), (1234.5, "1,234")])
@@ -161,7 +189,7 @@ def test_number_has_three_digits(value, text):
 def test_prompt_stays_text(prompt):
     page = Page(word_spans(prompt, explained(prompt)))
     assert page.words == prompt
-    assert page.tags == ["span"] * (1 + len(prompt.split()))
+    assert page.tags == ["span"] * (1 + len(split_words(prompt)))
     assert {name for name, _ in page.attributes} == {"class", "dir", "style", "tabindex", "title"}
     assert Page(word_spans(prompt, None)).words == prompt
 
@@ -297,7 +325,7 @@ def test_page_holds_user_text_as_text_only(prompt):
         texts = {"title": text, "subtitle": text, "model": text, "settings": {text: text}}
         return Page(render(Report(cases=[full_case(text), full_case(text)], **texts)))
 
-    nasty, harmless = page(prompt), page("word " * len(prompt.split()))
+    nasty, harmless = page(prompt), page("word " * len(split_words(prompt)))
     assert nasty.words == prompt
     assert nasty.tags == harmless.tags
     assert not any(name.startswith("on") for name, _ in nasty.attributes)
@@ -359,7 +387,7 @@ def test_panel_says_everything_without_colour():
     verdict = replace(PLAIN, prompt="a red ball", explanation=explained("a red ball"), score_per_step=STEPS)
     text = printed(verdict, no_color=True)
     assert "\x1b" not in text
-    assert "Likely memorised, p = 0.002: about 2 in 1,000 ordinary prompts score as high" in text
+    assert "Likely memorised, p = 0.002: 1 of 999 ordinary prompts scores as high" in text
     assert "a red ball" in text
     assert "a 1.00, red 0.50, ball 0.33 (significance by input gradient)" in text
     assert "█·▃" in text, "7.3 is the highest; 2.5 / 7.3 of 8 blocks is the third"

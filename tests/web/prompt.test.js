@@ -26,6 +26,13 @@ describe('one action', () => {
     expect(act('drop', 'a red, (big:1.3) boat', 2)).toBe('a red, boat')
     expect(act('drop', 'one, two', 1)).toBe('one')
   })
+  it('joins words that no white space parts', () => {
+    const tags = '1girl,solo,red'
+    const words = [[0, 6], [6, 11], [11, 14]].map(([start, end]) => ({ text: tags.slice(start, end), start, end }))
+    const left = acted('drop', tags, words, tags, 1)
+    expect(left).toBe('1girl,red')
+    expect(acted('restore', tags, words, left, 1)).toBe(tags)
+  })
   it('weakens a word, its comma outside', () => expect(act('weaken', 'a river, blue', 1)).toBe('a (river:0.8), blue'))
   it('weakens what has a weight already', () => {
     const prompt = 'a (river:1.5) x'

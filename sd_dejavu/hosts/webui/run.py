@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -148,7 +148,7 @@ class Run:
     def reports(self) -> list[tuple[str, int, Report]]:
         """(pass, picture, its report) for the batch that was sampled last, in the order of the pictures."""
         found = [
-            (known.title, image, _of_picture(group.watch, place))
+            (known.title, image, Report.of(group.watch).of_images([place]))
             for known in self.passes
             for group in known.groups
             for place, image in enumerate(group.images)
@@ -599,12 +599,6 @@ class Calibration:
 
     def after_automatic1111(self, params: Any) -> None:
         """The run ends by itself."""
-
-
-def _of_picture(watch: Watch, place: int) -> Report:
-    """The report on one picture of a group."""
-    before = None if watch.before is None else watch.before.of_images(place, place + 1)
-    return Report.of(replace(watch, trace=watch.trace.of_images(place, place + 1), before=before))
 
 
 def _repeated(step: Step, count: int) -> Step:

@@ -1,0 +1,48 @@
+"""From a score to a verdict: its p-value among ordinary prompts, and whether that is a flag.
+
+Every front end judges here. At alpha one ordinary prompt in 1 / alpha is flagged, however many images are sampled
+(see :mod:`sd_dejavu.calibration.profile`), and the p-value does not depend on alpha.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import cast
+
+from .calibration.ordinary_prompts import style_of
+from .calibration.profile import Profile, ScoreKind, Setting
+from .verdict import Verdict
+
+
+def judge(verdict: Verdict, setting: Setting, profile: Profile) -> Verdict:
+    """A verdict that has a score, with its p-value.
+
+    It has none, and says why, where the profile is for another setting; and it is no flag either way where the profile
+    has too few ordinary prompts to flag anything at this alpha.
+    """
+    if verdict.score is None:
+        return verdict
+    style = style_of(verdict.prompt) if verdict.prompt else None
+    kind = cast(ScoreKind, verdict.score_kind)
+    try:
+        found = profile.p_value(verdict.score, setting, kind, verdict.images, style, verdict.batch)
+    except ValueError as error:
+        return replace(verdict, why=str(error))
+    verdict = replace(verdict, p_value=found.p, nulls=found.nulls, null_style=found.style, null_images=found.at_once)
+    needed = needed_nulls(verdict.alpha, found.times)
+    if found.nulls >= needed:
+        return replace(verdict, flagged=found.p <= verdict.alpha)
+    images = max(verdict.images, verdict.batch)
+    fewer = "" if images == 1 else ", or sample fewer images at once"
+    return replace(
+        verdict,
+        why=f"the calibration has {found.nulls:,} ordinary prompts for this, and to flag "
+        f"{'an image' if images == 1 else f'{images} images'} at alpha = {verdict.alpha:g} it needs at least "
+        f"{needed:,}: raise alpha, or calibrate with more prompts or images{fewer}",
+    )
+
+
+def needed_nulls(alpha: float, times: int = 1) -> int:
+    """The least number of ordinary prompts with which a p-value that counts ``times`` can reach alpha."""
+    return math.ceil(times / alpha - 1e-9) - 1
