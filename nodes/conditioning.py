@@ -60,7 +60,7 @@ class Explain(io.ComfyNode):
         document = report.as_json()
         comfyui.wait_until_told()
         return io.NodeOutput(
-            sockets.image_of(word_picture(report.verdicts[0], report.watch.notes)),
+            sockets.image_of(word_picture(report.highest, report.watch.notes)),
             json.dumps(document, ensure_ascii=False),
             ui={"text": [sentence(report.verdicts[0])], "dejavu": [document]},
         )

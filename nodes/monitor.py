@@ -100,7 +100,7 @@ class VerdictNode(io.ComfyNode):
             bool(flagged(verdicts)),
             max(scores, default=float("nan")),
             min(p_values, default=float("nan")),
-            sockets.image_of(word_picture(verdicts[0], report.watch.notes)),
+            sockets.image_of(word_picture(report.highest, report.watch.notes)),
             report.where(latent.shape[-2] * scale, latent.shape[-1] * scale, latent.shape[0]),
             json.dumps(document, ensure_ascii=False),
             ui={"text": [text], "dejavu": [document]},

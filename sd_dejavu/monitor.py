@@ -253,6 +253,11 @@ class Report:
         """No run to speak of."""
         return cls(Watch(Monitoring(), notes=[why]), (Verdict("", None, None, None, ALPHA_DEFAULT, why=why),))
 
+    @property
+    def highest(self) -> Verdict:
+        """The verdict on the image with the highest score."""
+        return max(self.verdicts, key=lambda verdict: verdict.score or 0.0)
+
     def of_images(self, places: Sequence[int]) -> Report:
         """The same of these images only, in this order; one may come twice. What is told of all stays."""
 

@@ -315,6 +315,38 @@ def test_the_verdict_is_written_into_the_png(comfy: ComfyServer, memorised: str)
     assert kept["properties"]["dejavu"] == document
 
 
+MALFORMED = [
+    {"workflow": None},
+    {"workflow": "x"},
+    {"workflow": [1, 2]},
+    {"workflow": {}},
+    {"workflow": {"id": 5, "nodes": None}},
+    {"workflow": {"nodes": {"verdict": {}}}},
+    {"workflow": {"nodes": [None, 3, "x", [], {}]}},
+    {"workflow": {"nodes": [{"id": "verdict"}]}},
+    {"workflow": {"nodes": [{"id": "verdict", "properties": None}]}},
+    {"workflow": {"nodes": [{"id": "verdict", "properties": [1]}]}},
+    {"workflow": {"nodes": [{"id": "verdict", "type": ["a"]}], "definitions": None}},
+    {"workflow": {"nodes": [], "definitions": {"subgraphs": None}}},
+    {"workflow": {"nodes": [], "definitions": {"subgraphs": [1, None, {"id": {}}]}}},
+    {"workflow": {"nodes": [], "definitions": "x"}},
+    {"dejavu": "x"},
+    {"dejavu": {"verdict": 1}},
+    {"dejavu": {"verdict": {"verdicts": None}}},
+    {"dejavu": {"verdict": {"format": "dejavu-report", "verdicts": [], "notes": 3}}},
+]
+
+
+def test_malformed_metadata_costs_nothing(comfy: ComfyServer) -> None:
+    """Clients of the API write what they like into it, and the host saves it as it is."""
+    plain = pixels(comfy, comfy.run(watched(demo(ORDINARY, steps=1, seed=27))))
+    for extra in MALFORMED:
+        outputs = comfy.run(watched(demo(ORDINARY, steps=1, seed=27)), extra_pnginfo=extra)
+        (document,) = outputs["verdict"]["dejavu"]
+        assert scores(document)[0] > 0, extra
+        assert (pixels(comfy, outputs) == plain).all()
+
+
 def test_caching_never_shows_another_runs_verdict(comfy: ComfyServer, memorised: str) -> None:
     graph = watched(demo(memorised, steps=2, seed=21))
     graph["sampler 2"] = node("KSampler", **{**graph["sampler"]["inputs"], "seed": 22})

@@ -178,7 +178,7 @@ class Monitor:
             why = "no sampler has drawn these samples with the monitored model: link the monitor's model to the sampler"
             return Report.missing(why)
         reports = [Report.of(run.watch) for run in runs]
-        worst = max(reports, key=lambda report: max((v.score or 0.0 for v in report.verdicts), default=0.0))
+        worst = max(reports, key=lambda report: report.highest.score or 0.0)
         if len(reports) > 1:
             worst.watch.note(
                 f"{len(reports)} runs may have given these samples: this is the one with the highest score"

@@ -62,8 +62,8 @@ class LiveReport:
 def _workflow(server: Any, prompt_id: str) -> str | None:
     """The id of the workflow that queued this prompt: the page may have another one open by now."""
     running = {item[1]: item[3] for item in getattr(server.prompt_queue, "currently_running", {}).values()}
-    workflow = (running.get(prompt_id, {}).get("extra_pnginfo") or {}).get("workflow")
-    return workflow.get("id") if isinstance(workflow, dict) else None
+    name = _entry(_entry(_entry(running.get(prompt_id), "extra_pnginfo"), "workflow"), "id")
+    return name if isinstance(name, str) else None
 
 
 @cache
@@ -86,34 +86,54 @@ def tell(node: str, text: str) -> None:
         server.send_progress_text(text, node, server.client_id)
 
 
-def keep_in_picture(extra: dict[str, Any], node: str, document: dict[str, Any]) -> None:
+def keep_in_picture(extra: Any, node: str, document: dict[str, Any]) -> None:
     """Put a report into what the host saves with pictures: by node, and into the workflow, which shows it again.
 
     A node that runs for each item of a list has all of its reports made before the first picture is saved, and one
-    place for them: there the one with the highest score stays.
+    place for them: there the one with the highest score stays. Clients of the host's API write into ``extra`` what they
+    like: where a part of it is not what the host's page makes, that part is left alone.
     """
+    if not isinstance(extra, dict):
+        return
     reports = extra.setdefault("dejavu", {})
-    if node in reports:
-        document = max(reports[node], document, key=_highest_score)
-        note = "several runs were told by this node: this is the one with the highest score"
-        document = {**document, "notes": [*(n for n in document["notes"] if n != note), note]}
-    reports[node] = document
-    if (found := _node_of(extra.get("workflow"), node)) is not None:
-        found.setdefault("properties", {})["dejavu"] = document
+    if isinstance(reports, dict):
+        if isinstance(before := reports.get(node), dict) and _is_report(before):
+            document = max(before, document, key=_highest_score)
+            note = "several runs were told by this node: this is the one with the highest score"
+            document = {**document, "notes": [*(n for n in document["notes"] if n != note), note]}
+        reports[node] = document
+    found = _node_of(extra.get("workflow"), node)
+    if found is not None and isinstance(found.setdefault("properties", {}), dict):
+        found["properties"]["dejavu"] = document
+
+
+def _is_report(document: dict[str, Any]) -> bool:
+    """Whether it is one of ours: of what clients of the host's API have put there, nothing is read."""
+    lists = all(isinstance(document.get(name), list) for name in ("verdicts", "notes"))
+    return document.get("format") == "dejavu-report" and lists
 
 
 def _highest_score(document: dict[str, Any]) -> float:
-    return max((verdict["score"] or 0.0 for verdict in document["verdicts"]), default=0.0)
+    found = (_entry(verdict, "score") for verdict in document["verdicts"])
+    return max((score for score in found if isinstance(score, int | float)), default=0.0)
 
 
 def _node_of(workflow: Any, node: str) -> dict[str, Any] | None:
     """The node of a saved workflow; '12:5' is node 5 of the subgraph that node 12 stands for."""
-    if not isinstance(workflow, dict):
-        return None
-    subgraphs = {s.get("id"): s for s in workflow.get("definitions", {}).get("subgraphs", [])}
+    subgraphs = {str(graph.get("id")): graph for graph in _entries(_entry(workflow, "definitions"), "subgraphs")}
     graph: Any = workflow
     found = None
     for part in node.split(":"):
-        found = next((n for n in (graph or {}).get("nodes", []) if str(n.get("id")) == part), None)
-        graph = subgraphs.get(found.get("type")) if found is not None else None
+        found = next((n for n in _entries(graph, "nodes") if str(n.get("id")) == part), None)
+        graph = subgraphs.get(str(found.get("type"))) if found is not None else None
     return found
+
+
+def _entry(value: Any, key: str) -> Any:
+    return value.get(key) if isinstance(value, dict) else None
+
+
+def _entries(value: Any, key: str) -> list[dict[str, Any]]:
+    """The dictionaries of a list in a dictionary."""
+    found = _entry(value, key)
+    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
