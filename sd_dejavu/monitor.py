@@ -58,7 +58,7 @@ class Monitoring:
     )
     when_flagged: WhenFlagged = option(
         "report",
-        "report: say so; stop: end the run at the first step; mitigate: go on with a conditioning that is not memorised",
+        "report: say so; stop: end the run at the first step; mitigate: go on with what the remedy gives instead",
         choices=get_args(WhenFlagged),
     )
     remedy: str = option(

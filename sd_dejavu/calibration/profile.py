@@ -57,7 +57,8 @@ class Setting:
                 # The first step sees neither guidance nor the later noise levels, nor how they are walked through.
                 same = kind == "first step" or mine == theirs
             elif name == "negative_prompt":
-                same = (kind == "first step" and self.without == "empty prompt") or mine == theirs
+                # Blanks at the ends and in a row are nothing to the tokenizers.
+                same = (kind == "first step" and self.without == "empty prompt") or mine.split() == theirs.split()
             else:
                 same = mine == theirs
             if not same:

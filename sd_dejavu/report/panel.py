@@ -12,7 +12,7 @@ from ..trace import NotMeasured
 from ..verdict import Verdict
 from .chart import loss_sparkline, magnitude_chart
 from .picture import colours, png_uri
-from .wording import beside_label, facts, label, number, sentence
+from .wording import beside_label, changed, facts, label, sentence
 from .words import word_legend, word_spans
 
 _PANEL = Markup('<div class="dejavu-panel" data-dejavu="panel">{}</div>')
@@ -87,8 +87,7 @@ def _mitigation(report: Report) -> Markup:
     outcome = report.watch.outcome
     if outcome is None:
         return Markup("")
-    told = f"Sampled with another conditioning: score {number(outcome.score_before)} before, "
-    told += f"{number(outcome.score_after)} after."
+    told = changed(outcome)
     moved = outcome.details.get("moved")
     if moved is not None:
         told += f" The conditioning moved by {moved:.0%} of its length."

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Context, Decimal
+from typing import TYPE_CHECKING
 
 from ..calibration.profile import ALPHA_DEFAULT, Profile
 from ..judge import needed_nulls
 from ..verdict import Explanation, Verdict, WordSignificance
+
+if TYPE_CHECKING:
+    from ..mitigations import Outcome
 
 UNUSUAL = 0.05  # below this p, no image that is not flagged is called ordinary
 
@@ -80,6 +84,17 @@ def calibrated(profile: Profile, images: int = 1, alpha: float = ALPHA_DEFAULT) 
         return f"{found} Too few to flag anything at alpha = {alpha:g}: that takes at least {needed_nulls(alpha):,}."
     batch = images * int((len(scores) + 1) * alpha + 1e-9)
     return f"{found} Enough to flag at alpha = {alpha:g} {'one image at a time' if batch == 1 else f'in batches of up to {batch:,}'}."
+
+
+def changed(outcome: Outcome) -> str:
+    """What a mitigation went on with, and the first-step score before and after it."""
+    scores = f"first-step score {number(outcome.score_before)} before, {number(outcome.score_after)} after"
+    if outcome.x is not None:
+        return f"Sampled from other noise{', with guidance from a later step on' if outcome.rule else ''}: {scores}."
+    if outcome.rule is not None:
+        return f"Sampled under another guidance, which leaves the first step's score at {number(outcome.score_before)}."
+    what = "other attention to the prompt's tokens" if outcome.attention is not None else "another conditioning"
+    return f"Sampled with {what}: {scores}."
 
 
 def top_words(explanation: Explanation, count: int = 3) -> list[WordSignificance]:

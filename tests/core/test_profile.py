@@ -134,6 +134,12 @@ def test_another_setting_is_refused_with_the_difference(changed, kind, sentence:
         whole.p_value(1.0, other, kind)
 
 
+def test_stray_blanks_of_a_negative_prompt_make_no_other_setting() -> None:
+    against = replace(SETTING, without="negative prompt", negative_prompt="blurry,  lowres ")
+    assert against.mismatch(replace(against, negative_prompt="blurry, lowres"), "first step") is None
+    assert against.mismatch(replace(against, negative_prompt="blurry,lowres"), "first step") is not None
+
+
 @pytest.mark.parametrize(
     "changed", [{"sigma": 14.6001}, {"steps": 20}, {"guidance_scale": 5.0}, {"negative_prompt": "ugly"}, {}]
 )

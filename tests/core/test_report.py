@@ -14,13 +14,15 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from sd_dejavu.attention import AttentionRule
 from sd_dejavu.calibration.profile import Null, Profile, Setting
-from sd_dejavu.conditioning import split_words
+from sd_dejavu.conditioning import Conditioning, split_words
+from sd_dejavu.mitigations import Outcome
 from sd_dejavu.report.chart import loss_sparkline, magnitude_chart
 from sd_dejavu.report.html import Case, Mitigated, Report, render, similarity_text
 from sd_dejavu.report.picture import colours, png_uri, where_overlay
 from sd_dejavu.report.terminal import step_sparkline, verdict_panel
-from sd_dejavu.report.wording import beside_label, calibrated, facts, label, number, sentence
+from sd_dejavu.report.wording import beside_label, calibrated, changed, facts, label, number, sentence
 from sd_dejavu.report.words import word_legend, word_spans
 from sd_dejavu.verdict import BandStep, Explanation, Verdict, WordSignificance
 
@@ -178,6 +180,29 @@ def test_a_calibration_says_what_it_can_flag(count, images, expected):
     text = calibrated(Profile(setting, nulls), images)
     assert text.startswith(f"{count:,} ordinary prompts at sigma 14.6: median {number((count - 1) / 2)}, ")
     assert text.endswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "Sampled with another conditioning: first-step score 5 before, 0.4 after."),
+        ({"x": torch.zeros(1)}, "Sampled from other noise: first-step score 5 before, 0.4 after."),
+        (
+            {"x": torch.zeros(1), "rule": list},
+            "Sampled from other noise, with guidance from a later step on: first-step score 5 before, 0.4 after.",
+        ),
+        (
+            {"rule": list, "score_after": 5.0},
+            "Sampled under another guidance, which leaves the first step's score at 5.",
+        ),
+        (
+            {"conditioning": Conditioning(torch.zeros(1, 1, 1), attention=AttentionRule(torch.ones(1), torch.ones(1) > 0))},
+            "Sampled with other attention to the prompt's tokens: first-step score 5 before, 0.4 after.",
+        ),
+    ],
+)
+def test_what_a_mitigation_changed_is_told_by_what_it_touched(changes, expected):
+    assert changed(replace(Outcome(Conditioning(torch.zeros(1, 1, 1)), 5.0, 0.4), **changes)) == expected
 
 
 @pytest.mark.parametrize(("value", "text"), [(0.01234, "0.0123"), (7.0, "7"), (99.96, "100"), (1234.5, "1,234")])

@@ -46,7 +46,7 @@ def _absent(reporter: pytest.TerminalReporter, host: str, name: str, variable: s
 
 def _those_of(host: str, reporter: pytest.TerminalReporter, *outcomes: str) -> set[str]:
     reports = [report for outcome in outcomes for report in reporter.stats.get(outcome, [])]
-    return {report.nodeid for report in reports if (NEEDS, host) in map(tuple, report.user_properties)}
+    return {report.nodeid for report in reports if (NEEDS, host) in map(tuple, getattr(report, "user_properties", ()))}
 
 
 def count(number: int, noun: str) -> str:

@@ -39,7 +39,8 @@ def missing() -> list[str]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reports = [r for kind in ("passed", "failed", "error") for r in terminalreporter.stats.get(kind, [])]
-    ran = {(r.nodeid, value) for r in reports for name, value in map(tuple, r.user_properties) if name == SHOWN}
+    told = [(r.nodeid, *one) for r in reports for one in getattr(r, "user_properties", ())]  # not of files that fail
+    ran = {(test, value) for test, name, value in told if name == SHOWN}
     for shown, number in sorted(Counter(value for _, value in ran).items()):
         terminalreporter.write_sep("=", f"real page of {shown}: {count(number, 'test')} ran", green=True)
     skipped = [r for r in terminalreporter.stats.get("skipped", []) if "page" in r.nodeid.split("/")]
