@@ -6,6 +6,7 @@ The results come from these commands, one after the other on an idle machine:
 
     sd-dejavu bench --negatives-count 100 --json benchmarks/results/bench.json
     python benchmarks/tables.py
+    python benchmarks/batches.py --prompts 1000 --json benchmarks/results/batches.json
     python benchmarks/amg_thresholds.py
     sd-dejavu compare --pairs 20 --ordinary 10 --json benchmarks/results/compare.json --out docs
     python benchmarks/first_step.py --images 1 --json benchmarks/results/first_step.json
@@ -281,6 +282,23 @@ It measures {found["captions_a_second"]:.0f} captions a second on one core, one 
 as many."""
 
 
+def batches() -> str:
+    found = read("batches")
+    kinds = list(dict.fromkeys(row["calibration"] for row in found["rows"]))
+    sizes = sorted({row["batch"] for row in found["rows"]})
+    lines = [
+        [kind, f"{alpha:g}"]
+        + [share(row, 3) for row in found["rows"] if (row["calibration"], row["alpha"]) == (kind, alpha)]
+        for kind in kinds
+        for alpha in sorted({row["alpha"] for row in found["rows"]})
+    ]
+    head = ["calibration", "alpha", *(f"batch of {size}" for size in sizes)]
+    return f"""**Flags in a batch**: the share of {found["prompts"]:,} fresh ordinary captions of which any image is flagged, with Wilson's
+95% interval.
+
+{table(head, lines)}"""
+
+
 def host_cost() -> str:
     found = read("on_a_card")
     pages = [
@@ -300,6 +318,7 @@ PARTS: tuple[Callable[[], str], ...] = (
     graded,
     explanation,
     calibration,
+    batches,
     mitigation,
     training,
     auditing,

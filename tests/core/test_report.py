@@ -196,7 +196,11 @@ def test_a_calibration_says_what_it_can_flag(count, images, expected):
             "Sampled under another guidance, which leaves the first step's score at 5.",
         ),
         (
-            {"conditioning": Conditioning(torch.zeros(1, 1, 1), attention=AttentionRule(torch.ones(1), torch.ones(1) > 0))},
+            {
+                "conditioning": Conditioning(
+                    torch.zeros(1, 1, 1), attention=AttentionRule(torch.ones(1), torch.ones(1) > 0)
+                )
+            },
             "Sampled with other attention to the prompt's tokens: first-step score 5 before, 0.4 after.",
         ),
     ],

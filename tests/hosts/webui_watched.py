@@ -37,7 +37,7 @@ def errors_of_ours(server: WebUIServer) -> list[str]:
 
 @contextmanager
 def flagging(server: WebUIServer, prompt: str, **payload: Any) -> Iterator[None]:
-    """While open, the score of this run is above that of 99 made-up ordinary prompts."""
+    """While open, the score of this run is above that of 399 made-up ordinary prompts."""
     _, (document,) = watched(server, prompt, {"explain": "never"}, **payload)
     with ordinary(server, document, 0.99 * document["verdicts"][0]["score"]):
         yield
@@ -45,10 +45,10 @@ def flagging(server: WebUIServer, prompt: str, **payload: Any) -> Iterator[None]
 
 @contextmanager
 def ordinary(server: WebUIServer, document: dict[str, Any], score: float) -> Iterator[None]:
-    """While open, this is what 99 made-up ordinary prompts score in the setting of that report."""
+    """While open, this is what 399 made-up ordinary prompts score in the setting of that report."""
     known = document["setting"]
     setting = Setting(**{**known, "latent_shape": tuple(known["latent_shape"])})
-    profile = Profile(setting, tuple(Null("plain", {"first step": (score,)}) for _ in range(99)))
+    profile = Profile(setting, tuple(Null("plain", {"first step": (score,)}) for _ in range(399)))
     path = path_for(setting, server.home / "dejavu" / "calibration")
     path.parent.mkdir(parents=True, exist_ok=True)
     profile.save(path)
