@@ -27,6 +27,7 @@ from ..guidance import GuidanceRule
 from ..sampling import levels_of, predict
 from .guard import Guard
 
+NEXT_RELEASE = (99, 0)  # of a method that no release has brought yet
 Touches = Literal["prompt", "conditioning", "noise", "guidance", "attention"]
 
 
@@ -132,7 +133,8 @@ class Mitigation:
     """``settings`` is the method's settings class; ``work(model, conditioning, start, settings)`` does it.
 
     ``prediction_types`` are those for which the method is what its paper says, ``needs_guidance`` tells that it has
-    nothing to change in a run without classifier-free guidance. ``why_not`` says why others are refused, and
+    nothing to change in a run without classifier-free guidance. ``release`` is the one that brought it: saved workflows
+    hold the values of widgets by their place, so newer methods stand behind older ones. ``why_not`` says why others are refused, and
     ``remark`` what is different on flow or distilled models; both are shown to users.
     """
 
@@ -147,6 +149,7 @@ class Mitigation:
     needs_guidance: bool = False
     why_not: str = ""
     remark: str = ""
+    release: tuple[int, int] = NEXT_RELEASE
 
     def apply(self, model: Model, conditioning: Conditioning, start: Start, settings: Any) -> Outcome:
         """Raises ValueError for a model or a run that the method is not made for; see :meth:`refusal`."""
@@ -181,9 +184,8 @@ def table() -> str:
 
 
 def available() -> dict[str, Mitigation]:
-    """All mitigations of this folder by name, in the order of their files."""
-    found: dict[str, Mitigation] = {}
+    """All mitigations of this folder by name: by the release that brought them, then in the order of their files."""
+    found: list[Mitigation] = []
     for module in pkgutil.iter_modules(__path__):
-        for method in getattr(importlib.import_module(f"{__name__}.{module.name}"), "MITIGATIONS", ()):
-            found[method.name] = method
-    return found
+        found += getattr(importlib.import_module(f"{__name__}.{module.name}"), "MITIGATIONS", ())
+    return {method.name: method for method in sorted(found, key=lambda method: method.release)}

@@ -258,6 +258,7 @@ MITIGATIONS = (
         cost="decoding, features and a search a step; where it acts, a backward pass through both and an evaluation",
         settings=Settings,
         work=_apply,
+        release=(0, 1),
         needs_references=True,
         remark="without guidance its third term acts alone; on flow by the noise over the signal, s / (1 - s)",
     ),

@@ -109,6 +109,7 @@ BATCH_WISE = Mitigation(
     cost="two evaluations and two without the prompt a round, no gradients",
     settings=Settings,
     work=_apply,
+    release=(0, 1),
     needs_guidance=True,
     remark="on flow the difference is that of velocities, and guidance begins by the noise over the signal",
 )

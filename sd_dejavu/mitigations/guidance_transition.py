@@ -83,6 +83,7 @@ TRANSITION = Mitigation(
     cost="one evaluation",
     settings=Settings,
     work=_apply,
+    release=(0, 1),
     prediction_types=("epsilon", "v_prediction"),
     needs_guidance=True,
     why_not="the curve whose minimum counts is that of noise predictions, which begins at 0 on flow models",

@@ -185,5 +185,6 @@ MITIGATIONS = (
         cost="one forward and backward pass an iteration",
         settings=Settings,
         work=_apply,
+        release=(0, 1),
     ),
 )

@@ -84,5 +84,6 @@ MITIGATIONS = (
         cost="one forward and backward pass an iteration, text encoder included",
         settings=Settings,
         work=_apply,
+        release=(0, 1),
     ),
 )

@@ -134,5 +134,6 @@ MITIGATIONS = (
         cost="two forward and backward passes an iteration",
         settings=Settings,
         work=_apply,
+        release=(0, 1),
     ),
 )

@@ -193,6 +193,14 @@ _HELP: dict[Perturbation, str] = {
 }
 
 MITIGATIONS = tuple(
-    Mitigation(kind, f"published baseline: {text}", "prompt", "one text encoding", Settings, partial(_apply, kind))
+    Mitigation(
+        kind,
+        f"published baseline: {text}",
+        "prompt",
+        "one text encoding",
+        Settings,
+        partial(_apply, kind),
+        release=(0, 1),
+    )
     for kind, text in _HELP.items()
 )

@@ -112,5 +112,6 @@ MITIGATIONS = (
         cost="one backward pass and one evaluation a word",
         settings=Settings,
         work=_apply,
+        release=(0, 1),
     ),
 )

@@ -66,6 +66,7 @@ MITIGATIONS = (
         cost="two evaluations",
         settings=Settings,
         work=_apply,
+        release=(0, 1),
         remark="needs cross-attention of its own, which most flow models lack: they are refused",
     ),
 )

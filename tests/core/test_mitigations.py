@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -11,17 +12,21 @@ import pytest
 import torch
 from hand_made import LinearDenoiser, encoder, v_scale
 
+from sd_dejavu import mitigations
 from sd_dejavu.conditioning import Conditioning, EncoderInput, Reencoding, TokenRow
 from sd_dejavu.demo.reference import bundled_reference
 from sd_dejavu.denoiser import seeded_noise
 from sd_dejavu.guidance import GuidedStep
+from sd_dejavu.hosts.webui import controls
 from sd_dejavu.mitigations import Start, available, optimise_tokens, table
 from sd_dejavu.mitigations.guard import Guard
 from sd_dejavu.mitigations.optimise_conditioning import Settings, optimise
 from sd_dejavu.mitigations.perturb_prompt import Perturbation, perturb
 from sd_dejavu.mitigations.remove_trigger import Removed, remove_trigger
 from sd_dejavu.mitigations.remove_trigger import Settings as RemoveSettings
+from sd_dejavu.monitor import Monitoring
 from sd_dejavu.reference.features import Pixels
+from sd_dejavu.settings import options_of
 
 SIGMA = 2.0
 TOKENS = (TokenRow("<s>", "start"), TokenRow("fox", "word", 0), TokenRow("</s>", "end"), TokenRow("pad", "end"))
@@ -320,6 +325,38 @@ def test_every_method_of_the_folder_is_registered_once() -> None:
         "remove-trigger",
         "start-token",
     ]
+
+
+def test_saved_files_find_their_values_where_they_were() -> None:
+    """Workflows hold widgets, and API clients arguments, by place: what release 0.1 had stays first, in its order."""
+
+    def widgets(*touches: str) -> list[str]:
+        classes = dict.fromkeys(m.settings for m in available().values() if m.touches in touches)
+        return [known.name for settings in classes for known in options_of(settings)]
+
+    monitor = ["without", "when_flagged", "remedy", "explain", "score", "alpha"]
+    assert [known.name for known in options_of(Monitoring)][:6] == monitor
+    assert [known.name for known in controls.OPTIONS][:9] == [*monitor, "perturb", "insertions", "references"]
+    conditioning = ["attenuation", "outlier_deviations", "iterations", "learning_rate", "checkpointing", "insertions"]
+    conditioning += ["max_words", "keep", "start_factor", "mask_padding"]
+    assert widgets("prompt", "conditioning", "attention")[:10] == conditioning
+    noise = ["noise_rounds", "noise_strength", "noise_radius", "guidance_from", "noise_iterations", "noise_rate"]
+    assert widgets("noise")[:6] == noise
+
+
+def test_a_new_method_stands_behind_the_older_ones(tmp_path, monkeypatch) -> None:
+    (tmp_path / "aardvark.py").write_text(
+        "from sd_dejavu.mitigations import Mitigation\n"
+        "from sd_dejavu.mitigations.start_token import Settings\n"
+        "MITIGATIONS = (Mitigation('aardvark', 'a new one', 'attention', 'nothing', Settings, print),)\n"
+    )
+    before = list(available())
+    monkeypatch.setattr(mitigations, "__path__", [*mitigations.__path__, str(tmp_path)])
+    try:
+        assert list(available()) == [*before, "aardvark"]
+    finally:
+        sys.modules.pop("sd_dejavu.mitigations.aardvark", None)
+        vars(mitigations).pop("aardvark", None)
 
 
 @pytest.mark.parametrize("name", list(available()))
