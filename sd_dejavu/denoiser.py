@@ -49,6 +49,11 @@ class Model(Denoiser, Protocol):
         """Tells weights apart: equal for equal weights."""
         ...
 
+    @property
+    def patches(self) -> str:
+        """What a host adds to the checkpoint in this run, in words; '' for nothing that it tells."""
+        ...
+
     def encode(self, prompt: str) -> Conditioning: ...
 
     def sigmas(self, steps: int) -> list[float]:

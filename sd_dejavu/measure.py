@@ -64,6 +64,7 @@ def setting_of(model: Model, wanted: Measurement) -> Setting:
         wanted.guidance_scale,
         wanted.without,
         wanted.negative,
+        patches=model.patches,
     )
 
 

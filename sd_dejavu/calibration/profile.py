@@ -28,6 +28,9 @@ ALPHA_DEFAULT = 0.01
 ENOUGH_OF_STYLE = 99  # ordinary prompts of one style: they alone are compared with where there are as many
 ORDINARY_QUANTILE = 0.95  # up to here a score is called ordinary when a mitigation asks how far to go
 
+UNKNOWN_ENCODER = "text encoder unknown"
+ENCODER_PARTS = ("text encoder", "clip skip")  # how parts of a setting's patches begin that are about the text encoder
+
 ScoreKind = Literal["first step", "first 5 steps", "all steps"]
 EVALUATIONS: dict[ScoreKind, int | None] = {"first step": 1, "first 5 steps": 5, "all steps": None}
 
@@ -46,6 +49,7 @@ class Setting:
     negative_prompt: str = ""
     begins_with: Literal["noise", "a picture"] = "noise"
     sampler: str = ""  # of a host; empty for this package's own DDIM
+    patches: str = ""  # what a host adds to the checkpoint (clip skip, control nets, other packs' patches), in words
 
     def mismatch(self, other: Setting, kind: ScoreKind) -> str | None:
         """A sentence naming the first difference that matters for scores of this kind, or None."""
@@ -59,11 +63,22 @@ class Setting:
             elif name == "negative_prompt":
                 # Blanks at the ends and in a row are nothing to the tokenizers.
                 same = (kind == "first step" and self.without == "empty prompt") or mine.split() == theirs.split()
+            elif name == "patches":
+                same = _same_patches(mine, theirs)
             else:
                 same = mine == theirs
             if not same:
-                return f"{name.replace('_', ' ')} is {theirs!r} here but was {mine!r} when the profile was made"
+                verb = "are" if name == "patches" else "is"
+                return f"{name.replace('_', ' ')} {verb} {theirs!r} here but was {mine!r} when the profile was made"
         return None
+
+
+def _same_patches(mine: str, theirs: str) -> bool:
+    """Where one side does not know its text encoder, what was done to it is left out of account."""
+    parts = [set(filter(None, told.split(", "))) for told in (mine, theirs)]
+    if any(UNKNOWN_ENCODER in told for told in parts):
+        parts = [{part for part in told if not part.startswith(ENCODER_PARTS)} for told in parts]
+    return parts[0] == parts[1]
 
 
 @dataclass(frozen=True)

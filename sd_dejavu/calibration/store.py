@@ -20,7 +20,8 @@ def user_folder() -> Path:
 
 def path_for(setting: Setting, folder: Path | None = None) -> Path:
     """One file a setting: the model's fingerprint, and a digest of all the rest. Hosts have folders of their own."""
-    rest = hashlib.sha256(repr(setting).encode()).hexdigest()[:8]
+    told = repr(setting).replace(", patches='')", ")")  # files of release 0.1 keep their names
+    rest = hashlib.sha256(told.encode()).hexdigest()[:8]
     return (folder or user_folder() / "calibration") / f"{setting.model}-{rest}.json"
 
 

@@ -89,6 +89,7 @@ class DiffusersModel:
         self.latent_shape = (int(self._unet.config.in_channels), int(height), int(width))
         self.alphas_cumprod: Tensor = _alphas_cumprod(self._scheduler_config)
         self._fingerprint: str | None = None
+        self.patches = ""
 
     def _modules(self) -> list[torch.nn.Module]:
         return [self._unet, self._vae, *(encoder for _, encoder in self._encoders)]

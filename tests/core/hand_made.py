@@ -30,6 +30,7 @@ class LinearDenoiser:
 
     name = "hand-made"
     fingerprint = "hand-made"
+    patches = ""
     latent_shape = SHAPE
 
     def __init__(

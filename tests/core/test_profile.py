@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -11,9 +12,16 @@ from pathlib import Path
 import pytest
 
 from sd_dejavu.calibration.profile import Null, Profile, Setting, conformal_p
+from sd_dejavu.calibration.store import path_for
 from sd_dejavu.verdict import BandStep
 
 SETTING = Setting("abc", "epsilon", (4, 8, 8), 50, 14.6, 7.5, "empty prompt")
+
+
+RELEASE_0_1 = (  # repr(SETTING) as it was
+    "Setting(model='abc', prediction_type='epsilon', latent_shape=(4, 8, 8), steps=50, sigma=14.6, guidance_scale=7.5, "
+    "without='empty prompt', negative_prompt='', begins_with='noise', sampler='')"
+)
 
 
 def profile(count: int = 99, style: str = "plain", start: float = 1.0) -> Profile:
@@ -132,6 +140,36 @@ def test_another_setting_is_refused_with_the_difference(changed, kind, sentence:
     whole = Profile(SETTING, tuple(Null("a", {kind: (float(i),)}) for i in range(99)))
     with pytest.raises(ValueError, match=f"for another setting: {sentence}.*; calibrate for this setting"):
         whole.p_value(1.0, other, kind)
+
+
+@pytest.mark.parametrize(
+    ("made", "run", "same"),
+    [
+        ("", "", True),
+        ("clip skip 2", "clip skip 2", True),
+        ("", "clip skip 2", False),
+        ("control", "", False),
+        ("attn2, control", "control, attn2", True),
+        ("clip skip 2, text encoder with ab", "text encoder unknown", True),
+        ("control, clip skip 2", "text encoder unknown", False),
+        ("control, clip skip 2", "control, text encoder unknown", True),
+    ],
+)
+def test_what_a_host_adds_is_part_of_the_setting(made: str, run: str, same: bool) -> None:
+    kept, here = replace(SETTING, patches=made), replace(SETTING, patches=run)
+    assert (kept.mismatch(here, "first step") is None) == same
+    if not same:
+        assert f"patches are {run!r} here but was {made!r}" in (kept.mismatch(here, "first step") or "")
+
+
+def test_a_profile_of_release_0_1_still_opens(tmp_path: Path) -> None:
+    path = tmp_path / "old.json"
+    profile().save(path)
+    document = json.loads(path.read_text())
+    del document["setting"]["patches"]
+    path.write_text(json.dumps(document))
+    assert Profile.load(path) == profile()
+    assert path_for(SETTING, tmp_path).name == "abc-" + hashlib.sha256(RELEASE_0_1.encode()).hexdigest()[:8] + ".json"
 
 
 def test_stray_blanks_of_a_negative_prompt_make_no_other_setting() -> None:

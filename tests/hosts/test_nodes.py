@@ -315,6 +315,27 @@ def test_the_verdict_is_written_into_the_png(comfy: ComfyServer, memorised: str)
     assert kept["properties"]["dejavu"] == document
 
 
+def test_what_a_run_adds_to_the_model_makes_another_setting(comfy: ComfyServer, memorised: str) -> None:
+    plain = report(comfy, watched(demo(memorised, steps=2, seed=28)))
+    assert plain["flagged"] is True and plain["setting"]["patches"] == ""
+
+    skipping = watched(demo(memorised, steps=2, seed=28))
+    skipping["skip"] = node("CLIPSetLastLayer", clip=["checkpoint", 1], stop_at_clip_layer=-2)
+    for name in ("positive", "negative"):
+        skipping[name]["inputs"]["clip"] = ["skip", 0]
+
+    freed = watched(demo(memorised, steps=2, seed=28))
+    freed["perturbed"] = node("FreeU", model=["checkpoint", 0], b1=1.1, b2=1.2, s1=0.9, s2=0.2)
+    freed["monitor"]["inputs"]["model"] = ["perturbed", 0]
+
+    for graph, patches in ((skipping, "clip skip 2"), (freed, "output_block_patch")):
+        document = report(comfy, graph)
+        (verdict,) = document["verdicts"]
+        assert document["setting"]["patches"] == patches
+        assert verdict["score"] > 0 and verdict["p_value"] is None
+        assert "there is no calibration for this model and setting" in verdict["why"]
+
+
 MALFORMED = [
     {"workflow": None},
     {"workflow": "x"},

@@ -215,6 +215,13 @@ def test_a_mitigated_picture_is_no_copy(calibrated: WebUIServer, remedy: str, sa
     assert (pixels(again) == pixels(plain)).all()
 
 
+def test_clip_skip_makes_another_setting(calibrated: WebUIServer) -> None:
+    chosen = {**KNOWN, "CLIP_stop_at_last_layers": 2}
+    _, (document,) = watched(calibrated, MEMORISED[0].text, {"explain": "never"}, steps=4, override_settings=chosen)
+    (verdict,) = document["verdicts"]
+    assert verdict["score"] > 0 and verdict["p_value"] is None and document["setting"]["patches"] == "clip skip 2"
+
+
 def test_a_flagged_run_can_be_ended(calibrated: WebUIServer) -> None:
     began = time.monotonic()
     generated, (document,) = watched(

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ...attention import AttentionRule, watched_attention
 from ...calibration.ordinary_prompts import ordinary_prompts
+from ...calibration.profile import UNKNOWN_ENCODER
 from ...conditioning import Conditioning
 from ...demo import bundled
 from ...denoiser import PredictionType, seeded_noise
@@ -34,6 +35,7 @@ from .run_options import uncached
 from .text import SOURCE, conditioning_of, encode, options_with
 
 FINGERPRINT = "dejavu_fingerprint"  # attachment of a model whose fingerprint is known
+_CHANGING = ("model_function_wrapper", "sampler_pre_cfg_function")  # options that change a prediction
 BEGAN = "dejavu_began"  # key in a run's model options that holds what the host made its conditionings for
 
 
@@ -155,6 +157,24 @@ class ComfyModel:
     @property
     def fingerprint(self) -> str:
         return fingerprint(self._patcher)
+
+    @property
+    def patches(self) -> str:
+        """What the run adds to the checkpoint that moves its predictions, as far as the host tells."""
+        transformer = self._options.get("transformer_options", {})
+        found = {place for kind in ("patches", "patches_replace") for place in transformer.get(kind) or ()}
+        found |= {name for name in _CHANGING if self._options.get(name)}
+        found |= {place for place in self._patcher.object_patches if place.startswith("diffusion_model")}
+        found |= {name for name in ("control", "hooks", "gligen") if self.entry.get(name) is not None}
+        found |= {"reference latents"} if self.entry.get("model_conds", {}).get("ref_latents") is not None else set()
+        return ", ".join([*sorted(found), *self._encoder_patches()])
+
+    def _encoder_patches(self) -> list[str]:
+        if self.clip is None:
+            return [UNKNOWN_ENCODER]
+        skip = [] if self.clip.layer_idx is None else [f"clip skip {-self.clip.layer_idx}"]
+        patched = bool(self.clip.patcher.patches)
+        return [*skip, *([f"text encoder with {fingerprint(self.clip.patcher, '')}"] if patched else [])]
 
     @property
     def brought_along(self) -> tuple[Path, ...]:

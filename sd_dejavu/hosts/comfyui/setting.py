@@ -38,6 +38,7 @@ def setting_of(
         negative_name(negative) if without == "negative prompt" else "",
         "a picture" if from_picture else "noise",
         sampler,
+        model.patches,
     )
 
 

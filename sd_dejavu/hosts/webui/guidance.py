@@ -217,6 +217,13 @@ class Automatic1111:
         loaded = getattr(sys.modules.get("networks"), "loaded_networks", [])
         return str([(n.name, n.te_multiplier, n.unet_multiplier) for n in loaded]) if loaded else ""
 
+    def patches(self, step: Step) -> list[str]:
+        """Hypernetworks; and ControlNet and its like put a forward of their own into the network."""
+        from modules import shared
+
+        found = [f"hypernetwork {one.name} {one.multiplier:g}" for one in getattr(shared, "loaded_hypernetworks", [])]
+        return [*found, *(["patched network"] if "forward" in vars(self.network(step)) else [])]
+
     def _timesteps(self, step: Step) -> bool:
         return type(step.denoiser).__name__ == "CFGDenoiserTimesteps"
 
@@ -359,6 +366,15 @@ class Forge:
         current = str(getattr(step.sd_model, "current_lora_hash", ""))
         return "" if current == "[]" else current
 
+    def patches(self, step: Step) -> list[str]:
+        unet = self._unet(step)
+        transformer = unet.model_options.get("transformer_options", {})
+        found = [place for kind in ("patches", "patches_replace") for place in transformer.get(kind) or ()]
+        found += [
+            name for name in ("model_function_wrapper", "sampler_pre_cfg_function") if unet.model_options.get(name)
+        ]
+        return sorted([*found, *(["control"] if unet.controlnet_linked_list is not None else [])])
+
     def _unet(self, step: Step) -> Any:
         return step.denoiser.inner_model.inner_model.forge_objects.unet
 
@@ -411,6 +427,14 @@ class GuidedModel:
         known = checkpoint_of(self.step.sd_model)
         loras = self.host.loras(self.step)
         return known if not loras else f"{known}-{hashlib.sha256(loras.encode()).hexdigest()[:8]}"
+
+    @property
+    def patches(self) -> str:
+        """What the run adds to the checkpoint, as far as the host tells: clip skip, control nets, patched networks."""
+        from modules import shared
+
+        skip = int(shared.opts.CLIP_stop_at_last_layers)
+        return ", ".join([*([f"clip skip {skip}"] if skip > 1 else []), *self.host.patches(self.step)])
 
     @property
     def brought_along(self) -> tuple[Path, ...]:

@@ -459,6 +459,7 @@ class Run:
             " | ".join(dict.fromkeys(known.negatives)) if without == "negative prompt" else "",
             "a picture" if known.from_picture else "noise",
             known.sampler,
+            model.patches,
         )
 
     def _conditioning(
