@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +20,6 @@ from .denoiser import Predictions
 from .detectors.magnitude import difference, length, over_channels, rounding
 from .readout import Readout
 
-Unit = Literal["l2", "rms"]
 ALL = slice(None)
 
 
@@ -104,7 +102,6 @@ class Trace:
 
     def __init__(self) -> None:
         self.without: Unconditional | None = None
-        self.elements: int | None = None
         self._evaluations: list[_Evaluation] = []
         self._readings: list[Reading] = []  # of the first evaluations: those that were asked for
         self._map: _Map | None = None
@@ -116,10 +113,9 @@ class Trace:
             self.skip(predictions.sigma[0], f"this step was measured against the {predictions.without}")
             return
         self.without = predictions.without
-        self.elements = predictions.conditional[0].numel()
         with torch.no_grad():
             delta = difference(predictions)
-            self._evaluations.append(_Evaluation(predictions.sigma[0], length(delta), elements=self.elements))
+            self._evaluations.append(_Evaluation(predictions.sigma[0], length(delta), elements=delta[0].numel()))
             self._map = _Map(delta)
 
     def skip(self, sigma: Tensor | float, why: str) -> None:
@@ -158,7 +154,7 @@ class Trace:
 
     def _copy(self) -> Trace:
         other = Trace()
-        other.without, other.elements = self.without, self.elements
+        other.without = self.without
         other._evaluations, other._readings = list(self._evaluations), list(self._readings)
         other._map, other._images = self._map, self._images
         return other
@@ -181,11 +177,7 @@ class Trace:
             raise NotMeasured("no guidance step was recorded")
         return self._map.start().wait()[self._images].float()
 
-    def per_step(self, unit: Unit = "l2") -> list[tuple[float, ...] | None]:
-        """Magnitudes of each evaluation, one number an image; None where not measured."""
-        return [r.values and tuple(v * self._factor(unit) for v in r.values) for r in self.readings]
-
-    def score(self, first: int | None = 1, unit: Unit = "l2") -> Tensor:
+    def score(self, first: int | None = 1) -> Tensor:
         """Mean magnitude [B] over the first ``first`` evaluations, or over all of them with None.
 
         Raises NotMeasured when any evaluation of that range has no reading: a mean over other steps
@@ -194,7 +186,7 @@ class Trace:
         chosen = self._read(first)
         if not chosen or (first is not None and len(chosen) < first):
             raise NotMeasured(f"{len(chosen)} evaluations were seen, {first or 'at least 1'} are needed")
-        return torch.tensor([self.reading(number) for number in range(len(chosen))]).mean(0) * self._factor(unit)
+        return torch.tensor([self.reading(number) for number in range(len(chosen))]).mean(0)
 
     def reading(self, number: int) -> tuple[float, ...]:
         """L2 magnitude of each image at evaluation ``number`` (from 0). Raises NotMeasured with the reason."""
@@ -202,10 +194,3 @@ class Trace:
         if reading.values is None:
             raise NotMeasured(f"evaluation {number + 1} (sigma {reading.sigma:.4g}) was not measured: {reading.why}")
         return reading.values
-
-    def _factor(self, unit: Unit) -> float:
-        if unit == "l2":
-            return 1.0
-        if unit == "rms":
-            return (self.elements or 1) ** -0.5
-        raise ValueError(f"unit {unit!r} is unknown: use 'l2' (as in the paper) or 'rms' (comparable across sizes)")

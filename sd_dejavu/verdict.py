@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from .conditioning import Unconditional
-from .trace import Unit
 
 View = Literal["confirmed gradient", "input gradient", "output gradient", "leave one out"]
 
@@ -65,7 +64,6 @@ class Verdict:
     flagged: bool | None
     alpha: float
     score_kind: str = "first step"
-    unit: Unit = "l2"
     images: int = 1
     without: Unconditional = "empty prompt"
     score_per_step: tuple[tuple[float, float | None], ...] = ()
@@ -87,6 +85,7 @@ class Verdict:
         explanation = values.pop("explanation")
         values["words"] = explanation["words"] if explanation else []
         values["view"] = explanation["view"] if explanation else None
+        values["unit"] = "l2"
         values["raw_unit"] = explanation["raw_unit"] if explanation else None
         values["score_per_step"] = [value for _, value in self.score_per_step]
         values["sigmas"] = [sigma for sigma, _ in self.score_per_step]

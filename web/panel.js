@@ -218,8 +218,7 @@ export function createPanel(host = null) {
     if (!verdict.steps.length) return []
     const other = report.mitigation?.verdicts[Math.min(image, report.mitigation.verdicts.length - 1)]
     const after = other?.steps.length ? other : null
-    const band = verdict.unit === 'rms' ? [] : report.band
-    const ordinary = verdict.unit === 'rms' ? null : report.ordinary
+    const { band, ordinary } = report
     const told = make('output', { class: 'dejavu-readout' }, CHART_HINT)
     const svg = drawChart({ curve: verdict, after, band, ordinary, width: chartWidth(), tell: (text) => { told.textContent = text || CHART_HINT } })
     const key = (kind, name) => make('span', { class: 'dejavu-key' }, make('span', { class: `dejavu-sample dejavu-sample-${kind}`, 'aria-hidden': 'true' }), name)

@@ -42,7 +42,6 @@ function readVerdict(v) {
     sentence: text(v?.sentence) || 'No verdict',
     score: finite(v?.score),
     pValue: finite(v?.p_value),
-    unit: text(v?.unit),
     steps,
     sigmas: steps.map((_, i) => finite(list(v?.sigmas)[i])),
     facts: list(v?.facts).filter((fact) => Array.isArray(fact) && fact.length === 2).map((fact) => fact.map(text)),

@@ -179,8 +179,7 @@ def _charts(case: Case, after: Verdict | None, widths: Sequence[int]) -> list[Ma
     steps, steps_after = case.verdict.score_per_step, after.score_per_step if after else None
     if not steps or steps_after == ():
         return []
-    band = case.band if case.verdict.unit == "l2" else ()
-    return [Markup(magnitude_chart(steps, band, steps_after, width)) for width in widths]
+    return [Markup(magnitude_chart(steps, case.band, steps_after, width)) for width in widths]
 
 
 def _where(case: Case) -> Pixels:

@@ -59,8 +59,7 @@ def facts(verdict: Verdict) -> list[tuple[str, str]]:
     if verdict.score is not None:
         images = "1 image" if verdict.images == 1 else f"mean of {verdict.images} images"
         images = images if verdict.batch == 1 else f"1 of {verdict.batch} images"
-        unit = {"l2": "L2", "rms": "RMS"}[verdict.unit]
-        found.append(("Score", f"{number(verdict.score)} ({unit}, {verdict.score_kind}, {images})"))
+        found.append(("Score", f"{number(verdict.score)} (L2, {verdict.score_kind}, {images})"))
     if verdict.p_value is not None:
         relation, value = p_text(verdict).removeprefix("p ").split()
         found.append(("p", f"{value if relation == '=' else f'<= {value}'} (flagged if p <= {verdict.alpha:g})"))

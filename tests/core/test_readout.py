@@ -118,9 +118,11 @@ def test_a_snapshot_does_not_grow_and_keeps_its_map() -> None:
     seen, expected = trace.so_far(), trace.where()
     trace.record(predictions(1.0, 2.0))
     trace.skip(1.0, "guidance was off")
-    assert seen.per_step() == [pytest.approx((3.0, 3.0))] and torch.equal(seen.where(), expected)
+    assert [r.values for r in seen.readings] == [pytest.approx((3.0, 3.0))] and torch.equal(seen.where(), expected)
     assert len(trace.readings) == 3 and not torch.equal(trace.where(), expected)
-    assert trace.first(1).per_step() == seen.per_step() and len(trace.first(2).readings) == 2
+    assert [r.values for r in trace.first(1).readings] == [r.values for r in seen.readings] and len(
+        trace.first(2).readings
+    ) == 2
 
 
 def test_parts_of_parts_are_of_the_right_images() -> None:
@@ -129,7 +131,7 @@ def test_parts_of_parts_are_of_the_right_images() -> None:
     base = torch.zeros(6, 4, 2, 2)
     trace.record(Predictions(base + gaps.view(6, 1, 1, 1) / 4, base, torch.ones(6)))
     part = trace.of_images(2, 6).of_images(1, 3)
-    assert part.per_step() == [pytest.approx((4.0, 5.0))]
+    assert [r.values for r in part.readings] == [pytest.approx((4.0, 5.0))]
     assert torch.equal(part.where(), trace.where()[3:5])
 
 
@@ -146,4 +148,7 @@ def test_the_first_step_is_judged_without_waiting_for_the_others(monkeypatch: py
     trace.settle()
     assert trace.ready(1) and not trace.ready(2)
     assert watch.is_flagged() is False and card.waited == 0 and not trace.ready(2)
-    assert trace.per_step() == [pytest.approx((3.0, 3.0)), pytest.approx((2.0, 2.0))] and card.waited == 1
+    assert [r.values for r in trace.readings] == [
+        pytest.approx((3.0, 3.0)),
+        pytest.approx((2.0, 2.0)),
+    ] and card.waited == 1

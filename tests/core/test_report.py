@@ -156,9 +156,9 @@ def test_sentence_without_a_verdict_says_why(score, why, expected):
 
 
 def test_facts_name_unit_images_and_calibration():
-    verdict = replace(PLAIN, images=4, null_style="caption", unit="rms")
+    verdict = replace(PLAIN, images=4, null_style="caption")
     assert facts(verdict) == [
-        ("Score", "7.31 (RMS, first step, mean of 4 images)"),
+        ("Score", "7.31 (L2, first step, mean of 4 images)"),
         ("p", "0.002 (flagged if p <= 0.01)"),
         ("Calibration", "999 ordinary prompts of style 'caption'"),
         ("Measured against", "the empty prompt"),
@@ -390,11 +390,8 @@ def test_page_bears_nothing_and_lone_surrogates():
     text.encode("utf-8")
 
 
-def test_band_is_left_out_for_another_unit():
-    case = full_case("a red ball")
-    rms = replace(case, verdict=replace(case.verdict, unit="rms"))
-    assert "ordinary prompts, 5 to 95 %" in render(Report("", "", "", [case]))
-    assert "ordinary prompts, 5 to 95 %" not in render(Report("", "", "", [rms]))
+def test_the_band_of_ordinary_prompts_is_shown():
+    assert "ordinary prompts, 5 to 95 %" in render(Report("", "", "", [full_case("a red ball")]))
 
 
 def test_similarity_at_the_threshold_is_a_copy():

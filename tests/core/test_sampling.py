@@ -66,7 +66,7 @@ def test_a_run_traces_the_measured_steps_and_tells_of_every_step() -> None:
     expected = float((prompt.rows - empty.rows).sum(1).norm())  # the same at every noise level
     assert seen == [0, 1, 2, 3]
     assert [r.sigma for r in trace.readings] == pytest.approx(SIGMAS[:2])
-    assert trace.per_step() == [pytest.approx([expected] * 2)] * 2
+    assert [r.values for r in trace.readings] == [pytest.approx([expected] * 2)] * 2
     assert trace.without == "empty prompt"
     assert len(network.calls) == 2 * 4
 

@@ -35,15 +35,6 @@ def test_scores_average_the_asked_evaluations_for_each_image() -> None:
     assert [r.sigma for r in trace.readings] == [4, 2, 1]
 
 
-def test_rms_is_l2_over_the_root_of_the_number_of_elements() -> None:
-    trace = traced(step([6.0]))
-    assert trace.elements == math.prod(SHAPE) == 18
-    assert trace.score(unit="rms").item() == pytest.approx(6 / 18**0.5)
-    assert trace.per_step("rms")[0] == pytest.approx((6 / 18**0.5,))
-    with pytest.raises(ValueError, match="unit 'dB' is unknown"):
-        trace.score(unit="dB")  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("first", [1, 2, None])
 def test_too_few_evaluations_are_not_a_score(first) -> None:
     with pytest.raises(NotMeasured, match=f"0 evaluations were seen, {first or 'at least 1'} are needed"):
@@ -64,7 +55,7 @@ def test_too_few_evaluations_are_not_a_score(first) -> None:
 )
 def test_false_zeros_and_nan_are_not_measured(norms: list[float], reason: str) -> None:
     trace = traced(step([3.0, 3.0], 4.0), step(norms, 2.0), step([1.0, 1.0], 1.0))
-    assert trace.per_step() == [(3, 3), None, (1, 1)]
+    assert [r.values for r in trace.readings] == [(3, 3), None, (1, 1)]
     assert reason in (trace.readings[1].why or "")
     assert trace.score(1).tolist() == [3, 3]  # the first evaluation is whole
     for first in (2, None):
@@ -74,10 +65,10 @@ def test_false_zeros_and_nan_are_not_measured(norms: list[float], reason: str) -
 
 def test_a_skipped_evaluation_keeps_its_place_and_its_reason() -> None:
     trace = traced(step([3.0], 4.0))
-    assert trace.per_step() == [(3,)]
+    assert [r.values for r in trace.readings] == [(3,)]
     trace.skip(torch.tensor(2.0), "guidance scale 1")  # after a first look
     trace.record(step([1.0], 1.0))
-    assert trace.per_step() == [(3,), None, (1,)]
+    assert [r.values for r in trace.readings] == [(3,), None, (1,)]
     with pytest.raises(NotMeasured, match=r"evaluation 2 .*guidance scale 1"):
         trace.score(None)
 
@@ -85,7 +76,7 @@ def test_a_skipped_evaluation_keeps_its_place_and_its_reason() -> None:
 def test_steps_measured_against_something_else_do_not_mix() -> None:
     trace = traced(step([3.0], 4.0), step([9.0], 2.0, "negative prompt"), step([1.0], 1.0))
     assert trace.without == "empty prompt"
-    assert trace.per_step() == [(3,), None, (1,)]
+    assert [r.values for r in trace.readings] == [(3,), None, (1,)]
     assert trace.readings[1].why == "this step was measured against the negative prompt"
 
 
