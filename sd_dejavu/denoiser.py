@@ -19,6 +19,10 @@ from .conditioning import Conditioning, Unconditional
 PredictionType = Literal["epsilon", "v_prediction", "flow"]
 
 
+class PromptTooLong(ValueError):
+    """The prompt has more tokens than can be read; the text says how many."""
+
+
 class Denoiser(Protocol):
     """A model bound to its weights; differentiable in ``x`` and in the conditioning's rows and extras.
 
@@ -54,7 +58,9 @@ class Model(Denoiser, Protocol):
         """What a host adds to the checkpoint in this run, in words; '' for nothing that it tells."""
         ...
 
-    def encode(self, prompt: str) -> Conditioning: ...
+    def encode(self, prompt: str) -> Conditioning:
+        """Raises PromptTooLong for more tokens than can be read."""
+        ...
 
     def sigmas(self, steps: int) -> list[float]:
         """Noise levels of a run of so many steps, first to last, ending in 0."""

@@ -6,10 +6,13 @@ saved parameters are all derived from :func:`options_of`; :func:`validate` speak
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
+
+LEAST_ABOVE = 1e-9  # how far above an exclusive minimum a value must be: 1 / alpha must stay a number to count to
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ def option(
     choices: Sequence[str] = (),
     exclusive: bool = False,
 ) -> Any:
-    """A dataclass field with its help and range; ``exclusive`` leaves the minimum and maximum themselves out.
+    """A dataclass field with its help and range; ``exclusive`` leaves the minimum and maximum themselves out, and what
+    is nearer to the minimum than 1e-9.
 
     ``kind`` must be given where the default is None.
     """
@@ -66,11 +70,21 @@ def validate(settings: Any) -> None:
         if known.kind in (int, float):
             whole = known.kind is int
             is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
-            if not is_number or value != value:
+            if not is_number or not _finite(value):
                 raise ValueError(f"{label} must be a {'whole ' if whole else ''}number, not {value!r}")
+            if known.exclusive and low is not None and low < value < low + LEAST_ABOVE:
+                raise ValueError(f"{label} must be at least {low + LEAST_ABOVE:g}, not {value}")
             below = low is not None and (value < low or (known.exclusive and value == low))
             above = high is not None and (value > high or (known.exclusive and value == high))
             if below or above:
                 least, most = ("above", "below") if known.exclusive else ("at least", "at most")
                 bounds = [f"{word} {bound:g}" for word, bound in ((least, low), (most, high)) if bound is not None]
                 raise ValueError(f"{label} must be {' and '.join(bounds)}, not {value}")
+
+
+def _finite(value: Any) -> bool:
+    """Also of whole numbers that are too large for a float."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False

@@ -204,7 +204,7 @@ class Profile:
             document = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ValueError(f"the calibration profile {path} cannot be read: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"the calibration profile {path} is not valid JSON: {error}") from error
         if not isinstance(document, dict) or document.get("format") != "dejavu-calibration":
             raise ValueError(f"{path} is not a Déjà Vu calibration profile")
@@ -215,13 +215,14 @@ class Profile:
                 "calibrate again"
             )
         try:
-            raw = document["setting"]
-            numbers = {name: float(raw[name]) for name in ("sigma", "guidance_scale")}
-            setting = Setting(**{**raw, **numbers, "latent_shape": tuple(int(v) for v in raw["latent_shape"])})
+            setting = _setting(document["setting"])
             nulls = tuple(
-                Null(str(n["style"]), {k: _finite(v) for k, v in n["scores"].items()}) for n in document["nulls"]
+                Null(_of_kind(n["style"], str), {k: _scores(v) for k, v in n["scores"].items()})
+                for n in _of_kind(document["nulls"], list)
             )
-            band = tuple(BandStep(**{name: float(v) for name, v in step.items()}) for step in document["band"])
+            band = tuple(
+                BandStep(**{name: _number(v) for name, v in step.items()}) for step in _of_kind(document["band"], list)
+            )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ValueError(f"the calibration profile {path} is damaged ({error!r}): calibrate again") from error
         unknown = {k for n in nulls for k in n.scores} - set(get_args(ScoreKind))
@@ -234,8 +235,33 @@ def _rounded(values: Sequence[float]) -> list[float]:
     return [float(f"{v:.9g}") for v in values]
 
 
-def _finite(values: Sequence[Any]) -> tuple[float, ...]:
-    numbers = tuple(float(v) for v in values)
-    if not all(math.isfinite(v) for v in numbers):
-        raise ValueError("a null score is not finite")
+def _of_kind(value: Any, *kinds: type) -> Any:
+    """The value, if JSON gave it as one of these; True and False are no numbers."""
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise TypeError(f"{str(value)[:40]!r} is no {' or '.join(kind.__name__ for kind in kinds)}")
+    return value
+
+
+def _number(value: Any) -> float:
+    number = float(_of_kind(value, int, float))
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is not finite")
+    return number
+
+
+def _scores(values: Any) -> tuple[float, ...]:
+    """The scores of one null: one image at least, and magnitudes are never negative."""
+    numbers = tuple(_number(value) for value in _of_kind(values, list))
+    if not numbers or min(numbers) < 0:
+        raise ValueError(f"{str(values)[:40]} are no scores")
     return numbers
+
+
+def _setting(raw: Any) -> Setting:
+    """A setting from JSON: its numbers as floats, its shape as whole numbers, and the rest as it was written."""
+    numbers = {name: _number(raw[name]) for name in ("sigma", "guidance_scale")}
+    shape = tuple(_of_kind(side, int) for side in _of_kind(raw["latent_shape"], list))
+    rest = {
+        name: _of_kind(value, str, int, bool) for name, value in raw.items() if name not in (*numbers, "latent_shape")
+    }
+    return Setting(**numbers, **rest, latent_shape=shape)

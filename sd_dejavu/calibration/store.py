@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 from .profile import Profile, ScoreKind, Setting
+
+log = logging.getLogger("dejavu")
 
 
 def user_folder() -> Path:
@@ -31,12 +34,12 @@ def find(
     """Of the profiles that fit this setting the one with the most nulls for this score, or None.
 
     Among equals the one made for exactly this setting goes first, ``also`` last: more files to look at, such as
-    the profiles a model brings along. Damaged files of the user's folder raise ValueError rather than being
-    passed over.
+    the profiles a model brings along. Files that are no sound profile are passed over, with a warning in the log.
     """
     exact = path_for(setting, folder)
     others = sorted(exact.parent.glob(f"{setting.model}-*.json")) if exact.parent.is_dir() else []
-    profiles = [_current(path) for path in (exact, *(p for p in others if p != exact), *also) if path.is_file()]
+    paths = (path for path in (exact, *(p for p in others if p != exact), *also) if path.is_file())
+    profiles = (profile for path in paths if (profile := _sound(path)) is not None)
     fitting = [p for p in profiles if p.setting.mismatch(setting, kind) is None and p.null_scores(kind, images)]
     return max(fitting, key=lambda p: len(p.null_scores(kind, images)), default=None)
 
@@ -47,6 +50,21 @@ def find_for_monitor(
     """One that holds this kind of score, or else the first step's, which decides during the run."""
     found = (find(setting, kind, 1, also, folder) for kind in dict.fromkeys((wanted, "first step")))
     return next((profile for profile in found if profile is not None), None)
+
+
+def _sound(path: Path) -> Profile | None:
+    """The profile of a file; None, with a warning, where it is none that can be used."""
+    try:
+        return _current(path)
+    except ValueError as error:
+        _warn(str(error))
+        return None
+
+
+@lru_cache(maxsize=64)
+def _warn(text: str) -> None:
+    """Once, though a host asks at every run."""
+    log.warning("[Déjà Vu] passed over: %s", " ".join(text.split()))
 
 
 def _current(path: Path) -> Profile:

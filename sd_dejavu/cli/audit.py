@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from ..measure import Measurement
@@ -27,6 +26,7 @@ from ..reference.nearest import same_features
 from ..reference.reference_set import ReferenceSet
 from ..report.audit_html import AuditPage, render_audit
 from ..report.audit_rows import as_json, notes, sentence, settings_shown, thumbnails_of, verdict_of
+from ..report.terminal import plain
 from ..training.audit import Audit, AuditSettings, Entry, Subject, audit, entries_of, identity, lora_files, sampled
 from ..training.engines import Cluster, on_ray
 from ..training.ledger import Ledger
@@ -184,8 +184,7 @@ def _write(
 
 
 def _print(found: Audit, out: Path) -> None:
-    console = Console()
-    console.print(escape("\n".join([f"{sentence(found)}.", *notes(found)])), soft_wrap=True)
+    common.tell("\n".join([f"{sentence(found)}.", *notes(found)]))
     worst = [row for row in found.rows if row.flagged or row.copies]
     if worst:
         table = Table("verdict", "picture", "caption", found.counts, "q", "copies", "suggestion")
@@ -193,14 +192,14 @@ def _print(found: Audit, out: Path) -> None:
         for row in ranked[:SHOWN]:
             table.add_row(
                 verdict_of(row),
-                escape(row.image),
-                escape(row.caption),
+                plain(row.image),
+                plain(row.caption),
                 "" if row.score is None else f"{row.score:.2f}",
                 "" if row.q_value is None else f"{row.q_value:.2g}",
                 "" if row.copies is None else f"{row.copies}/{row.drawn}",
-                escape(row.suggestion),
+                plain(row.suggestion),
             )
-        console.print(table)
+        Console().print(table)
         if len(worst) > SHOWN:
-            console.print(f"and {len(worst) - SHOWN:,} more")
-    console.print(f"The report with the pictures: {out / 'report.html'}")
+            common.tell(f"and {len(worst) - SHOWN:,} more")
+    common.tell(f"The report with the pictures: {out / 'report.html'}")

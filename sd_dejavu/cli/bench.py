@@ -8,7 +8,6 @@ in style and the other figures say little.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -75,6 +74,9 @@ def run(arguments: argparse.Namespace) -> int:
     wanted = common.from_arguments(Measurement, arguments)
     positives, negatives = _prompts(arguments)
     model = common.load_model(arguments)
+    if arguments.positives is not None:
+        common.refuse_too_long(model, positives, arguments.positives.name)
+        common.refuse_too_long(model, negatives, arguments.negatives.name)
     rows = _rows(model, [available()[name] for name in arguments.detectors], positives, negatives, wanted, arguments)
     records = [vars(row) for row in rows]
     told = {"rows": records, "positives": len(positives), "negatives": len(negatives), "model": model.name}
@@ -83,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         Console().print(_table(rows, len(positives), len(negatives)))
     missing = max(row.not_measured for row in rows)
     if missing:
-        print(f"sd-dejavu: {missing} prompts were not measured: memory did not suffice", file=sys.stderr)
+        common.warn(f"{missing} prompts were not measured: memory did not suffice")
     return common.EXIT_NOT_MEASURED if missing else 0
 
 

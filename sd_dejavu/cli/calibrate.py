@@ -6,8 +6,6 @@ The profile is kept in the user's data folder and found again by itself for the 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from rich.console import Console
 
 from ..calibration import store
 from ..calibration.calibrate import calibrate
+from ..denoiser import PromptTooLong
 from ..measure import Measurement, setting_of
 from ..report.wording import calibrated
 from . import common
@@ -40,10 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     wanted = common.from_arguments(Measurement, arguments)
-    if arguments.full_runs < 0:
-        raise ValueError(f"full runs must be 0 or more, not {arguments.full_runs}")
+    if not 0 <= arguments.full_runs <= common.LARGEST_COUNT:
+        raise ValueError(f"full runs must be 0 or more, at most {common.LARGEST_COUNT:,}, not {arguments.full_runs}")
     prompts = common.ordinary_prompts_of(arguments, arguments.prompts_file, arguments.count)
     model = common.load_model(arguments)
+    unread = {} if arguments.prompts_file is None else common.too_long(model, prompts)
+    if len(unread) == len(prompts):
+        raise PromptTooLong(unread[0])
+    prompts = [prompt for index, prompt in enumerate(prompts) if index not in unread]
     with common.progress_bar(Console(stderr=True)) as bar:
         tasks = {"first step": bar.add_task("first step", total=len(prompts))}
         if arguments.full_runs:
@@ -58,8 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
             lambda stage: bar.advance(tasks[stage]),
             left_out.__setitem__,
         )
-    for prompt, why in left_out.items():
-        print(f"sd-dejavu: not measured: {prompt}: {why}", file=sys.stderr)
+    for why in (*unread.values(), *(f"{prompt}: {why}" for prompt, why in left_out.items())):
+        common.warn(f"not measured: {why}")
     path = arguments.out or store.path_for(setting_of(model, wanted))
     path.parent.mkdir(parents=True, exist_ok=True)
     profile.save(path)
@@ -71,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         "q99": profile.quantile(0.99, "first step", wanted.images),
     }
     if arguments.json:
-        print(json.dumps(summary))
+        common.print_json(summary)
     else:
-        Console().print(f"{calibrated(profile, wanted.images)}\nsaved as {path}")
-    return common.EXIT_NOT_MEASURED if left_out else 0
+        common.tell(f"{calibrated(profile, wanted.images)}\nsaved as {path}")
+    return common.EXIT_NOT_MEASURED if left_out or unread else 0

@@ -38,10 +38,10 @@ def run(arguments: argparse.Namespace) -> int:
         ):
             words, why = common.words_of(model, measured.prompt, wanted, batch_size=arguments.batch_size)
             verdict = verdict_on(measured, wanted, setting, profile, words)
-        missing = missing or measured.out_of_memory or bool(why)
+        missing = missing or not measured.per_step or bool(why)
         common.print_verdict(verdict, wanted, model, arguments.json, why)
     if not arguments.json and len(prompts) > 1:
-        Console().print(f"{flagged} of {len(prompts)} prompts flagged at alpha = {wanted.alpha:g}")
+        common.tell(f"{flagged} of {len(prompts)} prompts flagged at alpha = {wanted.alpha:g}")
     if arguments.fail_on_flag and flagged:
         return common.EXIT_FLAGGED
     return common.EXIT_NOT_MEASURED if missing else 0

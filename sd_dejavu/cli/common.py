@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
@@ -13,37 +14,56 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from ..calibration import store
 from ..calibration.profile import Profile
-from ..denoiser import Model
+from ..denoiser import Model, PromptTooLong
 from ..explain.views import explain
 from ..measure import Measured, Measurement, measure, setting_of
 from ..memory import OutOfMemory, release, telling
-from ..report.terminal import verdict_panel
+from ..report.terminal import one_line, plain, verdict_panel
 from ..settings import Option, options_of
 from ..verdict import Explanation, Verdict, View
 from .prompt_files import read_prompts
 
 CHUNK = 64
+LARGEST_COUNT = 1_000_000
+SHOWN_OF_A_PROMPT = 40  # characters, where a message names it
 EXIT_FLAGGED, EXIT_NOT_MEASURED = 3, 4
 WORLD_SEED = 77  # of the bundled model's ordinary captions that calibrate
 Settings = TypeVar("Settings")
 
 
-def add_settings(parser: argparse.ArgumentParser, settings: type, title: str, leave_out: Sequence[str] = ()) -> None:
-    """Every option of a settings class as a command-line option; ranges are checked by the class itself."""
+def add_settings(
+    parser: argparse.ArgumentParser, settings: type, title: str, leave_out: Sequence[str] = (), of: str = ""
+) -> None:
+    """Every option of a settings class as a command-line option; ranges are checked by the class itself.
+
+    With ``of``, the name of a method, an option whose name is taken is called ``--METHOD-OPTION``, and
+    :func:`from_arguments` finds the values under the same ``of``.
+    """
     group = parser.add_argument_group(title)
     for known in options_of(settings):
         if known.name in leave_out:
             continue
-        flag = "--" + known.name.replace("_", "-")
+        given: dict[str, Any] = {"dest": _place(known.name, of), "default": known.default, "help": _help(known)}
         if known.kind is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=known.default, help=_help(known))
+            given["action"] = argparse.BooleanOptionalAction
         else:
-            group.add_argument(flag, type=known.kind, default=known.default, help=_help(known), **_choices(known))
+            given |= {"type": known.kind, **_choices(known)}
+        flag = known.name.replace("_", "-")
+        try:
+            group.add_argument(f"--{flag}", **given)
+        except argparse.ArgumentError:
+            if not of:
+                raise
+            group.add_argument(f"--{of}-{flag}", **given)
+
+
+def _place(name: str, of: str) -> str:
+    """Where the value of an option is put among the arguments; methods have places of their own."""
+    return f"{of}.{name}" if of else name
 
 
 def _help(known: Option) -> str:
@@ -54,10 +74,10 @@ def _choices(known: Option) -> dict[str, Any]:
     return {"choices": known.choices} if known.choices else {"metavar": known.kind.__name__.upper()}
 
 
-def from_arguments(settings: type[Settings], arguments: argparse.Namespace) -> Settings:
+def from_arguments(settings: type[Settings], arguments: argparse.Namespace, of: str = "") -> Settings:
     """The settings a user asked for; the defaults of those left out. Raises ValueError for values out of range."""
-    known = [f.name for f in fields(settings) if hasattr(arguments, f.name)]  # type: ignore[arg-type]
-    return settings(**{name: getattr(arguments, name) for name in known})
+    known = [f.name for f in fields(settings) if hasattr(arguments, _place(f.name, of))]  # type: ignore[arg-type]
+    return settings(**{name: getattr(arguments, _place(name, of)) for name in known})
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -90,9 +110,30 @@ def add_device_options(group: Any) -> None:
 
 def positive(text: str) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    if not 1 <= value <= LARGEST_COUNT:
+        raise argparse.ArgumentTypeError(f"must be at least 1 and at most {LARGEST_COUNT:,}, not {value}")
     return value
+
+
+def warn(text: str) -> None:
+    """One line on standard error."""
+    print(f"sd-dejavu: {one_line(text)}", file=sys.stderr)
+
+
+def tell(text: object, stderr: bool = False) -> None:
+    """Lines on standard output (or error), as they are."""
+    Console(stderr=stderr).print(plain(text), soft_wrap=True)
+
+
+def json_text(record: Any, indent: int | None = None) -> str:
+    """JSON in which what could steer a terminal is written as escapes."""
+    text = json.dumps(record, ensure_ascii=False, indent=indent)
+    return re.sub("[\x7f-\x9f\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def print_json(record: Any) -> None:
+    """One line on standard output."""
+    print(json_text(record))
 
 
 def load_model(arguments: argparse.Namespace) -> Model:
@@ -131,25 +172,63 @@ def profile_of(arguments: argparse.Namespace, model: Model, wanted: Measurement)
     return store.find(setting, wanted.score, wanted.images, bundled.CALIBRATIONS)
 
 
+def place_of(prompts: Sequence[str], index: int) -> str:
+    """'prompt 3 (a red boat ...)', for messages about one of many."""
+    prompt = prompts[index]
+    shown = prompt if len(prompt) <= SHOWN_OF_A_PROMPT else f"{prompt[:SHOWN_OF_A_PROMPT]}..."
+    return f"prompt {index + 1} ({one_line(shown)})"
+
+
+def too_long(model: Model, prompts: Sequence[str], start: int = 0, stop: int | None = None) -> dict[int, str]:
+    """Which prompts, of all or of a part, have more tokens than the model can read: their places in the list, and why."""
+    found = {}
+    for index in range(len(prompts))[start:stop]:
+        try:
+            model.encode(prompts[index])
+        except PromptTooLong as error:
+            found[index] = f"{place_of(prompts, index)}: {error}"
+    return found
+
+
+def refuse_too_long(model: Model, prompts: Sequence[str], source: str = "") -> None:
+    """Before long work: raises PromptTooLong naming the first prompt that cannot be read, and where it comes from."""
+    for why in too_long(model, prompts).values():
+        raise PromptTooLong(f"{source}, {why}" if source else why)
+
+
 def measured_in_chunks(
     model: Model, prompts: Sequence[str], wanted: Measurement, batch_size: int, console: Console
 ) -> Iterator[Measured]:
-    """Measure a long list piece by piece, with a progress bar; results come as they are ready."""
+    """Measure a long list piece by piece, with a progress bar; results come as they are ready.
+
+    One prompt of many that is too long is not measured, and says why. Raises PromptTooLong where it is the only one.
+    """
     with progress_bar(console) as bar:
         task = bar.add_task("measuring", total=len(prompts))
         for start in range(0, len(prompts), CHUNK):
             part = prompts[start : start + CHUNK]
-            yield from measure(model, part, wanted, batch_size, partial(_advance, bar, task, start))
+            work = partial(measure, model, wanted=wanted, batch_size=batch_size)
+            progress = partial(_advance, bar, task, start)
+            try:
+                yield from work(part, on_progress=progress)
+            except PromptTooLong:
+                if len(prompts) == 1:
+                    raise
+                unread = too_long(model, prompts, start, start + CHUNK)
+                readable = [prompt for index, prompt in enumerate(part, start) if index not in unread]
+                measured = iter(work(readable, on_progress=progress) if readable else [])
+                for index, prompt in enumerate(part, start):
+                    yield Measured(prompt, None, (), why=unread[index]) if index in unread else next(measured)
 
 
 def words_of(
     model: Model, prompt: str, wanted: Measurement, view: View | None = None, batch_size: int = 32
 ) -> tuple[Explanation | None, str]:
-    """The words of a prompt; or None, with the reason, where memory does not suffice."""
+    """The words of a prompt; or None, with the reason, where memory does not suffice or the prompt is too long."""
     try:
         with telling():
             return explain(model, model.encode(prompt), wanted, view, batch_size), ""
-    except OutOfMemory as error:
+    except (OutOfMemory, PromptTooLong) as error:
         why = f"no words: {error}"
     release()
     return None, why
@@ -160,12 +239,11 @@ def print_verdict(verdict: Verdict, wanted: Measurement, model: Model, as_json: 
     if as_json:
         missing = {"why_no_words": why_no_words} if why_no_words else {}
         record = {**verdict.as_json(), **missing, "settings": asdict(wanted), "model": model.name}
-        print(json.dumps(record, ensure_ascii=False))
+        print_json(record)
         return
-    output = Console()
-    output.print(verdict_panel(verdict))
+    Console().print(verdict_panel(verdict))
     if why_no_words:
-        output.print(escape(why_no_words), soft_wrap=True)
+        tell(why_no_words)
 
 
 def _advance(bar: Progress, task: TaskID, before: int, done: float) -> None:

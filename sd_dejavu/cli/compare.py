@@ -7,7 +7,6 @@ captions from the same noises. With --out, DIR gets compare.svg: copies left aga
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -76,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
         Console().print(_table(rows, len(pairs), len(ordinary)))
     for row in rows:
         if row.not_measured:
-            print(f"sd-dejavu: {row.method}: {row.not_measured} prompts did not fit into memory", file=sys.stderr)
+            common.warn(f"{row.method}: {row.not_measured} prompts did not fit into memory")
     return common.EXIT_NOT_MEASURED if any(row.not_measured for row in rows) else 0
 
 

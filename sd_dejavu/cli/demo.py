@@ -48,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     model = load(device=arguments.device, dtype=arguments.dtype)
     profile = Profile.load(bundled.CALIBRATION)  # of these very weights, which bfloat16 rounds
     profile = replace(profile, setting=replace(profile.setting, model=model.fingerprint))
+    common.refuse_too_long(model, prompts)
     noise, sigma = model.noise(wanted.seed, wanted.images), model.sigmas(wanted.steps)[0]
     target = profile.quantile(0.5, "first step", wanted.images)
     ordinary = profile.quantile(ORDINARY_QUANTILE, "first step", wanted.images)
@@ -74,12 +75,12 @@ def run(arguments: argparse.Namespace) -> int:
                     if mitigated.similarity is None
                     else f", similarity to the training picture {case.similarity:.2f} -> {mitigated.similarity:.2f}"
                 )
-                output.print(
+                common.tell(
                     f"  {mitigated.method}: score {mitigated.outcome.score_before:.2f} -> {mitigated.outcome.score_after:.2f}{likeness}"
                 )
     save_pictures(cases, arguments.out)
     report = arguments.out / "report.html"
     subtitle = "one memorised prompt, the same prompt without its trigger word, and yours"
     report.write_text(render_cases("Déjà Vu demo", subtitle, model, wanted, profile, cases), encoding="utf-8")
-    output.print(f"\nThe report with all pictures: {report}")
+    common.tell(f"\nThe report with all pictures: {report}")
     return 0

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..measure import Measurement, setting_of, verdict_on
+from ..report.terminal import plain
 from ..verdict import Verdict, View
 from . import common
 
@@ -33,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     for measured in common.measured_in_chunks(model, prompts, wanted, arguments.batch_size, Console(stderr=True)):
         words, why = common.words_of(model, measured.prompt, wanted, arguments.view, arguments.batch_size)
         verdict = verdict_on(measured, wanted, setting, profile, words)
-        missing = missing or measured.out_of_memory or bool(why)
+        missing = missing or not measured.per_step or bool(why)
         common.print_verdict(verdict, wanted, model, arguments.json, why)
         if words is not None and not arguments.json:
             output.print(_table(verdict))
@@ -50,5 +51,5 @@ def _table(verdict: Verdict) -> Table:
         row = [word.text, f"{word.significance:.2f}", f"{word.raw:.4g}"]
         if without and verdict.score is not None:
             row.append(f"{verdict.score - word.raw:.3f}")
-        table.add_row(*(cell.replace("[", "\\[") for cell in row))
+        table.add_row(*map(plain, row))
     return table

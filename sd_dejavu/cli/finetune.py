@@ -6,7 +6,6 @@ A run that was stopped, in whatever way, goes on where it stood when the same co
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,6 @@ from types import FrameType
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import TaskID
 
 from ..reference.sources import open_source
@@ -67,15 +65,15 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             summary = finetune(model, source, arguments.out, wanted, filtering, show, stop)
         except Stopped as stopped:
-            Console(stderr=True).print(escape(str(stopped)), soft_wrap=True)
+            common.tell(stopped, stderr=True)
             raise KeyboardInterrupt from stopped
     if arguments.json is not None:
-        text = json.dumps(summary, indent=1, ensure_ascii=False)
+        text = common.json_text(summary, indent=1)
         if str(arguments.json) == "-":
             print(text)
             return 0
         arguments.json.write_text(text + "\n", encoding="utf-8")
-    Console().print(escape(_told(summary, arguments.out)), soft_wrap=True)
+    common.tell(_told(summary, arguments.out))
     return 0
 
 

@@ -6,7 +6,7 @@ With --out, pictures before and after are drawn from the same noise and saved wi
 from __future__ import annotations
 
 import argparse
-import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from ..calibration.profile import ORDINARY_QUANTILE, Profile
+from ..denoiser import PromptTooLong
 from ..measure import Measurement, guidance_of
 from ..memory import OutOfMemory, one_by_one
 from ..mitigations import Mitigation, Start, available
 from ..mitigations.guard import Guard
 from ..reference.nearest import same_features
 from ..reference.reference_set import ReferenceSet
+from ..report.terminal import plain
 from . import common
 from .cases import render_cases, run_case, save_pictures
 
@@ -53,14 +55,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="DIR", help="draw pictures before and after, and a report, into DIR"
     )
     for settings in dict.fromkeys(method.settings for method in methods.values()):
-        users = ", ".join(name for name, method in methods.items() if method.settings is settings)
-        common.add_settings(parser, settings, users)
+        users = _users(settings)
+        common.add_settings(parser, settings, ", ".join(users), of=users[0])
+
+
+def _users(settings: type) -> list[str]:
+    """The methods that have these settings; their options are kept under the first one's name."""
+    return [name for name, method in available().items() if method.settings is settings]
 
 
 def run(arguments: argparse.Namespace) -> int:
     wanted = common.from_arguments(Measurement, arguments)
     method = available()[arguments.method]
-    chosen: Any = common.from_arguments(method.settings, arguments)
+    chosen: Any = common.from_arguments(method.settings, arguments, _users(method.settings)[0])
     prompts = common.prompts_of(arguments)
     model = common.load_model(arguments)
     profile = common.profile_of(arguments, model, wanted)
@@ -90,14 +97,19 @@ def run(arguments: argparse.Namespace) -> int:
             **outcome.details,
         }
 
-    for prompt in prompts:
-        (found,) = one_by_one(lambda part: [mitigated(one) for one in part], [prompt])
-        if isinstance(found, OutOfMemory):
+    for index, prompt in enumerate(prompts):
+        try:
+            (found,) = one_by_one(lambda part: [mitigated(one) for one in part], [prompt])
+        except PromptTooLong as error:
+            if len(prompts) == 1:
+                raise
+            found = PromptTooLong(f"{common.place_of(prompts, index)}: {error}")
+        if isinstance(found, (OutOfMemory, PromptTooLong)):
             found, missing = {"why": f"not mitigated: {found}"}, True
         common_to_all = {"settings": {**asdict(wanted), **asdict(chosen)}, "model": model.name}
         record: dict[str, Any] = {"prompt": prompt, "method": method.name, **found, **common_to_all}
         if arguments.json:
-            print(json.dumps(record, ensure_ascii=False))
+            common.print_json(record)
         else:
             output.print(_table(record, method))
     if cases:
@@ -107,7 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
         report.write_text(
             render_cases("Mitigation", f"method: {method.name}", model, wanted, profile, cases), encoding="utf-8"
         )
-        Console(stderr=True).print(f"report: {report}")
+        common.tell(f"report: {report}", stderr=True)
     return common.EXIT_NOT_MEASURED if missing else 0
 
 
@@ -127,7 +139,7 @@ def guard_of(arguments: argparse.Namespace) -> Guard | None:
 def target_of(absolute: float | None, quantile: float, profile: Profile | None, wanted: Measurement) -> float:
     """The magnitude to come down to. Raises ValueError when a quantile is wanted and nothing is calibrated."""
     if absolute is not None:
-        if not absolute > 0:
+        if not 0 < absolute < math.inf:
             raise ValueError(f"the target must be a positive magnitude, not {absolute:g}")
         return absolute
     if not 0 <= quantile <= 1:
@@ -138,7 +150,9 @@ def target_of(absolute: float | None, quantile: float, profile: Profile | None, 
 
 
 def _table(record: dict[str, object], method: Mitigation) -> Table:
-    table = Table(title=f"{method.name}: {method.help}", title_justify="left", show_header=False)
+    table = Table(
+        title=plain(f"{method.name}: {method.help}", style="table.title"), title_justify="left", show_header=False
+    )
     hidden = {"settings", "model", "method"}
     for key, value in record.items():
         if key in hidden:
@@ -146,5 +160,5 @@ def _table(record: dict[str, object], method: Mitigation) -> Table:
         if isinstance(value, (tuple, list)):
             value = " -> ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in value)
         shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-        table.add_row(key.replace("_", " "), shown.replace("[", "\\["))
+        table.add_row(key.replace("_", " "), plain(shown))
     return table

@@ -7,7 +7,6 @@ refset search REFSET IMAGE...  the nearest training pictures
 from __future__ import annotations
 
 import argparse
-import json
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -16,7 +15,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
@@ -26,6 +24,7 @@ from ..reference.nearest import answer, same_features
 from ..reference.pictures import PictureError, open_picture, to_tensor
 from ..reference.qdrant import QdrantSearch
 from ..reference.reference_set import ReferenceSet, files_of
+from ..report.terminal import plain
 from . import common
 
 BUNDLED = "bundled"
@@ -108,15 +107,15 @@ def _build(arguments: argparse.Namespace) -> int:
             )
     summary = _summary(made, arguments.out)
     if arguments.json:
-        print(json.dumps(summary, ensure_ascii=False))
+        common.print_json(summary)
         return 0
-    Console().print(escape(_told(summary)), soft_wrap=True)
+    common.tell(_told(summary))
     skipped = summary["skipped"]
     if skipped:
         listed = "\n".join(f"  {s['name']}: {s['reason']}" for s in skipped[:_SHOWN])
         more = f"\n  and {len(skipped) - _SHOWN} more, all listed in {files_of(arguments.out)[1]}"
         text = f"{len(skipped)} pictures skipped:\n{listed}{more if len(skipped) > _SHOWN else ''}"
-        Console(stderr=True).print(escape(text), soft_wrap=True)
+        common.tell(text, stderr=True)
     return 0
 
 
@@ -187,7 +186,7 @@ def _search(arguments: argparse.Namespace) -> int:
             found = searched.search(query, arguments.count)
             record = {"image": str(path), **answer(reference, found, 0, arguments.threshold).as_json()}
             if arguments.json:
-                print(json.dumps(record, ensure_ascii=False))
+                common.print_json(record)
             else:
                 Console().print(_table(record))
     return 0
@@ -210,12 +209,14 @@ def _table(record: dict[str, Any]) -> Table:
     answers = {True: "a copy", False: "no copy found", None: "nearest training pictures"}
     limit = record["why"] or f"a copy from {record['threshold']:g} on"
     table = Table("similarity", "times shown", "near duplicates", "training picture", "caption")
-    table.title = escape(f"{record['image']}: {answers[record['copy']]} ({record['metric']}; {limit})")
+    table.title = plain(
+        f"{record['image']}: {answers[record['copy']]} ({record['metric']}; {limit})", style="table.title"
+    )
     table.title_justify = "left"
     for row in record["neighbours"]:
         near = str(row["near_duplicates"]) if row["near_duplicates"] >= 0 else "-"
         table.add_row(
-            f"{row['similarity']:.3f}", str(row["duplicates"]), near, escape(row["name"]), escape(row["caption"])
+            f"{row['similarity']:.3f}", str(row["duplicates"]), near, plain(row["name"]), plain(row["caption"])
         )
     return table
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..attention import AttentionRule, scaled_keys, watched_attention
 from ..conditioning import Conditioning, EncoderInput, Reencoding, TokenRow, align
-from ..denoiser import PredictionType, denoised_from_output, model_input, over_pixels, seeded_noise
+from ..denoiser import PredictionType, PromptTooLong, denoised_from_output, model_input, over_pixels, seeded_noise
 from ..gradients import BYTES_A_LATENT_PIXEL, RECOMPUTED_FROM, recomputing
 from ..guidance import GuidanceRule, GuidedStep
 from ..memory import OutOfMemory, free_memory, in_pieces, ran_out, too_large
@@ -36,13 +36,23 @@ EVALUATION_BYTES = 16_000  # a latent pixel takes in half precision: 15,000 in S
 DECODER_BYTES = 10_000  # a picture's pixel keeps for a backward pass through the decoder in half precision
 CHUNK = 75
 MAX_CHUNKS = 8
+MAX_CHARACTERS = 100_000  # of a prompt: tokenizers take memory by them, and 600 tokens are far fewer
+LARGEST_SIDE = 1024  # of a latent, in latent pixels
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 _LIBRARIES = (None, "diffusers", "transformers", "stable_diffusion")  # where a folder's parts may come from
+_INDEX = "model_index.json"
+_LAYERS = 4  # of 'state_dict' that weights may lie in
+_UNUSED = ("safety_checker",)  # of a folder's parts
+_CONFIGURATIONS = ("*.json", "*/*.json", "*.txt", "*/*.txt", "*.py", "*/*.py")  # what --config needs of a hub id
 _TEXT_ENCODERS = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
 _FAMILIES = {
     "StableDiffusionPipeline": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "StableDiffusionXLPipeline": "stabilityai/stable-diffusion-xl-base-1.0",
 }
+# Of vocabulary and merges. With these two fingerprints are what they were when they did not take tokenizers in:
+# the one that Stable Diffusion 1.x, 2.x and XL are published with (CLIP's), and the bundled model's.
+_KNOWN_TOKENIZERS = ("e33fa5d1d14a388e", "baad3e40aed93a66")
+_WORDS_READ_BACK = 50  # of a tokenizer's own vocabulary, to see whether it can read
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -76,6 +86,9 @@ class DiffusersModel:
         self.prediction_type = prediction
         if self._unet.config.in_channels != self._unet.config.out_channels:
             raise ModelError(_takes_pictures(name))
+        for tokenizer, encoder in self._encoders:
+            if why := _misfit(tokenizer, encoder.get_input_embeddings().num_embeddings):
+                raise ModelError(f"the tokenizer of {name} {why}: get the model again, whole")
         if self._vae.dtype == torch.float16 and self._vae.config.get("force_upcast"):
             self._vae.float()  # SDXL's overflows in float16
         for module in self._modules():
@@ -84,9 +97,7 @@ class DiffusersModel:
                 if not torch.isfinite(parameter).all():
                     raise ModelError(f"the weights of {name} contain NaN or infinity: the file is broken, get it again")
         self.device = self._unet.device
-        side = self._unet.config.sample_size
-        height, width = side if isinstance(side, (list, tuple)) else (side, side)
-        self.latent_shape = (int(self._unet.config.in_channels), int(height), int(width))
+        self.latent_shape = (int(self._unet.config.in_channels), *_latent_size(self._unet.config.sample_size, name))
         self.alphas_cumprod: Tensor = _alphas_cumprod(self._scheduler_config)
         self._fingerprint: str | None = None
         self.patches = ""
@@ -96,7 +107,8 @@ class DiffusersModel:
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits from names, shapes and sampled values of the weights that make a score."""
+        """16 hexadecimal digits from what makes a score: names, shapes and sampled values of the weights, and the
+        vocabulary and merges of tokenizers other than the published one."""
         if self._fingerprint is None:
             digest = hashlib.sha256(self.prediction_type.encode())
             for module in (self._unet, *(encoder for _, encoder in self._encoders)):
@@ -104,6 +116,9 @@ class DiffusersModel:
                     flat = value.detach().reshape(-1)
                     chosen = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
                     digest.update(f"{key}{tuple(value.shape)}".encode() + chosen.numpy().tobytes())
+            for tokenizer, _ in self._encoders:
+                if (own := tokenizer_digest(tokenizer)) not in _KNOWN_TOKENIZERS:
+                    digest.update(own.encode())
             self._fingerprint = digest.hexdigest()[:16]
         return self._fingerprint
 
@@ -226,17 +241,21 @@ class DiffusersModel:
     def encode(self, prompt: str) -> Conditioning:
         """The conditioning of one prompt, in chunks of 75 tokens, with its words and its way back.
 
-        Brackets weigh their words where ``prompt_weights`` is set. Raises ValueError for a prompt of
+        Brackets weigh their words where ``prompt_weights`` is set. Raises PromptTooLong for a prompt of
         more than 8 chunks.
         """
         return encode_weighted(self._encode_plain, prompt) if self.prompt_weights else self._encode_plain(prompt)
 
     def _encode_plain(self, prompt: str) -> Conditioning:
+        if len(prompt) > MAX_CHARACTERS:
+            raise PromptTooLong(
+                f"the prompt is too long: {len(prompt):,} characters, at most {MAX_CHARACTERS:,} can be read; shorten it"
+            )
         chunked = [_chunks(tokenizer, prompt) for tokenizer, _ in self._encoders]
         count = max(len(chunks) for chunks in chunked)
         if count > MAX_CHUNKS:
             total = sum(len(c) for c in max(chunked, key=len))
-            raise ValueError(
+            raise PromptTooLong(
                 f"the prompt is too long: {total} tokens, at most {MAX_CHUNKS * CHUNK} can be read; shorten it"
             )
         inputs, ids = [], []
@@ -346,6 +365,49 @@ def _chunks(tokenizer: Any, prompt: str) -> list[list[int]]:
     return [numbers[i : i + CHUNK] for i in range(0, len(numbers), CHUNK)] or [[]]
 
 
+def _merges(tokenizer: Any) -> list[str]:
+    """The merges of a byte-level tokenizer in their order, each as 'left right'; kept elsewhere by each version."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return [" ".join(pair) for pair in sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__) if pair]
+    found = json.loads(backend.to_str())["model"].get("merges", [])
+    return [merge if isinstance(merge, str) else " ".join(merge) for merge in found]
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """16 hexadecimal digits from a tokenizer's vocabulary and merges."""
+    read = [sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]), _merges(tokenizer)]
+    return hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]
+
+
+def _misfit(tokenizer: Any, embeddings: int) -> str:
+    """Why a tokenizer is not that of a text encoder with so many embeddings; empty where it may well be.
+
+    transformers makes up a vocabulary where it finds none, under which every prompt reads alike.
+    """
+    vocabulary = tokenizer.get_vocab()
+    highest = max(vocabulary.values(), default=-1)
+    if highest >= embeddings or len(vocabulary) < 0.95 * embeddings:
+        return f"does not fit its text encoder: {len(vocabulary):,} tokens for {embeddings:,} embeddings"
+    whole = sorted(token[: -len("</w>")] for token in vocabulary if token.endswith("</w>") and len(token) > 5)
+    words = [word for word in whole if word.isascii() and word.isalpha() and word.islower()]
+    asked = words[:: max(1, len(words) // _WORDS_READ_BACK)]
+    read = [tokenizer(word, add_special_tokens=False).input_ids for word in asked]
+    known = sum(ids == [vocabulary[f"{word}</w>"]] for word, ids in zip(asked, read, strict=True))
+    return "cannot read the words of its own vocabulary" if known < len(asked) / 2 else ""
+
+
+def _latent_size(side: Any, name: str) -> tuple[int, int]:
+    """(height, width) of a latent, from a UNet's ``sample_size``."""
+    sides = tuple(side) if isinstance(side, (list, tuple)) else (side, side)
+    if len(sides) != 2 or not all(type(one) is int and 1 <= one <= LARGEST_SIDE for one in sides):
+        raise ModelError(
+            f"{name} does not say what size it draws: the sample_size of its UNet is {side!r} and must be a whole number "
+            f"between 1 and {LARGEST_SIDE}"
+        )
+    return sides
+
+
 def _padded(tokenizer: Any, chunk: list[int]) -> list[int]:
     body = [tokenizer.bos_token_id, *chunk, tokenizer.eos_token_id]
     return body + [tokenizer.pad_token_id] * (CHUNK + 2 - len(body))
@@ -437,10 +499,8 @@ def _merge_lora(pipeline: Any, file: Path, strength: float, name: str) -> None:
         raise ModelError(f"there is no LoRA {file}: check the path")
     if importlib.util.find_spec("peft") is None:
         raise ModelError("merging a LoRA needs the package peft: pip install 'sd-dejavu[finetune]'")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of keys that fit no part of the model: told below, if it is all of them
-            pipeline.load_lora_weights(str(file.parent), weight_name=file.name, local_files_only=True)
+    try:  # warnings are of keys that fit no part of the model: told below, if it is all of them
+        pipeline.load_lora_weights(str(file.parent), weight_name=file.name, local_files_only=True)
     except Exception as error:  # the loaders raise many types; all mean that the file is no LoRA for this model
         told = (str(error).strip() or type(error).__name__).split("\n")[0][:300]
         raise ModelError(f"the LoRA {file} cannot be merged into {name}: {told}") from error
@@ -460,7 +520,7 @@ def _incomplete(name: str, part: str, lacking: Sequence[str]) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Loading without the libraries' progress bars and remarks; what goes wrong still raises."""
+    """Loading without the libraries' progress bars, remarks and warnings; what goes wrong still raises."""
     import diffusers
     import transformers
 
@@ -470,7 +530,9 @@ def quiet() -> Iterator[None]:
         for library in libraries:
             library.set_verbosity(logging.CRITICAL)
             library.disable_progress_bar()
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         for library, level, had_bars in before:
             library.set_verbosity(level)
@@ -503,10 +565,16 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _from_hub(name: str) -> Path:
+    """A model's files. diffusers sees them only where their index names nothing that would make it run code."""
     import diffusers
+    from huggingface_hub import hf_hub_download
 
     try:
-        return Path(diffusers.DiffusionPipeline.download(name))
+        index = Path(hf_hub_download(name, _INDEX))
+        _pipeline_class(index.parent)
+        return Path(diffusers.DiffusionPipeline.download(name, revision=index.parent.name))
+    except ModelError:
+        raise
     except Exception as error:  # the hub's own types, the network's and the operating system's
         raise ModelError(
             f"the model {name} is neither a folder nor a file here, and it could not be fetched from the hub: "
@@ -516,6 +584,7 @@ def _from_hub(name: str) -> Path:
 
 def _load_folder(folder: Path, name: str, dtype: torch.dtype) -> Any:
     cls = _pipeline_class(folder)
+    _refuse_missing(folder, name)
     options: dict[str, Any] = {_dtype_argument(): dtype, "safety_checker": None, "requires_safety_checker": False}
     return cls.from_pretrained(folder, **options, **_text_encoders(folder, name, dtype), local_files_only=True)
 
@@ -537,26 +606,53 @@ def _text_encoders(folder: Path, name: str, dtype: torch.dtype) -> dict[str, Any
 
 
 def _pipeline_class(folder: Path) -> Any:
+    """The class that reads a diffusers folder, whole or of configurations alone. Every folder goes through here.
+
+    diffusers imports what lies beside a model: a custom pipeline, a part's own class, and before 0.38 even a
+    ``None.py`` that nothing names. So a folder with any code in it is refused.
+    """
     import diffusers
 
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise ModelError(f"{folder} is no diffusers folder: it holds no model_index.json")
-    try:
-        parts = json.loads(index.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{index} is broken: it is no JSON") from error
-    name = parts.get("_class_name") if isinstance(parts, dict) else None
+    parts = _read_json(folder / _INDEX, f"{folder} is no diffusers folder: it holds no {_INDEX}")
+    name = parts.get("_class_name")
     if name not in _PIPELINES:
         raise ModelError(
             f"{folder} holds a {name or 'pipeline without a name'}; Stable Diffusion 1.x, 2.x and XL can be read"
         )
     for part, origin in parts.items():
-        if isinstance(origin, list) and origin and origin[0] not in _LIBRARIES:
+        foreign = isinstance(origin, list) and (not origin or origin[0] not in _LIBRARIES)
+        if foreign or not part.isidentifier():
             raise ModelError(
                 f"{folder} brings its own code for its {part}, which is not run: this model cannot be read"
             )
+    for file in (*folder.glob("*"), *folder.glob("*/*")):
+        calls_code = file.suffix.lower() == ".py" or (
+            file.match("*config*.json") and "auto_map" in _read_json(file, f"{file} is no file")
+        )
+        if calls_code:
+            raise ModelError(
+                f"{folder} brings its own code ({file.relative_to(folder)}), which is not run: this model cannot be read"
+            )
     return getattr(diffusers, name)
+
+
+def _read_json(file: Path, missing: str) -> dict[str, Any]:
+    if not file.is_file():
+        raise ModelError(missing)
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file} is broken: it is no JSON that can be read") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _refuse_missing(folder: Path, name: str) -> None:
+    """A part that the index names must be there: the libraries make up some of those that are not."""
+    for part, origin in _read_json(folder / _INDEX, f"{folder} holds no {_INDEX}").items():
+        if isinstance(origin, list) and origin[0] is not None and part not in _UNUSED:
+            place = folder / part
+            if not place.is_dir() or not any(place.iterdir()):
+                raise ModelError(f"{name} is incomplete: it has no {part}; get the model again, whole")
 
 
 def _load_single_file(path: Path, name: str, dtype: torch.dtype, config: str | None) -> Any:
@@ -564,19 +660,19 @@ def _load_single_file(path: Path, name: str, dtype: torch.dtype, config: str | N
 
     shapes = _shapes(path)
     family = _family(shapes, name)
-    online = False
     if config is None:
-        config = str(_cached_configuration(family, shapes, name))
+        folder = _cached_configuration(family, shapes, name)
     elif Path(config).is_dir():
-        family = _pipeline_class(Path(config)).__name__
+        folder = Path(config)
     elif _is_hub_id(config):
-        online = True
+        folder = _configuration_from_hub(config, name)
     else:
         raise ModelError(f"the configuration {config} does not exist: give a diffusers folder or a hub id (owner/name)")
+    family = _pipeline_class(folder).__name__
     # Without local_files_only diffusers asks the hub for a configuration it does not find.
     try:
         pipeline = getattr(diffusers, family).from_single_file(
-            path, config=config, local_files_only=not online, safety_checker=None, **{_dtype_argument(): dtype}
+            path, config=str(folder), local_files_only=True, safety_checker=None, **{_dtype_argument(): dtype}
         )
     except NotImplementedError as error:  # a tensor that was given no value cannot be cast
         raise ModelError(f"{name} is incomplete: it lacks tensors that its configuration asks for") from error
@@ -585,6 +681,17 @@ def _load_single_file(path: Path, name: str, dtype: torch.dtype, config: str | N
             f"{name} predicts v, but its configuration says otherwise: name one for v-prediction with --config"
         )
     return pipeline
+
+
+def _configuration_from_hub(config: str, name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(config, allow_patterns=list(_CONFIGURATIONS)))
+    except Exception as error:  # the hub's own types, the network's and the operating system's
+        raise ModelError(
+            f"the configuration {config} for {name} could not be fetched from the hub: check its name and the network"
+        ) from error
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -598,8 +705,11 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
         state = torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:  # a broken file makes the reader fail in many ways
         raise pickle.UnpicklingError(str(error)) from error
-    while "state_dict" in state:
-        state = state["state_dict"]
+    for _ in range(_LAYERS):
+        if "state_dict" in state:
+            state = state["state_dict"]
+    if "state_dict" in state:
+        raise ModelError(f"{path} holds a 'state_dict' within a 'state_dict' without an end: the file is broken")
     return {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
 
 

@@ -1,4 +1,8 @@
-"""A verdict in the terminal. Everything is said in text too, for NO_COLOR and for pipes."""
+"""What goes to a terminal: a verdict, and whatever else holds text that others wrote.
+
+Everything is said in text too, for NO_COLOR and for pipes. Prompts, captions, paths and messages go through
+:func:`plain` or :func:`one_line`, so that no markup in them is read and no character steers the terminal.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +31,12 @@ def verdict_panel(verdict: Verdict) -> RenderableType:
     table.add_column(overflow="fold")
     if verdict.explanation and verdict.explanation.words:
         words = f"{top_words_text(verdict.explanation)} (significance by {verdict.explanation.view})"
-        table.add_row("Top words", Text(_safe(words)))
+        table.add_row("Top words", plain(words))
     for name, value in facts(verdict):
-        table.add_row(name, Text(_safe(value)))
+        table.add_row(name, plain(value))
     if len(verdict.score_per_step) > 1:
         table.add_row("Per step", Text(step_sparkline([value for _, value in verdict.score_per_step])))
-    body = Group(Text(_safe(sentence(verdict)), style="bold"), Text(), _prompt(verdict), Text(), table)
+    body = Group(plain(sentence(verdict), style="bold"), Text(), _prompt(verdict), Text(), table)
     border = _BORDER[verdict.flagged]
     return Panel(body, title=f"Déjà Vu: {label(verdict)}", title_align="left", border_style=border)
 
@@ -47,7 +51,8 @@ def step_sparkline(values: Sequence[float | None]) -> str:
 
 
 def _prompt(verdict: Verdict) -> Text:
-    text = Text(_safe(verdict.prompt), overflow="fold")
+    text = plain(verdict.prompt)
+    text.overflow = "fold"
     explanation = verdict.explanation
     for word in explanation.words if explanation else ():
         level = min(1.0, max(0.0, word.significance))
@@ -59,6 +64,16 @@ def _prompt(verdict: Verdict) -> Text:
     return text
 
 
-def _safe(text: str) -> str:
+def plain(text: object, style: str = "") -> Text:
+    """For every cell, title and line that rich prints: the text as it is, without markup."""
+    return Text(safe(str(text)), style)
+
+
+def one_line(text: object) -> str:
+    """For messages, which are one line each: line breaks become blanks."""
+    return safe(" ".join(line.strip() for line in str(text).splitlines()))
+
+
+def safe(text: str) -> str:
     """The same number of characters, none of which can steer the terminal or fail to be encoded."""
     return "".join("\ufffd" if c != "\n" and unicodedata.category(c) in ("Cc", "Cs") else c for c in text)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +22,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sd_dejavu.calibration.profile import Profile
 from sd_dejavu.conditioning import Conditioning
-from sd_dejavu.denoiser import initial_latent
+from sd_dejavu.demo import bundled
+from sd_dejavu.denoiser import PromptTooLong, initial_latent
 from sd_dejavu.explain import input_gradient, output_gradient
 from sd_dejavu.hosts import diffusers as diffusers_host
 from sd_dejavu.hosts.diffusers import CHUNK, MAX_CHUNKS, DiffusersModel, ModelError, load
@@ -233,8 +237,10 @@ def test_long_prompts_are_encoded_in_chunks(
 def test_the_longest_prompt_and_one_token_more(models: dict[str, DiffusersModel]) -> None:
     most = MAX_CHUNKS * CHUNK
     assert models["1.x"].encode("fox " * most).rows.shape[1] == 77 * MAX_CHUNKS
-    with pytest.raises(ValueError, match=r"too long: 601 tokens, at most 600 can be read; shorten it"):
+    with pytest.raises(PromptTooLong, match=r"too long: 601 tokens, at most 600 can be read; shorten it"):
         models["1.x"].encode("fox " * (most + 1))
+    with pytest.raises(PromptTooLong, match="too long: 100,001 characters, at most 100,000"):
+        models["1.x"].encode("f" * 100_001)
     assert models["1.x"].encode("fox " * CHUNK).rows.shape[1] == 77
     assert models["1.x"].encode("").rows.shape[1] == 77
 
@@ -650,6 +656,215 @@ def test_foreign_code_is_refused_and_not_run(folders: dict[str, Path], tmp_path:
     assert not traces.exists()
     torch.load(tmp_path / "new.ckpt", weights_only=False)  # the file does what it is made for
     assert traces.exists()
+
+
+def edit(file: Path, change: Callable[[Any], Any]) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+CODE_BESIDE = {  # where diffusers or transformers look for a model's own code, and what the sentence names
+    "None.py": "None.py",
+    "pipeline.PY": "pipeline.PY",
+    "unet/diffusers.py": "unet/diffusers.py",
+    "tokenizer/transformers.py": "tokenizer/transformers.py",
+}
+
+
+def marking(place: Path, marker: Path) -> None:
+    """Code that leaves a mark as soon as it is imported."""
+    lines = f"from pathlib import Path\nPath({str(marker)!r}).touch()\nfrom diffusers import StableDiffusionPipeline"
+    place.write_text(f"{lines}\nclass Own(StableDiffusionPipeline): pass\n")
+
+
+@pytest.mark.parametrize("place", CODE_BESIDE)
+def test_code_beside_a_model_is_refused_before_diffusers_sees_it(
+    place: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """diffusers up to 0.37 imports the first of these; from 0.38 on it has a guard of its own."""
+    import diffusers
+
+    asked: list[Any] = []
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda *given, **options: asked.append(given))
+    folder, marker = Path(shutil.copytree(folders["1.x"], tmp_path / "model")), tmp_path / "executed"
+    marking(folder / place, marker)
+    text = sentence(str(folder))
+    assert f"brings its own code ({CODE_BESIDE[place]}), which is not run" in text
+    single = miniatures.write_single_file(folders["1.x"], tmp_path / "model.safetensors")
+    assert "which is not run" in sentence(str(single), config=str(folder))
+    assert not marker.exists() and not asked
+
+
+@pytest.mark.parametrize("file", ["unet/config.json", "text_encoder/config.json", "tokenizer/tokenizer_config.json"])
+def test_a_configuration_that_calls_for_code_is_refused(file: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["1.x"], tmp_path / "model"))
+    edit(folder / file, lambda config: config.update(auto_map={"AutoModel": "own.Own"}))
+    assert f"brings its own code ({file})" in sentence(str(folder))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"_class_name": ["own", "Own"]},
+        {"unet": ["own", "Own"]},
+        {"unet": []},
+        {"unet": ["os", "system"]},
+        {"../unet": ["diffusers", "UNet2DConditionModel"]},
+        {"unet": [["own"], "Own"]},
+    ],
+)
+def test_an_index_that_names_other_classes_is_refused(
+    changed: dict[str, Any], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(folders["1.x"], tmp_path / "model"))
+    edit(folder / "model_index.json", lambda index: index.update(changed))
+    text = sentence(str(folder))
+    assert "brings its own code" in text or "Stable Diffusion 1.x, 2.x and XL can be read" in text
+
+
+def cached(folder: Path, tmp_path: Path, owner: str = "owner--name") -> Path:
+    """The folder where an earlier download from the hub would have left it."""
+    place = tmp_path / "hub-cache" / f"models--{owner}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("0" * 40)
+    return Path(shutil.copytree(folder, place / "snapshots" / ("0" * 40)))
+
+
+def test_a_hub_id_is_looked_at_before_diffusers_downloads_it(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import diffusers
+
+    asked: list[Any] = []
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", lambda *given, **options: asked.append(given))
+    folder, marker = cached(folders["1.x"], tmp_path), tmp_path / "executed"
+    marking(folder / "None.py", marker)
+    assert "brings its own code (None.py)" in sentence("owner/name")
+    single = miniatures.write_single_file(folders["1.x"], tmp_path / "model.safetensors")
+    assert "brings its own code (None.py)" in sentence(str(single), config="owner/name")
+    assert not marker.exists() and not asked
+
+
+def test_what_is_cached_of_a_hub_id_is_read_without_the_network(
+    folders: dict[str, Path], models: dict[str, DiffusersModel], tmp_path: Path
+) -> None:
+    cached(folders["1.x"], tmp_path)
+    single = miniatures.write_single_file(folders["1.x"], tmp_path / "model.safetensors")
+    for model in (load("owner/name"), load(str(single), config="owner/name")):
+        assert model.fingerprint == models["1.x"].fingerprint
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "text_encoder_2", "tokenizer_2", "scheduler", "vae"])
+@pytest.mark.parametrize("how", ["missing", "empty"])
+def test_a_part_that_the_index_names_must_be_there(
+    part: str, how: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(folders["xl"], tmp_path / "model"))
+    shutil.rmtree(folder / part)
+    if how == "empty":
+        (folder / part).mkdir()
+    assert sentence(str(folder)) == f"{folder} is incomplete: it has no {part}; get the model again, whole"
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    """transformers makes up a vocabulary where files lack; without merges words fall into letters."""
+
+    def with_tokenizer(name: str, change: Callable[[Path], Any]) -> str:
+        folder = Path(shutil.copytree(folders["1.x"], tmp_path / name))
+        change(folder / "tokenizer")
+        return sentence(str(folder))
+
+    def only_configuration(tokenizer: Path) -> None:
+        for file in ("vocab.json", "merges.txt", "tokenizer.json"):
+            (tokenizer / file).unlink(missing_ok=True)
+
+    def without_merges(tokenizer: Path) -> None:
+        (tokenizer / "tokenizer.json").unlink(missing_ok=True)
+        (tokenizer / "merges.txt").write_text("#version: 0.2\n")
+
+    size = len(json.loads((folders["1.x"] / "tokenizer" / "vocab.json").read_text()))
+    assert f"tokens for {size:,} embeddings" in with_tokenizer("unread", only_configuration)
+    assert "cannot read the words of its own vocabulary" in with_tokenizer("cut", without_merges)
+    larger = with_tokenizer("larger", lambda place: edit(place / "vocab.json", lambda v: v.update({"more</w>": size})))
+    assert f"does not fit its text encoder: {size + 1:,} tokens for {size:,} embeddings" in larger
+
+
+@pytest.mark.parametrize("side", [0, -8, 10**6, None, 8.0, [8], True, "8"])
+def test_a_size_that_cannot_be_drawn_is_refused(side: Any, folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["1.x"], tmp_path / "model"))
+    edit(folder / "unet" / "config.json", lambda config: config.update(sample_size=side))
+    assert f"the sample_size of its UNet is {side!r} and must be a whole number between 1 and 1024" in sentence(
+        str(folder)
+    )
+
+
+def test_weights_that_hold_themselves_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    state: dict[str, Any] = {}
+    state["state_dict"] = state
+    torch.save(state, tmp_path / "endless.ckpt")
+    assert "without an end" in sentence(str(tmp_path / "endless.ckpt"), config=str(folders["1.x"]))
+
+
+def test_warnings_before_a_refusal_are_not_shown(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    def read(path: Path) -> None:
+        warnings.warn("a storage of an old kind\nin two lines", stacklevel=1)
+        raise ValueError("no weights\nat all")
+
+    monkeypatch.setattr(diffusers_host, "_shapes", read)
+    (tmp_path / "old.ckpt").touch()
+    assert sentence(str(tmp_path / "old.ckpt")).endswith("as a Stable Diffusion model: no weights")
+    assert not recwarn.list
+
+
+# --------------------------------------------------------------------------------------- fingerprints
+
+
+def weights_alone(model: DiffusersModel) -> str:
+    """The fingerprint of version 0.1.0, which took no tokenizer in."""
+    digest = hashlib.sha256(model.prediction_type.encode())
+    for module in (model._unet, *(encoder for _, encoder in model._encoders)):
+        for key, value in sorted(module.state_dict().items()):
+            chosen = value.reshape(-1)[:: max(1, value.numel() // 64)][:64].float()
+            digest.update(f"{key}{tuple(value.shape)}".encode() + chosen.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def test_the_bundled_models_fingerprint_is_that_of_its_profiles() -> None:
+    model = load()
+    found = {Profile.load(file).setting.model for file in bundled.CALIBRATIONS}
+    assert found == {model.fingerprint} == {weights_alone(model)}
+
+
+def test_the_published_tokenizer_leaves_the_fingerprint_as_it_was(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(str(folders["xl"]))
+    digests = [diffusers_host.tokenizer_digest(tokenizer) for tokenizer, _ in model._encoders]
+    assert len(set(digests)) == 2 and not {*digests} & {*diffusers_host._KNOWN_TOKENIZERS}
+    assert model.fingerprint != weights_alone(model)
+    monkeypatch.setattr(diffusers_host, "_KNOWN_TOKENIZERS", tuple(digests))
+    assert load(str(folders["xl"])).fingerprint == weights_alone(model)
+
+
+def test_the_fingerprint_takes_in_the_vocabulary_and_the_order_of_the_merges(
+    folders: dict[str, Path], models: dict[str, DiffusersModel], tmp_path: Path
+) -> None:
+    def swapped(vocabulary: dict[str, int]) -> None:
+        vocabulary["fox</w>"], vocabulary["red</w>"] = vocabulary["red</w>"], vocabulary["fox</w>"]
+
+    found = {models["1.x"].fingerprint}
+    folder = Path(shutil.copytree(folders["1.x"], tmp_path / "swapped"))
+    edit(folder / "tokenizer" / "vocab.json", swapped)
+    found.add(load(str(folder)).fingerprint)
+    folder = Path(shutil.copytree(folders["1.x"], tmp_path / "turned"))
+    merges = folder / "tokenizer" / "merges.txt"
+    head, first, second, *rest = merges.read_text().splitlines()
+    merges.write_text("\n".join([head, second, first, *rest]) + "\n")
+    found.add(load(str(folder)).fingerprint)
+    assert len(found) == 3
 
 
 def test_dtypes_and_devices_that_are_not_there(folders: dict[str, Path]) -> None:

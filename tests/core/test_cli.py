@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
 import shutil
 import subprocess
 import sys
+import unicodedata
+from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from sd_dejavu.cli import demo
-from sd_dejavu.cli.main import main
+from sd_dejavu import mitigations
+from sd_dejavu.calibration.profile import Profile
+from sd_dejavu.cli import demo, mitigate
+from sd_dejavu.cli.common import from_arguments
+from sd_dejavu.cli.main import main, parser
 from sd_dejavu.demo import bundled
 from sd_dejavu.demo.evaluation import held_out_pairs
 from sd_dejavu.hosts.diffusers import DiffusersModel
+from sd_dejavu.mitigations import Outcome
+from sd_dejavu.settings import option, validate
+from sd_dejavu.verdict import Verdict
 
 MEMORISED = held_out_pairs("hard")[0].caption
 ORDINARY = bundled.held_out_ordinary(3, seed=8)[1]
@@ -339,3 +351,269 @@ def test_the_installed_command_runs(tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["flagged"] is True
     assert done.stderr == ""
+
+
+# --------------------------------------------------------------------- what others wrote, at a terminal
+
+HOSTILE = ("\x1b]0;pwned\x07 a red boat", "a \\[/foo] boat", "[/b][bold]boat \x9b31m\r\u2028 \x7f")
+
+
+def shown(capsys):
+    """All that was printed, which steers no terminal."""
+    captured = capsys.readouterr()
+    text = captured.out + captured.err
+    assert not [c for c in text if c != "\n" and unicodedata.category(c) in ("Cc", "Cs")]
+    assert "Traceback" not in text
+    return text
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["check", "--explain", "always"],
+        ["explain", "--view", "leave one out"],
+        ["mitigate", "--method", "remove-trigger", "--target", "0.3"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_prompts_bring_no_markup_and_steer_no_terminal(capsys, command):
+    assert main([*command, "--images", "1", *HOSTILE]) == 0
+    text = shown(capsys)
+    assert "\\[/foo]" in text and "pwned" in text and "[/b]" in text
+    for prompt in HOSTILE:
+        assert main([*command, "--json", "--images", "1", prompt]) == 0
+        captured = capsys.readouterr()
+        assert "\x9b" not in captured.out and "\x7f" not in captured.out and "\x1b" not in captured.out
+        assert json.loads(captured.out)["prompt"] == prompt.strip()
+
+
+def test_folders_may_be_called_anything(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "x[/b] \x1b]0;pwned\x07 \\[red]"
+    few = ["--images", "1", "--steps", "2"]
+    training, captions = Path("set"), Path("captions.txt")
+    picture = training / f"{name.replace('/', '')}.png"
+    training.mkdir()
+    bundled.make_sheet(np.zeros((1, 64, 64, 3), dtype=np.uint8)).save(picture)
+    picture.with_suffix(".txt").write_text(HOSTILE[0])
+    captions.write_text("\n".join([MEMORISED, HOSTILE[1]]))
+    case = SimpleNamespace(verdict=Verdict(HOSTILE[1], 1.0, 0.5, False, 0.01), mitigated=())
+    monkeypatch.setattr(demo, "run_case", lambda *given, **options: case)
+    monkeypatch.setattr(demo, "save_pictures", lambda *given: None)
+    monkeypatch.setattr(demo, "render_cases", lambda *given: "")
+    for command in (
+        ["mitigate", "--target", "0.3", "--method", "remove-trigger", *few, "--out", name, "a boat"],
+        ["calibrate", "--count", "25", *few, "--out", f"{name}.json"],
+        ["demo", "--images", "1", "--out", name],
+        ["refset", "build", str(training), f"{name}-set", "--features", "grey"],
+        ["refset", "search", f"{name}-set.json", str(picture)],
+        ["audit", "--dataset", str(captions), "--nulls", "25", "--worst", "0", *few, "--out", f"{name}-audit"],
+    ):
+        assert main(command) == 0, shown(capsys)
+        text = shown(capsys).replace("\n", "")
+        assert "\\[red]" in text and "pwned" in text, command
+
+
+def test_messages_about_what_was_typed_steer_no_terminal(tmp_path, capsys):
+    for arguments in (["--view", HOSTILE[0], "a"], ["--pwned\x1b]0;x\x07"]):
+        with pytest.raises(SystemExit):
+            main(["explain", *arguments])
+        assert "pwned" in shown(capsys)
+    assert main(["check", "--model", "x\n\x1b]0;pwned\x07", "a boat"]) == 2
+    assert shown(capsys).count("\n") == 1
+    assert main(["check", "--prompts-file", f"{HOSTILE[0]}.txt"]) == 2
+    assert shown(capsys).count("\n") == 1
+
+
+# ------------------------------------------------------------------------------- numbers out of range
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "values"),
+    [
+        ("check", "alpha", ("nan", "inf", "-inf", "1e-320", "9e-10", "0", "-1", "1", "1000000000000", "x")),
+        ("check", "images", ("nan", "0", "-1", "1000000000000", "1e3")),
+        ("check", "steps", ("inf", "0", "-1", "1000000000000")),
+        ("check", "seed", ("-1", "99999999999999999999")),
+        ("check", "guidance-scale", ("nan", "inf", "-1", "1000000000000")),
+        ("check", "batch-size", ("0", "-1", "1000000000000", "nan")),
+        ("calibrate", "count", ("0", "-1", "1000000000000", "inf")),
+        ("calibrate", "full-runs", ("-1", "nan", "1000000000000")),
+        ("calibrate", "alpha", ("1e-320",)),
+        ("compare", "pairs", ("0", "1000000000000")),
+        ("compare", "ordinary", ("0", "1000000000000")),
+        ("compare", "images", ("0", "65", "1000000000000")),
+        ("compare", "seed", ("-1", "99999999999999999999")),
+        ("bench", "negatives-count", ("0", "1000000000000")),
+        ("demo", "images", ("0", "1000000000000")),
+        ("demo", "seed", ("-1", "99999999999999999999")),
+        ("mitigate", "target", ("nan", "inf", "0", "-1")),
+        ("mitigate", "target-quantile", ("nan", "inf", "-1", "2")),
+        ("mitigate", "learning-rate", ("nan", "inf", "0", "1e-320")),
+        ("mitigate", "iterations", ("0", "1000000000000")),
+        ("audit", "false-discovery-rate", ("nan", "inf", "1e-320", "0", "1")),
+        ("audit", "nulls", ("0", "1000000000000")),
+    ],
+)
+def test_numbers_are_checked_before_the_work(capsys, monkeypatch, command, option, values):
+    monkeypatch.setattr(DiffusersModel, "_denoised", lambda *given: pytest.fail("measured all the same"))
+    what = {"check": ["a"], "mitigate": ["a"], "audit": ["--dataset", "captions.txt"]}
+    for value in values:
+        with pytest.raises(SystemExit) as left:  # argparse leaves by itself, and main's own refusals are made to
+            raise SystemExit(main([command, *what.get(command, []), f"--{option}={value}"]))
+        assert left.value.code == 2, (option, value)
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "must" in last or "invalid" in last, last
+        assert option.split("-")[0] in last, last
+
+
+@pytest.mark.parametrize(
+    "command", [["check", "a"], ["bench"], ["calibrate"], ["demo"], ["compare"], ["mitigate", "a"]]
+)
+@pytest.mark.parametrize("device", ["meta", "abacus", "cuda:99"])
+def test_a_device_that_cannot_be_used_is_one_sentence(capsys, command, device, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, "--device", device]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"device {device!r}" in error
+
+
+# ------------------------------------------------------------------------------- prompts too long
+
+TOO_LONG = "red " * 700
+
+
+@pytest.mark.parametrize("command", [["check"], ["explain"], ["check", "--score", "first 5 steps"]])
+def test_a_prompt_that_is_too_long_costs_its_own_result_and_is_named(capsys, command):
+    prompts = ["a boat"] * 65 + [TOO_LONG, "a red boat"]
+    if command != ["check"]:
+        prompts = prompts[63:]
+    assert main([*command, "--json", "--images", "1", "--steps", "5", *prompts]) == 4
+    *others, none, last = json_lines(capsys)
+    assert len(others) == len(prompts) - 2 and all(row["score"] > 0 for row in (*others, last))
+    number = len(prompts) - 1
+    start = f"prompt {number} (red red red red red red red red red red ...): the prompt is too long: 700 tokens"
+    assert none["why"].startswith(start) and none["score"] is None and none["flagged"] is None
+
+
+def test_only_prompts_that_are_too_long(capsys):
+    assert main(["check", "--json", TOO_LONG, TOO_LONG]) == 4
+    assert [row["score"] for row in json_lines(capsys)] == [None, None]
+    assert main(["mitigate", "--target", "0.3", TOO_LONG]) == 2
+    assert "the prompt is too long: 700 tokens" in capsys.readouterr().err
+
+
+def test_mitigations_of_the_others_come_too(capsys):
+    given = ["mitigate", "--json", "--images", "1", "--method", "remove-trigger", "--target", "0.3"]
+    assert main([*given, TOO_LONG, "a red boat"]) == 4
+    none, other = json_lines(capsys)
+    assert none["why"].startswith("not mitigated: prompt 1 (red red") and other["score_after"] <= other["score"]
+
+
+def test_a_calibration_leaves_out_what_is_too_long_and_long_work_is_refused_before(tmp_path, capsys):
+    file, ordinary = tmp_path / "prompts.txt", tmp_path / "ordinary.txt"
+    file.write_text("\n".join(["a boat", TOO_LONG, *bundled.held_out_ordinary(30, seed=3)]))
+    ordinary.write_text("a boat\na red boat")
+    given = ["--images", "1", "--steps", "3"]
+    assert main(["calibrate", "--json", "--prompts-file", str(file), *given]) == 4
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["prompts"] == 31
+    assert captured.err.startswith("sd-dejavu: not measured: prompt 2 (red red") and captured.err.count("\n") == 1
+    assert main(["bench", "--positives", str(file), "--negatives", str(ordinary), *given]) == 2
+    assert "error: prompts.txt, prompt 2 (red red" in capsys.readouterr().err
+    assert main(["demo", "--out", str(tmp_path / "demo"), "a boat", TOO_LONG]) == 2
+    captured = capsys.readouterr()
+    assert "prompt 4 (red red" in captured.err and not captured.out
+    file.write_text(TOO_LONG)
+    assert main(["calibrate", "--prompts-file", str(file), *given]) == 2
+    assert "prompt 1 (red red" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------- files, pipes and options
+
+
+def test_a_damaged_profile_in_the_data_folder_is_passed_over_with_a_line(tmp_path, capsys):
+    folder = tmp_path / "home" / "calibration"
+    folder.mkdir(parents=True)
+    fingerprint = Profile.load(bundled.CALIBRATION).setting.model
+    (folder / f"{fingerprint}-00000000.json").write_text("[" * 100_000)
+    assert main(["check", "--json", MEMORISED]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["flagged"] is True
+    assert captured.err.startswith("sd-dejavu: passed over: the calibration profile ")
+    assert f"{fingerprint}-00000000.json is not valid JSON" in captured.err and captured.err.count("\n") == 1
+
+
+def test_output_and_input_are_utf8_whatever_the_code_page(monkeypatch):
+    prompt = "a red boat 猫 é"
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "sd_dejavu.cli.main", "check"]
+    done = subprocess.run([*command, "-"], input=prompt.encode(), capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "猫 é" in done.stdout.decode("utf-8") and "Déjà Vu" in done.stdout.decode("utf-8")
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(written, encoding="cp1252"))
+    assert main(["check", "--model", "猫", prompt]) == 2
+    sys.stderr.flush()
+    assert "the model 猫 does not exist" in written.getvalue().decode("utf-8")
+
+
+@dataclass(frozen=True)
+class Colliding:
+    """Settings of a method that shares the names of others and of the command itself."""
+
+    steps: int = option(3, "shared with the measurement", minimum=1, maximum=9)
+    iterations: int = option(4, "shared with a method", minimum=1, maximum=9)
+    prompts: int = option(5, "shared with what has no flag", minimum=1, maximum=9)
+    out: bool = option(False, "shared with the command")
+    own: float = option(0.5, "its own", minimum=0, maximum=1)
+
+    def __post_init__(self):
+        validate(self)
+
+
+def test_methods_may_share_the_names_of_their_settings(capsys, monkeypatch):
+    seen = []
+
+    def work(model, conditioning, start, settings):
+        seen.append(settings)
+        return Outcome.unchanged(conditioning, 1.0)
+
+    methods = mitigations.available()
+    new = mitigations.Mitigation("new-method", "steer", "prompt", "none", Colliding, work)
+    monkeypatch.setattr(mitigate, "available", lambda: methods | {"new-method": new})
+    given = ["mitigate", "--json", "--images", "1", "--target", "0.3", "--method", "new-method", "a boat"]
+    assert main(given) == 0
+    flags = ["--new-method-steps", "7", "--new-method-iterations", "8", "--prompts", "6", "--own", "0.25"]
+    assert main([*given, "--steps", "20", "--iterations", "9", *flags, "--new-method-out"]) == 0
+    assert seen == [Colliding(), Colliding(7, 8, 6, True, 0.25)]
+    assert main([*given, "--new-method-steps", "10"]) == 2
+    assert "steps must be at least 1 and at most 9, not 10" in capsys.readouterr().err
+
+
+OPTIONS_OF_0_1_0 = {
+    "optimise-tokens": {"iterations": 7, "learning_rate": 0.5, "checkpointing": True},
+    "remove-trigger": {"max_words": 2, "keep": 0.5},
+    "random-word": {"insertions": 1},
+    "per-sample-noise": {"noise_iterations": 3, "noise_rate": 0.5},
+    "batch-wise-noise": {"noise_rounds": 4, "noise_strength": 0.1, "noise_radius": 0.2, "guidance_from": 0.3},
+    "start-token": {"start_factor": 2.0, "mask_padding": False},
+    "attenuate-tokens": {"attenuation": 0.9, "outlier_deviations": 5.0},
+    "guidance-transition": {"before_transition": "opposite"},
+    "amg": {"despecification": 1.0, "deduplication": 2.0, "dissimilarity": 3.0, "threshold": 0.2},
+}
+
+
+def test_the_options_of_methods_keep_their_names():
+    """A new method may take none of them away."""
+    flags = []
+    for values in OPTIONS_OF_0_1_0.values():
+        for name, value in values.items():
+            flag = name.replace("_", "-")
+            switched = {True: [f"--{flag}"], False: [f"--no-{flag}"]}
+            flags += switched[value] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    given = parser().parse_args(["mitigate", "a boat", *flags])
+    for name, values in OPTIONS_OF_0_1_0.items():
+        settings = mitigations.available()[name].settings
+        found = from_arguments(settings, given, mitigate._users(settings)[0])
+        assert {name: getattr(found, name) for name in values} == values

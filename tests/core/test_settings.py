@@ -62,6 +62,13 @@ def test_values_up_to_the_bounds_are_taken(values) -> None:
         ({"ceiling": 5.5}, "ceiling must be at most 5, not 5.5"),
         ({"target": -1.0}, "target must be at least 0, not -1.0"),
         ({"target": math.nan}, "target must be a number, not nan"),
+        ({"target": math.inf}, "target must be a number, not inf"),
+        ({"floor": math.inf}, "floor must be a number, not inf"),
+        ({"ceiling": -math.inf}, "ceiling must be a number, not -inf"),
+        ({"steps": 10**12}, "steps must be at least 1 and at most 100, not 1000000000000"),
+        ({"learning_rate": 1e-320}, f"learning rate must be at least 1e-09, not {1e-320}"),
+        ({"learning_rate": 9.9e-10}, "learning rate must be at least 1e-09, not 9.9e-10"),
+        ({"learning_rate": -1e-320}, f"learning rate must be above 0 and below 1, not {-1e-320}"),
         ({"learning_rate": "fast"}, "learning rate must be a number, not 'fast'"),
         ({"floor": None}, "floor must be a number, not None"),
         ({"steps": 2.5}, "steps must be a whole number, not 2.5"),
@@ -72,3 +79,8 @@ def test_values_up_to_the_bounds_are_taken(values) -> None:
 def test_a_wrong_value_gives_a_sentence_with_the_setting_the_range_and_the_value(values, sentence: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
         Example(**values)
+
+
+def test_a_whole_number_that_no_float_holds_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^target must be a number, not 1000"):
+        Example(target=10**400)

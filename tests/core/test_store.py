@@ -70,11 +70,20 @@ def test_another_profile_of_the_model_serves_where_it_fits_the_kind_of_score(tmp
     assert find(SETTING, "first step", 1, [tmp_path / "brought.json"]) == twenty  # the user's own first
 
 
-def test_a_damaged_file_is_told_not_passed_over() -> None:
+@pytest.mark.parametrize("content", ["{", "[" * 100_000, "[]", '{"format": "dejavu-calibration", "schema_version": 9}'])
+def test_a_damaged_file_is_passed_over_with_one_warning_and_the_others_serve(
+    content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     kept(SETTING, 1.0)
-    path_for(SETTING).write_text("{")
-    with pytest.raises(ValueError, match="not valid JSON"):
-        find(SETTING, "first step")
+    path_for(SETTING).write_text(content)
+    assert find(SETTING, "first step") is None
+    other = kept(replace(SETTING, steps=20), 2.0)
+    brought = kept(SETTING, 3.0, tmp_path / "brought.json")
+    for _ in range(3):
+        assert find(SETTING, "first step", 1, [tmp_path / "brought.json"]) == other
+        assert find(SETTING, "all steps", 1, [tmp_path / "brought.json"]) == brought
+    (told,) = caplog.messages
+    assert str(path_for(SETTING)) in told and told.startswith("[Déjà Vu] passed over: ") and "\n" not in told
 
 
 def test_the_profile_that_can_serve_the_images_asked_for_is_taken(tmp_path: Path) -> None:
