@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
+from ..foreign import PICTURE_BYTES, Unreadable, contents
 from ..reference.build import BuildSettings, build, embed
 from ..reference.features import KINDS, Features, FeatureSettings, load
 from ..reference.nearest import answer, same_features
@@ -199,11 +200,11 @@ def _show(bar: Progress, task: TaskID, done: int, total: int) -> None:
 
 def _query(path: Path, features: Features, device: str) -> torch.Tensor:
     try:
-        return embed(features, [to_tensor(open_picture(path.read_bytes()))], device=device)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+        return embed(features, [to_tensor(open_picture(contents(path, PICTURE_BYTES)))], device=device)
     except PictureError as error:
         raise ValueError(f"{path} cannot be used: {error}") from error
+    except Unreadable as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _table(record: dict[str, Any]) -> Table:
@@ -222,6 +223,6 @@ def _table(record: dict[str, Any]) -> Table:
 
 def _check_device(name: str) -> None:
     try:
-        torch.empty(1, device=name)
+        torch.zeros(1, device=name).item()  # 'meta' holds no values
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"the device {name!r} cannot be used here: give cpu, cuda, cuda:1 or mps") from error

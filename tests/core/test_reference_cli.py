@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,7 @@ def test_a_threshold_of_the_users_own(tmp_path: Path, folder: Path, capsys: pyte
         (["build", "nowhere", "set", "--features", "sscd"], "name them with --weights"),
         (["build", "nowhere", "set", "--side", "1"], "side must be at least 4"),
         (["build", "nowhere", "set", "--device", "abacus"], "the device 'abacus' cannot be used here"),
+        (["build", "nowhere", "set", "--device", "meta"], "the device 'meta' cannot be used here"),
         (["search", "nowhere", "a.png"], "cannot be read: No such file"),
     ],
 )
@@ -153,7 +155,17 @@ def test_a_query_that_is_no_picture(tmp_path: Path, folder: Path, capsys: pytest
     assert main(["refset", "search", out, str(folder / "broken.png")]) == 2
     assert "broken.png cannot be used: not a picture" in capsys.readouterr().err
     assert main(["refset", "search", out, str(folder / "missing.png")]) == 2
-    assert "missing.png cannot be read: No such file" in capsys.readouterr().err
+    assert "missing.png: cannot be read: No such file" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no pipes and devices among files")
+def test_a_query_that_never_ends(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "set")
+    main(["refset", "build", str(folder), out, "--features", "grey"])
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in ("/dev/zero", str(tmp_path / "pipe.png")):
+        assert main(["refset", "search", out, path]) == 2
+        assert f"{path}: cannot be read: it is a folder, a pipe or a device" in capsys.readouterr().err
 
 
 def test_a_set_that_does_not_say_how_it_was_made(tmp_path: Path, folder: Path, capsys: Any) -> None:
