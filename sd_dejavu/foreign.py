@@ -32,7 +32,7 @@ def opened(path: Path) -> BinaryIO:
     """A regular file, or a link to one, to be read. Never waits, as a pipe would make it. Raises Unreadable."""
     try:
         regular = stat.S_ISREG(path.stat().st_mode)
-        file = open(path, "rb", opener=_without_waiting) if regular else None
+        file = open(path, "rb", opener=_without_waiting) if regular else None  # noqa: SIM115 - the caller closes it
     except (OSError, ValueError) as error:
         raise Unreadable(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if file is None or not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -63,7 +63,9 @@ def check_size(size: int, most: int) -> None:
 def check_caption(text: str) -> str:
     """The text itself. Raises Unreadable where it is too long to be a caption."""
     if len(text) > CAPTION_CHARACTERS:
-        raise Unreadable(f"its caption is too long: {len(text):,} characters, and at most {CAPTION_CHARACTERS:,} are read")
+        raise Unreadable(
+            f"its caption is too long: {len(text):,} characters, and at most {CAPTION_CHARACTERS:,} are read"
+        )
     return text
 
 

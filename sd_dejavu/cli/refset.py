@@ -21,7 +21,7 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from ..foreign import PICTURE_BYTES, Unreadable, contents
-from ..reference.build import BuildSettings, build, embed
+from ..reference.build import BuildSettings, build, embed, only_writer
 from ..reference.features import KINDS, Features, FeatureSettings, load
 from ..reference.nearest import answer, same_features
 from ..reference.pictures import PictureError, open_picture, to_tensor
@@ -126,13 +126,15 @@ def _bundled(
 ) -> ReferenceSet:
     from ..demo.reference import bundled_reference
 
-    if files_of(arguments.out)[1].exists() and not arguments.restart:
-        raise ValueError(
-            f"{files_of(arguments.out)[1]} is there already: give another name, or --restart to replace it"
-        )
-    made = bundled_reference(features, wanted.near_threshold, wanted.thumbnail_side)
-    made = replace(made, details={"source": "the bundled model's training pictures", "made_with": made_with(chosen)})
-    made.save(arguments.out)
+    with only_writer(arguments.out):
+        if files_of(arguments.out)[1].exists() and not arguments.restart:
+            raise ValueError(
+                f"{files_of(arguments.out)[1]} is there already: give another name, or --restart to replace it"
+            )
+        made = bundled_reference(features, wanted.near_threshold, wanted.thumbnail_side)
+        details = {"source": "the bundled model's training pictures", "made_with": made_with(chosen)}
+        made = replace(made, details=details)
+        made.save(arguments.out)
     return made
 
 

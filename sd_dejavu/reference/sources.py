@@ -311,10 +311,10 @@ class _Headers:
         return self.last
 
 
-def _next(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+def _next(tar: Any) -> tarfile.TarInfo | None:
     """The next member. Raises ReadError where it does not lie behind the one before, as a negative size makes it."""
     before = -1 if tar.firstmember is not None else tar.offset
-    member = tar.next()
+    member: tarfile.TarInfo | None = tar.next()
     tar.members.clear()  # the list of all members would fill the memory
     if member is not None and tar.offset <= before:
         raise tarfile.ReadError(f"broken header at byte {before}")

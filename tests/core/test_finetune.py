@@ -262,7 +262,9 @@ def test_a_training_set_without_pictures_or_changed_on_the_way_is_refused(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
     source = write(tmp_path / "set", {"a.png": "x"})
-    with pytest.raises(ValueError, match=r"no picture of the training set can be used: a\.png is not a picture"):
+    with pytest.raises(
+        ValueError, match=r"no picture of the training set can be used; the first, a\.png: not a picture"
+    ):
         trained(models["sd1"], source, tmp_path / "out")
     write(source, {"b.png": data(1)})
     with pytest.raises(ValueError, match="holds a fine-tuning on another or a changed training set"):
