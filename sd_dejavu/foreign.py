@@ -20,7 +20,7 @@ CAPTION_CHARACTERS = 100_000
 HEADER_BYTES = 1 << 20  # of what an archive says of one of its files
 ROWS = 10_000_000  # of one Parquet file
 REPEATS = 10_000  # times an epoch shows one picture
-JSON_BYTES = 1 << 30
+TEXT_BYTES = 1 << 30  # of a list of prompts, or of JSON
 _AT_ONCE = 1 << 20
 
 
@@ -72,7 +72,7 @@ def check_caption(text: str) -> str:
 def json_of(path: Path) -> Any:
     """The value in a JSON file. Raises Unreadable."""
     try:
-        return json.loads(contents(path, JSON_BYTES).decode("utf-8"))
+        return json.loads(contents(path, TEXT_BYTES).decode("utf-8"))
     except Unreadable:
         raise
     except RecursionError as error:

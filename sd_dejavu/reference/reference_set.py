@@ -237,7 +237,7 @@ class ReferenceSet:
         document = read_document(text_file)
         tensors, metadata = _read_tensors(tensors_file)
         if metadata.get(FORMAT) != document["fingerprint"]:
-            raise ValueError(f"{tensors_file.name} and {text_file.name} are not of one reference set: build it again")
+            raise ValueError(f"{tensors_file} and {text_file.name} are not of one reference set: build it again")
         try:
             rows = document["rows"]
             found = cls(

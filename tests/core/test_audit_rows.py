@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from sd_dejavu.hosts.webui.text import as_typed
@@ -28,6 +29,16 @@ def test_a_caption_makes_no_cells_of_its_own() -> None:
     assert len(lines) == 2 + len(ROWS) and "| gain |" in lines[0]
     assert {line.replace("\\|", "").count("|") for line in lines} == {9}
     assert "named \\| twice over" in lines[3] and "there is no caption" in lines[5]
+
+
+def test_markup_in_a_caption_is_shown_as_it_is() -> None:
+    """By CommonMark a backslash takes the meaning from any of these signs."""
+    caption = "<script>alert(1)</script> [a](b) ![i](https://x.y/z) `c` *d* _e_ ~~f~~ &lt; \\<b> www.x.y a@b.c $x$"
+    text = as_markdown(Audit((replace(ROWS[1], caption=caption),), "gain", 99, 0.05, 1))
+    assert (
+        r"\<script\>alert(1)\</script\> \[a\](b) \!\[i\](https:\//x.y/z) \`c\` \*d\* \_e\_ \~\~f\~\~ \&lt; \\\<b\> "
+        r"www\.x.y a\@b.c \$x\$"
+    ) in text
 
 
 def test_plain_values_hold_all_but_the_pictures() -> None:

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from sd_dejavu import kept
 from sd_dejavu.demo import bundled
@@ -779,6 +780,22 @@ def test_an_unfinished_build_is_not_gone_on_with_in_another_way(source: Path, un
     with pytest.raises(ValueError, match="with another source: build as it was begun, or give --restart"):
         build(source, unfinished, Grey())
     assert "another caption" in build(source, unfinished, Grey(), restart=True).captions
+
+
+@pytest.mark.parametrize("text", ["null", "[]", "[" * 100_000, "{"])
+def test_a_damaged_note_of_an_unfinished_build_is_refused(source: Path, unfinished: Path, text: str) -> None:
+    note = unfinished.with_name("set.refset-unfinished") / "begun.json"
+    note.write_text(text)
+    with pytest.raises(ValueError, match=r"unfinished build .*begun\.json is damaged \(.*\): give --restart"):
+        build(source, unfinished, Grey())
+    assert len(build(source, unfinished, Grey(), restart=True)) == 6
+
+
+def test_a_piece_of_another_shape_is_made_again(source: Path, unfinished: Path, tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, unfinished.with_name("set.refset-unfinished") / "00000000.safetensors")
+    build(source, unfinished, Grey())
+    build(source, tmp_path / "whole" / "set", Grey())
+    assert (tmp_path / "set.json").read_bytes() == (tmp_path / "whole" / "set.json").read_bytes()
 
 
 def test_a_finished_set_is_left_alone(tmp_path: Path, source: Path) -> None:
