@@ -18,6 +18,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..foreign import opened
+from ..kept import LOCK, locked, replacing, write_bytes, write_text
 from ..measure import Measurement
 from ..reference.build import BuildSettings, build
 from ..reference.features import Features, FeatureSettings
@@ -27,7 +29,18 @@ from ..reference.reference_set import ReferenceSet
 from ..report.audit_html import AuditPage, render_audit
 from ..report.audit_rows import as_json, notes, sentence, settings_shown, thumbnails_of, verdict_of
 from ..report.terminal import plain
-from ..training.audit import Audit, AuditSettings, Entry, Subject, audit, entries_of, identity, lora_files, sampled
+from ..training.audit import (
+    Audit,
+    AuditSettings,
+    Entry,
+    LoraFile,
+    Subject,
+    audit,
+    entries_of,
+    identity,
+    lora_files,
+    sampled,
+)
 from ..training.engines import Cluster, on_ray
 from ..training.ledger import Ledger
 from ..training.tasks import Engine, Load, Work, one_process
@@ -79,6 +92,19 @@ def run(arguments: argparse.Namespace) -> int:
     engine = _engine(arguments)
     ordinary = common.ordinary_prompts_of(arguments, arguments.null_prompts, wanted.nulls)
     arguments.out.mkdir(parents=True, exist_ok=True)
+    with locked(arguments.out, arguments.out / LOCK):
+        return _audited(arguments, wanted, measurement, loras, load, engine, ordinary)
+
+
+def _audited(
+    arguments: argparse.Namespace,
+    wanted: AuditSettings,
+    measurement: Measurement,
+    loras: list[LoraFile],
+    load: Load,
+    engine: Engine,
+    ordinary: list[str],
+) -> int:
     with common.progress_bar(Console(stderr=True)) as bar:
         known: dict[str, Any] = {}
 
@@ -146,8 +172,11 @@ def _subject(arguments: argparse.Namespace, wanted: AuditSettings, measurement: 
 
 
 def _digest(path: Path) -> str:
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return f"{path.name} {digest}"
+    digest = hashlib.sha256()
+    with opened(path) as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return f"{path.name} {digest.hexdigest()[:16]}"
 
 
 # ---------------------------------------------------------------------------------------------- output
@@ -168,19 +197,20 @@ def _write(
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        pq.write_table(pa.Table.from_pylist(document["rows"]), arguments.out / "audit.parquet")
+        with replacing(arguments.out / "audit.parquet") as partial:
+            pq.write_table(pa.Table.from_pylist(document["rows"]), partial)
     dataset = Path(arguments.dataset or arguments.reference).name
     lora = ", ".join(document["loras"])
     page = AuditPage(
         found, name, lora, dataset, thumbnails_of(found, subject), settings_shown(found, wanted, measurement, subject)
     )
-    (arguments.out / "report.html").write_text(render_audit(page), encoding="utf-8")
+    write_text(arguments.out / "report.html", render_audit(page))
     if subject.reference is not None:
         folder = arguments.out / "drawn"
         folder.mkdir(exist_ok=True)
         for number, row in enumerate((row for row in found.rows if row.pictures), 1):
             for image, data in enumerate(row.pictures, 1):
-                (folder / f"row-{number:03d}-image-{image}.png").write_bytes(data)
+                write_bytes(folder / f"row-{number:03d}-image-{image}.png", data)
 
 
 def _print(found: Audit, out: Path) -> None:

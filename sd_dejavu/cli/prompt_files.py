@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..foreign import TEXT_BYTES, Unreadable, check_caption, contents, one_line, opened
+
 STDIN = "-"
 KNOWN_COLUMNS = ("prompt", "caption", "text", "prompts", "captions", "texts")
 
@@ -81,9 +83,9 @@ def _from_file(path: Path, column: str | None) -> list[str]:
 
 def _decoded(path: Path) -> str:
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+        data = contents(path, TEXT_BYTES)
+    except Unreadable as error:
+        raise InputError(f"{path}: {error}") from error
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -211,14 +213,16 @@ def _parquet(path: Path, column: str | None) -> Iterator[str]:
     except ImportError as error:
         raise InputError(f"{path.name}: reading Parquet files needs pyarrow: pip install pyarrow") from error
     try:
-        with path.open("rb") as stream, pq.ParquetFile(stream) as file:
+        with opened(path) as stream, pq.ParquetFile(stream) as file:
             names = file.schema_arrow.names
             chosen = _column(names, column)
             if chosen is None:
                 raise _missing(path.name, "column", names, column)
             values = file.read(columns=[chosen]).column(0).to_pylist()
+    except Unreadable as error:
+        raise InputError(f"{path}: {error}") from error
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise InputError(f"{path}: cannot be read: {one_line(error)}") from error
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise InputError(
             f"{path.name}: not a sound Parquet file ({' '.join(str(error).split())}): write it again"
@@ -263,7 +267,10 @@ def _checked(prompt: str, place: str) -> str:
         raise InputError(f"{lead}the prompt holds a NUL character: take it out")
     if any("\ud800" <= character <= "\udfff" for character in stripped):
         raise InputError(f"{lead}the prompt holds half a character (a lone surrogate): write it again as UTF-8 text")
-    return stripped
+    try:
+        return check_caption(stripped)
+    except Unreadable as error:
+        raise InputError(f"{lead}{error}") from error
 
 
 def _some(prompts: Iterable[str], name: str) -> list[str]:

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from ..reference.build import BuildSettings, build, embed
+from ..foreign import PICTURE_BYTES, Unreadable, contents
+from ..reference.build import BuildSettings, build, embed, only_writer
 from ..reference.features import KINDS, Features, FeatureSettings, load
 from ..reference.nearest import answer, same_features
 from ..reference.pictures import PictureError, open_picture, to_tensor
@@ -124,13 +125,15 @@ def _bundled(
 ) -> ReferenceSet:
     from ..demo.reference import bundled_reference
 
-    if files_of(arguments.out)[1].exists() and not arguments.restart:
-        raise ValueError(
-            f"{files_of(arguments.out)[1]} is there already: give another name, or --restart to replace it"
-        )
-    made = bundled_reference(features, wanted.near_threshold, wanted.thumbnail_side)
-    made = replace(made, details={"source": "the bundled model's training pictures", "made_with": made_with(chosen)})
-    made.save(arguments.out)
+    with only_writer(arguments.out):
+        if files_of(arguments.out)[1].exists() and not arguments.restart:
+            raise ValueError(
+                f"{files_of(arguments.out)[1]} is there already: give another name, or --restart to replace it"
+            )
+        made = bundled_reference(features, wanted.near_threshold, wanted.thumbnail_side)
+        details = {"source": "the bundled model's training pictures", "made_with": made_with(chosen)}
+        made = replace(made, details=details)
+        made.save(arguments.out)
     return made
 
 
@@ -198,11 +201,11 @@ def _show(bar: Progress, task: TaskID, done: int, total: int) -> None:
 
 def _query(path: Path, features: Features, device: str) -> torch.Tensor:
     try:
-        return embed(features, [to_tensor(open_picture(path.read_bytes()))], device=device)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+        return embed(features, [to_tensor(open_picture(contents(path, PICTURE_BYTES)))], device=device)
     except PictureError as error:
         raise ValueError(f"{path} cannot be used: {error}") from error
+    except Unreadable as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _table(record: dict[str, Any]) -> Table:
@@ -223,6 +226,6 @@ def _table(record: dict[str, Any]) -> Table:
 
 def _check_device(name: str) -> None:
     try:
-        torch.empty(1, device=name)
+        torch.zeros(1, device=name).item()  # 'meta' holds no values
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"the device {name!r} cannot be used here: give cpu, cuda, cuda:1 or mps") from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -17,9 +18,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ..foreign import Unreadable, json_of
+from ..kept import is_finite, locked, write_bytes, write_tensors
 from ..settings import option, validate
 from .features import KINDS, Features, Staged
 from .pictures import PictureError, digest, open_picture, thumbnail, to_tensor
@@ -90,7 +92,7 @@ def build(
     ``made_with`` is stored with the set, to make the same features again; it must hold no paths. ``restart`` drops
     what is there under this name. ``on_progress(stage, done, total)`` is called as the work goes on. A set that is
     finished and of the same source and settings is left as it is. Raises ValueError with a sentence where there is
-    another one, or no usable picture.
+    another one, another process builds it, or no picture is usable.
     """
     columns = Columns(wanted.image_column or None, wanted.caption_column or None)
     records = open_source(source, columns, not wanted.ignore_repeats)
@@ -105,24 +107,32 @@ def build(
         "piece": PIECE,
     }
     work = files_of(out)[0].with_suffix(_WORK)
-    shutil.rmtree(work.with_suffix(_WORK_OVER), ignore_errors=True)
-    if restart:
-        _discard(out, work)
-    elif not work.is_dir() and (found := _finished(out, begun, features)) is not None:
-        return found
-    _begin(work, begun)
-    _embed_pieces(records, work, features, wanted.thumbnail_side, batch_size, device, on_progress)
-    built = _assembled(
-        work, features, near, {"source": records.description, "made_with": made_with or {}, "begun": begun}
-    )
-    if len(built) <= wanted.count_near_up_to:
-        counts = near_duplicates(
-            built.to(device), near, lambda done, total: on_progress("near duplicates", done, total)
+    with only_writer(out):
+        shutil.rmtree(work.with_suffix(_WORK_OVER), ignore_errors=True)
+        if restart:
+            _discard(out, work)
+        elif not work.is_dir() and (found := _finished(out, begun, features)) is not None:
+            return found
+        _begin(work, begun)
+        _embed_pieces(records, work, features, wanted.thumbnail_side, batch_size, device, on_progress)
+        built = _assembled(
+            work, features, near, {"source": records.description, "made_with": made_with or {}, "begun": begun}
         )
-        built = replace(built, near_duplicates=counts)
-    built.save(out)
-    _discard_folder(work)
-    return built
+        if len(built) <= wanted.count_near_up_to:
+            counts = near_duplicates(
+                built.to(device), near, lambda done, total: on_progress("near duplicates", done, total)
+            )
+            built = replace(built, near_duplicates=counts)
+        built.save(out)
+        _discard_folder(work)
+        return built
+
+
+def only_writer(out: Path) -> AbstractContextManager[None]:
+    """While open, no other process can make the set of this name. Raises ValueError where one does."""
+    base = files_of(out)[0]
+    base.parent.mkdir(parents=True, exist_ok=True)
+    return locked(base.with_suffix(""), base.with_suffix(".lock"))
 
 
 def from_pictures(
@@ -212,7 +222,7 @@ def _finished(out: Path, begun: dict[str, Any], features: Features) -> Reference
     text_file = files_of(out)[1]
     if not text_file.exists():
         return None
-    if read_document(text_file).get("details", {}).get("begun") != begun:
+    if read_document(text_file)["details"].get("begun") != begun:
         raise ValueError(
             f"{text_file} is there already, made from another source or with other settings: give another name, or "
             "--restart to replace it"
@@ -226,12 +236,14 @@ def _begin(work: Path, begun: dict[str, Any]) -> None:
     if not note.exists():
         if any(file.suffix != ".partial" for file in work.iterdir()):
             raise ValueError(f"the folder {work.name} is not an unfinished build: move it away, or give another name")
-        _write(note, json.dumps(begun, indent=1).encode())
+        write_bytes(note, json.dumps(begun, indent=1).encode())
         return
     try:
-        before = json.loads(note.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"the unfinished build {work.name} is damaged: give --restart to begin anew") from error
+        before = json_of(note)
+        if not isinstance(before, dict):
+            raise Unreadable("no settings in it")
+    except Unreadable as error:
+        raise ValueError(f"the unfinished build {note} is damaged ({error}): give --restart to begin anew") from error
     changed = [name.replace("_", " ") for name in begun if before.get(name) != begun[name]]
     if changed:
         raise ValueError(
@@ -254,25 +266,36 @@ def _discard_folder(work: Path) -> None:
         shutil.rmtree(gone)
 
 
-def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    partial.replace(path)
-
-
 def _piece_file(work: Path, number: int) -> Path:
     return work / f"{number:08d}.safetensors"
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """The pictures of up to 128 records that could be used, and those that could not."""
+
+    rows: list[dict[str, Any]]
+    embeddings: Tensor
+    thumbnails: Thumbnails
+    skipped: list[dict[str, str]]
+
+
+def _read_piece(path: Path) -> _Piece | None:
+    """None where it is not there, or not whole."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            records = json.loads(file.metadata()["records"])
+            small = Thumbnails(file.get_tensor("thumbnails"), file.get_tensor("thumbnail_ends"))
+            return _Piece(records["rows"], file.get_tensor("embeddings"), small, records["skipped"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _pieces_done(work: Path) -> int:
     """Sound pieces from the first on; one that was not wholly written (the machine lost power) is made again."""
     number = 0
-    while _piece_file(work, number).exists():
-        try:
-            with safe_open(_piece_file(work, number), framework="pt"):
-                number += 1
-        except (SafetensorError, OSError):
-            break
+    while _read_piece(_piece_file(work, number)) is not None:
+        number += 1
     return number
 
 
@@ -317,11 +340,14 @@ def _write_piece(
             yield to_tensor(image)
 
     embeddings = embed(features, pictures(), batch_size, device)
-    kept = Thumbnails.of(thumbnails)
-    tensors = {"embeddings": embeddings, "thumbnails": kept.data, "thumbnail_ends": kept.ends}
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={"records": json.dumps({"rows": rows, "skipped": skipped})})
-    partial.replace(path)
+    sound = [is_finite(row) for row in embeddings]
+    reason = "the feature network gives NaN or infinity for it"
+    skipped += [{"name": row["name"], "reason": reason} for row, good in zip(rows, sound, strict=True) if not good]
+    places = [place for place, good in enumerate(sound) if good]
+    kept = Thumbnails.of([thumbnails[place] for place in places])
+    tensors = {"embeddings": embeddings[places], "thumbnails": kept.data, "thumbnail_ends": kept.ends}
+    records_kept = {"rows": [rows[place] for place in places], "skipped": skipped}
+    write_tensors(path, tensors, {"records": json.dumps(records_kept)})
 
 
 def _assembled(work: Path, features: Features, near: float, details: dict[str, Any]) -> ReferenceSet:
@@ -331,25 +357,21 @@ def _assembled(work: Path, features: Features, near: float, details: dict[str, A
     thumbnails: list[bytes] = []
     skipped: list[dict[str, str]] = []
     copies: list[dict[str, str]] = []
-    for number in range(_pieces_done(work)):
-        with safe_open(_piece_file(work, number), framework="pt") as file:
-            records = json.loads(file.metadata()["records"])
-            found = file.get_tensor("embeddings")
-            small = Thumbnails(file.get_tensor("thumbnails"), file.get_tensor("thumbnail_ends"))
-        skipped += records["skipped"]
+    number = 0
+    while (piece := _read_piece(_piece_file(work, number))) is not None:
+        number += 1
+        skipped += piece.skipped
         kept = []
-        for place, row in enumerate(records["rows"]):
-            if not torch.isfinite(found[place]).all():
-                skipped.append({"name": row["name"], "reason": "the feature network gives NaN or infinity for it"})
-            elif (first := rows.get(row["digest"])) is not None:
+        for place, row in enumerate(piece.rows):
+            if (first := rows.get(row["digest"])) is not None:
                 first["repeats"] += row["repeats"]
                 first["caption"] = first["caption"] or row["caption"]
                 copies.append({"name": row["name"], "caption": row["caption"], "of": first["name"]})
             else:
                 rows[row["digest"]] = row
                 kept.append(place)
-                thumbnails.append(small[place])
-        embeddings.append(found[kept])
+                thumbnails.append(piece.thumbnails[place])
+        embeddings.append(piece.embeddings[kept])
     if not rows and not skipped:
         raise ValueError(f"the source ({details['source']}) holds no pictures")
     if not rows:

@@ -311,7 +311,7 @@ def _torchscript(path: Path, device: str) -> Any:
         raise FeatureError(f"there is no file {path}: name the TorchScript file of SSCD, such as sscd_disc_mixup")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # the only format in which SSCD is published
+            warnings.simplefilter("ignore")  # the only format in which SSCD is published, and an old one
             module = torch.jit.load(str(path), map_location=device)
     except (RuntimeError, ValueError) as error:
         raise FeatureError(f"{path} cannot be loaded as TorchScript: {_first_line(error)}") from error

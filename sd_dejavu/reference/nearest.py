@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..foreign import is_number
 from .features import KINDS, Features, FeatureSettings, load
 from .reference_set import NEIGHBOURHOOD, Neighbours, ReferenceSet
 
@@ -58,9 +59,14 @@ def copy_threshold(features: str) -> float | None:
 
 
 def answer(reference: ReferenceSet, found: Neighbours, row: int, threshold: float | None = None) -> Answer:
-    """On the query that is this row of ``found``; the threshold is that of its kind of features, if none is given."""
+    """On the query that is this row of ``found``; the threshold is that of its kind of features, if none is given.
+
+    Raises ValueError for a threshold that is no finite number.
+    """
     if threshold is None:
         threshold = copy_threshold(reference.features)
+    elif not is_number(threshold):
+        raise ValueError(f"the threshold of a copy must be a finite number, not {threshold}")
     indices = tuple(found.index[row].tolist())
     neighbours = tuple(
         Neighbour(
@@ -80,6 +86,8 @@ def answer(reference: ReferenceSet, found: Neighbours, row: int, threshold: floa
         why = (
             f"a set of {len(reference)} pictures is too small for the normalised distance, which needs {NEIGHBOURHOOD}"
         )
+    elif not is_number(neighbours[0].similarity):
+        why = "the similarity is not a finite number"
     else:
         copy = neighbours[0].similarity >= threshold
     return Answer(copy, threshold, why, neighbours, indices, reference.features, reference.metric)
@@ -95,8 +103,8 @@ def same_features(reference: ReferenceSet, weights: str, device: str = "cpu") ->
         raise ValueError(f"the reference set does not say how to make its features {reference.features!r} again")
     try:
         chosen = FeatureSettings(**{**made_with, "weights": weights})
-    except TypeError as error:
-        raise ValueError(f"the reference set is damaged ({error}): build it again") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the reference set is damaged (made with: {error}): build it again") from error
     features = load(chosen, device)
     reference.check(features)
     return features

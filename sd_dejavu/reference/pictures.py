@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..foreign import PIXELS, Unreadable, one_line
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -18,7 +20,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 LONGEST = 50  # times as long as wide: more is no picture, and would fill the memory at a network's size
 
 
-class PictureError(ValueError):
+class PictureError(Unreadable):
     """Bytes that are no usable picture; the text says why."""
 
 
@@ -33,28 +35,32 @@ def open_picture(data: bytes) -> Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=FORMATS)
+            _check_size(*image.size)  # as its header says: nothing is decoded yet
             image.load()
             upright = ImageOps.exif_transpose(image)
+    except PictureError:
+        raise
     except Image.UnidentifiedImageError as error:
         raise PictureError(f"not a picture of a known format ({', '.join(FORMATS)})") from error
+    except Image.DecompressionBombError as error:  # Pillow's own limit is higher, unless a host has lowered it
+        raise PictureError(f"too large: more than {PIXELS:,} pixels") from error
     except Exception as error:  # Pillow's decoders raise many types for broken bytes
-        raise PictureError(f"broken: {str(error) or type(error).__name__}") from error
+        raise PictureError(f"broken: {one_line(error)}") from error
     if upright.mode == "I;16":
         upright = upright.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-    width, height = upright.size
-    if max(width, height) > LONGEST * min(width, height):
-        raise PictureError(f"{width} x {height} pixels: too long and narrow")
     return upright.convert("RGB")
 
 
 def to_tensor(image: Image) -> Tensor:
     """[1, 3, H, W] in 0..1."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float().div_(255)
 
 
 def digest(image: Image) -> str:
     """Equal for equal size and pixels, whatever the file format."""
-    return hashlib.blake2b(image.tobytes() + repr(image.size).encode(), digest_size=16).hexdigest()
+    found = hashlib.blake2b(image.tobytes(), digest_size=16)
+    found.update(repr(image.size).encode())
+    return found.hexdigest()
 
 
 def thumbnail(image: Image, side: int) -> bytes:
@@ -64,3 +70,10 @@ def thumbnail(image: Image, side: int) -> bytes:
     file = io.BytesIO()
     small.save(file, "JPEG", quality=85)
     return file.getvalue()
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > PIXELS:
+        raise PictureError(f"too large: {width} x {height} pixels, and at most {PIXELS:,} are read")
+    if max(width, height) > LONGEST * min(width, height):
+        raise PictureError(f"{width} x {height} pixels: too long and narrow")

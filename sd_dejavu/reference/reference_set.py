@@ -23,10 +23,11 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
+from ..foreign import Unreadable, check_caption, is_number, json_of, one_line, opened
+from ..kept import is_finite, json_text, write_tensors, write_text
 from .features import Features, Metric
 
 SCHEMA_VERSION = 1
@@ -34,6 +35,10 @@ FORMAT = "dejavu-reference-set"
 NEIGHBOURHOOD = 50  # pictures whose mean distance normalises L2
 CHUNK_ELEMENTS = 1 << 25  # similarities, and elements of rows, held at a time: 128 MiB in fp32 each
 _DENOMINATOR_MINIMUM = 1e-12
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LARGEST = 1e9  # value of a row for the normalised L2 distance: squares of larger ones leave fp32
+_UNIT_TOLERANCE = 0.01
+_MOST_TIMES = 1 << 40  # that one picture is counted
 _TENSORS = ("embeddings", "duplicates", "near_duplicates", "thumbnails", "thumbnail_ends")
 
 
@@ -102,8 +107,12 @@ class ReferenceSet:
             raise ValueError(f"the metric must be one of {', '.join(get_args(Metric))}, not {self.metric!r}")
         if self.embeddings.ndim != 2 or 0 in self.embeddings.shape:
             raise ValueError(f"embeddings must be rows [N, D], not of the shape {tuple(self.embeddings.shape)}")
-        if not self.embeddings.dtype.is_floating_point:
-            raise ValueError(f"embeddings must be floating-point numbers, not {self.embeddings.dtype}")
+        if self.embeddings.dtype not in _FLOATS:
+            raise ValueError(f"embeddings must be floating-point numbers of 16 to 64 bits, not {self.embeddings.dtype}")
+        if self.near_threshold is not None and not is_number(self.near_threshold):
+            raise ValueError(
+                f"the threshold of near duplicates must be a finite number, not {self.near_threshold!r:.40}"
+            )
         lengths = {
             n: len(getattr(self, n)) for n in ("captions", "names", "duplicates", "near_duplicates", "thumbnails")
         }
@@ -190,7 +199,10 @@ class ReferenceSet:
     # ------------------------------------------------------------------------------------ file
 
     def save(self, path: Path) -> None:
-        """Writes NAME.safetensors and NAME.json; ``path`` may name either, or have no ending."""
+        """Writes NAME.safetensors and NAME.json; ``path`` may name either, or have no ending.
+
+        Raises ValueError where an embedding is not finite, or the files cannot be written.
+        """
         tensors_file, text_file = files_of(path)
         rows = self.embeddings.detach().cpu().float().contiguous()
         kept = self.thumbnails if isinstance(self.thumbnails, Thumbnails) else Thumbnails.of(self.thumbnails)
@@ -212,15 +224,11 @@ class ReferenceSet:
             "thumbnails": kept.data.contiguous(),
             "thumbnail_ends": kept.ends.contiguous(),
         }
-        tensors_file.parent.mkdir(parents=True, exist_ok=True)
-        partial = tensors_file.with_name(tensors_file.name + ".partial")
-        save_file(tensors, partial, metadata={FORMAT: fingerprint})
-        partial.replace(tensors_file)
         # One picture a line: readable, and small differences show as small differences.
-        document = json.dumps(head, indent=1)[:-2] + ',\n "rows": [\n  ' + ",\n  ".join(text) + "\n ]\n}\n"
-        partial = text_file.with_name(text_file.name + ".partial")
-        partial.write_text(document, encoding="utf-8")
-        partial.replace(text_file)
+        document = json_text(head, indent=1)[:-2] + ',\n "rows": [\n  ' + ",\n  ".join(text) + "\n ]\n}\n"
+        tensors_file.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(tensors_file, tensors, {FORMAT: fingerprint})
+        write_text(text_file, document)
 
     @classmethod
     def load(cls, path: Path, features: Features | None = None) -> ReferenceSet:
@@ -229,7 +237,7 @@ class ReferenceSet:
         document = read_document(text_file)
         tensors, metadata = _read_tensors(tensors_file)
         if metadata.get(FORMAT) != document["fingerprint"]:
-            raise ValueError(f"{tensors_file.name} and {text_file.name} are not of one reference set: build it again")
+            raise ValueError(f"{tensors_file} and {text_file.name} are not of one reference set: build it again")
         try:
             rows = document["rows"]
             found = cls(
@@ -239,15 +247,15 @@ class ReferenceSet:
                 _counts(tensors["duplicates"], 1),
                 _counts(tensors["near_duplicates"], -1),
                 _thumbnails(tensors["thumbnails"], tensors["thumbnail_ends"]),
-                _text(document["features"]),
+                _features(document["features"]),
                 document["metric"],
-                None if document["near_threshold"] is None else float(document["near_threshold"]),
-                dict(document["details"]),
+                document["near_threshold"],
+                document["details"],
             )
-            if not all(torch.isfinite(part).all() for part in found.embeddings.split(1 << 16)):
-                raise ValueError("embeddings hold NaN or infinity")
+            _check_rows(found)
+            _check_details(found)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"the reference set {text_file} is damaged ({error}): build it again") from error
+            raise ValueError(f"the reference set {text_file} is damaged ({_said(error)}): build it again") from error
         found.__dict__["fingerprint"] = document["fingerprint"]  # so that it need not be computed again
         if features is not None:
             found.check(features)
@@ -278,11 +286,9 @@ def files_of(path: Path) -> tuple[Path, Path]:
 def read_document(text_file: Path) -> dict[str, Any]:
     """The JSON of a set. Raises ValueError with a sentence for anything else."""
     try:
-        document = json.loads(text_file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"the reference set {text_file} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"the reference set {text_file} is not valid JSON: {error}") from error
+        document = json_of(text_file)
+    except Unreadable as error:
+        raise ValueError(f"the reference set {text_file}: {error}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ValueError(f"{text_file} is not a Déjà Vu reference set")
     version = document.get("schema_version")
@@ -293,20 +299,27 @@ def read_document(text_file: Path) -> dict[str, Any]:
         )
     if not isinstance(document.get("fingerprint"), str):
         raise ValueError(f"the reference set {text_file} is damaged (no fingerprint): build it again")
+    if not isinstance(document.get("details"), dict):
+        raise ValueError(f"the reference set {text_file} is damaged (no details): build it again")
     return document
 
 
 def _read_tensors(tensors_file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not tensors_file.is_file():
+    if not tensors_file.exists():
         raise ValueError(f"the reference set's file {tensors_file} is missing: keep it beside its JSON file")
     try:
+        opened(tensors_file).close()
         with safe_open(tensors_file, framework="pt") as file:
             metadata = file.metadata() or {}
-            if missing := set(_TENSORS) - set(file.keys()):
-                raise ValueError(f"{tensors_file} is not a reference set: it lacks {', '.join(sorted(missing))}")
-            return {name: file.get_tensor(name) for name in _TENSORS}, metadata
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{tensors_file} is not a sound safetensors file ({error}): build the set again") from error
+            missing = set(_TENSORS) - set(file.keys())
+            tensors = {} if missing else {name: file.get_tensor(name) for name in _TENSORS}
+    except Exception as error:  # the library's own type, and torch's for values that it does not know
+        raise ValueError(
+            f"{tensors_file} is not a sound safetensors file ({one_line(error)}): build the set again"
+        ) from error
+    if missing:
+        raise ValueError(f"{tensors_file} is not a reference set: it lacks {', '.join(sorted(missing))}")
+    return tensors, metadata
 
 
 def _fingerprint(rows: Tensor, text: Sequence[str]) -> str:
@@ -318,20 +331,67 @@ def _fingerprint(rows: Tensor, text: Sequence[str]) -> str:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} is not text")
+        raise TypeError(f"{value!r:.40} is not text")
+    value.encode()  # raises ValueError for halves of characters
+    return check_caption(value)
+
+
+def _features(value: Any) -> str:
+    if not _text(value).strip():
+        raise ValueError("its features have no name")
     return value
+
+
+def _said(error: Exception) -> str:
+    return f"no {error}" if isinstance(error, KeyError) else one_line(error)
+
+
+def _check_rows(found: ReferenceSet) -> None:
+    """Raises ValueError for rows whose similarity would be no similarity."""
+    for part in found.embeddings.split(1 << 16):
+        if not is_finite(part):
+            raise ValueError("embeddings hold NaN or infinity")
+        if found.metric == "cosine":
+            length = torch.linalg.vector_norm(part.float(), dim=1)
+            if bool(((length - 1).abs().minimum(length) > _UNIT_TOLERANCE).any()):  # a picture of one grey has length 0
+                raise ValueError("embeddings are not of unit length")
+        elif bool((part.abs() > _LARGEST).any()):
+            raise ValueError(f"embeddings hold values beyond {_LARGEST:g}")
+
+
+def _check_details(found: ReferenceSet) -> None:
+    """Raises ValueError, KeyError or TypeError where the details are not of the shape in which a build leaves them."""
+    names = set(found.names)
+    for copy in _list(found.details, "copies"):
+        _relative(copy["name"])
+        _text(copy["caption"])
+        if copy["of"] not in names:
+            raise ValueError(f"a copy of {copy['of']!r:.40}, which it does not hold")
+    for left in _list(found.details, "skipped"):
+        _text(left["name"])
+        _text(left["reason"])
+    for name, kind in (("source", str), ("made_with", dict)):
+        if not isinstance(found.details.get(name, kind()), kind):
+            raise ValueError(f"{name} is {found.details[name]!r:.40}")
+
+
+def _list(details: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    found = details.get(name, [])
+    if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+        raise ValueError(f"{name} is no list of entries")
+    return found
 
 
 def _relative(name: Any) -> str:
     """A name that stays inside the folder it is joined to, whoever wrote the file."""
     path = PurePosixPath(_text(name))
     if path.is_absolute() or ".." in path.parts or "\\" in name or PureWindowsPath(name).drive:
-        raise ValueError(f"the name {name!r} is not relative")
+        raise ValueError(f"the name {name!r:.80} is not relative")
     return name
 
 
 def _counts(values: Tensor, least: int) -> Tensor:
-    if values.dtype != torch.int64 or values.ndim != 1 or bool((values < least).any()):
+    if values.dtype != torch.int64 or values.ndim != 1 or bool(((values < least) | (values > _MOST_TIMES)).any()):
         raise ValueError("the duplicate counts are not counts")
     return values
 

@@ -4,22 +4,37 @@ A source gives its records one after the other, always in the same order, and ca
 build that was stopped goes on where it stood. What cannot be read is a record too, with the reason.
 
 Tars are read with the standard library: members are never unpacked to disk, and nothing in a name is obeyed (the
-webdataset package would run a name that begins with ``pipe:``).
+webdataset package would run a name that begins with ``pipe:``). What is read at most of a file, a member and a row is
+said in :mod:`sd_dejavu.foreign`.
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
 import re
 import tarfile
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
+
+from ..foreign import (
+    CAPTION_BYTES,
+    HEADER_BYTES,
+    PICTURE_BYTES,
+    REPEATS,
+    ROWS,
+    Unreadable,
+    check_caption,
+    check_size,
+    contents,
+    one_line,
+    opened,
+)
 
 PICTURE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp")
 CAPTION_ENDINGS = ("txt", "caption")  # the order in which they are looked for
@@ -27,7 +42,7 @@ CAPTION_COLUMNS = ("caption", "text", "prompt", "captions", "texts", "prompts")
 PICTURE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "picture", "img", "image_bytes", "bytes")
 _TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
 _KOHYA = re.compile(r"(\d+)_")
-_BATCH_ROWS = 64
+_GZIP = b"\x1f\x8b"
 
 
 @dataclass(frozen=True)
@@ -77,6 +92,8 @@ def open_source(path: Path, columns: Columns = Columns(), kohya_repeats: bool = 
         if path.suffix.lower() == ".parquet":
             return ParquetSource((path,), columns)
         raise ValueError(f"{path} is neither a folder, nor a .tar, nor a .parquet file")
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a pipe or a device: name a folder, or a .tar or .parquet file")
     if not path.is_dir():
         raise ValueError(f"there is no folder or file {path}")
     pictures, archives, tables = _walk(path)
@@ -121,12 +138,17 @@ class FolderSource:
     """Pictures with their captions beside them: ``cat.png`` and ``cat.txt`` (or ``cat.caption``).
 
     Where no picture lies in the folder itself and every folder with pictures is below one named like ``10_cat``, as
-    kohya's trainer wants it, the number says how many times an epoch shows each picture.
+    kohya's trainer wants it, the number says how many times an epoch shows each picture. Raises ValueError where that
+    is no number of times to show one.
     """
 
     folder: Path
     pictures: tuple[Path, ...]
     kohya_repeats: bool = True
+
+    def __post_init__(self) -> None:
+        for picture in self.pictures:
+            self._repeats(picture)
 
     @property
     def description(self) -> str:
@@ -149,11 +171,11 @@ class FolderSource:
             name = safe_name(self._name(picture))
             try:
                 caption = _caption_file(picture)
-                text = decoded(caption.read_bytes()) if caption else ""
-                data = picture.read_bytes() if pictures else b""
+                text = check_caption(decoded(contents(caption, CAPTION_BYTES))) if caption else ""
+                data = contents(picture, PICTURE_BYTES) if pictures else b""
                 yield Record(name, data, text, self._repeats(picture))
-            except OSError as error:
-                yield Record(name, fault=f"cannot be read: {error.strerror}")
+            except Unreadable as error:
+                yield Record(name, fault=str(error))
 
     def _name(self, file: Path) -> str:
         return file.relative_to(self.folder).as_posix()
@@ -166,7 +188,13 @@ class FolderSource:
 
     def _repeats(self, picture: Path) -> int:
         found = _KOHYA.match(self._name(picture)) if self._kohya else None
-        return max(1, int(found[1])) if found else 1
+        repeats = max(1, int(found[1])) if found else 1
+        if repeats > REPEATS:
+            raise ValueError(
+                f"the name of the folder {self._name(picture).partition('/')[0]} asks for more than {REPEATS:,} repeats "
+                "an epoch: rename it"
+            )
+        return repeats
 
 
 def _caption_file(picture: Path) -> Path | None:
@@ -225,10 +253,10 @@ def _samples(path: Path, start: int | None, pictures: bool = True) -> Iterator[_
     """
     number, sample = 0, None
     try:
-        tar: Any
-        with tarfile.open(path) as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # the list of all members would fill the memory
+        with opened(path) as file, _unpacked(file) as stream:
+            headers = _Headers(stream)
+            tar: Any = tarfile.TarFile(fileobj=headers)  # type: ignore[arg-type]
+            while (member := _next(tar)) is not None:
                 folder, _, base = member.name.rpartition("/")
                 stem, _, ending = base.partition(".")
                 if not member.isreg() or not stem or not ending:
@@ -239,34 +267,70 @@ def _samples(path: Path, start: int | None, pictures: bool = True) -> Iterator[_
                         yield sample
                         number += 1
                     sample = _Sample(key)
-                if ending in PICTURE_ENDINGS and not sample.name:
-                    sample.name = member.name
-                    if pictures and start is not None and number >= start:
-                        sample.data = _contents(tar, member)
-                elif ending in (*CAPTION_ENDINGS, "json") and start is not None and number >= start:
-                    text = decoded(_contents(tar, member))
-                    sample.captions[ending] = _json_caption(text) if ending == "json" else text
-            _check_end(tar)
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+                wanted = start is not None and number >= start
+                try:
+                    if ending in PICTURE_ENDINGS and not sample.name:
+                        sample.name = member.name
+                        if pictures and wanted:
+                            sample.data = _contents(stream, member, PICTURE_BYTES)
+                    elif ending in (*CAPTION_ENDINGS, "json") and wanted:
+                        text = decoded(_contents(stream, member, CAPTION_BYTES))
+                        sample.captions[ending] = check_caption(_json_caption(text) if ending == "json" else text)
+                except Unreadable as error:
+                    sample.fault = f"{safe_name(base)}: {error}"
+            if headers.last.strip(b"\0"):  # the library takes a broken header for the end
+                raise tarfile.ReadError(f"broken header at byte {tar.offset}")
+    except Exception as error:  # the library raises many types for broken bytes
         # The sample at hand goes with it, so that a count and a reading come to the same number.
         place = "" if sample is None else sample.key
-        yield _Sample(place, fault=f"the tar cannot be read from here on: {error}")
+        yield _Sample(place, fault=f"the tar cannot be read from here on: {one_line(error)}")
         return
     if sample is not None and sample.name:
         yield sample
 
 
-def _check_end(tar: tarfile.TarFile) -> None:
-    """Raises ReadError where the headers end in anything but zeros: the library takes a broken one for the end."""
-    if tar.fileobj is not None:
-        tar.fileobj.seek(tar.offset)
-        if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
-            raise tarfile.ReadError(f"broken header at byte {tar.offset}")
+def _unpacked(file: BinaryIO) -> BinaryIO:
+    """What is in a gzip file; any other file as it is."""
+    packed = file.read(len(_GZIP)) == _GZIP
+    file.seek(0)
+    return gzip.GzipFile(fileobj=file) if packed else file  # type: ignore[return-value]
 
 
-def _contents(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    return b"" if file is None else file.read()
+class _Headers:
+    """What the library reads of a tar: its headers, which can say that they are of any size. ``last`` is the last."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.seek, self.tell = stream.seek, stream.tell
+        self.last = b""
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        self.last = self._stream.read(size)
+        return self.last
+
+
+def _next(tar: Any) -> tarfile.TarInfo | None:
+    """The next member. Raises ReadError where it does not lie behind the one before, as a negative size makes it."""
+    before = -1 if tar.firstmember is not None else tar.offset
+    member: tarfile.TarInfo | None = tar.next()
+    tar.members.clear()  # the list of all members would fill the memory
+    if member is not None and tar.offset <= before:
+        raise tarfile.ReadError(f"broken header at byte {before}")
+    return member
+
+
+def _contents(stream: BinaryIO, member: tarfile.TarInfo, most: int) -> bytes:
+    """Raises Unreadable for a member that is not read, ReadError where the tar ends in it."""
+    if member.issparse():
+        raise Unreadable("a sparse file, which is not read")
+    check_size(member.size, most)
+    stream.seek(member.offset_data)
+    data = stream.read(member.size)
+    if len(data) < member.size:
+        raise tarfile.ReadError("unexpected end of data")
+    return data
 
 
 def _json_caption(text: str) -> str:
@@ -284,14 +348,21 @@ def _json_caption(text: str) -> str:
 
 @dataclass(frozen=True)
 class ParquetSource:
-    """Rows with a picture's bytes (a binary column, or a struct with ``bytes``) and a caption."""
+    """Rows with a picture's bytes (a binary column, or a struct with ``bytes``) and a caption.
+
+    A file that cannot be read is one record that says so. Raises ValueError where none of them can, or one lacks a column.
+    """
 
     files: tuple[Path, ...]
     columns: Columns = Columns()
 
     def __post_init__(self) -> None:
-        for file in self.files:
-            self._chosen(file)
+        faults = [_looked_at(file)[1] for file in self.files]
+        if all(faults):
+            raise ValueError(f"{self.files[0].name}: {faults[0]}")
+        for file, fault in zip(self.files, faults, strict=True):
+            if not fault:
+                self._chosen(file)
 
     @property
     def description(self) -> str:
@@ -302,12 +373,14 @@ class ParquetSource:
         return _identity(self.files) + repr(self.columns)
 
     def count(self) -> int:
-        return sum(_rows(file) for file in self.files)
+        return sum(_looked_at(file)[0] for file in self.files)
 
     def records(self, start: int = 0, pictures: bool = True) -> Iterator[Record]:
         for path in self.files:
-            rows = _rows(path)
-            if start < rows:
+            rows, fault = _looked_at(path)
+            if start < rows and fault:
+                yield Record(safe_name(path.name), fault=fault)
+            elif start < rows:
                 yield from self._of_file(path, start, pictures)
             start = max(0, start - rows)
 
@@ -321,7 +394,8 @@ class ParquetSource:
                 if end > start:
                     for values in _of_group(file, group, columns, end - row):
                         if row >= start:
-                            yield _record(f"{path.name}/row-{row}", values, picture if pictures else None, caption)
+                            name = safe_name(f"{path.name}/row-{row}")
+                            yield _record(name, values, picture if pictures else None, caption)
                         row += 1
                 row = end
 
@@ -343,17 +417,29 @@ class ParquetSource:
 
 
 def _of_group(file: Any, group: int, columns: list[str], rows: int) -> Iterator[dict[str, Any] | str]:
-    """The rows of one group as dictionaries; where it breaks off, a sentence for each row that is left."""
-    import pyarrow as pa
+    """The rows of one group as dictionaries, or a sentence for each that cannot be had.
 
+    One by one: a file of some kilobytes can hold the same 100 MB in every row.
+    """
     given = 0
+    fault = "the file holds no such row"
     try:
-        for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns):
-            for values in batch.to_pylist():
-                yield values
-                given += 1
-    except (pa.ArrowException, OSError) as error:
-        yield from [f"the row cannot be read: {' '.join(str(error).split())}"] * (rows - given)
+        for batch in file.iter_batches(1, row_groups=[group], columns=columns):
+            given += 1
+            yield _values(batch)
+    except Exception as error:  # the library raises many types for broken bytes
+        fault = f"the row cannot be read: {one_line(error)}"
+    for _ in range(rows - given):
+        yield fault
+
+
+def _values(row: Any) -> dict[str, Any] | str:
+    """The values of a batch of one row."""
+    try:
+        (values,) = row.to_pylist()
+        return values
+    except Exception as error:  # text that is not UTF-8
+        return f"the row cannot be read: {one_line(error)}"
 
 
 def _record(name: str, values: dict[str, Any] | str, picture: str | None, caption: str | None) -> Record:
@@ -366,24 +452,38 @@ def _record(name: str, values: dict[str, Any] | str, picture: str | None, captio
         return Record(name, fault="the row holds no bytes of a picture")
     if isinstance(text, list):
         text = next(iter(text), "")
-    return Record(name, data, cleaned(text) if isinstance(text, str) else "")
+    try:
+        check_size(len(data), PICTURE_BYTES)
+        return Record(name, data, check_caption(cleaned(text) if isinstance(text, str) else ""))
+    except Unreadable as error:
+        return Record(name, fault=str(error))
 
 
-def _rows(path: Path) -> int:
-    with _parquet(path) as file:
-        return int(file.metadata.num_rows)
+def _looked_at(path: Path) -> tuple[int, str]:
+    """(records that a file makes, why it cannot be read): its rows and '', or 1 and a sentence."""
+    try:
+        with _parquet(path) as file:
+            rows = sum(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
+    except Unreadable as error:
+        return 1, str(error)
+    if not 0 <= rows <= ROWS:
+        return 1, f"it says that it holds {rows:,} rows, and at most {ROWS:,} are read"
+    return rows, ""
 
 
 def _parquet(path: Path) -> Any:
+    """Raises Unreadable, and ValueError where the package is not installed."""
     try:
-        import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
         raise ValueError(f"{path.name}: reading Parquet files needs pyarrow: pip install pyarrow") from error
+    opened(path).close()  # or the library would wait for a pipe
     try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path.name}: not a sound Parquet file ({' '.join(str(error).split())})") from error
+        file = pq.ParquetFile(path)
+        _ = file.schema_arrow  # a schema can be broken too
+        return file
+    except Exception as error:  # the library raises many types for broken bytes
+        raise Unreadable(f"not a sound Parquet file ({one_line(error)})") from error
 
 
 def _column(names: Sequence[str], wanted: str | None, usual: Sequence[str]) -> str | None:
@@ -415,9 +515,13 @@ def cleaned(text: str) -> str:
 
 
 def _stamp(file: Path) -> str:
-    status = file.stat()
+    try:
+        status = file.stat()
+    except OSError:  # a link to nothing, which is told when it is read
+        return "not there"
     return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def _identity(files: Sequence[Path]) -> str:
-    return hashlib.blake2b("\n".join(f"{f.name} {_stamp(f)}" for f in files).encode(), digest_size=16).hexdigest()
+    text = "\n".join(f"{f.name} {_stamp(f)}" for f in files)
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()

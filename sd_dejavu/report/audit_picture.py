@@ -6,10 +6,11 @@ from collections.abc import Mapping
 
 from PIL import Image
 
+from ..reference.pictures import open_picture
 from ..training.audit import Audit, Row
 from .audit_rows import ranked, verdict_of
 from .picture import Pixels
-from .tiles import SIDE, opened, side_by_side
+from .tiles import SIDE, side_by_side
 from .wording import number
 
 
@@ -22,7 +23,7 @@ def audit_pictures(audit: Audit, thumbnails: Mapping[str, bytes]) -> list[Pixels
 
 
 def _of_row(row: Row, counts: str, training: bytes) -> Pixels:
-    tiles = [opened(training), *(opened(picture) for picture in row.pictures)]
+    tiles = [open_picture(training), *(open_picture(picture) for picture in row.pictures)]
     texts = [_told(row, counts), *([f"Drawn again {place}"] for place in range(1, len(tiles)))]
     return side_by_side(tiles, texts, marked=1 if row.copies or row.flagged else 0)
 

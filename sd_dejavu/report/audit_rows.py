@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, fields
 from typing import Any
 
 from ..measure import Measurement
 from ..training.audit import Audit, AuditSettings, Row, Subject
 from .wording import number
+
+_MARKUP = re.compile(r"[\\`*_{}\[\]<>|~&!#@$]|(?<=:)/(?=/)|(?<=www)\.", re.IGNORECASE)
 
 
 def sentence(audit: Audit) -> str:
@@ -142,5 +145,5 @@ def _line(cells: list[str]) -> str:
 
 
 def _as_text(text: str) -> str:
-    """On one line, and without what would begin another cell."""
-    return " ".join(text.split()).replace("|", "\\|")
+    """On one line, with all that Markdown or HTML would take for markup, a link or another cell shown as it is."""
+    return _MARKUP.sub(r"\\\g<0>", " ".join(text.split()))

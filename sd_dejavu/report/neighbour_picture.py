@@ -5,14 +5,15 @@ from __future__ import annotations
 from PIL import Image
 
 from ..reference.nearest import Answer
+from ..reference.pictures import open_picture
 from ..reference.reference_set import ReferenceSet
 from .picture import Pixels
-from .tiles import opened, side_by_side
+from .tiles import side_by_side
 
 
 def neighbour_picture(query: Pixels, reference: ReferenceSet, answer: Answer) -> Pixels:
     """uint8 [H, W, 3]: the query [H, W, 3] first, then its neighbours, nearest first; equal sizes for equal counts."""
-    tiles = [Image.fromarray(query), *(opened(reference.thumbnails[index]) for index in answer.indices)]
+    tiles = [Image.fromarray(query), *(open_picture(reference.thumbnails[index]) for index in answer.indices)]
     texts = [_of_query(answer), *(_of_neighbour(answer, number) for number in range(len(answer.neighbours)))]
     return side_by_side(tiles, texts, marked=2 if answer.copy else 0)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,12 +29,6 @@ def side_by_side(tiles: Sequence[Image.Image], texts: Sequence[Sequence[str]], m
             heading = _MARKED if number < marked else _INK
             draw.text((left, top), _cut(line, font), fill=heading if place == 0 else _INK, font=font)
     return np.asarray(picture).copy()
-
-
-def opened(data: bytes) -> Image.Image:
-    """A picture file of our own making: a thumbnail (JPEG), or a drawn picture (PNG)."""
-    with Image.open(io.BytesIO(data), formats=["JPEG", "PNG"]) as image:
-        return image.convert("RGB")
 
 
 def _fitted(tile: Image.Image) -> Image.Image:

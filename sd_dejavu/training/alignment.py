@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..denoiser import Predictions
 from ..reference.features import resized
-from ..reference.pictures import open_picture, to_tensor
+from ..reference.pictures import PictureError, open_picture, to_tensor
 
 COMPARED = 8  # training pictures that each ordinary prompt is compared with
 NEAREST_OF = 4  # of these the one with the highest contrast counts, without a base model
@@ -43,8 +43,14 @@ def alignment(predictions: Predictions, latents: Tensor) -> Tensor:
 
 
 def as_trained(pictures: Sequence[bytes], height: int, width: int) -> Tensor:
-    """Picture files, their middle cut to the model's shape and size as trainers do: [B, 3, height, width] in 0..1."""
-    return torch.cat([_cut(to_tensor(open_picture(data)), height, width) for data in pictures])
+    """Picture files, their middle cut to the model's shape and size as trainers do: [B, 3, height, width] in 0..1.
+
+    Raises ValueError for one that cannot be used.
+    """
+    try:
+        return torch.cat([_cut(to_tensor(open_picture(data)), height, width) for data in pictures])
+    except PictureError as error:
+        raise ValueError(f"a thumbnail in the reference set cannot be used ({error}): build the set again") from error
 
 
 def _cut(picture: Tensor, height: int, width: int) -> Tensor:

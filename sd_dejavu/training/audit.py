@@ -264,6 +264,8 @@ def lora_files(paths: Sequence[Path]) -> list[LoraFile]:
 
 def _holds_lora(path: Path) -> bool:
     """By the names of its tensors; trainers keep other .safetensors files beside their LoRAs."""
+    if not path.is_file():  # a pipe of that name would be waited for
+        return False
     try:
         with safe_open(path, framework="pt") as file:
             return any("lora" in key for key in file.keys())  # noqa: SIM118
@@ -466,10 +468,13 @@ def _finish(
     total = sum(len(task.prompts) for task in tasks)
     done = total - sum(len(task.prompts) for task in left)
     on_progress(stage, done, total)
-    for task, values in engine(left, load, work) if left else ():
-        ledger.keep(task, values)
-        done += len(task.prompts)
-        on_progress(stage, done, total)
+    if not left:
+        return
+    with ledger.held():
+        for task, values in engine(left, load, work):
+            ledger.keep(task, values)
+            done += len(task.prompts)
+            on_progress(stage, done, total)
 
 
 def _drawn(

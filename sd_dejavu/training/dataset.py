@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ..kept import is_finite, write_tensors
 from ..reference.pictures import PictureError, open_picture
-from ..reference.sources import Source
+from ..reference.sources import Record, Source
 
 _CHUNK = 8  # pictures encoded at a time
 
@@ -54,33 +54,43 @@ def latents_of(
     if found is not None:
         return found
     total = source.count()
-    names, captions, repeats, skipped, latents, waiting = [], [], [], [], [], []
+    kept: list[tuple[Record, Tensor]] = []
+    skipped: list[tuple[str, str]] = []
+    waiting: list[tuple[Record, Tensor]] = []
+
+    def encode() -> None:
+        for (record, _), latent in zip(waiting, _encoded(vae, [fitted for _, fitted in waiting]), strict=True):
+            if is_finite(latent):
+                kept.append((record, latent))
+            else:
+                skipped.append((record.name, "the autoencoder gives NaN or infinity for it"))
+        waiting.clear()
+
     for number, record in enumerate(source.records()):
         try:
             if record.fault:
                 raise PictureError(record.fault)
-            waiting.append(_fitted(record.data, size))
+            waiting.append((replace(record, data=b""), _fitted(record.data, size)))
         except PictureError as error:
             skipped.append((record.name, str(error)))
-        else:
-            names.append(record.name)
-            captions.append(record.caption)
-            repeats.append(record.repeats)
         if len(waiting) == _CHUNK:
-            latents.append(_encoded(vae, waiting))
-            waiting = []
+            encode()
         on_progress(number + 1, total)
     if waiting:
-        latents.append(_encoded(vae, waiting))
-    if not latents:
-        first = f": {skipped[0][0]} is {skipped[0][1]}" if skipped else ""
+        encode()
+    if not kept:
+        first = f"; the first, {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
         raise ValueError(f"no picture of the training set can be used{first}")
-    made = LatentSet(torch.cat(latents).contiguous(), tuple(names), tuple(captions), tuple(repeats), tuple(skipped))
-    partial = cache.with_suffix(".partial")
-    about = {"key": key, "names": names, "captions": captions, "repeats": repeats, "skipped": skipped}
+    made = LatentSet(
+        torch.stack([latent for _, latent in kept]),
+        tuple(record.name for record, _ in kept),
+        tuple(record.caption for record, _ in kept),
+        tuple(record.repeats for record, _ in kept),
+        tuple(skipped),
+    )
+    about = {"key": key, "names": made.names, "captions": made.captions, "repeats": made.repeats, "skipped": skipped}
     # One entry, as the library writes several in any order: equal sets make equal files.
-    save_file({"latents": made.latents}, partial, {"samples": json.dumps(about)})
-    partial.replace(cache)
+    write_tensors(cache, {"latents": made.latents}, {"samples": json.dumps(about)})
     return made
 
 
@@ -93,10 +103,10 @@ def _cached(path: Path, key: str) -> LatentSet | None:
             if about.get("key") != key:
                 return None
             latents = file.get_tensor("latents")
-    except SafetensorError:
+        skipped = tuple((name, why) for name, why in about["skipped"])
+        return LatentSet(latents, tuple(about["names"]), tuple(about["captions"]), tuple(about["repeats"]), skipped)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError):  # not whole: made again
         return None
-    skipped = tuple((name, why) for name, why in about["skipped"])
-    return LatentSet(latents, tuple(about["names"]), tuple(about["captions"]), tuple(about["repeats"]), skipped)
 
 
 def _fitted(data: bytes, size: tuple[int, int]) -> Tensor:

@@ -18,14 +18,18 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from ..conditioning import Conditioning, stack
+from ..foreign import Unreadable, json_of, one_line
 from ..hosts.diffusers import DiffusersModel, quiet
+from ..kept import LOCK, PARTIAL, check_finite, json_text, locked, not_kept, replacing, write_tensors, write_text
 from ..reference.sources import Source
 from ..settings import option, validate
 from .dataset import LatentSet, latents_of
@@ -34,7 +38,19 @@ from .loss import Batch, Schedule, filtered_loss, stratified_timesteps
 
 TRAINED_BY_LORA = ("to_q", "to_k", "to_v", "to_out.0")
 _KNOWN_CAPTIONS = 256  # conditionings that are kept
-_STATE, _PARTIAL = "state-", ".partial"
+_STATE, _RESULT = "state-", "result.json"
+_SUMMARY = {
+    "result",
+    "model",
+    "source",
+    "samples",
+    "shown_in_an_epoch",
+    "steps",
+    "trained_parameters",
+    "filter",
+    "skipped",
+}
+_LONGEST_EPOCH = 10_000_000  # samples, as often as they are shown
 
 Progress = Callable[[str, int, int], None]
 
@@ -110,8 +126,9 @@ def finetune(
     (loss, share of samples kept and learning rate of each step), ``filter.jsonl`` (the filter's log), and the result
     after every ``save_every`` epochs and at the end: ``lora-epoch-0006.safetensors`` and ``lora.safetensors``, or
     folders ``model-epoch-0006`` and ``model`` in diffusers layout. Raises ValueError with a sentence for a folder
-    that holds another run, a training set without usable pictures, a resolution that the model cannot take, or a
-    filter over batches of 1, of which it never leaves out any.
+    that holds another run or that another process writes to, a training set without usable pictures, a resolution that
+    the model cannot take, a filter over batches of 1, of which it never leaves out any, and trained weights that are not
+    finite, which are never saved.
     """
     if filtering.filter != "none" and wanted.batch_size == 1:
         raise ValueError(
@@ -125,24 +142,29 @@ def finetune(
         "settings": asdict(wanted),
         "filter": asdict(filtering),
     }
-    _begin(out, identity)
-    finished = out / "result.json"
-    if finished.is_file():
-        return json.loads(finished.read_text(encoding="utf-8"))
-    samples = latents_of(
-        source,
-        model.pipeline.vae,
-        size,
-        out / "latents.safetensors",
-        f"{source.identity} {model.fingerprint} {size}",
-        lambda done, total: on_progress("pictures", done, total),
-    )
-    with _Run(model, samples, out, wanted, filtering, size) as run:
-        run.train(lambda done, total: on_progress("steps", done, total), stop)
-        summary = run.summary(source.description)
-    _write_atomically(finished, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-    for left in out.glob(f"{_STATE}*"):
-        shutil.rmtree(left)
+    with locked(out, out / LOCK):
+        _begin(out, identity)
+        if (finished := _finished(out)) is not None:
+            return finished
+        samples = latents_of(
+            source,
+            model.pipeline.vae,
+            size,
+            out / "latents.safetensors",
+            f"{source.identity} {model.fingerprint} {size}",
+            lambda done, total: on_progress("pictures", done, total),
+        )
+        if sum(samples.repeats) > _LONGEST_EPOCH:
+            raise ValueError(
+                f"an epoch would show {sum(samples.repeats):,} samples, and at most {_LONGEST_EPOCH:,} are possible: "
+                "lower the repeats in the folders' names"
+            )
+        with _Run(model, samples, out, wanted, filtering, size) as run:
+            run.train(lambda done, total: on_progress("steps", done, total), stop)
+            summary = run.summary(source.description)
+        write_text(out / _RESULT, json_text(summary, indent=1, ensure_ascii=False) + "\n")
+        for left in out.glob(f"{_STATE}*"):
+            shutil.rmtree(left)
     return summary
 
 
@@ -295,17 +317,22 @@ class _Run:
     # ------------------------------------------------------------------------------ state and result
 
     def _resume(self) -> None:
-        states = sorted(path for path in self.out.glob(f"{_STATE}*") if path.suffix != _PARTIAL)
-        for left in self.out.glob(f"*{_PARTIAL}"):
+        states = sorted(path for path in self.out.glob(f"{_STATE}*") if path.suffix != PARTIAL)
+        for left in self.out.glob(f"*{PARTIAL}"):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         if states:
-            self.accelerator.load_state(str(states[-1]))
+            try:
+                self.accelerator.load_state(str(states[-1]))
+            except (SafetensorError, KeyError, TypeError, ValueError, EOFError, RuntimeError, UnpicklingError) as error:
+                raise ValueError(
+                    f"{states[-1]} is damaged ({one_line(error)}): remove it, and training goes on from the beginning"
+                ) from error
 
     def _write_state(self) -> None:
+        self._check_weights()
         path = self.out / f"{_STATE}{self.step:08}"
-        partial = path.with_suffix(_PARTIAL)
-        self.accelerator.save_state(str(partial))
-        partial.replace(path)
+        with replacing(path) as partial:
+            self.accelerator.save_state(str(partial))
         for older in self.out.glob(f"{_STATE}*"):
             if older != path:
                 shutil.rmtree(older)
@@ -313,19 +340,18 @@ class _Run:
     def _write(self, models: list[Any], weights: list[Any], folder: str) -> None:
         """accelerate's hook: the trained weights alone, in files that hold nothing but numbers and texts."""
         weights.clear()
-        save_file({k: v.detach().contiguous() for k, v in self.parameters.items()}, Path(folder, "trained.safetensors"))
+        trained = {name: parameter.detach().contiguous() for name, parameter in self.parameters.items()}
+        write_tensors(Path(folder, "trained.safetensors"), trained)
         progress: dict[str, Any] = {"step": self.step, "log": self.log.size, "filter_log": self.filter_log.size}
         if self.filter is not None:
             progress["filter"] = self.filter.state_dict()
         if self.ema is not None:
             state = self.ema.state_dict()
             averaged = state.pop("shadow_params")
-            save_file(
-                {k: v.contiguous() for k, v in zip(self.parameters, averaged, strict=True)},
-                Path(folder, "averaged.safetensors"),
-            )
+            values = {name: value.contiguous() for name, value in zip(self.parameters, averaged, strict=True)}
+            write_tensors(Path(folder, "averaged.safetensors"), values)
             progress["ema"] = state
-        Path(folder, "progress.json").write_text(json.dumps(progress), encoding="utf-8")
+        write_text(Path(folder, "progress.json"), json.dumps(progress))
 
     def _read(self, models: list[Any], folder: str) -> None:
         models.clear()
@@ -343,15 +369,22 @@ class _Run:
             self.ema.load_state_dict({**progress["ema"], "shadow_params": [averaged[k] for k in self.parameters]})
             self.ema.to(device)
 
+    def _check_weights(self) -> None:
+        """Raises ValueError for weights that are no result."""
+        try:
+            check_finite(self.parameters, f"the result of step {self.step}")
+        except ValueError as error:
+            raise ValueError(f"{error}: lower the learning rate, or train in a higher precision") from error
+
     def _save(self, ending: str) -> None:
         with self._averaged():
+            self._check_weights()
             if self.wanted.rank is None:
                 path = self.out / f"model{ending}"
-                partial = path.with_suffix(_PARTIAL)
-                with quiet():
-                    self.model.pipeline.save_pretrained(partial, safe_serialization=True)
-                shutil.rmtree(path, ignore_errors=True)
-                partial.replace(path)
+                with replacing(path) as partial:
+                    with quiet():
+                        self.model.pipeline.save_pretrained(partial, safe_serialization=True)
+                    shutil.rmtree(path, ignore_errors=True)
             else:
                 self._save_lora(self.out / f"lora{ending}.safetensors")
 
@@ -360,10 +393,11 @@ class _Run:
         from peft.utils import get_peft_model_state_dict
 
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.model.pipeline.unet))
-        partial = path.with_suffix(_PARTIAL)
-        type(self.model.pipeline).save_lora_weights(partial, unet_lora_layers=layers, weight_name=path.name)
-        (partial / path.name).replace(path)
-        partial.rmdir()
+        with replacing(path) as partial:
+            folder = partial.with_suffix(".folder" + PARTIAL)
+            type(self.model.pipeline).save_lora_weights(folder, unet_lora_layers=layers, weight_name=path.name)
+            (folder / path.name).replace(partial)
+            folder.rmdir()
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -443,8 +477,11 @@ class _GrowingFile:
 
     def add(self, text: str) -> None:
         data = text.encode()
-        with self.path.open("ab") as file:
-            file.write(data)
+        try:
+            with self.path.open("ab") as file:
+                file.write(data)
+        except OSError as error:
+            raise not_kept(self.path, error) from error
         self.size += len(data)
 
     def add_row(self, row: dict[str, Any]) -> None:
@@ -506,10 +543,10 @@ def _begin(out: Path, identity: dict[str, Any]) -> None:
     """Notes what run this folder holds. Raises ValueError where it holds another one."""
     path = out / "finetune.json"
     if not path.is_file():
-        _write_atomically(path, json.dumps(identity, indent=1) + "\n")
+        write_text(path, json.dumps(identity, indent=1) + "\n")
         return
     try:
-        there = json.loads(path.read_text(encoding="utf-8"))
+        there = json_of(path)
         held = {**there["settings"], **there["filter"], "model": there["model"], "source": there["source"]}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is broken: give another folder, or remove this one") from error
@@ -522,7 +559,15 @@ def _begin(out: Path, identity: dict[str, Any]) -> None:
             raise ValueError(f"{out} holds a fine-tuning {what}: give another folder, or the same again to go on")
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_suffix(_PARTIAL)
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+def _finished(out: Path) -> dict[str, Any] | None:
+    """The summary of a run that has come to its end, None of any other. Raises ValueError for one that is damaged."""
+    path = out / _RESULT
+    if not path.is_file():
+        return None
+    try:
+        found = json_of(path)
+        if not isinstance(found, dict) or not found.keys() >= _SUMMARY:
+            raise Unreadable("it is no summary")
+    except Unreadable as error:
+        raise ValueError(f"{path} is damaged ({error}): give another folder, or remove it to train again") from error
+    return found

@@ -6,10 +6,13 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from .tasks import Task, Variant
+from ..foreign import Unreadable, json_of
+from ..kept import LOCK, PARTIAL, json_text, locked, write_text
+from .tasks import Task, Variant, check_values
 
 _BEGUN = "begun.json"
 
@@ -27,14 +30,18 @@ class Ledger:
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if not note.exists():
-            if any(file.suffix != ".partial" for file in folder.iterdir()):
+            if any(file.suffix != PARTIAL for file in folder.iterdir()):
                 raise ValueError(f"the folder {folder} is not an audit's: give another one")
-            _write(note, begun)
+            write_text(note, json.dumps(begun))
             return
         try:
-            before = json.loads(note.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"the audit in {folder} is damaged: delete it, or give --restart to begin anew") from error
+            before = json_of(note)
+            if not isinstance(before, dict):
+                raise Unreadable("no settings in it")
+        except Unreadable as error:
+            raise ValueError(
+                f"the audit in {folder} is damaged ({_BEGUN}: {error}): delete it, or give --restart to begin anew"
+            ) from error
         changed = [name.replace("_", " ") for name in begun if before.get(name) != json.loads(json.dumps(begun[name]))]
         if changed:
             raise ValueError(
@@ -42,16 +49,28 @@ class Ledger:
                 "begin anew"
             )
 
-    def result(self, task: Task) -> list[Any] | None:
-        """What was found, or None where the task is still to be done."""
+    def held(self) -> AbstractContextManager[None]:
+        """While open, no other process can keep results here."""
+        return locked(self._folder, self._folder / LOCK)
+
+    def result(self, task: Task) -> list[dict[str, Any]] | None:
+        """What was found, or None where the task is still to be done. Raises ValueError where it cannot be true."""
+        file = self._file(task)
         try:
-            found = json.loads(self._file(task).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            found = json_of(file)
+        except Unreadable:  # not there, or not wholly written when the machine lost power
             return None
-        return found["values"] if isinstance(found, dict) and found.get("prompts") == _digest(task.prompts) else None
+        try:
+            if not isinstance(found, dict) or not isinstance(found.get("prompts"), str):
+                raise ValueError("it does not say of which prompts it is")
+            return check_values(task, found.get("values")) if found["prompts"] == _digest(task.prompts) else None
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged ({error}): delete it, and this part is done again") from error
 
     def keep(self, task: Task, values: Sequence[Any]) -> None:
-        _write(self._file(task), {"prompts": _digest(task.prompts), "values": list(values)})
+        """Raises ValueError for what :meth:`result` would not take."""
+        kept = check_values(task, list(values))
+        write_text(self._file(task), json_text({"prompts": _digest(task.prompts), "values": kept}))
 
     def missing(self, tasks: Sequence[Task]) -> list[Task]:
         return [task for task in tasks if self.result(task) is None]
@@ -76,9 +95,3 @@ def _key(variant: Variant) -> str:
 
 def _digest(prompts: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16]
-
-
-def _write(path: Path, document: dict[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(document), encoding="utf-8")
-    partial.replace(path)

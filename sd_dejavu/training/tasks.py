@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
@@ -20,6 +21,7 @@ from ..conditioning import Conditioning
 from ..denoiser import Model
 from ..detectors.magnitude import magnitude, rounding
 from ..explain.views import explain
+from ..foreign import is_number
 from ..measure import Measurement, measure_runs
 from ..memory import OutOfMemory, one_by_one
 from ..report.wording import top_words
@@ -27,6 +29,7 @@ from ..sampling import first_predictions
 from .alignment import alignment, as_trained
 
 Kind = Literal["nulls", "captions", "pictures"]
+_NOT_FINITE = "the model gives NaN or infinity"
 
 
 class Trained(Model, Protocol):
@@ -178,6 +181,8 @@ class Work:
         conditioning = model.encode(prompt)
         (run,) = measure_runs(model, [conditioning], noise, self.wanted, None, self.batch_size)
         assert run.latents is not None  # whole runs end in latents
+        if not bool(torch.isfinite(run.latents).all()):
+            return {"pictures": [], "word": None, "why": f"not drawn: {_NOT_FINITE}"}
         named = words and len(conditioning.words) > 0
         return {
             "pictures": [png(picture) for picture in model.decode(run.latents)],
@@ -187,10 +192,40 @@ class Work:
 
 def _value(magnitudes: Tensor, alignments: Sequence[float], equal: float) -> dict[str, Any]:
     """Means over the images: of magnitudes [images], which up to ``equal`` are none, and alignments with each picture."""
+    if not bool(torch.isfinite(magnitudes).all()) or not all(map(math.isfinite, alignments)):
+        return {"why": f"not measured: {_NOT_FINITE}"}
     if not bool((magnitudes > equal).all()):
         return {"why": "both predictions are equal: the prompt acts on nothing"}
     found: dict[str, Any] = {"magnitude": float(magnitudes.mean())}
     return {**found, "alignment": list(alignments)} if alignments else found
+
+
+def check_values(task: Task, values: Any) -> list[dict[str, Any]]:
+    """The values themselves. Raises ValueError where they are not those of such a task, or hold NaN or infinity."""
+    if not isinstance(values, list) or len(values) != len(task.prompts):
+        raise ValueError(f"it holds no list of {len(task.prompts)} values")
+    for value in values:
+        if not isinstance(value, dict) or not (_is_drawn(value) if task.kind == "pictures" else _is_measured(value)):
+            raise ValueError(f"{value!r:.60} is not what is found of a prompt")
+    return values
+
+
+def _is_measured(value: dict[str, Any]) -> bool:
+    if "why" in value:
+        return isinstance(value["why"], str) and len(value) == 1
+    aligned = value.get("alignment", [0.0])
+    numbers = isinstance(aligned, list) and bool(aligned) and all(is_number(one) for one in aligned)
+    return numbers and is_number(value.get("magnitude")) and value["magnitude"] >= 0
+
+
+def _is_drawn(value: dict[str, Any]) -> bool:
+    pictures, words = value.get("pictures"), (value.get("word"), value.get("why"))
+    if not isinstance(pictures, list) or not all(word is None or isinstance(word, str) for word in words):
+        return False
+    try:
+        return all(base64.b64decode(picture, validate=True)[:4] == b"\x89PNG" for picture in pictures)
+    except (ValueError, TypeError):
+        return False
 
 
 def _encoded(model: Model, prompt: str) -> Conditioning | str:

@@ -356,6 +356,98 @@ def test_the_ledger_refuses_another_audit_and_repairs_what_is_broken(tmp_path: P
     assert (tmp_path / "foreign" / "holiday.jpg").exists()
 
 
+@pytest.mark.parametrize("text", ["null", "[]", "3", "{", "[" * 100_000])
+def test_a_damaged_note_of_an_audit_is_refused(tmp_path: Path, text: str):
+    Ledger(tmp_path, {"of": "this"})
+    (tmp_path / "begun.json").write_text(text)
+    with pytest.raises(ValueError, match=r"the audit in .* is damaged \(begun\.json: .*\): delete it") as caught:
+        Ledger(tmp_path, {"of": "this"})
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+TASKS = (Task("captions", Variant(), 0, ("a", "b")), Task("pictures", Variant(), 0, ("a", "b")))
+FOUND = {"captions": {"magnitude": 1.0}, "pictures": {"pictures": [], "word": None}}
+PNG = "iVBORw0KGgo="
+
+
+@pytest.mark.parametrize(
+    ("kind", "second"),
+    [
+        ("captions", "text"),
+        ("captions", None),
+        ("captions", {}),
+        ("captions", {"magnitude": "1"}),
+        ("captions", {"magnitude": True}),
+        ("captions", {"magnitude": -1.0}),
+        ("captions", {"magnitude": 10**400}),
+        ("captions", {"magnitude": float("nan")}),
+        ("captions", {"magnitude": 1.0, "alignment": []}),
+        ("captions", {"magnitude": 1.0, "alignment": 0.5}),
+        ("captions", {"magnitude": 1.0, "alignment": [0.5, float("inf")]}),
+        ("captions", {"why": 3}),
+        ("pictures", {"word": None}),
+        ("pictures", {"pictures": PNG, "word": None}),
+        ("pictures", {"pictures": ["not a picture"], "word": None}),
+        ("pictures", {"pictures": [PNG], "word": 3}),
+    ],
+)
+def test_results_that_cannot_be_true_are_neither_kept_nor_taken(tmp_path: Path, kind: str, second: Any):
+    task = TASKS[kind == "pictures"]
+    ledger = Ledger(tmp_path, {})
+    with pytest.raises(ValueError, match="is not what is found of a prompt"):
+        ledger.keep(task, [FOUND[kind], second])
+    ledger.keep(task, [FOUND[kind], FOUND[kind]])
+    (file,) = tmp_path.glob(f"*-{kind}-*.json")
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps({**whole, "values": [FOUND[kind], second]}))
+    with pytest.raises(
+        ValueError, match=r"is not what is found of a prompt.*: delete it, and this part is done again"
+    ) as caught:
+        ledger.result(task)
+    assert str(caught.value).startswith(str(file)) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda document: document.pop("values"),
+        lambda document: document["values"].pop(),
+        lambda document: document.update(values="ab"),
+        lambda document: document.update(prompts=3),
+        lambda document: document.clear(),
+    ],
+)
+def test_a_task_with_too_few_values_is_refused(tmp_path: Path, change: Callable[[dict[str, Any]], object]):
+    run_audit(tmp_path)
+    file = next(tmp_path.glob("*-captions-000000025.json"))
+    document = json.loads(file.read_text())
+    change(document)
+    file.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"000000025\.json is damaged \(it "):
+        run_audit(tmp_path)
+
+
+def test_an_autoencoder_that_gives_nan_is_not_measured(tmp_path: Path):
+    class Broken(Scripted):
+        def latents_of(self, pictures):
+            return super().latents_of(pictures) * torch.nan
+
+    file = io.BytesIO()
+    Image.new("RGB", (2, 2), "red").save(file, "PNG")
+    task = Task("captions", Variant(), 0, ("w1", "w2"), (file.getvalue(),) * 2)
+    values = Work(ONE)(Broken(), task)
+    assert values == [{"why": "not measured: the model gives NaN or infinity"}] * 2
+    Ledger(tmp_path, {}).keep(task, values)
+
+
+def test_a_second_process_is_told_who_audits_there(tmp_path: Path):
+    ledger = Ledger(tmp_path, {"of": "this"})
+    with ledger.held(), pytest.raises(ValueError, match=f"{tmp_path} is being written to by process {os.getpid()} on"):
+        run_audit(tmp_path)
+    assert run_audit(tmp_path).nulls == 99
+    assert not (tmp_path / "dejavu.lock").exists()
+
+
 @pytest.fixture(scope="module")
 def caption_list(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """10 memorised captions of the bundled model and 40 ordinary ones."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from sd_dejavu.hosts.webui.text import as_typed
@@ -30,6 +31,16 @@ def test_a_caption_makes_no_cells_of_its_own() -> None:
     assert "named \\| twice over" in lines[3] and "there is no caption" in lines[5]
 
 
+def test_markup_in_a_caption_is_shown_as_it_is() -> None:
+    """By CommonMark a backslash takes the meaning from any of these signs."""
+    caption = "<script>alert(1)</script> [a](b) ![i](https://x.y/z) `c` *d* _e_ ~~f~~ &lt; \\<b> www.x.y a@b.c $x$"
+    text = as_markdown(Audit((replace(ROWS[1], caption=caption),), "gain", 99, 0.05, 1))
+    assert (
+        r"\<script\>alert(1)\</script\> \[a\](b) \!\[i\](https:\//x.y/z) \`c\` \*d\* \_e\_ \~\~f\~\~ \&lt; \\\<b\> "
+        r"www\.x.y a\@b.c \$x\$"
+    ) in text
+
+
 def test_plain_values_hold_all_but_the_pictures() -> None:
     document = as_json(FOUND, "the model", [])
     assert document["rows"] == [row_as_json(row) for row in ROWS] and document["counts"] == "gain"
@@ -40,8 +51,8 @@ def test_results_of_the_base_model_are_kept_apart(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path, {})
     both = [Task("captions", variant, 0, ("a red fox",)) for variant in (Variant(), BASE)]
     for number, task in enumerate(both):
-        ledger.keep(task, [number])
-    assert list(ledger.values(both)) == [0, 1]
+        ledger.keep(task, [{"magnitude": number}])
+    assert list(ledger.values(both)) == [{"magnitude": 0}, {"magnitude": 1}]
 
 
 def test_a_caption_holds_no_syntax_of_the_hosts() -> None:

@@ -20,7 +20,9 @@ from test_reference_build import data, write
 
 from sd_dejavu.cli.main import main
 from sd_dejavu.hosts.diffusers import load
+from sd_dejavu.kept import LOCK, locked
 from sd_dejavu.reference.sources import open_source
+from sd_dejavu.training import dataset as dataset_of
 from sd_dejavu.training.filter import FilterSettings
 from sd_dejavu.training.finetune import FinetuneSettings, Stopped, finetune
 
@@ -210,6 +212,61 @@ def test_a_run_that_is_asked_to_stop_writes_its_state(models: dict[str, Path], d
     assert contents(tmp_path / "out") == contents(tmp_path / "unbroken")
 
 
+def test_weights_that_are_not_finite_are_never_saved(models: dict[str, Path], dataset: Path, tmp_path: Path) -> None:
+    """1e38 times AdamW's step of about 1 leaves fp32 in the second step at the latest."""
+    wanted = replace(SMALL, steps=2, learning_rate=3e38, state_every=1)
+    with pytest.raises(ValueError, match=r"not finite|hold NaN or infinity: lower the learning rate"):
+        trained(models["sd1"], dataset, tmp_path, wanted)
+    assert not [file.name for file in tmp_path.iterdir() if file.name in ("lora.safetensors", "result.json")]
+    for file in tmp_path.rglob("trained.safetensors"):
+        assert all(bool(torch.isfinite(value).all()) for value in load_file(file).values())
+
+
+def test_a_picture_for_which_the_autoencoder_gives_nan_is_skipped(
+    models: dict[str, Path], dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = dataset_of._encoded
+
+    def broken(vae: Any, pictures: Any) -> torch.Tensor:
+        latents = real(vae, pictures)
+        latents[2] = torch.nan
+        return latents
+
+    monkeypatch.setattr(dataset_of, "_encoded", broken)
+    _, summary = trained(models["sd1"], dataset, tmp_path)
+    assert summary["samples"] == 5
+    assert summary["skipped"] == [{"name": "1_plain/2.png", "reason": "the autoencoder gives NaN or infinity for it"}]
+
+
+def test_an_epoch_without_an_end_is_refused(
+    models: dict[str, Path], dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sd_dejavu.training.finetune._LONGEST_EPOCH", 7)
+    with pytest.raises(
+        ValueError, match="an epoch would show 8 samples, and at most 7 are possible: lower the repeats"
+    ):
+        trained(models["sd1"], dataset, tmp_path)
+
+
+def test_a_second_process_in_the_same_folder_and_damaged_files_are_told(
+    models: dict[str, Path], dataset: Path, tmp_path: Path
+) -> None:
+    with locked(tmp_path, tmp_path / LOCK), pytest.raises(ValueError, match="is being written to by process"):
+        trained(models["sd1"], dataset, tmp_path)
+    answers: Iterator[bool] = iter([True])
+    with pytest.raises(Stopped):
+        trained(models["sd1"], dataset, tmp_path, stop=lambda: next(answers))
+    (tmp_path / "state-00000001" / "progress.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"state-00000001 is damaged \(.*\): remove it"):
+        trained(models["sd1"], dataset, tmp_path)
+    (tmp_path / "result.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"result\.json is damaged \(it is no summary\): give another folder"):
+        trained(models["sd1"], dataset, tmp_path)
+    (tmp_path / "finetune.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"finetune\.json is broken: give another folder"):
+        trained(models["sd1"], dataset, tmp_path)
+
+
 def test_a_finished_run_is_left_as_it_is(models: dict[str, Path], dataset: Path, tmp_path: Path) -> None:
     _, first = trained(models["sd1"], dataset, tmp_path)
     before = contents(tmp_path)
@@ -262,7 +319,9 @@ def test_a_training_set_without_pictures_or_changed_on_the_way_is_refused(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
     source = write(tmp_path / "set", {"a.png": "x"})
-    with pytest.raises(ValueError, match=r"no picture of the training set can be used: a\.png is not a picture"):
+    with pytest.raises(
+        ValueError, match=r"no picture of the training set can be used; the first, a\.png: not a picture"
+    ):
         trained(models["sd1"], source, tmp_path / "out")
     write(source, {"b.png": data(1)})
     with pytest.raises(ValueError, match="holds a fine-tuning on another or a changed training set"):

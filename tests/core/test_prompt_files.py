@@ -200,9 +200,9 @@ def test_any_empty_or_wrongly_encoded_file(tmp_path: Path, ending: str) -> None:
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     missing = tmp_path / "none.txt"
-    assert failure(missing) == f"{missing} cannot be read: No such file or directory"
+    assert failure(missing) == f"{missing}: cannot be read: No such file or directory"
     assert failure(tmp_path / "none.parquet").endswith("cannot be read: No such file or directory")
-    assert failure(tmp_path).startswith(f"{tmp_path} cannot be read: ")
+    assert failure(tmp_path).startswith(f"{tmp_path}: cannot be read: ")
     assert failure(written(tmp_path, "list.xlsx", "fox")) == (
         "list.xlsx: files that end in .xlsx cannot be read: "
         "give one of .txt, .csv, .tsv, .jsonl, .ndjson, .json, .parquet"

@@ -24,10 +24,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+from sd_dejavu import kept
 from sd_dejavu.demo import bundled
 from sd_dejavu.demo.reference import bundled_reference
+from sd_dejavu.foreign import CAPTION_CHARACTERS, PIXELS, REPEATS
 from sd_dejavu.reference import build as building
+from sd_dejavu.reference import sources
 from sd_dejavu.reference.build import BuildSettings, build, embed, from_pictures, near_duplicates
 from sd_dejavu.reference.features import Grey, HostVision, Pixels
 from sd_dejavu.reference.pictures import PictureError, open_picture, to_tensor
@@ -154,14 +158,14 @@ def test_a_picture_for_which_the_network_gives_nan_is_skipped(tmp_path: Path) ->
 
 def test_a_file_that_cannot_be_read_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write(tmp_path / "in", {"a.png": data(1), "b.png": data(2)})
-    real = Path.read_bytes
+    real = os.open
 
-    def read(path: Path) -> bytes:
-        if path.name == "b.png":
+    def refusing(path: Any, *arguments: Any, **more: Any) -> int:
+        if str(path).endswith("b.png"):
             raise PermissionError(13, "Permission denied")
-        return real(path)
+        return real(path, *arguments, **more)
 
-    monkeypatch.setattr(Path, "read_bytes", read)
+    monkeypatch.setattr(os, "open", refusing)
     assert skipped(build(source, tmp_path / "set", Grey())) == {"b.png": "cannot be read: Permission denied"}
 
 
@@ -178,6 +182,52 @@ def test_pictures_are_seen_as_trainers_see_them() -> None:
         stream = io.BytesIO()
         image(1).convert(mode).save(stream, "JPEG" if mode == "CMYK" else "PNG")
         assert open_picture(stream.getvalue()).mode == "RGB"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no pipes and devices among files")
+def test_what_is_no_regular_file_or_too_large_is_skipped_and_never_waited_for(tmp_path: Path) -> None:
+    source = write(tmp_path / "in", {"good.png": data(1), "caption.png": data(2), "linked/x.txt": "not a picture"})
+    os.mkfifo(source / "pipe.png")
+    (source / "zeros.png").symlink_to("/dev/zero")
+    (source / "dangling.png").symlink_to("nowhere")
+    (source / "loop.png").symlink_to("loop.png")
+    (source / "link.png").symlink_to("good.png")
+    (source / "folder.png").symlink_to("linked")
+    for name in ("sparse.png", "caption.txt"):
+        with (source / name).open("wb") as file:
+            file.truncate(50 << 30)
+    made = build(source, tmp_path / "set", Grey())
+    assert (made.names, made.duplicates.tolist()) == (("good.png",), [2])
+    not_regular = "cannot be read: it is a folder, a pipe or a device, not a regular file"
+    assert skipped(made) == {
+        "caption.png": "too large: 53,687,091,200 bytes, and at most 1,048,576 are read",
+        "dangling.png": "cannot be read: No such file or directory",
+        "loop.png": "cannot be read: Too many levels of symbolic links",
+        "pipe.png": not_regular,
+        "sparse.png": "too large: 53,687,091,200 bytes, and at most 268,435,456 are read",
+        "zeros.png": not_regular,
+    }
+
+
+def test_a_picture_of_too_many_pixels_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A white PNG of one bit a pixel takes some kB, however large it is."""
+    stream = io.BytesIO()
+    Image.new("1", (9000, 9000), 1).save(stream, "PNG")
+    assert PIXELS < 9000 * 9000 and len(stream.getvalue()) < 30_000
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda self: pytest.fail("was decoded"))
+    with pytest.raises(PictureError, match="too large: 9000 x 9000 pixels, and at most 67,108,864 are read"):
+        open_picture(stream.getvalue())
+
+
+def test_absurd_repeats_are_refused_before_anything_is_made(tmp_path: Path) -> None:
+    for name in ("99999999999999999999_cat", f"{REPEATS + 1}_cat"):
+        source = write(tmp_path / name, {f"{name}/a.png": data(1)})
+        with pytest.raises(ValueError, match=f"folder {name} asks for more than 10,000 repeats an epoch: rename it"):
+            build(source, tmp_path / "set", Grey())
+        ignored = build(source, tmp_path / f"set of {name}", Grey(), BuildSettings(ignore_repeats=True))
+        assert ignored.duplicates.tolist() == [1]
+    most = write(tmp_path / "most", {f"{REPEATS}_cat/a.png": data(1)})
+    assert build(most, tmp_path / "most", Grey()).duplicates.tolist() == [REPEATS]
 
 
 # ------------------------------------------------------------------------------- tar and Parquet
@@ -245,6 +295,71 @@ def test_what_is_before_the_damage_of_a_tar_is_kept(tmp_path: Path, damage: str)
         assert [(r.name, r.fault) for r in source.records(start)] == [(r.name, r.fault) for r in records[start:]]
 
 
+def lying_tar(path: Path, size: int, kind: bytes = tarfile.REGTYPE, name: str = "lies.png") -> Path:
+    """Two good pictures, then a header that says its file is of this size, then another picture."""
+    path = tar(path, {"0.png": data(0), "1.png": data(1)})
+    member = tarfile.TarInfo(name)
+    member.size, member.type = size, kind
+    good = path.read_bytes().rstrip(b"\0")
+    good += b"\0" * (-len(good) % tarfile.BLOCKSIZE)
+    later = tar(path.with_name("later"), {"2.png": data(2)}).read_bytes()
+    path.write_bytes(good + member.tobuf(tarfile.GNU_FORMAT) + later)
+    return path
+
+
+@pytest.mark.parametrize("size", [2**62, 8 << 30, 300 << 20, -512, -(2**40)])
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_SPARSE])
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_a_tar_says_of_its_sizes_is_not_believed(tmp_path: Path, size: int, kind: bytes, packed: bool) -> None:
+    path = lying_tar(tmp_path / "a.tar", size, kind)
+    if packed:
+        path = tmp_path / "a.tar.gz"
+        path.write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
+    source = open_source(path)
+    *whole, last = source.records()
+    assert source.count() == len(whole) + 1
+    assert len(whole) >= 1 and [r.data for r in whole] == [data(n) for n in range(len(whole))]
+    assert "cannot be read from here on" in last.fault and "\n" not in last.fault
+
+
+@pytest.mark.parametrize("ending", ["tar", "tar.gz"])
+def test_a_member_that_is_too_large_is_skipped_and_the_others_are_read(
+    tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "PICTURE_BYTES", 30_000)
+    files: dict[str, bytes | str] = {"0.png": data(0), "1.png": b"\0" * 30_001, "2.png": data(2), "2.txt": " " * 2**21}
+    files.update(
+        {"3.png": data(3), "3.json": json.dumps({"caption": "c" * (CAPTION_CHARACTERS + 1)}), "4.png": data(4)}
+    )
+    made = build(tar(tmp_path / f"a.{ending}", files), tmp_path / "set", Grey())
+    assert made.names == (f"a.{ending}/0.png", f"a.{ending}/4.png")
+    assert skipped(made) == {
+        f"a.{ending}/1.png": "1.png: too large: 30,001 bytes, and at most 30,000 are read",
+        f"a.{ending}/2.png": "2.txt: too large: 2,097,152 bytes, and at most 1,048,576 are read",
+        f"a.{ending}/3.png": "3.json: its caption is too long: 100,001 characters, and at most 100,000 are read",
+    }
+
+
+def test_headers_within_headers_end_the_tar(tmp_path: Path) -> None:
+    """The library reads each within the one before."""
+    path = lying_tar(tmp_path / "a.tar", 0, tarfile.GNUTYPE_LONGNAME)
+    raw = path.read_bytes()
+    start = raw.index(b"lies.png")
+    path.write_bytes(raw[:start] + raw[start : start + tarfile.BLOCKSIZE] * 5000 + raw[start:])
+    good, last = open_source(path).records()
+    assert good.data == data(0) and "cannot be read from here on" in last.fault
+
+
+@pytest.mark.parametrize("raw", [b"", np.random.default_rng(0).bytes(5000), b"\x1f\x8b" + b"x" * 600])
+def test_a_tar_that_is_none_is_told_on_one_line(tmp_path: Path, raw: bytes) -> None:
+    (tmp_path / "a.tar").write_bytes(raw)
+    with pytest.raises(
+        ValueError, match=r"none of the 1 pictures can be used; the first, .*: the tar cannot"
+    ) as caught:
+        build(tmp_path / "a.tar", tmp_path / "set", Grey())
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("form", ["bytes", "struct"])
 def test_parquet(tmp_path: Path, form: str) -> None:
     pictures = [data(n) for n in range(5)]
@@ -286,6 +401,62 @@ def test_a_parquet_file_with_a_damaged_group_gives_the_others(tmp_path: Path) ->
     assert [bool(r.fault) for r in records] == [False, False, True, True, False, False]
 
 
+def test_rows_of_a_parquet_file_that_cannot_be_used_are_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "PICTURE_BYTES", 30_000)
+    captions = [b"good", b"\xff\xfe", b"c" * (CAPTION_CHARACTERS + 1), b"large", b"last"]
+    text = pa.StringArray.from_buffers(
+        len(captions),
+        pa.py_buffer(np.cumsum([0, *map(len, captions)]).astype(np.int32).tobytes()),
+        pa.py_buffer(b"".join(captions)),
+    )
+    pictures = [data(0), data(1), data(2), b"\0" * 30_001, data(4)]
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"image": pictures, "text": text}), tmp_path / "in" / "t.parquet")
+    (tmp_path / "in" / "broken.parquet").write_bytes(b"PAR1" * 10)
+    (tmp_path / "in" / "dangling.parquet").symlink_to("nowhere")
+    made = build(tmp_path / "in", tmp_path / "set", Grey())
+    assert made.captions == ("good", "last")
+    reasons = skipped(made)
+    assert list(reasons) == ["broken.parquet", "dangling.parquet", *(f"t.parquet/row-{n}" for n in (1, 2, 3))]
+    assert reasons["broken.parquet"].startswith("not a sound Parquet file (")
+    assert reasons["dangling.parquet"] == "cannot be read: No such file or directory"
+    assert reasons["t.parquet/row-1"].startswith("the row cannot be read: 'utf-8' codec")
+    assert reasons["t.parquet/row-2"].startswith("its caption is too long: 100,001 characters")
+    assert reasons["t.parquet/row-3"] == "too large: 30,001 bytes, and at most 30,000 are read"
+
+
+def test_a_parquet_file_is_read_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One value of a dictionary can stand in every row: together they would fill the memory."""
+    pq.write_table(pa.table({"image": [b"x" * 1000] * 50}), tmp_path / "t.parquet")
+    sizes: list[int] = []
+    real = sources._values
+    monkeypatch.setattr(sources, "_values", lambda row: (sizes.append(row.num_rows), real(row))[1])
+    assert len(list(open_source(tmp_path / "t.parquet").records())) == 50
+    assert sizes == [1] * 50
+
+
+def test_a_parquet_file_of_too_many_rows_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "ROWS", 4)
+    pq.write_table(pa.table({"image": [data(1)] * 5}), tmp_path / "t.parquet")
+    with pytest.raises(ValueError, match="it says that it holds 5 rows, and at most 4 are read"):
+        open_source(tmp_path / "t.parquet")
+
+
+@pytest.mark.parametrize("place", [4, 200, -200, -40, -9])
+def test_a_parquet_file_with_flipped_bits_is_told_on_one_line(tmp_path: Path, place: int) -> None:
+    pq.write_table(pa.table({"image": [data(n) for n in range(3)]}), tmp_path / "t.parquet", compression="zstd")
+    raw = bytearray((tmp_path / "t.parquet").read_bytes())
+    raw[place] ^= 0xFF
+    (tmp_path / "t.parquet").write_bytes(raw)
+    try:
+        told = list(skipped(build(tmp_path / "t.parquet", tmp_path / "set", Grey())).values())
+    except ValueError as error:
+        told = [str(error)]
+    assert all("\n" not in text for text in told)
+
+
 @pytest.mark.parametrize(
     ("files", "sentence"),
     [
@@ -300,6 +471,14 @@ def test_sources_that_hold_nothing(tmp_path: Path, files: dict[str, bytes | str]
     (tmp_path / "in").mkdir()
     with pytest.raises(ValueError, match=sentence):
         build(write(tmp_path / "in", files), tmp_path / "set", Grey())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no pipes among files")
+def test_a_pipe_is_no_source(tmp_path: Path) -> None:
+    for name in ("a.tar", "a.parquet"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(ValueError, match="is a pipe or a device: name a folder"):
+            open_source(tmp_path / name)
 
 
 def test_sources_that_are_not_there_or_of_another_kind(tmp_path: Path) -> None:
@@ -454,7 +633,7 @@ CHANGES = [
     (Path, "replace"),
     (Path, "rename"),
     (shutil, "rmtree"),
-    (building, "save_file"),
+    (kept, "save_file"),
 ]
 
 
@@ -514,7 +693,7 @@ def test_a_build_stopped_again_and_again_comes_to_an_end(
     """Each time after a few more pieces, never after fewer changes than putting the set together takes."""
     monkeypatch.setattr(building, "PIECE", 1)
     times = 0
-    while stopped_at(16, monkeypatch, source, tmp_path / "out" / "set", Grey()):
+    while stopped_at(20, monkeypatch, source, tmp_path / "out" / "set", Grey()):
         times += 1
         assert times < 20
     build(source, tmp_path / "whole" / "set", Grey())
@@ -603,6 +782,22 @@ def test_an_unfinished_build_is_not_gone_on_with_in_another_way(source: Path, un
     assert "another caption" in build(source, unfinished, Grey(), restart=True).captions
 
 
+@pytest.mark.parametrize("text", ["null", "[]", "[" * 100_000, "{"])
+def test_a_damaged_note_of_an_unfinished_build_is_refused(source: Path, unfinished: Path, text: str) -> None:
+    note = unfinished.with_name("set.refset-unfinished") / "begun.json"
+    note.write_text(text)
+    with pytest.raises(ValueError, match=r"unfinished build .*begun\.json is damaged \(.*\): give --restart"):
+        build(source, unfinished, Grey())
+    assert len(build(source, unfinished, Grey(), restart=True)) == 6
+
+
+def test_a_piece_of_another_shape_is_made_again(source: Path, unfinished: Path, tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, unfinished.with_name("set.refset-unfinished") / "00000000.safetensors")
+    build(source, unfinished, Grey())
+    build(source, tmp_path / "whole" / "set", Grey())
+    assert (tmp_path / "set.json").read_bytes() == (tmp_path / "whole" / "set.json").read_bytes()
+
+
 def test_a_finished_set_is_left_alone(tmp_path: Path, source: Path) -> None:
     first = build(source, tmp_path / "set", Grey())
     before = (tmp_path / "set.json").stat().st_mtime_ns
@@ -652,5 +847,5 @@ def test_a_picture_with_a_huge_size_in_its_header_is_refused() -> None:
     import zlib
 
     raw[29:33] = zlib.crc32(raw[12:29]).to_bytes(4, "big")
-    with pytest.raises(PictureError, match="broken: Image size"):
+    with pytest.raises(PictureError, match="too large: more than 67,108,864 pixels"):
         open_picture(bytes(raw))

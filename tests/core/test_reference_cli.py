@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from test_reference_build import data, write
 
+from sd_dejavu import kept
 from sd_dejavu.cli.main import main
 from sd_dejavu.demo import bundled
+from sd_dejavu.reference.build import only_writer
 from sd_dejavu.reference.reference_set import ReferenceSet
 
 
@@ -137,6 +141,7 @@ def test_a_threshold_of_the_users_own(tmp_path: Path, folder: Path, capsys: pyte
         (["build", "nowhere", "set", "--features", "sscd"], "name them with --weights"),
         (["build", "nowhere", "set", "--side", "1"], "side must be at least 4"),
         (["build", "nowhere", "set", "--device", "abacus"], "the device 'abacus' cannot be used here"),
+        (["build", "nowhere", "set", "--device", "meta"], "the device 'meta' cannot be used here"),
         (["search", "nowhere", "a.png"], "cannot be read: No such file"),
     ],
 )
@@ -153,7 +158,64 @@ def test_a_query_that_is_no_picture(tmp_path: Path, folder: Path, capsys: pytest
     assert main(["refset", "search", out, str(folder / "broken.png")]) == 2
     assert "broken.png cannot be used: not a picture" in capsys.readouterr().err
     assert main(["refset", "search", out, str(folder / "missing.png")]) == 2
-    assert "missing.png cannot be read: No such file" in capsys.readouterr().err
+    assert "missing.png: cannot be read: No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("threshold", ["nan", "inf", "-inf"])
+def test_a_threshold_that_is_no_number_is_refused(tmp_path: Path, folder: Path, threshold: str, capsys: Any) -> None:
+    out = str(tmp_path / "set")
+    main(["refset", "build", str(folder), out, "--features", "grey"])
+    assert main(["refset", "search", out, str(folder / "1.png"), f"--threshold={threshold}"]) == 2
+    assert f"the threshold of a copy must be a finite number, not {threshold}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "made_with", [{"features": ["grey"]}, {"features": "grey", "side": "x"}, {"features": "grey", "hue": 1}]
+)
+def test_a_set_made_with_what_cannot_be_is_refused(
+    tmp_path: Path, folder: Path, made_with: dict[str, Any], capsys: Any
+) -> None:
+    out = str(tmp_path / "set")
+    main(["refset", "build", str(folder), out, "--features", "grey"])
+    document = json.loads((tmp_path / "set.json").read_text())
+    document["details"]["made_with"] = made_with
+    (tmp_path / "set.json").write_text(json.dumps(document))
+    assert main(["refset", "search", out, str(folder / "1.png")]) == 2
+    assert "the reference set is damaged (made with: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), SafetensorError("Os { code: 28 }")])
+def test_a_full_disk_is_told(
+    tmp_path: Path, folder: Path, fault: Exception, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise fault
+
+    monkeypatch.setattr(kept, "save_file", full)
+    out = tmp_path / "set"
+    assert main(["refset", "build", str(folder), str(out), "--features", "grey"]) == 2
+    assert "00000000.safetensors cannot be written: " in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(["refset", "build", str(folder), str(out), "--features", "grey"]) == 0
+
+
+def test_a_second_process_is_told_who_builds_the_set(tmp_path: Path, folder: Path, capsys: Any) -> None:
+    out = tmp_path / "set"
+    for source in (str(folder), "bundled"):
+        with only_writer(out):
+            assert main(["refset", "build", source, str(out), "--features", "grey"]) == 2
+        assert f"{out} is being written to by process {os.getpid()} on " in capsys.readouterr().err
+    assert main(["refset", "build", str(folder), str(out), "--features", "grey"]) == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no pipes and devices among files")
+def test_a_query_that_never_ends(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "set")
+    main(["refset", "build", str(folder), out, "--features", "grey"])
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in ("/dev/zero", str(tmp_path / "pipe.png")):
+        assert main(["refset", "search", out, path]) == 2
+        assert f"{path}: cannot be read: it is a folder, a pipe or a device" in capsys.readouterr().err
 
 
 def test_a_set_that_does_not_say_how_it_was_made(tmp_path: Path, folder: Path, capsys: Any) -> None:

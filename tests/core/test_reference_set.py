@@ -252,6 +252,42 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "an unknown metric": (edited(lambda d: d.update(metric="hamming")), "not 'hamming'"),
     "NaN rows": (retensored(lambda t: t["embeddings"].fill_(torch.nan)), "NaN or infinity"),
     "negative counts": (retensored(lambda t: t["duplicates"].fill_(0)), "not counts"),
+    "rows in float8": (
+        retensored(lambda t: t.update(embeddings=t["embeddings"].to(torch.float8_e4m3fn))),
+        "must be floating-point numbers of 16 to 64 bits, not torch.float8_e4m3fn",
+    ),
+    "rows that are far too long": (retensored(lambda t: t["embeddings"].mul_(1e30)), "are not of unit length"),
+    "rows that are too short": (retensored(lambda t: t["embeddings"].mul_(0.5)), "are not of unit length"),
+    "counts without an end": (retensored(lambda t: t["duplicates"].fill_(2**62)), "not counts"),
+    "a threshold of 400 digits": (
+        edited(lambda d: d.update(near_threshold=10**400)),
+        "must be a finite number, not 1000",
+    ),
+    "a threshold in text": (edited(lambda d: d.update(near_threshold="0.9")), "must be a finite number, not '0.9'"),
+    "a threshold that is none": (edited(lambda d: d.update(near_threshold=float("nan"))), "finite number, not nan"),
+    "details in a list": (edited(lambda d: d.update(details=[])), "no details"),
+    "copies in a dictionary": (edited(lambda d: d["details"].update(copies={})), "copies is no list of entries"),
+    "copies of numbers": (edited(lambda d: d["details"].update(copies=[3])), "copies is no list of entries"),
+    "a copy without a caption": (
+        edited(lambda d: d["details"].update(copies=[{"name": "a.png", "of": "folder/1.png"}])),
+        "no 'caption'",
+    ),
+    "a copy of nothing": (
+        edited(lambda d: d["details"].update(copies=[{"name": "a.png", "caption": "", "of": "b.png"}])),
+        "a copy of 'b.png', which it does not hold",
+    ),
+    "a copy that leads out": (
+        edited(lambda d: d["details"].update(copies=[{"name": "../a", "caption": "", "of": "folder/1.png"}])),
+        "'../a' is not relative",
+    ),
+    "none skipped": (edited(lambda d: d["details"].update(skipped=None)), "skipped is no list of entries"),
+    "skipped without a reason": (edited(lambda d: d["details"].update(skipped=[{"name": "a"}])), "no 'reason'"),
+    "a source of numbers": (edited(lambda d: d["details"].update(source=[1])), "source is [1]"),
+    "made with a list": (edited(lambda d: d["details"].update(made_with=[1])), "made_with is [1]"),
+    "features without a name": (edited(lambda d: d.update(features=" ")), "its features have no name"),
+    "half a character": (edited(lambda d: d["rows"][0].update(caption="\ud800")), "surrogates not allowed"),
+    "a caption of a megabyte": (edited(lambda d: d["rows"][0].update(caption="a" * 2**20)), "caption is too long"),
+    "JSON without a bottom": (lambda f: (f / "set.json").write_text("[" * 100_000), "nested too deep"),
     "broken thumbnails": (retensored(lambda t: t["thumbnail_ends"].fill_(99)), "thumbnails are not whole"),
 }
 
@@ -264,3 +300,26 @@ def test_faults_are_told_in_a_sentence(tmp_path: Path, fault: str) -> None:
     with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
         ReferenceSet.load(tmp_path / "set")
     assert "\n" not in str(caught.value)
+    assert str(tmp_path / "set.json") in str(caught.value) or str(tmp_path / "set.safetensors") in str(caught.value)
+
+
+def test_rows_of_one_grey_and_rows_in_half_precision_are_sound(tmp_path: Path) -> None:
+    saved = made(rows(9, 4))
+    saved.embeddings[3] = 0
+    saved.save(tmp_path / "set")
+    retensored(lambda t: t.update(embeddings=t["embeddings"].half()))(tmp_path)
+    assert ReferenceSet.load(tmp_path / "set").embeddings.dtype == torch.float16
+
+
+def test_distances_that_leave_fp32_are_refused(tmp_path: Path) -> None:
+    """1e20 squared is infinite in fp32, and the similarity would be infinity through infinity."""
+    made(rows(60, 4) * 1e20, "normalised L2", "pixels 32").save(tmp_path / "set")
+    with pytest.raises(ValueError, match=r"set\.json is damaged \(embeddings hold values beyond 1e\+09\)"):
+        ReferenceSet.load(tmp_path / "set")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_rows_that_are_not_finite_are_never_saved(tmp_path: Path, value: float) -> None:
+    with pytest.raises(ValueError, match=r"set\.safetensors is not saved: its embeddings hold NaN or infinity"):
+        replace(made(rows(9, 4)), embeddings=torch.full((9, 4), value)).save(tmp_path / "set")
+    assert list(tmp_path.iterdir()) == []
