@@ -120,7 +120,9 @@ def test_a_calibration_that_holds_more_is_replaced_only_when_asked(fewer: tuple[
     keep(holding(120, 2, 2), path)
     before = path.read_bytes()
     for refused in (lambda: keep(holding(*fewer), path), lambda: check_kept(path, Size(*fewer))):
-        with pytest.raises(HoldsMore, match=f"^the calibration {path.name} is kept: it holds 120 .* ask for 'replace'$"):
+        with pytest.raises(
+            HoldsMore, match=f"^the calibration {path.name} is kept: it holds 120 .* ask for 'replace'$"
+        ):
             refused()
     assert path.read_bytes() == before
     keep(holding(*fewer), path, replace=True)
