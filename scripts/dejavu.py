@@ -18,6 +18,7 @@ from sd_dejavu.hosts.webui import audit, calibration, controls, door, references
 from sd_dejavu.report import panel
 from sd_dejavu.settings import named, of_text, options_of
 
+Asked = TypeVar("Asked")
 Found = TypeVar("Found")
 
 TITLE = "Déjà Vu"
@@ -225,14 +226,19 @@ def _sets() -> list[str]:
 # -------------------------------------------------------------------------------------- calibration
 
 
-def calibrate_here(values: dict[str, Any], turn: door.Turn) -> tuple[Any, Path]:
-    """Measure ordinary prompts for the loaded checkpoint; (profile, where it is kept). Raises ValueError."""
+def read_calibrating(values: dict[str, Any]) -> calibration.Calibrating:
+    """From values by their names; what is missing has its default. Raises ValueError naming what is wrong."""
     from modules import sd_samplers, sd_schedulers
 
     asked = calibration.Calibrating(**named(values, CALIBRATING.values(), "calibrating"))
     for name, known in (("sampler_name", sd_samplers.all_samplers_map), ("scheduler", sd_schedulers.schedulers_map)):
         if getattr(asked, name) not in known:
             raise ValueError(f"this host has no {name.replace('_', ' ')} {getattr(asked, name)!r}")
+    return asked
+
+
+def calibrate_here(asked: calibration.Calibrating, turn: door.Turn) -> tuple[Any, Path]:
+    """Measure ordinary prompts for the loaded checkpoint; (profile, where it is kept). Raises ValueError."""
     p = processing.StableDiffusionProcessingTxt2Img(
         prompt="",
         negative_prompt=asked.negative_prompt,
@@ -291,20 +297,19 @@ def _told(profile: Any, path: Path) -> str:
 
 
 def _calibrate_from_page(*values: Any) -> str:
-    given = dict(zip(ON_PAGE, values, strict=True))
     try:
-        text = _told(*_in_turn(lambda: calibrate_here(given, door.Turn(shared.state))))
+        asked = read_calibrating(dict(zip(ON_PAGE, values, strict=True)))
+        text = _told(*_in_turn(lambda: calibrate_here(asked, door.Turn(shared.state))))
     except ValueError as error:
-        text = f"No calibration: {error}"
+        text = f"No calibration: {door.sentence(error, FOLDERS)}"
     return str(panel.paragraph(text))
 
 
 # -------------------------------------------------------------------------------------------- audit
 
 
-def audit_here(values: dict[str, Any], turn: door.Turn) -> audit.Finding:
-    """Audit the training set that these values name. Raises ValueError."""
-    asked = audit.read(values)
+def audit_here(asked: audit.Asked, turn: door.Turn) -> audit.Finding:
+    """Audit a training set. Raises ValueError."""
 
     def tell(stage: str, done: int, total: int) -> None:
         shared.state.textinfo = f"{TITLE}: {stage}, {done} of {total} prompts"
@@ -315,12 +320,12 @@ def audit_here(values: dict[str, Any], turn: door.Turn) -> audit.Finding:
 
 def _audit_from_page(*values: Any) -> str:
     shown = zip((known.name for known in audit.OPTIONS), values, strict=True)
-    given = {name: value for name, value in shown if value is not None}  # of a list nothing may be chosen
     try:
-        found = _in_turn(lambda: audit_here(given, door.Turn(shared.state)))
+        asked = audit.read({name: value for name, value in shown if value is not None})  # of a list nothing is chosen
+        found = _in_turn(lambda: audit_here(asked, door.Turn(shared.state)))
         return str(panel.framed(found.page(), "What the audit found"))
     except ValueError as error:
-        return str(panel.paragraph(f"No audit: {error}"))
+        return str(panel.paragraph(f"No audit: {door.sentence(error, FOLDERS)}"))
 
 
 def audit_tab() -> list[tuple[Any, str, str]]:
@@ -381,24 +386,26 @@ def add_routes(demo: Any, app: Any) -> None:
     @app.post("/dejavu/calibrate")
     async def calibrate(request: Request) -> dict[str, Any]:
         """Calibrate for the loaded checkpoint; a JSON object of count, width, height, steps, and more by their names."""
-        profile, path = await _let_in(request, app, calibrate_here)
+        profile, path = await _let_in(request, app, read_calibrating, calibrate_here)
         return {"file": path.name, "prompts": len(profile.nulls), "text": _told(profile, path)}
 
     @app.post("/dejavu/audit")
     async def audit_named(request: Request) -> dict[str, Any]:
         """Audit a training set; a JSON object of the tab's arguments by their names."""
-        found = await _let_in(request, app, audit_here)
+        found = await _let_in(request, app, audit.read, audit_here)
         return found.as_json()
 
 
-async def _let_in(request: Request, app: Any, work: Callable[[dict[str, Any], door.Turn], Found]) -> Found:
-    """What ``work`` gives for the values in a request's body, in the host's queue and while its client is there."""
+async def _let_in(
+    request: Request, app: Any, read: Callable[[dict[str, Any]], Asked], work: Callable[[Asked, door.Turn], Found]
+) -> Found:
+    """What ``work`` gives for what is ``read`` from the body, in the host's queue and while the client is there."""
     with _at_the_door():
         options = shared.cmd_opts
         door.check_user(request, app, options.api_auth)
         door.check_site(request, options.cors_allow_origins, options.cors_allow_origins_regex)
-        values, turn = await door.body_of(request), door.Turn(shared.state)
-        return await door.while_there(request, turn, lambda: _in_turn(lambda: work(values, turn)))
+        asked, turn = read(await door.body_of(request)), door.Turn(shared.state)
+        return await door.while_there(request, turn, lambda: _in_turn(lambda: work(asked, turn)))
 
 
 @contextmanager

@@ -53,7 +53,7 @@ class Session:
     def panel_of(self, info: str) -> str:
         """The panel of the run that the host's own account of it, as JSON, is about; empty where none is known.
 
-        A plot of several runs bears the seed of one that may not be the last: then the last run of its job counts.
+        Where no run of its job has that first seed, as that of a plot need not, the last one of the job counts.
         """
         try:
             account = json.loads(info)
