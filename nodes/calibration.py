@@ -46,6 +46,12 @@ class Calibrate(io.ComfyNode):
                 io.Float.Input(
                     "cfg", default=7.0, min=0.0, max=100.0, step=0.1, tooltip="The sampler's cfg, for whole runs."
                 ),
+                io.Boolean.Input(
+                    "replace",
+                    default=False,
+                    optional=True,
+                    tooltip="Also replace a calibration for the same setting that holds more than this one.",
+                ),
             ],
             outputs=[
                 sockets.Calibration.Output(display_name="calibration", tooltip="For the Monitor node."),
@@ -67,6 +73,7 @@ class Calibrate(io.ComfyNode):
         count: int,
         whole_runs: int,
         cfg: float,
+        replace: bool = False,
     ) -> io.NodeOutput:
         latent, noise, sigmas = sockets.start_of(model, latent_image, 0, steps, sampler_name, scheduler, denoise)
         bar = comfy.utils.ProgressBar(count + whole_runs)
@@ -84,9 +91,12 @@ class Calibrate(io.ComfyNode):
             cfg,
         )
         path = store.path_for(profile.setting, sockets.user_folder())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        profile.save(path)
-        text = f"{calibrated(profile)} Kept as {path.name}."
+        try:
+            store.keep(profile, path, replace)
+            kept = f"Kept as {path.name}."
+        except store.HoldsMore as error:  # this run's monitor may have it all the same
+            kept = f"Not kept: {error}."
+        text = f"{calibrated(profile)} {kept}"
         return io.NodeOutput(profile, text, ui={"text": [text]})
 
 

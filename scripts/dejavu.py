@@ -10,59 +10,36 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import gradio as gr
-from fastapi import Body, HTTPException
+from fastapi import HTTPException, Request
 from modules import call_queue, paths, processing, script_callbacks, scripts, shared, ui_common, ui_components
 
 from sd_dejavu.calibration import store
-from sd_dejavu.hosts.webui import audit, controls, references, run
+from sd_dejavu.hosts.webui import audit, calibration, controls, door, references, run, session
 from sd_dejavu.report import panel, wording
+from sd_dejavu.settings import named, of_text, options_of
 
+Asked = TypeVar("Asked")
 Found = TypeVar("Found")
 
 TITLE = "Déjà Vu"
-SLIDER_LIMIT = 5000  # of wider ranges a slider picks nothing
 HOST = run.this_host()
 log = logging.getLogger("dejavu")
 FOLDER = Path(paths.data_path) / "dejavu" / "calibration"
 REFERENCES = Path(paths.data_path) / "dejavu" / "references"
 AUDITS = Path(paths.data_path) / "dejavu" / "audits"
-
-
-class Session:
-    """The run that is being sampled, and what is shown of the last one. The host samples one at a time."""
-
-    def __init__(self) -> None:
-        self.watching: run.Run | run.Calibration | audit.Piece | None = None
-        self.wanted: controls.Wanted | None = None
-        self.panel = ""
-        self.documents: list[dict[str, Any]] = []
-        self._p: Any = None  # the host's processing object of that run
-        self._job: float | None = None  # when the host's job began that the run is part of
-
-    def begin(self, p: Any) -> None:
-        """A run of its own begins; what was known of the last one goes."""
-        if isinstance(self.watching, run.Run):
-            self.watching.end()  # a fault of the host's has cut it short
-        self.watching = self.wanted = None
-        self.panel, self.documents = "", []
-        self._p, self._job = p, _job()
-
-    def is_within(self, p: Any) -> bool:
-        """Whether ``p`` is drawn in the midst of the run that is watched: another extension repaints a face, say."""
-        return isinstance(self.watching, run.Run) and p is not self._p and _job() is not None and _job() == self._job
-
-    def run_of(self, p: Any) -> run.Run | None:
-        """The watched run, where ``p`` is what it draws."""
-        return self.watching if isinstance(self.watching, run.Run) and p is self._p else None
-
-
-def _job() -> float | None:
-    """When the host's job began; a fault ends all of a job."""
-    began: float | None = getattr(shared.state, "time_start", None)
-    return began
-
-
-SESSION = Session()
+FOLDERS = (paths.data_path, paths.script_path, paths.models_path, Path.home())  # not to be named to clients
+CALIBRATING = {known.name: known for known in options_of(calibration.Calibrating)}
+ON_PAGE = {  # of them, where the page has a component of the host's or of ours
+    "count": "count",
+    "width": "width",
+    "height": "height",
+    "steps": "steps",
+    "sampler_name": "sampling",
+    "scheduler": "scheduler",
+    "negative_prompt": "neg_prompt",
+    "replace": "replace",
+}
+SESSION = session.Session(shared.state)
 
 
 def _lacking() -> list[str]:
@@ -79,11 +56,10 @@ def _guarded(p: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        text = (
-            f"No verdict: {error}" if isinstance(error, ValueError) else f"No verdict: {type(error).__name__}: {error}"
-        )
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        text = f"No verdict: {kind}{door.sentence(error, FOLDERS)}"
         log.warning("[Déjà Vu] %s", text, exc_info=not isinstance(error, ValueError))
-        SESSION.panel += str(panel.paragraph(text))
+        SESSION.shown.panel += str(panel.paragraph(text))
         p.comment(f"{TITLE}: {text}")
 
 
@@ -107,9 +83,8 @@ class DejaVuScript(scripts.Script):
             gr.HTML("<p>Is this picture mine, or is the model replaying its training data?</p>")
             components = [_component(known, tab, _choices(known)) for known in controls.OPTIONS]
             with gr.Row():
-                self.parts["count"] = gr.Number(
-                    1000, label="ordinary prompts", precision=0, elem_id=f"dejavu_count_{tab}"
-                )
+                for name in ("count", "replace"):
+                    self.parts[name] = _component(CALIBRATING[name], tab, [])
                 self.parts["calibrate"] = gr.Button("Calibrate", elem_id=f"dejavu_calibrate_{tab}")
                 stop = gr.Button("Stop", elem_id=f"dejavu_stop_{tab}")
             self.parts["told"] = gr.HTML(
@@ -130,7 +105,7 @@ class DejaVuScript(scripts.Script):
     def after_component(self, component: Any, **kwargs: Any) -> None:
         tab = "img2img" if self.is_img2img else "txt2img"
         elem_id = kwargs.get("elem_id") or ""
-        for name in ("width", "height", "steps", "sampling", "scheduler", "neg_prompt"):
+        for name in ON_PAGE.values():
             if elem_id == f"{tab}_{name}":
                 self.parts[name] = component
         if elem_id == f"html_log_{tab}":
@@ -138,11 +113,11 @@ class DejaVuScript(scripts.Script):
         if elem_id == f"generation_info_{tab}":
             self.parts["info"] = component
         if self.shown is not None and "info" in self.parts:
-            self.parts.pop("info").change(lambda: SESSION.panel, inputs=[], outputs=[self.shown])
-        needed = ["count", "told", "width", "height", "steps", "sampling", "scheduler", "neg_prompt"]
-        if not self.bound and "calibrate" in self.parts and all(name in self.parts for name in needed):
+            info = self.parts.pop("info")
+            info.change(SESSION.panel_of, inputs=[info], outputs=[self.shown])
+        if not self.bound and {"calibrate", *ON_PAGE.values()} <= self.parts.keys():
             self.bound = True
-            inputs = [self.parts[name] for name in needed if name != "told"]
+            inputs = [self.parts[name] for name in ON_PAGE.values()]
             self.parts["calibrate"].click(_calibrate_from_page, inputs=inputs, outputs=[self.parts["told"]])
 
     # ------------------------------------------------------------------------------------ runs
@@ -201,8 +176,8 @@ class DejaVuScript(scripts.Script):
         for title, image, report in reports:
             name = f"Picture {before + image + 1}" + (f", {title}" if len(passes) > 1 else "")
             named.append((name, report))
-            SESSION.documents.append({"picture": before + image, "pass": title, **report.as_json()})
-        SESSION.panel += str(panel.panel(named))
+            SESSION.shown.documents.append({"picture": before + image, "pass": title, **report.as_json()})
+        SESSION.shown.panel += str(panel.panel(named))
         for line in panel.plain_text(named).splitlines():
             p.comment(f"{TITLE}: {line}")
         if shared.opts.data.get("dejavu_infotext", True):
@@ -229,9 +204,12 @@ def _component(known: Any, tab: str, choices: list[str]) -> Any:
     """A component for one option of the core."""
     default = shared.opts.data.get(f"dejavu_{known.name}", known.default)
     shown = {"label": known.name.replace("_", " "), "info": known.help, "elem_id": f"dejavu_{known.name}_{tab}"}
-    if choices or known.kind is str:
+    kind = controls.shown_as(known, choices)
+    if kind == "dropdown":
         return gr.Dropdown(choices, value=default if default in choices else None, **shown)
-    if known.maximum is None or known.maximum > SLIDER_LIMIT:
+    if kind == "checkbox":
+        return gr.Checkbox(default, **shown)
+    if kind == "number":
         return gr.Number(default, precision=0 if known.kind is int else None, **shown)
     step = 0.001 if known.kind is float else 1
     return gr.Slider(known.minimum or 0, known.maximum, value=default, step=step, **shown)
@@ -248,42 +226,44 @@ def _sets() -> list[str]:
 # -------------------------------------------------------------------------------------- calibration
 
 
-def calibrate(
-    count: int, width: int, height: int, steps: int, sampler: str, scheduler: str, negative: str
-) -> tuple[Any, Path]:
+def read_calibrating(values: dict[str, Any]) -> calibration.Calibrating:
+    """From values by their names; what is missing has its default. Raises ValueError naming what is wrong."""
+    from modules import sd_samplers, sd_schedulers
+
+    asked = calibration.Calibrating(**named(values, CALIBRATING.values(), "calibrating"))
+    for name, known in (("sampler_name", sd_samplers.all_samplers_map), ("scheduler", sd_schedulers.schedulers_map)):
+        if getattr(asked, name) not in known:
+            raise ValueError(f"this host has no {name.replace('_', ' ')} {getattr(asked, name)!r}")
+    return asked
+
+
+def calibrate_here(asked: calibration.Calibrating, turn: door.Turn) -> tuple[Any, Path]:
     """Measure ordinary prompts for the loaded checkpoint; (profile, where it is kept). Raises ValueError."""
-    if not 20 <= count <= 100_000:
-        raise ValueError(f"ordinary prompts must be from 20 to 100,000, not {count}")
     p = processing.StableDiffusionProcessingTxt2Img(
         prompt="",
-        negative_prompt=negative,
+        negative_prompt=asked.negative_prompt,
         seed=1,
-        steps=steps,
-        width=width,
-        height=height,
-        sampler_name=sampler,
-        scheduler=scheduler,
+        steps=asked.steps,
+        width=asked.width,
+        height=asked.height,
+        sampler_name=asked.sampler_name,
+        scheduler=asked.scheduler,
         do_not_save_samples=True,
         do_not_save_grid=True,
     )
     p.sd_model = shared.sd_model
 
     def tell(done: int) -> None:
-        shared.state.textinfo = f"{TITLE}: {done} of {count} ordinary prompts"
+        shared.state.textinfo = f"{TITLE}: {done} of {asked.count} ordinary prompts"
 
-    measuring = SESSION.watching = run.Calibration(HOST, count, steps, negative, tell)
-    shared.state.begin(job="dejavu-calibrate")
-    try:
-        processing.process_images(p)
-    finally:
-        SESSION.watching = None
-        shared.state.end()
-    if measuring.profile is None:
-        raise ValueError(f"nothing was measured: {measuring.fault or 'it was stopped'}")
-    path = store.path_for(measuring.profile.setting, FOLDER)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    measuring.profile.save(path)
-    return measuring.profile, path
+    measuring = calibration.Calibration(HOST, asked, FOLDER, tell)
+    with turn.job("dejavu-calibrate"):
+        SESSION.watching = measuring
+        try:
+            run.drawn(p)
+        finally:
+            SESSION.watching = None
+    return measuring.kept()
 
 
 def _in_turn(work: Callable[[], Found]) -> Found:
@@ -308,46 +288,40 @@ def _in_turn(work: Callable[[], Found]) -> Found:
     return found
 
 
-def _calibrate(*arguments: Any) -> tuple[Any, Path]:
-    return _in_turn(lambda: calibrate(*arguments))
-
-
 def _told(profile: Any, path: Path) -> str:
     return f"{wording.calibrated(profile)} Kept as {path.name}."
 
 
-def _calibrate_from_page(*arguments: Any) -> str:
-    count, width, height, steps, sampler, scheduler, negative = arguments
+def _calibrate_from_page(*values: Any) -> str:
     try:
-        text = _told(*_calibrate(int(count), int(width), int(height), int(steps), sampler, scheduler, negative))
+        asked = read_calibrating(dict(zip(ON_PAGE, values, strict=True)))
+        text = _told(*_in_turn(lambda: calibrate_here(asked, door.Turn(shared.state))))
     except ValueError as error:
-        text = f"No calibration: {error}"
+        text = f"No calibration: {door.sentence(error, FOLDERS)}"
     return str(panel.paragraph(text))
 
 
 # -------------------------------------------------------------------------------------------- audit
 
 
-def audit_here(values: dict[str, Any]) -> audit.Finding:
-    """Audit the training set that these values name. Raises ValueError."""
-    asked = audit.read(values)
+def audit_here(asked: audit.Asked, turn: door.Turn) -> audit.Finding:
+    """Audit a training set. Raises ValueError."""
 
     def tell(stage: str, done: int, total: int) -> None:
         shared.state.textinfo = f"{TITLE}: {stage}, {done} of {total} prompts"
 
-    shared.state.begin(job="dejavu-audit")
-    try:
+    with turn.job("dejavu-audit"):
         return audit.run_audit(HOST, asked, REFERENCES, AUDITS, partial(setattr, SESSION, "watching"), tell)
-    finally:
-        shared.state.end()
 
 
 def _audit_from_page(*values: Any) -> str:
-    named = dict(zip((known.name for known in audit.OPTIONS), values, strict=True))
+    shown = zip((known.name for known in audit.OPTIONS), values, strict=True)
     try:
-        return str(panel.framed(_in_turn(lambda: audit_here(named)).page(), "What the audit found"))
+        asked = audit.read({name: value for name, value in shown if value is not None})  # of a list nothing is chosen
+        found = _in_turn(lambda: audit_here(asked, door.Turn(shared.state)))
+        return str(panel.framed(found.page(), "What the audit found"))
     except ValueError as error:
-        return str(panel.paragraph(f"No audit: {error}"))
+        return str(panel.paragraph(f"No audit: {door.sentence(error, FOLDERS)}"))
 
 
 def audit_tab() -> list[tuple[Any, str, str]]:
@@ -396,36 +370,53 @@ def after_evaluation(params: Any) -> None:
 
 
 def add_routes(demo: Any, app: Any) -> None:
+    """As the host's own routes ours want its password where it has one, and their page no other site's."""
+
     @app.get("/dejavu/reports")
-    def reports() -> list[dict[str, Any]]:
+    def reports(request: Request) -> list[dict[str, Any]]:
         """The reports on the last run that was watched: one for each picture and pass."""
-        return SESSION.documents
+        with _at_the_door():
+            door.check_user(request, app, shared.cmd_opts.api_auth)
+            return SESSION.shown.documents
 
     @app.post("/dejavu/calibrate")
-    def calibrate_here(
-        count: int = Body(1000),
-        width: int = Body(512),
-        height: int = Body(512),
-        steps: int = Body(20),
-        sampler_name: str = Body("Euler"),
-        scheduler: str = Body("Automatic"),
-        negative_prompt: str = Body(""),
-    ) -> dict[str, Any]:
-        """Calibrate for the loaded checkpoint."""
-        try:
-            profile, path = _calibrate(count, width, height, steps, sampler_name, scheduler, negative_prompt)
-        except ValueError as error:
-            raise HTTPException(400, str(error)) from error
+    async def calibrate(request: Request) -> dict[str, Any]:
+        """Calibrate for the loaded checkpoint; a JSON object of count, width, height, steps, and more by their names."""
+        profile, path = await _let_in(request, app, read_calibrating, calibrate_here)
         return {"file": path.name, "prompts": len(profile.nulls), "text": _told(profile, path)}
 
     @app.post("/dejavu/audit")
-    def audit_named(values: dict[str, Any] = Body(...)) -> dict[str, Any]:
-        """Audit a training set; the arguments are those of the tab, by their names."""
-        try:
-            document: dict[str, Any] = _in_turn(lambda: audit_here(values)).as_json()
-        except ValueError as error:
-            raise HTTPException(400, str(error)) from error
-        return document
+    async def audit_named(request: Request) -> dict[str, Any]:
+        """Audit a training set; a JSON object of the tab's arguments by their names."""
+        found = await _let_in(request, app, audit.read, audit_here)
+        return found.as_json()
+
+
+async def _let_in(
+    request: Request, app: Any, read: Callable[[dict[str, Any]], Asked], work: Callable[[Asked, door.Turn], Found]
+) -> Found:
+    """What ``work`` gives for what is ``read`` from the body, in the host's queue and while the client is there."""
+    with _at_the_door():
+        options = shared.cmd_opts
+        door.check_user(request, app, options.api_auth)
+        door.check_site(request, options.cors_allow_origins, options.cors_allow_origins_regex)
+        asked, turn = read(await door.body_of(request)), door.Turn(shared.state)
+        return await door.while_there(request, turn, lambda: _in_turn(lambda: work(asked, turn)))
+
+
+@contextmanager
+def _at_the_door() -> Iterator[None]:
+    """Our refusals and errors as HTTP answers of one sentence; what else goes wrong is told in the host's log only."""
+    try:
+        yield
+    except door.Refused as refused:
+        raise HTTPException(refused.status, str(refused), refused.headers) from None
+    except ValueError as error:
+        status = 409 if isinstance(error, store.HoldsMore) else 400
+        raise HTTPException(status, door.sentence(error, FOLDERS)) from error
+    except Exception as error:
+        log.exception("[Déjà Vu] a request failed")
+        raise HTTPException(500, f"this failed ({type(error).__name__}); the host's log says why") from error
 
 
 def add_settings() -> None:
@@ -461,7 +452,8 @@ def add_axes() -> None:
             choices = partial(list, option.choices) if option.choices else None
             choices = _sets if option.name == "references" else choices
             if label not in known:
-                axis = grid.AxisOption(label, option.kind, partial(change, name=option.name), choices=choices)
+                kind = partial(of_text, option) if option.kind is bool else option.kind  # numbers by ranges too
+                axis = grid.AxisOption(label, kind, partial(change, name=option.name), choices=choices)
                 grid.axis_options.append(axis)
 
 

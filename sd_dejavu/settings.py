@@ -7,7 +7,7 @@ saved parameters are all derived from :func:`options_of`; :func:`validate` speak
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
@@ -60,26 +60,54 @@ def options_of(settings: type) -> list[Option]:
 def validate(settings: Any) -> None:
     """Raises ValueError naming the setting, the value seen and what is allowed."""
     for known in options_of(type(settings)):
-        value = getattr(settings, known.name)
-        label = known.name.replace("_", " ")
-        if value is None and known.default is None:
-            continue
-        if known.choices and value not in known.choices:
-            raise ValueError(f"{label} must be one of {', '.join(known.choices)}, not {value!r}")
-        low, high = known.minimum, known.maximum
-        if known.kind in (int, float):
-            whole = known.kind is int
-            is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
-            if not is_number or not _finite(value):
-                raise ValueError(f"{label} must be a {'whole ' if whole else ''}number, not {value!r}")
-            if known.exclusive and low is not None and low < value < low + LEAST_ABOVE:
-                raise ValueError(f"{label} must be at least {low + LEAST_ABOVE:g}, not {value}")
-            below = low is not None and (value < low or (known.exclusive and value == low))
-            above = high is not None and (value > high or (known.exclusive and value == high))
-            if below or above:
-                least, most = ("above", "below") if known.exclusive else ("at least", "at most")
-                bounds = [f"{word} {bound:g}" for word, bound in ((least, low), (most, high)) if bound is not None]
-                raise ValueError(f"{label} must be {' and '.join(bounds)}, not {value}")
+        check(known, getattr(settings, known.name))
+
+
+def check(known: Option, value: Any) -> None:
+    """The same for the value of one setting."""
+    label = known.name.replace("_", " ")
+    if value is None and known.default is None:
+        return
+    if known.choices and value not in known.choices:
+        raise ValueError(f"{label} must be one of {', '.join(known.choices)}, not {value!r}")
+    if known.kind is str and not isinstance(value, str):
+        raise ValueError(f"{label} must be text, not {value!r}")
+    if known.kind is bool and not isinstance(value, bool):
+        raise ValueError(f"{label} must be true or false, not {value!r}")
+    low, high = known.minimum, known.maximum
+    if known.kind in (int, float):
+        whole = known.kind is int
+        is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+        if not is_number or not _finite(value):
+            raise ValueError(f"{label} must be a {'whole ' if whole else ''}number, not {value!r}")
+        if known.exclusive and low is not None and low < value < low + LEAST_ABOVE:
+            raise ValueError(f"{label} must be at least {low + LEAST_ABOVE:g}, not {value}")
+        below = low is not None and (value < low or (known.exclusive and value == low))
+        above = high is not None and (value > high or (known.exclusive and value == high))
+        if below or above:
+            least, most = ("above", "below") if known.exclusive else ("at least", "at most")
+            bounds = [f"{word} {bound:g}" for word, bound in ((least, low), (most, high)) if bound is not None]
+            raise ValueError(f"{label} must be {' and '.join(bounds)}, not {value}")
+
+
+def named(values: Mapping[str, Any], options: Iterable[Option], title: str) -> dict[str, Any]:
+    """Values of some settings by their names, as :func:`of_page` gives them. Raises ValueError for names of none."""
+    known = {o.name: o for o in options}
+    if unknown := sorted(values.keys() - known.keys()):
+        raise ValueError(f"{title} has no argument {', '.join(unknown)}; it has {', '.join(known)}")
+    return {name: of_page(known[name], value) for name, value in values.items()}
+
+
+def of_page(known: Option, value: Any) -> Any:
+    """A value as the pages of hosts and JSON give it: they know whole numbers only as floats that happen to be whole."""
+    return int(value) if known.kind is int and isinstance(value, float) and value.is_integer() else value
+
+
+def of_text(known: Option, text: str) -> Any:
+    """The value that ``str`` has written. Raises ValueError where the setting cannot have it."""
+    value = {"True": True, "False": False}.get(text, text) if known.kind is bool else known.kind(text)
+    check(known, value)
+    return value
 
 
 def _finite(value: Any) -> bool:

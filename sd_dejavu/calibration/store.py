@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -65,6 +66,54 @@ def _sound(path: Path) -> Profile | None:
 def _warn(text: str) -> None:
     """Once, though a host asks at every run."""
     log.warning("[Déjà Vu] passed over: %s", " ".join(text.split()))
+
+
+class HoldsMore(ValueError):
+    """A calibration that is kept holds more than the new one would, and was not asked to be replaced."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much a calibration holds: ordinary prompts, how many of them as whole runs, and images of each."""
+
+    prompts: int
+    whole_runs: int = 0
+    images: int = 1
+
+    @classmethod
+    def of(cls, profile: Profile) -> Size:
+        images = min((len(null.scores.get("first step", ())) for null in profile.nulls), default=0)
+        return cls(len(profile.nulls), sum("all steps" in null.scores for null in profile.nulls), images)
+
+    def __str__(self) -> str:
+        whole = f", {self.whole_runs:,} of them as whole runs" if self.whole_runs else ""
+        return f"{self.prompts:,} ordinary prompts{whole} (images a prompt: {self.images})"
+
+
+def check_kept(path: Path, new: Size) -> None:
+    """Raises HoldsMore where the calibration in this file holds more of anything than ``new``.
+
+    To be asked before the measuring too, which takes long. A file that is no readable calibration has nothing to lose.
+    """
+    if not path.is_file():
+        return
+    try:
+        kept = Size.of(_current(path))
+    except ValueError:
+        return
+    if kept.prompts > new.prompts or kept.whole_runs > new.whole_runs or kept.images > new.images:
+        raise HoldsMore(
+            f"the calibration {path.name} is kept: it holds {kept}, the new one {new}; measure at least as many, or ask "
+            "for 'replace'"
+        )
+
+
+def keep(profile: Profile, path: Path, replace: bool = False) -> None:
+    """Save a calibration. Raises HoldsMore where more would be lost, unless it is asked to ``replace``."""
+    if not replace:
+        check_kept(path, Size.of(profile))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profile.save(path)
 
 
 def _current(path: Path) -> Profile:

@@ -34,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--column", help="column or key that holds the prompts")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to save (default: the user's data folder)")
+    parser.add_argument(
+        "--replace", action="store_true", help="also replace a calibration that holds more than the new one"
+    )
     parser.add_argument("--json", action="store_true", help="print what was made as one JSON object")
 
 
@@ -47,6 +50,9 @@ def run(arguments: argparse.Namespace) -> int:
     if len(unread) == len(prompts):
         raise PromptTooLong(unread[0])
     prompts = [prompt for index, prompt in enumerate(prompts) if index not in unread]
+    path = arguments.out or store.path_for(setting_of(model, wanted))
+    if not arguments.replace:
+        store.check_kept(path, store.Size(len(prompts), min(arguments.full_runs, len(prompts)), wanted.images))
     with common.progress_bar(Console(stderr=True)) as bar:
         tasks = {"first step": bar.add_task("first step", total=len(prompts))}
         if arguments.full_runs:
@@ -63,9 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     for why in (*unread.values(), *(f"{prompt}: {why}" for prompt, why in left_out.items())):
         common.warn(f"not measured: {why}")
-    path = arguments.out or store.path_for(setting_of(model, wanted))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    profile.save(path)
+    store.keep(profile, path, arguments.replace)
     summary = {
         "profile": str(path),
         "prompts": len(profile.nulls),

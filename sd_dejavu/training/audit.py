@@ -62,7 +62,7 @@ class AuditSettings:
     nulls: int = option(
         1000, "ordinary prompts measured on the same weights, to compare with", minimum=20, maximum=1_000_000
     )
-    sample: int = option(0, "audit so many captions, drawn at random; 0: all of them", minimum=0)
+    sample: int = option(0, "audit so many captions, drawn at random; 0: all of them", minimum=0, maximum=1_000_000_000)
     worst: int = option(12, "captions whose pictures are drawn and compared, the worst ones", minimum=0, maximum=1000)
     sweep: int = option(
         200, "captions measured at each strength and saved epoch of a LoRA, at even distances; 0: none", minimum=0

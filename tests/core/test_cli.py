@@ -155,6 +155,21 @@ def test_calibrate_is_found_again_by_check(tmp_path, capsys):
     assert row["flagged"] is True
 
 
+def test_calibrate_keeps_the_one_that_holds_more(tmp_path, capsys):
+    kept = tmp_path / "kept.json"
+    few = ["calibrate", "--json", "--out", str(kept), "--images", "1", "--steps", "3", "--count", "20"]
+    many = [*few[:-1], "30"]
+    assert main(many) == 0 == main(many)  # as many replace it
+    before = kept.read_bytes()
+    capsys.readouterr()
+    assert main(few) == 2
+    told = capsys.readouterr().err
+    assert "it holds 30 ordinary prompts" in told and "the new one 20" in told and told.count("\n") == 1
+    assert kept.read_bytes() == before
+    assert main([*few, "--replace"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompts"] == 20 and kept.read_bytes() != before
+
+
 def test_bench_writes_its_rows(tmp_path, capsys):
     positives, negatives = tmp_path / "p.txt", tmp_path / "n.csv"
     positives.write_text("\n".join(p.caption for p in held_out_pairs("hard")[:4]))
@@ -287,7 +302,7 @@ def test_ordinary_prompts_that_do_not_fit_are_left_out_of_a_calibration(tmp_path
     assert json.loads(captured.out)["prompts"] == 31
     assert captured.err.startswith("sd-dejavu: not measured: a red boat") and captured.err.count("\n") == 1
     file.write_text(LONG)
-    assert main(given) == 2
+    assert main([*given, "--replace"]) == 2
     assert "not enough memory" in capsys.readouterr().err
 
 

@@ -13,6 +13,7 @@ from sd_dejavu.hosts.webui import controls
 from sd_dejavu.mitigations import Outcome
 from sd_dejavu.monitor import Monitoring, Report, Watch
 from sd_dejavu.report.panel import panel, paragraph, plain_text
+from sd_dejavu.settings import Option
 from sd_dejavu.verdict import Explanation, WordSignificance
 
 
@@ -44,11 +45,72 @@ def test_arguments_come_as_a_list_or_as_a_dictionary() -> None:
         ({"when_flagged": "explode"}, "when flagged must be one of"),
         ({"perturb": "everything"}, "perturb must be one of"),
         ({"insertions": 99}, "insertions must be"),
+        ({"insertions": None}, "insertions must be a whole number, not None"),
+        ({"insertions": "4"}, "insertions must be a whole number, not '4'"),
+        ({"insertions": 2.5}, "insertions must be a whole number, not 2.5"),
+        ({"insertions": [4]}, "insertions must be a whole number"),
+        ({"references": None}, "references must be text, not None"),
+        ({"references": {}}, "references must be text"),
+        ({"perturb": None}, "perturb must be one of"),
+        ({"remedy": []}, "remedy must be one of"),
+        ({"alpha": None}, "alpha must be a number, not None"),
+        ({"alpha": "0.01"}, "alpha must be a number"),
+        ({"enabled": "no"}, "enabled must be true or false, not 'no'"),
+        ({"enabled": None}, "enabled must be true or false, not None"),
     ],
 )
 def test_arguments_that_make_no_sense_are_named(arguments: dict, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         controls.read([arguments])
+
+
+def test_pages_give_whole_numbers_as_floats_and_the_api_no_switch() -> None:
+    assert controls.read([{"insertions": 4.0}]).insertions == 4
+    assert controls.read([None, "empty prompt"]).enabled is False
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cats; 2024",
+        "cats; alpha=0.5",
+        "50%",
+        "%3B",
+        "a=b",
+        " both ends ",
+        "\u3000",
+        "two\nlines",
+        "猫、犬",
+        'say "so"',
+        "a,b: c",
+    ],
+)
+def test_a_reference_set_of_any_name_is_written_and_comes_back(name: str) -> None:
+    wanted = controls.read([{"references": name, "alpha": 0.05}])
+    written = controls.as_infotext(wanted)
+    assert written == written.strip() and "\n" not in written
+    back = {known.name: controls.pasted({controls.INFOTEXT: written}, known.name) for known in controls.OPTIONS}
+    assert controls.read([{"enabled": True, **back}]) == wanted
+
+
+@pytest.mark.parametrize("written", ["alpha=x", "alpha=7", "insertions=2.5", "remedy=prayer"])
+def test_what_an_option_cannot_have_leaves_its_control_as_it_is(written: str) -> None:
+    assert controls.pasted({controls.INFOTEXT: written}, written.split("=")[0]) is None
+
+
+@pytest.mark.parametrize(("text", "value"), [("True", True), ("False", False), ("no", None)])
+def test_a_switch_is_a_checkbox_and_comes_back_as_it_was(monkeypatch, text: str, value: bool | None) -> None:
+    switch = Option("loud", not value, "say more", bool)
+    monkeypatch.setattr(controls, "OPTIONS", (*controls.OPTIONS, switch))
+    assert controls.pasted({controls.INFOTEXT: f"alpha=0.05; loud={text}"}, "loud") is value
+    assert controls.shown_as(switch) == "checkbox"
+
+
+def test_the_components_of_options() -> None:
+    kinds = {known.name: controls.shown_as(known, known.choices) for known in controls.OPTIONS}
+    assert kinds["remedy"] == kinds["references"] == "dropdown" and kinds["alpha"] == kinds["insertions"] == "slider"
+    assert controls.shown_as(Option("count", 1, "", int)) == "number"
+    assert controls.shown_as(Option("count", 1, "", int, maximum=controls.SLIDER_LIMIT + 1)) == "number"
 
 
 def test_settings_written_into_a_picture_come_back() -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from sd_dejavu.settings import Option, option, options_of, validate
+from sd_dejavu.settings import Option, named, of_page, of_text, option, options_of, validate
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Example:
     target: float | None = option(None, "aim", kind=float, minimum=0)
     way: str = option("up", "where to", choices=("up", "down"))
     loud: bool = option(False, "say more")
+    title: str = option("", "what it is called")
 
     def __post_init__(self) -> None:
         validate(self)
@@ -27,8 +28,8 @@ class Example:
 
 def test_options_come_in_order_with_name_kind_and_range() -> None:
     found = options_of(Example)
-    assert [o.name for o in found] == ["steps", "learning_rate", "floor", "ceiling", "target", "way", "loud"]
-    assert [o.kind for o in found] == [int, float, float, float, float, str, bool]
+    assert [o.name for o in found] == ["steps", "learning_rate", "floor", "ceiling", "target", "way", "loud", "title"]
+    assert [o.kind for o in found] == [int, float, float, float, float, str, bool, str]
     assert found[0] == Option("steps", 10, "how many", int, 1, 100)
     assert found[5].choices == ("up", "down")
     assert Example() == Example(**{o.name: o.default for o in found})
@@ -74,6 +75,10 @@ def test_values_up_to_the_bounds_are_taken(values) -> None:
         ({"steps": 2.5}, "steps must be a whole number, not 2.5"),
         ({"steps": True}, "steps must be a whole number, not True"),
         ({"way": "left"}, "way must be one of up, down, not 'left'"),
+        ({"title": 5}, "title must be text, not 5"),
+        ({"title": None}, "title must be text, not None"),
+        ({"loud": "False"}, "loud must be true or false, not 'False'"),
+        ({"loud": 1}, "loud must be true or false, not 1"),
     ],
 )
 def test_a_wrong_value_gives_a_sentence_with_the_setting_the_range_and_the_value(values, sentence: str) -> None:
@@ -84,3 +89,25 @@ def test_a_wrong_value_gives_a_sentence_with_the_setting_the_range_and_the_value
 def test_a_whole_number_that_no_float_holds_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^target must be a number, not 1000"):
         Example(target=10**400)
+
+
+@pytest.mark.parametrize("name", ["steps", "learning_rate", "floor", "way", "loud", "title"])
+def test_what_is_written_of_a_value_is_read_back(name: str) -> None:
+    known = next(o for o in options_of(Example) if o.name == name)
+    value = {"steps": 7, "loud": True, "title": "True"}.get(name, known.default)
+    assert of_text(known, str(value)) == value
+    for wrong in {"steps": ("7.0", "0", ""), "learning_rate": ("nan", "2"), "loud": ("true", "1")}.get(name, ()):
+        with pytest.raises(ValueError, match=r"must be|invalid literal"):
+            of_text(known, wrong)
+
+
+def test_values_by_their_names_are_of_known_settings() -> None:
+    options = options_of(Example)
+    assert named({"steps": 7.0, "floor": 7.0, "title": None}, options, "this") == {
+        "steps": 7,
+        "floor": 7.0,
+        "title": None,
+    }
+    assert [of_page(options[0], value) for value in (7.5, "7", None, True)] == [7.5, "7", None, True]
+    with pytest.raises(ValueError, match=r"^this has no argument colour, size; it has steps, "):
+        named({"size": 1, "colour": 2}, options, "this")

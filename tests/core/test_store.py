@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sd_dejavu.calibration.profile import Null, Profile, Setting
-from sd_dejavu.calibration.store import find, find_for_monitor, path_for, user_folder
+from sd_dejavu.calibration.store import HoldsMore, Size, check_kept, find, find_for_monitor, keep, path_for, user_folder
 
 SETTING = Setting("abc", "epsilon", (4, 8, 8), 50, 14.6, 7.5, "empty prompt")
 
@@ -105,3 +105,51 @@ def test_a_file_is_read_once_until_it_changes(monkeypatch: pytest.MonkeyPatch) -
     changed = find(SETTING, "first step")
     assert changed is not None and changed.null_scores("first step", 1) == (12.5,)
     assert read == [path_for(SETTING)] * 2
+
+
+# ------------------------------------------------------------------------------------- what is kept
+
+
+def holding(prompts: int, whole_runs: int = 0, images: int = 1) -> Profile:
+    scores = (0.5,) * images
+    whole = {"first step": scores, "all steps": scores}
+    nulls = [Null("a", dict(whole if number < whole_runs else {"first step": scores})) for number in range(prompts)]
+    return Profile(SETTING, tuple(nulls))
+
+
+def test_the_size_of_a_calibration_is_counted() -> None:
+    assert Size.of(holding(5, 2, 3)) == Size(5, 2, 3)
+    assert Size.of(Profile(SETTING, ())) == Size(0, 0, 0)
+    assert str(Size(1200, 20, 4)) == "1,200 ordinary prompts, 20 of them as whole runs (images a prompt: 4)"
+
+
+@pytest.mark.parametrize("fewer", [(119, 2, 2), (120, 1, 2), (120, 2, 1), (500, 0, 2)])
+def test_a_calibration_that_holds_more_is_replaced_only_when_asked(fewer: tuple[int, int, int]) -> None:
+    path = path_for(SETTING)
+    keep(holding(120, 2, 2), path)
+    before = path.read_bytes()
+    for refused in (lambda: keep(holding(*fewer), path), lambda: check_kept(path, Size(*fewer))):
+        with pytest.raises(
+            HoldsMore, match=f"^the calibration {path.name} is kept: it holds 120 .* ask for 'replace'$"
+        ):
+            refused()
+    assert path.read_bytes() == before
+    keep(holding(*fewer), path, replace=True)
+    assert Profile.load(path) == holding(*fewer)
+
+
+@pytest.mark.parametrize("as_many", [(120, 2, 2), (121, 2, 2), (120, 3, 2), (120, 2, 3)])
+def test_one_that_holds_as_much_replaces_it(as_many: tuple[int, int, int]) -> None:
+    path = path_for(SETTING)
+    keep(holding(120, 2, 2), path)
+    check_kept(path, Size(*as_many))
+    keep(holding(*as_many), path)
+    assert Profile.load(path) == holding(*as_many)
+
+
+def test_what_is_no_calibration_has_nothing_to_lose() -> None:
+    path = path_for(SETTING)
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    keep(holding(20), path)
+    assert Profile.load(path) == holding(20)

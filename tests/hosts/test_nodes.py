@@ -568,6 +568,15 @@ def test_calibrating_a_checkpoint_gives_it_p_values(comfy: ComfyServer) -> None:
     assert "120 ordinary prompts" in comfy.run(graph, timeout=600)["calibrated"]["text"][0]
     (verdict,) = report(comfy, watched(graphs.text_to_image(steps=2, seed=40)))["verdicts"]
     assert verdict["nulls"] == 120 and 0 < verdict["p_value"] <= 1
+    # One of fewer prompts is given on, and not kept in its place unless that is asked for.
+    graph["calibrated"]["inputs"]["count"] = 20
+    assert "Not kept: the calibration " in comfy.run(graph, timeout=600)["calibrated"]["text"][0]
+    (verdict,) = report(comfy, watched(graphs.text_to_image(steps=2, seed=40)))["verdicts"]
+    assert verdict["nulls"] == 120
+    graph["calibrated"]["inputs"]["replace"] = True
+    assert "Kept as " in comfy.run(graph, timeout=600)["calibrated"]["text"][0]
+    (verdict,) = report(comfy, watched(graphs.text_to_image(steps=2, seed=40), alpha=0.05))["verdicts"]
+    assert verdict["nulls"] == 20
     # Whole runs give the band of each step, and p-values for the other scores.
     graph["calibrated"]["inputs"] |= {"count": 30, "whole_runs": 20, "steps": 3}
     comfy.run(graph, timeout=600)

@@ -150,7 +150,7 @@ def test_a_broken_calibration_is_told(faulty: WebUIServer) -> None:
     _, (document,) = watched(faulty, "a red fox", {"explain": "never"})
     broken.unlink()
     assert "not valid JSON" in document["verdicts"][0]["sentence"]
-    with pytest.raises(RequestRefused, match="from 20 to"):
+    with pytest.raises(RequestRefused, match="at least 20"):
         faulty.post_json("/dejavu/calibrate", {"count": 3})
 
 

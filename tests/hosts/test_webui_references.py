@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +16,8 @@ from memorising import MEMORISED, ORDINARY
 from PIL import Image
 from webui_server import WebUIServer
 from webui_watched import KNOWN, NAME, errors_of_ours, pixels, watched
+
+from sd_dejavu.hosts.webui import controls
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +69,16 @@ def test_a_set_that_is_not_there_costs_no_picture(guarded: WebUIServer) -> None:
         generated = guarded.txt2img(prompt=ORDINARY[0].text, alwayson_scripts={NAME: {"args": [{"references": name}]}})
         assert (pixels(generated) == pixels(plain)).all()
         assert "there is no reference set" in guarded.log()
+
+
+def test_a_set_of_any_name_is_pasted_back_from_a_picture(guarded: WebUIServer) -> None:
+    folder, name = guarded.home / "dejavu" / "references", "cats; 2024, 50%"
+    for suffix in (".safetensors", ".json"):
+        if (folder / f"training{suffix}").exists():
+            shutil.copy(folder / f"training{suffix}", folder / f"{name}{suffix}")
+    generated, _ = watched(guarded, ORDINARY[0].text, {"references": name, "explain": "never"}, steps=2)
+    read = guarded.post_json("/sdapi/v1/png-info", {"image": base64.b64encode(generated.images[0]).decode()})
+    known = {controls.INFOTEXT: read["parameters"][controls.INFOTEXT]}
+    assert controls.pasted(known, "references") == name and controls.pasted(known, "explain") == "never"
+    for suffix in (".safetensors", ".json"):
+        (folder / f"{name}{suffix}").unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import host_process
 from host_process import HOST, HostProcess
@@ -131,7 +132,11 @@ class WebUIServer(HostProcess):
     def _ready(self) -> bool:
         if "Startup time:" not in self.log():  # only then all extensions have been told that the host has started
             return False
-        self.get("/sdapi/v1/options")
+        try:
+            self.get("/sdapi/v1/options")
+        except HTTPError as refused:
+            with refused:
+                return refused.code == 401  # it asks for a password, so it answers
         return True
 
     def reported_errors(self) -> list[str]:

@@ -26,18 +26,18 @@ from ...conditioning import Conditioning
 from ...measure import Measurement
 from ...report.audit_html import AuditPage, render_audit
 from ...report.audit_rows import as_json, settings_shown, thumbnails_of
-from ...settings import Option, option, options_of, validate
+from ...settings import Option, named, option, options_of, validate
 from ...training.audit import Audit, AuditSettings, Subject, audit, entries_of, identity, sampled
 from ...training.ledger import Ledger
 from ...training.tasks import Task, Trained, Variant, Work, nothing_apart, top_word
 from . import references
+from .calibration import PIXELS_PER_LATENT, check_size
 from .guidance import GuidedModel, checkpoint_of
-from .run import Host
+from .run import Host, drawn
 from .text import as_typed
 
 NO_LORA = "none"
 SAMPLER, SCHEDULER, BATCH = "Euler", "Automatic", 8
-PIXELS_PER_LATENT = 8
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,7 @@ class Audited:
 
     def __post_init__(self) -> None:
         validate(self)
-        for name in ("width", "height"):
-            if getattr(self, name) % PIXELS_PER_LATENT:
-                raise ValueError(f"{name} must be a multiple of {PIXELS_PER_LATENT}, not {getattr(self, name)}")
+        check_size(self.width, self.height)
 
 
 _NOT_HERE = ("sweep", "strength_steps", "partition", "score", "negative", "without", "alpha")
@@ -92,20 +90,9 @@ class Finding:
 
 def read(values: Mapping[str, Any]) -> Asked:
     """From values by their names; what is missing has its default. Raises ValueError naming what is wrong."""
-    known = {o.name: o for o in OPTIONS}
-    unknown = sorted(values.keys() - known.keys())
-    if unknown:
-        raise ValueError(f"an audit has no argument {', '.join(unknown)}; it has {', '.join(known)}")
-    given = {name: _of_kind(known[name], value) for name, value in values.items()}
+    given = named(values, OPTIONS, "an audit")
     made = [kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given}) for kind in _SETTINGS]
     return Asked(*made)
-
-
-def _of_kind(known: Option, value: Any) -> Any:
-    """Pages give whole numbers as floats, and None where nothing is chosen."""
-    if known.kind is str:
-        return known.default if value is None else str(value)
-    return int(value) if known.kind is int and isinstance(value, float) and value.is_integer() else value
 
 
 def loras() -> list[str]:
@@ -176,7 +163,7 @@ def _tag(what: Audited) -> str:
     if what.lora == NO_LORA:
         return ""
     if what.lora not in loras():
-        raise ValueError(f"there is no LoRA {what.lora!r}: {', '.join(loras()) or 'none yet'}")
+        raise ValueError(f"there is no LoRA {what.lora!r}: choose one of the list in the tab")
     if set(what.lora) & set(":>"):
         raise ValueError(f"a prompt cannot name the LoRA {what.lora!r}: rename its file, without ':' and '>'")
     return f"<lora:{what.lora}:{what.strength:g}>"
@@ -294,7 +281,7 @@ class _Runs:
         self._watch(piece)
         try:
             with closing(p):
-                processed = processing.process_images(p)
+                processed = drawn(p)
         finally:
             self._watch(None)
         if piece.fault is not None:

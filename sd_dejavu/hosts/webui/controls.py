@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, get_args
+from typing import Any, Literal, get_args
+from urllib.parse import quote, unquote
 
 from ...mitigations import perturb_prompt
 from ...monitor import Monitoring, Report
 from ...report.wording import label, number, p_text
-from ...settings import Option, options_of
+from ...settings import Option, check, named, of_text, options_of
 
 INFOTEXT = "Déjà Vu settings"
 LINES = ("Déjà Vu", "Déjà Vu score", "Déjà Vu p-value")
 NOT_CHANGED = "none"
 NO_REFERENCES = "none"
-
+SLIDER_LIMIT = 5000  # of wider ranges a slider picks nothing
 
 OPTIONS: tuple[Option, ...] = (
     *options_of(Monitoring),
@@ -36,6 +37,9 @@ OPTIONS: tuple[Option, ...] = (
 )
 
 
+ENABLED = Option("enabled", False, "watch this run", bool)
+
+
 @dataclass(frozen=True)
 class Wanted:
     """What the user chose."""
@@ -52,24 +56,18 @@ def read(arguments: Sequence[Any], changes: Mapping[str, Any] | None = None) -> 
 
     A tail that is missing takes the defaults; ``changes`` go over all. Raises ValueError naming what is wrong.
     """
-    values: dict[str, Any] = {"enabled": False, **{known.name: known.default for known in OPTIONS}}
+    every = (ENABLED, *OPTIONS)
     if arguments and isinstance(arguments[0], Mapping):
-        given = {"enabled": True, **arguments[0]}
+        given = {ENABLED.name: True, **arguments[0]}
     else:
-        given = dict(zip(values, arguments, strict=False))
-    given |= changes or {}
-    unknown = given.keys() - values.keys()
-    if unknown:
-        known = ", ".join(values)
-        raise ValueError(f"Déjà Vu has no argument {', '.join(sorted(unknown))}; it has {known}")
-    values |= given
-    for option in OPTIONS:
-        if option.choices and values[option.name] not in option.choices:
-            shown = option.name.replace("_", " ")
-            raise ValueError(f"{shown} must be one of {', '.join(option.choices)}, not {values[option.name]!r}")
+        given = dict(zip((known.name for known in every), arguments, strict=False))
+        if given.get(ENABLED.name) is None:  # what the host's API gives to a script that was not asked for
+            given.pop(ENABLED.name, None)
+    values = {known.name: known.default for known in every} | named({**given, **(changes or {})}, every, "Déjà Vu")
+    for known in every:
+        check(known, values[known.name])
     monitoring = Monitoring(**{field.name: values[field.name] for field in fields(Monitoring)})
-    insertions = perturb_prompt.Settings(int(values["insertions"])).insertions
-    return Wanted(bool(values["enabled"]), monitoring, values["perturb"], insertions, str(values["references"]))
+    return Wanted(values["enabled"], monitoring, values["perturb"], values["insertions"], values["references"])
 
 
 def perturbed(prompts: Sequence[str], seeds: Sequence[int], wanted: Wanted) -> list[str]:
@@ -84,16 +82,42 @@ def as_infotext(wanted: Wanted) -> str:
     """The settings that differ from their defaults, to be written into pictures and pasted back."""
     chosen = {**asdict(wanted), **asdict(wanted.monitoring)}
     changed = {known.name: chosen[known.name] for known in OPTIONS if chosen[known.name] != known.default}
-    return "; ".join(f"{name}={value}" for name, value in changed.items()) or "default"
+    return "; ".join(f"{name}={_quoted(str(value))}" for name, value in changed.items()) or "default"
+
+
+def _quoted(text: str) -> str:
+    """As in an address, %3B stands for a semicolon, which would end a setting, and %20 for a blank at either end."""
+    begin, end = len(text) - len(text.lstrip()), len(text.rstrip())
+    return "".join(
+        c if begin <= place < end and c.isprintable() and c not in "%;" else quote(c, safe="")
+        for place, c in enumerate(text)
+    )
 
 
 def pasted(known: Mapping[str, Any], name: str) -> Any:
-    """The value of one option in a picture's parameters: its default where they do not name it, None without any."""
+    """The value of one option in a picture's parameters: its default where they do not name it, None without any.
+
+    None also for a value that the option cannot have, of another version: the control then stays as it is.
+    """
     if INFOTEXT not in known:
         return None
     option = next(o for o in OPTIONS if o.name == name)
     values = dict(part.split("=", 1) for part in str(known[INFOTEXT]).split("; ") if "=" in part)
-    return option.kind(values[name]) if name in values else option.default
+    if name not in values:
+        return option.default
+    try:
+        return of_text(option, unquote(values[name]))
+    except ValueError:
+        return None
+
+
+def shown_as(known: Option, choices: Sequence[str] = ()) -> Literal["dropdown", "checkbox", "number", "slider"]:
+    """The kind of component for one option on the host's page."""
+    if choices or known.kind is str:
+        return "dropdown"
+    if known.kind is bool:
+        return "checkbox"
+    return "number" if known.maximum is None or known.maximum > SLIDER_LIMIT else "slider"
 
 
 def infotexts(reports: Sequence[tuple[int, Report]]) -> dict[str, list[str | None]]:

@@ -31,8 +31,7 @@ def names(folder: Path) -> list[str]:
 def guard_of(folder: Path, name: str) -> KnownSet:
     """One of :func:`names`. Raises ValueError for any other name, or where its features are not at hand."""
     if name not in names(folder):
-        known = ", ".join(names(folder)) or "none yet"
-        raise ValueError(f"there is no reference set {name!r} in {folder}: {known}")
+        raise ValueError(f"there is no reference set {name!r}: choose one of the list, or put it into {folder.name}/")
     path = folder / f"{name}.safetensors"
     return _guard(path, path.stat().st_mtime_ns)
 

@@ -8,7 +8,7 @@ Where a remedy may change the noise, the function of the run's own sampler is ou
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,13 +20,11 @@ import torch
 from torch import Tensor
 
 from ...calibration import store
-from ...calibration.calibrate import calibrate
-from ...calibration.ordinary_prompts import ordinary_prompts
-from ...calibration.profile import Profile, Setting
-from ...conditioning import Baseline, Conditioning, Unconditional
+from ...calibration.profile import Setting
+from ...conditioning import Conditioning, Unconditional
 from ...denoiser import Predictions
 from ...guidance import GuidanceRule, GuidedStep
-from ...measure import Measurement
+from ...memory import ran_out, release
 from ...mitigations.guard import Guard
 from ...monitor import Monitoring, Report, Watch, flagged
 from ...trace import Trace
@@ -47,6 +45,20 @@ def this_host() -> Host:
     import importlib.util
 
     return Forge() if importlib.util.find_spec("modules_forge") is not None else Automatic1111()
+
+
+def drawn(p: Any) -> Any:
+    """What the host draws in a run that we have made. Raises ValueError in one line where it cannot."""
+    from modules import processing
+
+    try:
+        return processing.process_images(p)
+    except Exception as error:
+        log.warning("[Déjà Vu] the host could not draw", exc_info=True)
+        if ran_out(error):
+            release()
+            raise ValueError("there was not enough memory: choose a smaller size, or fewer pictures") from error
+        raise ValueError(f"the host could not draw: {type(error).__name__}: {error}") from error
 
 
 @dataclass
@@ -569,37 +581,6 @@ class Run:
                 log.warning("[Déjà Vu] no verdict: %s", text, exc_info=not isinstance(error, ValueError))
             for known in groups:
                 known.watch.note(text)
-
-
-class Calibration:
-    """A run that is made only to measure ordinary prompts at its first evaluation, and then ends."""
-
-    def __init__(self, host: Host, count: int, steps: int, negative: str, on_prompt: Callable[[int], None]) -> None:
-        self.host, self.count, self.steps, self.negative = host, count, steps, negative
-        self.profile: Profile | None = None
-        self.fault: Exception | None = None
-        self._on_prompt = on_prompt
-
-    def before(self, params: Any) -> None:
-        from modules import shared
-
-        try:
-            step = self.host.step(params).of([0])
-            sigma = float(self.host.sigma(step)[0])
-            model = GuidedModel(self.host, step, [sigma] + [0.0] * self.steps)
-            without: Baseline = "negative prompt" if self.negative.strip() else "empty prompt"
-            wanted = Measurement(images=1, steps=self.steps, negative=self.negative, without=without)
-            prompts = [prompt for prompt, _ in ordinary_prompts(self.count)]
-            done = iter(range(1, self.count + 1))
-            with torch.no_grad():
-                self.profile = calibrate(model, prompts, wanted, 0, 8, lambda stage: self._on_prompt(next(done)))
-        except Exception as error:
-            self.fault = error
-        finally:
-            shared.state.interrupt()
-
-    def after_automatic1111(self, params: Any) -> None:
-        """The run ends by itself."""
 
 
 def _repeated(step: Step, count: int) -> Step:

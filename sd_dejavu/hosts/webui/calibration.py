@@ -1,0 +1,96 @@
+"""Calibrating in Automatic1111 and Forge: a run that ends when ordinary prompts have been measured at its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...calibration import store
+from ...calibration.calibrate import calibrate
+from ...calibration.ordinary_prompts import ordinary_prompts
+from ...calibration.profile import Profile
+from ...conditioning import Baseline
+from ...measure import Measurement, setting_of
+from ...settings import option, options_of, validate
+from .guidance import GuidedModel
+from .run import Host
+
+PIXELS_PER_LATENT = 8
+BATCH = 8  # prompts in one evaluation
+
+_STEPS = next(known for known in options_of(Measurement) if known.name == "steps")
+
+
+@dataclass(frozen=True)
+class Calibrating:
+    """What is calibrated for; the checkpoint is the loaded one."""
+
+    count: int = option(1000, "ordinary prompts", minimum=20, maximum=100_000)
+    width: int = option(512, "width that is drawn, in pixels", minimum=64, maximum=2048)
+    height: int = option(512, "height that is drawn, in pixels", minimum=64, maximum=2048)
+    steps: int = option(20, _STEPS.help, minimum=_STEPS.minimum, maximum=_STEPS.maximum)
+    sampler_name: str = option("Euler", "the host's sampler")
+    scheduler: str = option("Automatic", "its scheduler")
+    negative_prompt: str = option("", "negative prompt that is drawn with")
+    replace: bool = option(False, "also replace a calibration that holds more than the new one")
+
+    def __post_init__(self) -> None:
+        validate(self)
+        check_size(self.width, self.height)
+
+
+def check_size(width: int, height: int) -> None:
+    """Raises ValueError where a picture has no whole number of latent cells."""
+    for name, value in (("width", width), ("height", height)):
+        if value % PIXELS_PER_LATENT:
+            raise ValueError(f"{name} must be a multiple of {PIXELS_PER_LATENT}, not {value}")
+
+
+class Calibration:
+    """A run that is made only to measure ordinary prompts at its first evaluation, and then ends."""
+
+    def __init__(self, host: Host, asked: Calibrating, folder: Path, on_prompt: Callable[[int], None]) -> None:
+        """``folder`` holds the calibrations; ``on_prompt`` is told how many prompts are measured."""
+        self.host, self.asked = host, asked
+        self.profile: Profile | None = None
+        self.fault: Exception | None = None
+        self._folder, self._on_prompt = folder, on_prompt
+
+    def before(self, params: Any) -> None:
+        from modules import shared
+
+        asked = self.asked
+        try:
+            step = self.host.step(params).of([0])
+            sigma = float(self.host.sigma(step)[0])
+            model = GuidedModel(self.host, step, [sigma] + [0.0] * asked.steps)
+            without: Baseline = "negative prompt" if asked.negative_prompt.strip() else "empty prompt"
+            wanted = Measurement(images=1, steps=asked.steps, negative=asked.negative_prompt, without=without)
+            if not asked.replace:
+                path = store.path_for(setting_of(model, wanted), self._folder)
+                store.check_kept(path, store.Size(asked.count))
+            prompts = [prompt for prompt, _ in ordinary_prompts(asked.count)]
+            done = iter(range(1, asked.count + 1))
+            with torch.no_grad():
+                self.profile = calibrate(model, prompts, wanted, 0, BATCH, lambda stage: self._on_prompt(next(done)))
+        except Exception as error:
+            self.fault = error
+        finally:
+            shared.state.interrupt()
+
+    def kept(self) -> tuple[Profile, Path]:
+        """The profile, and where it is kept. Raises ValueError where nothing was measured, or more would be lost."""
+        if isinstance(self.fault, store.HoldsMore):
+            raise self.fault
+        if self.profile is None:
+            raise ValueError(f"nothing was measured: {self.fault or 'it was stopped'}")
+        path = store.path_for(self.profile.setting, self._folder)
+        store.keep(self.profile, path, self.asked.replace)
+        return self.profile, path
+
+    def after_automatic1111(self, params: Any) -> None:
+        """The run ends by itself."""
