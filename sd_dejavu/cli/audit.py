@@ -46,7 +46,7 @@ from ..training.ledger import Ledger
 from ..training.tasks import Engine, Load, Work, one_process
 from . import common
 from .prompt_files import read_prompts
-from .refset import made_with
+from .refset import check_device, made_with
 
 LIST_ENDINGS = (".txt", ".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 FIXED = ("score", "alpha")  # an audit measures the first step, and corrects for many tests instead
@@ -85,6 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     wanted = common.from_arguments(AuditSettings, arguments)
     measurement = common.from_arguments(Measurement, arguments)
+    check_device(arguments.device)
     loras = lora_files(arguments.lora or [])
     load = Load(
         arguments.model, arguments.config, arguments.device, arguments.dtype, arguments.prompt_weights, arguments.base

@@ -20,6 +20,7 @@ from ..reference.sources import open_source
 from ..training.filter import FilterSettings
 from ..training.finetune import FinetuneSettings, Stopped, finetune
 from . import common
+from .refset import check_device
 
 _SHOWN = 10
 
@@ -53,6 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(
             f"device must be cpu, cuda or mps, not {arguments.device}: choose one with CUDA_VISIBLE_DEVICES"
         )
+    check_device(arguments.device)
     model = load(arguments.model, arguments.device, config=arguments.config)
     with common.progress_bar(Console(stderr=True)) as bar, _stopping() as stop:
         tasks: dict[str, TaskID] = {}

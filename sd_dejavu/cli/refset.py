@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    _check_device(arguments.device)
+    check_device(arguments.device)
     return arguments.do(arguments)
 
 
@@ -224,7 +224,8 @@ def _table(record: dict[str, Any]) -> Table:
     return table
 
 
-def _check_device(name: str) -> None:
+def check_device(name: str) -> None:
+    """Raises ValueError for a device that is not there, or holds no values."""
     try:
         torch.zeros(1, device=name).item()  # 'meta' holds no values
     except (RuntimeError, AssertionError) as error:

@@ -70,12 +70,12 @@ class FinetuneSettings:
     steps: int | None = option(None, "optimizer steps in all, in place of epochs", kind=int, minimum=1)
     batch_size: int = option(4, "samples in one evaluation of the model", minimum=1)
     gradient_accumulation: int = option(1, "batches whose gradients make one optimizer step", minimum=1)
-    learning_rate: float = option(1e-4, "learning rate of AdamW", minimum=0.0, exclusive=True)
+    learning_rate: float = option(1e-4, "learning rate of AdamW", minimum=0.0, maximum=1000.0, exclusive=True)
     learning_rate_schedule: str = option(
         "constant", "course of the learning rate after its warm-up", choices=("constant", "linear", "cosine")
     )
     learning_rate_warm_up: int = option(0, "optimizer steps over which the learning rate rises", minimum=0)
-    weight_decay: float = option(0.01, "weight decay of AdamW", minimum=0.0)
+    weight_decay: float = option(0.01, "weight decay of AdamW", minimum=0.0, maximum=1000.0)
     caption_dropout: float = option(0.1, "share of captions left empty", minimum=0.0, maximum=1.0)
     ema: float = option(
         0.0, "decay of the averaged weights, which are then what is saved (0: no average)", minimum=0.0, maximum=0.99999
