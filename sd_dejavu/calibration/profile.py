@@ -259,7 +259,7 @@ def _scores(values: Any) -> tuple[float, ...]:
 
 def _setting(raw: Any) -> Setting:
     """A setting from JSON: its numbers as floats, its shape as whole numbers, and the rest as it was written."""
-    numbers = {name: _number(raw[name]) for name in ("sigma", "guidance_scale")}
+    numbers: dict[str, Any] = {name: _number(raw[name]) for name in ("sigma", "guidance_scale")}
     shape = tuple(_of_kind(side, int) for side in _of_kind(raw["latent_shape"], list))
     rest = {
         name: _of_kind(value, str, int, bool) for name, value in raw.items() if name not in (*numbers, "latent_shape")

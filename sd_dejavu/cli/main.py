@@ -6,7 +6,7 @@ import argparse
 import io
 import logging
 import sys
-from typing import IO, Any
+from typing import Any
 
 from ..memory import telling
 from ..report.terminal import safe
@@ -29,7 +29,7 @@ _WARNINGS = _Warnings()
 class Parser(argparse.ArgumentParser):
     """Its messages repeat what was typed, which can come from a file of somebody else's."""
 
-    def _print_message(self, message: str, file: IO[str] | None = None) -> None:
+    def _print_message(self, message: str, file: Any = None) -> None:
         super()._print_message(safe(message) if message else message, file)
 
 

@@ -98,6 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
         }
 
     for index, prompt in enumerate(prompts):
+        found: dict[str, Any] | OutOfMemory | PromptTooLong
         try:
             (found,) = one_by_one(lambda part: [mitigated(one) for one in part], [prompt])
         except PromptTooLong as error:
