@@ -21,6 +21,8 @@ from typing import Any, Literal, get_args
 
 from ..conditioning import Unconditional
 from ..denoiser import PredictionType
+from ..foreign import Unreadable, json_of
+from ..kept import write_text
 from ..verdict import BandStep
 
 SCHEMA_VERSION = 1
@@ -193,19 +195,16 @@ class Profile:
         # One null a line: readable, and small differences show as small differences.
         rows = ",\n  ".join(json.dumps(row) for row in document.pop("nulls"))
         head = json.dumps(document, indent=1)[:-2]
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(f'{head},\n "nulls": [\n  {rows}\n ]\n}}\n', encoding="utf-8")
-        partial.replace(path)
+        write_text(path, f'{head},\n "nulls": [\n  {rows}\n ]\n}}\n')
 
     @classmethod
     def load(cls, path: Path) -> Profile:
         """Raises ValueError with a sentence for anything that is not a profile of this version."""
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(f"the calibration profile {path} cannot be read: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"the calibration profile {path} is not valid JSON: {error}") from error
+            document = json_of(path)
+        except Unreadable as error:
+            verb = "" if str(error).startswith("cannot") else "is "
+            raise ValueError(f"the calibration profile {path} {verb}{error}") from error
         if not isinstance(document, dict) or document.get("format") != "dejavu-calibration":
             raise ValueError(f"{path} is not a Déjà Vu calibration profile")
         version = document.get("schema_version")
