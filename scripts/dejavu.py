@@ -115,7 +115,7 @@ class DejaVuScript(scripts.Script):
         if self.shown is not None and "info" in self.parts:
             info = self.parts.pop("info")
             info.change(SESSION.panel_of, inputs=[info], outputs=[self.shown])
-        if not self.bound and {"calibrate", *ON_PAGE.values()} <= self.parts.keys():
+        if not self.bound and {"calibrate", "told", *ON_PAGE.values()} <= self.parts.keys():
             self.bound = True
             inputs = [self.parts[name] for name in ON_PAGE.values()]
             self.parts["calibrate"].click(_calibrate_from_page, inputs=inputs, outputs=[self.parts["told"]])

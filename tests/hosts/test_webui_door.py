@@ -17,6 +17,7 @@ import miniature
 import pytest
 import webui_server
 from webui_server import WebUIServer
+from webui_watched import errors_of_ours
 
 PACK = Path(__file__).parents[2]
 ROUTES = {"/dejavu/reports": None, "/dejavu/calibrate": {}, "/dejavu/audit": {"references": "training"}}
@@ -143,7 +144,7 @@ def test_who_hangs_up_ends_the_measuring(locked: WebUIServer) -> None:
     until(lambda: is_at(locked) == "dejavu-calibrate")
     connection.close()
     until(lambda: is_at(locked) == "")
-    assert kept(locked) == {} and locked.reported_errors() == []
+    assert kept(locked) == {} and errors_of_ours(locked) == []
 
 
 def test_a_calibration_that_holds_more_is_replaced_only_when_asked(locked: WebUIServer) -> None:
