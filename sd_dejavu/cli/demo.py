@@ -43,12 +43,12 @@ def run(arguments: argparse.Namespace) -> int:
     prompts = [pair.caption, twin_caption(pair), *arguments.prompts]
     if any(not prompt.strip() for prompt in prompts):
         raise ValueError("a prompt is empty: give some words, or leave it out")
-    arguments.out.mkdir(parents=True, exist_ok=True)
     wanted = Measurement(images=arguments.images, seed=arguments.seed)
     model = load(device=arguments.device, dtype=arguments.dtype)
     profile = Profile.load(bundled.CALIBRATION)  # of these very weights, which bfloat16 rounds
     profile = replace(profile, setting=replace(profile.setting, model=model.fingerprint))
     common.refuse_too_long(model, prompts)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     noise, sigma = model.noise(wanted.seed, wanted.images), model.sigmas(wanted.steps)[0]
     target = profile.quantile(0.5, "first step", wanted.images)
     ordinary = profile.quantile(ORDINARY_QUANTILE, "first step", wanted.images)

@@ -343,8 +343,10 @@ def test_demo_takes_a_device_and_a_precision(tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert "Likely memorised" in shown and "Not flagged" in shown
     assert set(seen) == {torch.bfloat16}
+    monkeypatch.chdir(tmp_path)
     assert main(["demo", "--device", "cuda:9"]) == 2
     assert main(["demo", "--dtype", "int8"]) == 2
+    assert not Path("dejavu-demo").exists()  # what is refused leaves nothing
     assert "use one of float32, float16, bfloat16" in capsys.readouterr().err
 
 
