@@ -141,7 +141,7 @@ def test_without_gradients_the_picture_and_the_score_are_whole(faulty: WebUIServ
     assert after["verdicts"][0]["words"] and after["notes"] == []
 
 
-def test_a_broken_calibration_is_told(faulty: WebUIServer) -> None:
+def test_a_broken_calibration_is_passed_over(faulty: WebUIServer) -> None:
     _, (document,) = watched(faulty, "a red fox", {"explain": "never"})
     folder = faulty.home / "dejavu" / "calibration"
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,7 +149,8 @@ def test_a_broken_calibration_is_told(faulty: WebUIServer) -> None:
     broken.write_text("{")
     _, (document,) = watched(faulty, "a red fox", {"explain": "never"})
     broken.unlink()
-    assert "not valid JSON" in document["verdicts"][0]["sentence"]
+    assert "there is no calibration" in document["verdicts"][0]["sentence"]
+    assert f"passed over: the calibration profile {broken} is not valid JSON" in faulty.log()
     with pytest.raises(RequestRefused, match="at least 20"):
         faulty.post_json("/dejavu/calibrate", {"count": 3})
 
