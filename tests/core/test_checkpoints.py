@@ -363,12 +363,12 @@ def test_recomputing_keeps_less_and_is_chosen_by_what_is_free(
     def bytes_kept(free: int | None, wanted: bool) -> int:
         monkeypatch.setattr(diffusers_host, "free_memory", lambda device: free)
         own = {p.untyped_storage().data_ptr() for module in model._modules() for p in module.parameters()}
-        found: dict[int, int] = {}
+        found: dict[int, torch.UntypedStorage] = {}  # held, so that no other is given the same address meanwhile
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in own:
-                found[storage.data_ptr()] = storage.nbytes()
+                found[storage.data_ptr()] = storage
             return tensor
 
         x, sigma = model.noise(0, 1), torch.tensor([model.sigmas(50)[0]])
@@ -376,7 +376,7 @@ def test_recomputing_keeps_less_and_is_chosen_by_what_is_free(
         with model.differentiable(wanted), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             output = model(x, sigma, rows)  # its graph lives until all of it is counted
             assert output.requires_grad
-            return sum(found.values())
+            return sum(storage.nbytes() for storage in found.values())
 
     plenty, unknown, asked, short = (
         bytes_kept(*given) for given in ((2**40, False), (None, False), (2**40, True), (1000, False))
