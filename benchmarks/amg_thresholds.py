@@ -36,10 +36,10 @@ from sd_dejavu.demo.world import Pair
 from sd_dejavu.denoiser import Model, initial_latent
 from sd_dejavu.guidance import GuidedStep
 from sd_dejavu.hosts.diffusers import load
-from sd_dejavu.measure import Measurement, drawn_with
 from sd_dejavu.mitigations import Outcome
 from sd_dejavu.mitigations.anti_memorization_guidance import AntiMemorization, Settings, threshold_at, time_of
 from sd_dejavu.mitigations.guard import Guard
+from sd_dejavu.run.measure import Measurement, sampled_with
 from sd_dejavu.similarity import COPY_THRESHOLD
 
 STEERED, MARGIN, BELOW_A_COPY = 0.05, 0.01, 0.05
@@ -73,8 +73,8 @@ def drawn(model: Model, caption: str, seed: int, rule: Any) -> Tensor:
     """The picture [1, 3, H, W] of a caption under a rule, from the noise of this seed."""
     x = initial_latent(model.noise(seed, 1), model.sigmas(WANTED.steps)[0], model.prediction_type)
     nan = float("nan")
-    latents = drawn_with(model, Outcome(model.encode(caption), nan, nan, rule=lambda: rule), x, WANTED).latents
-    assert latents is not None  # drawn_with always samples
+    latents = sampled_with(model, Outcome(model.encode(caption), nan, nan, rule=lambda: rule), x, WANTED).latents
+    assert latents is not None  # sampled_with always samples
     return model.decode(latents)
 
 

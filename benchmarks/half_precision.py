@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sd_dejavu.demo.evaluation import half_precision, held_out_pairs
 from sd_dejavu.hosts.diffusers import load
-from sd_dejavu.measure import Measurement
+from sd_dejavu.run.measure import Measurement
 
 
 def main() -> None:

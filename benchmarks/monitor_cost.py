@@ -64,8 +64,8 @@ def inside(install: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     from sd_dejavu.demo import bundled
     from sd_dejavu.hosts.comfyui import LiveReport, Monitor, encode_text, wait_until_told
     from sd_dejavu.hosts.comfyui.demo import load_demo_model
-    from sd_dejavu.monitor import Monitoring
     from sd_dejavu.report.word_picture import word_picture
+    from sd_dejavu.run.monitoring import Monitoring
 
     torch.set_num_threads(1)
     prompt = bundled.held_out_memorised(("hard",))[0]

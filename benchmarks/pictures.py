@@ -17,8 +17,8 @@ from sd_dejavu.cli.cases import pixels
 from sd_dejavu.demo import bundled
 from sd_dejavu.demo.evaluation import held_out_pairs
 from sd_dejavu.hosts.diffusers import load
-from sd_dejavu.measure import Measurement, guidance_of, measure_runs
 from sd_dejavu.mitigations import Start, available, optimise_conditioning, remove_trigger
+from sd_dejavu.run.measure import Measurement, guidance_of, measure_runs
 
 SIDE, GAP, LABEL = 128, 8, 210
 ROWS = ("training picture", "generated", "optimise-tokens", "remove-trigger")

@@ -42,8 +42,8 @@ from sd_dejavu.conditioning import Conditioning
 from sd_dejavu.demo import world
 from sd_dejavu.demo.evaluation import Share, draw, ordinary_caption_score
 from sd_dejavu.hosts.diffusers import DiffusersModel, load
-from sd_dejavu.measure import Measurement
 from sd_dejavu.mitigations.perturb_prompt import perturb
+from sd_dejavu.run.measure import Measurement
 from sd_dejavu.similarity import COPY_THRESHOLD, grey_correlation
 from sd_dejavu.training.filter import PUBLISHED_NUMEL, FilterSettings, TrainingFilter, predict_without
 from sd_dejavu.training.loss import Batch, Schedule, filtered_loss, stratified_timesteps

@@ -11,9 +11,9 @@ from comfy_api.latest import io
 from ..sd_dejavu.calibration.calibrate import PROMPTS_A_SEED
 from ..sd_dejavu.hosts import comfyui
 from ..sd_dejavu.hosts.comfyui.audit import Loaded, Start
-from ..sd_dejavu.measure import Measurement
 from ..sd_dejavu.report.audit_picture import audit_pictures
 from ..sd_dejavu.report.audit_rows import as_markdown, ranked, row_as_json, sentence, thumbnails_of
+from ..sd_dejavu.run.measure import Measurement
 from ..sd_dejavu.training.audit import AuditSettings
 from . import sockets
 

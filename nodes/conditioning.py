@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..sd_dejavu.hosts import comfyui
 from ..sd_dejavu.mitigations.optimise_conditioning import Settings
-from ..sd_dejavu.monitor import OPTIMISE, Monitoring
+from ..sd_dejavu.run.monitoring import OPTIMISE, Monitoring
 from . import sockets
 
 _NEGATIVE = io.Conditioning.Input(
@@ -60,7 +60,7 @@ class Explain(io.ComfyNode):
         document = report.as_json()
         comfyui.wait_until_told()
         return io.NodeOutput(
-            sockets.image_of(word_picture(report.highest, report.watch.notes)),
+            sockets.image_of(word_picture(report.highest, report.state.notes)),
             json.dumps(document, ensure_ascii=False),
             ui={"text": [sentence(report.verdicts[0])], "dejavu": [document]},
         )

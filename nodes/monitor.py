@@ -8,7 +8,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..sd_dejavu.hosts import comfyui
-from ..sd_dejavu.monitor import Monitoring, flagged
+from ..sd_dejavu.run.monitoring import Monitoring
+from ..sd_dejavu.run.report import flagged
 from . import sockets
 
 
@@ -93,14 +94,14 @@ class VerdictNode(io.ComfyNode):
         document = report.as_json()
         if cls.hidden.extra_pnginfo is not None:
             comfyui.keep_in_picture(cls.hidden.extra_pnginfo, str(cls.hidden.unique_id), document)
-        scale = report.watch.pixels_a_cell
+        scale = report.state.pixels_a_cell
         text = "\n".join(sentence(v) for v in verdicts)
         return io.NodeOutput(
             samples,
             bool(flagged(verdicts)),
             max(scores, default=float("nan")),
             min(p_values, default=float("nan")),
-            sockets.image_of(word_picture(report.highest, report.watch.notes)),
+            sockets.image_of(word_picture(report.highest, report.state.notes)),
             report.where(latent.shape[-2] * scale, latent.shape[-1] * scale, latent.shape[0]),
             json.dumps(document, ensure_ascii=False),
             ui={"text": [text], "dejavu": [document]},

@@ -38,6 +38,7 @@ ON_PAGE = {  # of them, where the page has a component of the host's or of ours
     "scheduler": "scheduler",
     "negative_prompt": "neg_prompt",
     "replace": "replace",
+    "without": "without",
 }
 SESSION = session.Session(shared.state)
 
@@ -82,6 +83,7 @@ class DejaVuScript(scripts.Script):
         with _accordion(tab) as enabled:
             gr.HTML("<p>Is this picture mine, or is the model replaying its training data?</p>")
             components = [_component(known, tab, _choices(known)) for known in controls.OPTIONS]
+            self.parts["without"] = components[[known.name for known in controls.OPTIONS].index("without")]
             with gr.Row():
                 for name in ("count", "replace"):
                     self.parts[name] = _component(CALIBRATING[name], tab, [])

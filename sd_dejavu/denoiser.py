@@ -103,6 +103,38 @@ class Predictions:
     without: Unconditional = "empty prompt"
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """One model evaluation of a host's own sampler: x [B, C, H, W] at sigma [B], in the denoiser's scale.
+
+    Both denoised predictions [B, C, H, W], or None for what guidance did not give; ``kind`` is what the unconditional
+    one was made with. ``missing`` says why nothing can be measured here at all.
+    """
+
+    x: Tensor
+    sigma: Tensor
+    conditional: Tensor | None = None
+    unconditional: Tensor | None = None
+    kind: Unconditional = "empty prompt"
+    missing: str = ""
+
+    @property
+    def predictions(self) -> Predictions:
+        """Raises ValueError where guidance did not give both."""
+        if self.conditional is None or self.unconditional is None:
+            raise ValueError(self.missing or "guidance did not give both predictions")
+        return Predictions(self.conditional, self.unconditional, self.sigma, self.kind)
+
+    def of(self, images: tuple[int, ...] | None) -> Evaluation:
+        """The same for some images of the batch; None for all."""
+        if images is None:
+            return self
+        chosen = list(images)
+        conditional = None if self.conditional is None else self.conditional[chosen]
+        unconditional = None if self.unconditional is None else self.unconditional[chosen]
+        return Evaluation(self.x[chosen], self.sigma[chosen], conditional, unconditional, self.kind, self.missing)
+
+
 def over_pixels(sigma: Tensor) -> Tensor:
     """sigma [B] -> [B, 1, 1, 1] in fp32."""
     return sigma.float().reshape(-1, 1, 1, 1)

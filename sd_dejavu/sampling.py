@@ -8,7 +8,7 @@ the command line, calibration and the benchmarks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -17,27 +17,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .conditioning import Conditioning, Unconditional, sharing, stack
-from .denoiser import Denoiser, Predictions, initial_latent
+from .conditioning import Baseline, Conditioning, sharing, stack
+from .denoiser import Denoiser, Evaluation, Predictions, initial_latent
+from .detectors import Read
 from .detectors.magnitude import magnitude
 from .guidance import GuidanceRule, GuidedStep, guided
 from .memory import in_pieces
-from .trace import Trace
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """What guidance steers away from, and how strongly.
-
-    ``unconditional`` is the conditioning guidance uses (the negative prompt, or the empty one).
-    ``measured_against`` is given where the trace shall be measured against something else: one more
-    model evaluation at each measured step.
-    """
+    """What guidance steers away from, the negative prompt or the empty one, and how strongly."""
 
     unconditional: Conditioning
     scale: float = 7.5
     is_negative_prompt: bool = False
-    measured_against: Conditioning | None = None
+
+    @property
+    def kind(self) -> Baseline:
+        return "negative prompt" if self.is_negative_prompt else "empty prompt"
 
 
 def sample(
@@ -46,29 +44,22 @@ def sample(
     sigmas: Sequence[float],
     conditional: Conditioning,
     guidance: Guidance,
-    trace: Trace | None = None,
-    measured_steps: int | None = None,
+    observe: Callable[[Evaluation], object] = lambda evaluation: None,
     on_step: Callable[[int], None] = lambda step: None,
     rule: GuidanceRule | None = None,
     batch_size: int = 32,
 ) -> Tensor:
     """From x [B, C, H, W] at ``sigmas[0]`` down to the last of ``sigmas``; returns the latents in fp32.
 
-    ``trace`` records the first ``measured_steps`` evaluations (None: all). A shorter ``sigmas`` ends
-    the run early. ``on_step`` is called after each step. ``rule`` takes the place of plain guidance. At most
-    ``batch_size`` pictures share an evaluation.
+    ``observe`` is given every evaluation, and ``on_step`` its number after each step. A shorter ``sigmas`` ends the run
+    early. ``rule`` takes the place of plain guidance. At most ``batch_size`` images share an evaluation.
     """
     with torch.no_grad():
         for number, (level, following) in enumerate(pairwise(sigmas)):
             sigma = levels_of(x, level)
             ask = partial(predict, denoiser, x, sigma, batch_size=batch_size)
             with_prompt, without = ask(conditional), ask(guidance.unconditional)
-            if trace is not None and (measured_steps is None or number < measured_steps):
-                if guidance.measured_against is None:
-                    kind: Unconditional = "negative prompt" if guidance.is_negative_prompt else "empty prompt"
-                    trace.record(Predictions(with_prompt, without, sigma, kind))
-                else:
-                    trace.record(Predictions(with_prompt, ask(guidance.measured_against), sigma))
+            observe(Evaluation(x, sigma, with_prompt, without, guidance.kind))
             if rule is None:
                 denoised = guided(with_prompt, without, guidance.scale)
             else:
@@ -78,54 +69,12 @@ def sample(
     return x
 
 
-@dataclass(frozen=True)
-class Run:
-    """One prompt's pictures: the trace of all its images, and their final latents [images, C, H, W]."""
-
-    trace: Trace
-    latents: Tensor
-
-
 def batches(keys: Sequence[Any], images: int, batch_size: int) -> Iterator[list[tuple[int, int]]]:
     """(prompt, image) pairs in batches of prompts with one key; see :func:`sd_dejavu.conditioning.sharing`."""
     for key in sorted(set(keys)):
         jobs = [(p, i) for p, known in enumerate(keys) if known == key for i in range(images)]
         for start in range(0, len(jobs), batch_size):
             yield jobs[start : start + batch_size]
-
-
-def sample_prompts(
-    denoiser: Denoiser,
-    conditionings: Sequence[Conditioning],
-    guidance: Guidance,
-    noise: Tensor,
-    sigmas: Sequence[float],
-    evaluations: int | None = None,
-    batch_size: int = 32,
-    on_prompts: Callable[[int], None] = lambda count: None,
-) -> list[Run]:
-    """Every prompt on the same noise [images, C, H, W]; prompts of one length share batches.
-
-    The images of a prompt are sampled together, however few share an evaluation. ``evaluations`` ends each run after
-    that many steps (None: to the end of ``sigmas``). ``on_prompts`` gets the prompts just done.
-    """
-    images = noise.shape[0]
-    x = initial_latent(noise, sigmas[0], denoiser.prediction_type)
-    path = sigmas if evaluations is None else sigmas[: evaluations + 1]
-    runs: dict[int, Run] = {}
-    for part in batches(sharing(conditionings), 1, max(1, batch_size // images)):
-        prompts = [prompt for prompt, _ in part]
-        together = stack([conditionings[p] for p in prompts]).repeat(images)
-        trace = Trace()
-        latents = sample(
-            denoiser, x.repeat(len(prompts), 1, 1, 1), path, together, guidance, trace, batch_size=batch_size
-        )
-        trace.settle()  # else it keeps more of each batch on the device than will be asked for
-        for place, prompt in enumerate(prompts):
-            start, stop = place * images, (place + 1) * images
-            runs[prompt] = Run(trace.of_images(start, stop), latents[start:stop])
-        on_prompts(len(prompts))
-    return [runs[p] for p in range(len(conditionings))]
 
 
 def first_step(
@@ -141,12 +90,30 @@ def first_step(
 
     ``progress`` is called with the evaluations just done. Raises ValueError when a prediction is not finite.
     """
-    scores = torch.empty(len(conditionings), noise.shape[0])
+    reads = {"magnitude": magnitude}
+    return first_readings(denoiser, conditionings, unconditional, noise, sigma, reads, batch_size, progress)[
+        "magnitude"
+    ]
+
+
+def first_readings(
+    denoiser: Denoiser,
+    conditionings: Sequence[Conditioning],
+    unconditional: Conditioning,
+    noise: Tensor,
+    sigma: float,
+    reads: Mapping[str, Read],
+    batch_size: int = 32,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[str, Tensor]:
+    """The same for what several detectors read, [number of prompts, images] each, from the same evaluations."""
+    found = {name: torch.empty(len(conditionings), noise.shape[0]) for name in reads}
     for part, predictions in first_predictions(denoiser, conditionings, unconditional, noise, sigma, batch_size):
-        for (prompt, image), value in zip(part, magnitude(predictions).cpu(), strict=True):
-            scores[prompt, image] = value
+        for name, read in reads.items():
+            for (prompt, image), value in zip(part, read(predictions).cpu(), strict=True):
+                found[name][prompt, image] = value
         progress(len(part))
-    return scores
+    return found
 
 
 def first_predictions(

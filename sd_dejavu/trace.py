@@ -9,27 +9,36 @@ like two equal predictions, and a broken model like NaN.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .conditioning import Unconditional
 from .denoiser import Predictions
+from .detectors import Read
 from .detectors.magnitude import difference, length, over_channels, rounding
 from .readout import Readout
 
 ALL = slice(None)
+MAGNITUDE = "magnitude"  # the detector that every trace reads
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One evaluation: the noise level, and the L2 magnitude of each image or why it was not measured."""
+    """One evaluation: the noise level, and the L2 magnitude of each image or why it was not measured.
+
+    ``others`` holds what other detectors read of each image, by detector.
+    """
 
     sigma: float
     values: tuple[float, ...] | None
     why: str | None = None
+    others: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def of(self, detector: str) -> tuple[float, ...] | None:
+        return self.values if detector == MAGNITUDE else self.others.get(detector)
 
 
 class NotMeasured(ValueError):
@@ -37,10 +46,10 @@ class NotMeasured(ValueError):
 
 
 class _Evaluation:
-    """One evaluation on the device: its noise level, and the magnitudes [B] of ``elements`` or why there are none."""
+    """One evaluation on the device: its noise level, and what detectors read [B] of ``elements``, or why nothing."""
 
-    def __init__(self, sigma: Tensor, magnitudes: Tensor | None, why: str | None = None, elements: int = 1) -> None:
-        self._sigma, self._magnitudes, self._why = sigma.detach(), magnitudes, why
+    def __init__(self, sigma: Tensor, read: Mapping[str, Tensor], why: str | None = None, elements: int = 1) -> None:
+        self._sigma, self._read, self._why = sigma.detach(), read, why
         self._elements = elements
         self._readout: Readout | None = None
         self._place = 0  # where its numbers begin among those that were read with them
@@ -58,8 +67,7 @@ class _Evaluation:
                 place += sum(part.numel() for part in each._numbers())
 
     def _numbers(self) -> list[Tensor]:
-        level = self._sigma.reshape(1).float()
-        return [level] if self._magnitudes is None else [level, self._magnitudes]
+        return [self._sigma.reshape(1).float(), *self._read.values()]
 
     def ready(self) -> bool:
         return self._readout is not None and self._readout.ready()
@@ -67,16 +75,18 @@ class _Evaluation:
     def reading(self, images: slice) -> Reading:
         """Of these images. Waits for the numbers; reading them must have begun."""
         assert self._readout is not None
-        count = 1 + (0 if self._magnitudes is None else self._magnitudes.numel())
-        level, *magnitudes = self._readout.wait()[self._place : self._place + count].tolist()
-        if self._magnitudes is None:
+        count = sum(part.numel() for part in self._numbers())
+        level, *numbers = self._readout.wait()[self._place : self._place + count].tolist()
+        if not self._read:
             return Reading(level, None, self._why)
-        values = tuple(magnitudes[images])
+        batch = len(numbers) // len(self._read)
+        others = {name: tuple(numbers[n * batch :][:batch][images]) for n, name in enumerate(self._read)}
+        values = others.pop(MAGNITUDE)
         if not all(map(math.isfinite, values)):
             return Reading(level, None, "the model's predictions are not finite (NaN or infinity)")
         if min(values) <= rounding(self._elements, level):
             return Reading(level, None, "both predictions are equal: guidance was skipped, or the prompt is empty")
-        return Reading(level, values)
+        return Reading(level, values, others=others)
 
 
 class _Map:
@@ -98,14 +108,22 @@ class _Map:
 
 
 class Trace:
-    """Collects one run. ``record`` in the sampling loop, everything else whenever it is wanted."""
+    """Collects one run. ``record`` in the sampling loop, everything else whenever it is wanted.
 
-    def __init__(self) -> None:
+    The magnitude is read at every evaluation, and what ``others`` read, by detector, beside it.
+    """
+
+    def __init__(self, others: Mapping[str, Read] | None = None) -> None:
+        self._others = {name: read for name, read in (others or {}).items() if name != MAGNITUDE}
         self.without: Unconditional | None = None
         self._evaluations: list[_Evaluation] = []
         self._readings: list[Reading] = []  # of the first evaluations: those that were asked for
         self._map: _Map | None = None
         self._images = slice(0, None)
+
+    def __len__(self) -> int:
+        """How many evaluations were seen, measured or not."""
+        return len(self._evaluations)
 
     def record(self, predictions: Predictions) -> None:
         """Take one guidance step in. Launches a few small operations, waits for none of them."""
@@ -115,12 +133,13 @@ class Trace:
         self.without = predictions.without
         with torch.no_grad():
             delta = difference(predictions)
-            self._evaluations.append(_Evaluation(predictions.sigma[0], length(delta), elements=delta[0].numel()))
+            read = {MAGNITUDE: length(delta), **{name: one(predictions) for name, one in self._others.items()}}
+            self._evaluations.append(_Evaluation(predictions.sigma[0], read, elements=delta[0].numel()))
             self._map = _Map(delta)
 
     def skip(self, sigma: Tensor | float, why: str) -> None:
         """Note that an evaluation gave no reading. Waits for nothing either."""
-        self._evaluations.append(_Evaluation(torch.as_tensor(sigma), None, why))
+        self._evaluations.append(_Evaluation(torch.as_tensor(sigma), {}, why))
 
     def of_images(self, start: int, stop: int) -> Trace:
         """The same run seen for images ``start`` to ``stop`` only, where several prompts shared a batch."""
@@ -153,7 +172,7 @@ class Trace:
         return all(evaluation.ready() for evaluation in wanted)
 
     def _copy(self) -> Trace:
-        other = Trace()
+        other = Trace(self._others)
         other.without = self.without
         other._evaluations, other._readings = list(self._evaluations), list(self._readings)
         other._map, other._images = self._map, self._images
@@ -177,8 +196,8 @@ class Trace:
             raise NotMeasured("no guidance step was recorded")
         return self._map.start().wait()[self._images].float()
 
-    def score(self, first: int | None = 1) -> Tensor:
-        """Mean magnitude [B] over the first ``first`` evaluations, or over all of them with None.
+    def score(self, first: int | None = 1, detector: str = MAGNITUDE) -> Tensor:
+        """Mean of what a detector read of each image, [B], over the first ``first`` evaluations, or all with None.
 
         Raises NotMeasured when any evaluation of that range has no reading: a mean over other steps
         would be another quantity.
@@ -186,11 +205,14 @@ class Trace:
         chosen = self._read(first)
         if not chosen or (first is not None and len(chosen) < first):
             raise NotMeasured(f"{len(chosen)} evaluations were seen, {first or 'at least 1'} are needed")
-        return torch.tensor([self.reading(number) for number in range(len(chosen))]).mean(0)
+        return torch.tensor([self.reading(number, detector) for number in range(len(chosen))]).mean(0)
 
-    def reading(self, number: int) -> tuple[float, ...]:
-        """L2 magnitude of each image at evaluation ``number`` (from 0). Raises NotMeasured with the reason."""
+    def reading(self, number: int, detector: str = MAGNITUDE) -> tuple[float, ...]:
+        """What a detector read of each image at evaluation ``number`` (from 0). Raises NotMeasured with the reason."""
         reading = self._read(number + 1)[number]
-        if reading.values is None:
-            raise NotMeasured(f"evaluation {number + 1} (sigma {reading.sigma:.4g}) was not measured: {reading.why}")
-        return reading.values
+        values, why = reading.of(detector), reading.why
+        if values is not None and not all(map(math.isfinite, values)):
+            values, why = None, f"the {detector} is not finite (NaN or infinity)"
+        if values is None:
+            raise NotMeasured(f"evaluation {number + 1} (sigma {reading.sigma:.4g}) was not measured: {why}")
+        return values

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Model
-from ..measure import Measurement, guidance_of, setting_of
+from ..detectors import scores
 from ..memory import OutOfMemory, one_by_one
-from ..sampling import first_step, sample_prompts
+from ..run.measure import Measurement, baseline_of, guidance_of, setting_of
+from ..run.reference import sample_prompts
+from ..sampling import first_readings
 from ..trace import Trace
 from ..verdict import BandStep
 from .ordinary_prompts import style_of
-from .profile import EVALUATIONS, Null, Profile
+from .profile import Null, Profile
 
 SEED_BASE = 1_000_000  # far from the seeds people type
 PROMPTS_A_SEED = 25
@@ -42,15 +44,19 @@ def calibrate(
     if not prompts:
         raise ValueError("calibration needs ordinary prompts, none were given")
     sigma = model.sigmas(wanted.steps)[0]
-    base = model.encode(wanted.negative if wanted.without == "negative prompt" else "")
+    base = baseline_of(model, wanted)
+    at_once = {name: score for name, score in scores().items() if score.of_first_step}
+    reads = {score.detector: score.read for score in at_once.values()}
     nulls: list[Null] = []
     kept: list[int] = []  # numbers of the prompts that were measured
     fault: OutOfMemory | None = None
     for start in range(0, len(prompts), PROMPTS_A_SEED):
         noise = model.noise(SEED_BASE + start, wanted.images)
 
-        def rows(part: Sequence[str], noise: Tensor = noise) -> list[Tensor]:
-            return list(first_step(model, [model.encode(p) for p in part], base, noise, sigma, batch_size))
+        def rows(part: Sequence[str], noise: Tensor = noise) -> list[dict[str, Tensor]]:
+            encoded = [model.encode(prompt) for prompt in part]
+            found = first_readings(model, encoded, base, noise, sigma, reads, batch_size)
+            return [{name: values[number] for name, values in found.items()} for number in range(len(part))]
 
         together = prompts[start : start + PROMPTS_A_SEED]
         for number, row in enumerate(one_by_one(rows, together), start):
@@ -61,7 +67,9 @@ def calibrate(
                 on_left_out(prompts[number], str(row))
             else:
                 kept.append(number)
-                nulls.append(Null(style_of(prompts[number]), {"first step": tuple(row.tolist())}))
+                nulls.append(
+                    Null(style_of(prompts[number]), {n: tuple(row[s.detector].tolist()) for n, s in at_once.items()})
+                )
             on_prompt("first step")
     if not nulls and fault is not None:
         raise fault
@@ -70,14 +78,17 @@ def calibrate(
     for group, members in groupby(kept[:full_runs], lambda number: number // PROMPTS_A_SEED):
         part = [model.encode(prompts[number]) for number in members]
         noise = model.noise(SEED_BASE + group * PROMPTS_A_SEED, wanted.images)
-        for run in sample_prompts(model, part, guidance, noise, sigmas, None, batch_size):
+        runs = sample_prompts(
+            model, part, guidance, noise, sigmas, None, batch_size, without=wanted.without, empty=model.encode("")
+        )
+        for run in runs:
             traces.append(run.trace)
             on_prompt("whole runs")
     return with_whole_runs(Profile(setting_of(model, wanted), tuple(nulls)), traces)
 
 
 def with_whole_runs(profile: Profile, traces: Sequence[Trace]) -> Profile:
-    """The profile with the whole runs of its first prompts: the other kinds of score, and the band of each step.
+    """The profile with the whole runs of its first prompts: the other scores, and the band of each step.
 
     Raises ValueError where the runs differ in their number of evaluations, as an adaptive sampler's do, and
     NotMeasured where one has an evaluation without a reading.
@@ -89,11 +100,11 @@ def with_whole_runs(profile: Profile, traces: Sequence[Trace]) -> Profile:
         raise ValueError("this sampler takes another number of evaluations for each prompt, so its runs do not compare")
     nulls = list(profile.nulls)
     for number, curve in enumerate(curves):
-        scores = dict(nulls[number].scores)
-        for kind, needed in EVALUATIONS.items():
-            if kind != "first step" and len(curve) >= (needed or 1):
-                scores[kind] = tuple(curve[:needed].mean(0).tolist())
-        nulls[number] = replace(nulls[number], scores=scores)
+        found = dict(nulls[number].scores)
+        for name, score in scores().items():
+            if not score.of_first_step and len(curve) >= (score.evaluations or 1):
+                found[name] = tuple(traces[number].score(score.evaluations, score.detector).tolist())
+        nulls[number] = replace(nulls[number], scores=found)
     low, middle, high = torch.quantile(torch.stack([c.mean(1) for c in curves]), torch.tensor([0.05, 0.5, 0.95]), dim=0)
     sigmas = [reading.sigma for reading in traces[0].readings]
     steps = zip(sigmas, low, middle, high, strict=True)

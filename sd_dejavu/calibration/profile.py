@@ -17,10 +17,11 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from ..conditioning import Unconditional
 from ..denoiser import PredictionType
+from ..detectors import scores
 from ..foreign import Unreadable, json_of
 from ..kept import write_text
 from ..verdict import BandStep
@@ -33,11 +34,8 @@ ORDINARY_QUANTILE = 0.95  # up to here a score is called ordinary when a mitigat
 UNKNOWN_ENCODER = "text encoder unknown"
 ENCODER_PARTS = ("text encoder", "clip skip")  # how parts of a setting's patches begin that are about the text encoder
 
-ScoreKind = Literal["first step", "first 5 steps", "all steps"]
-EVALUATIONS: dict[ScoreKind, int | None] = {"first step": 1, "first 5 steps": 5, "all steps": None}
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Setting:
     """What a score depends on besides the prompt. Two scores compare only when all of this agrees."""
 
@@ -53,18 +51,19 @@ class Setting:
     sampler: str = ""  # of a host; empty for this package's own DDIM
     patches: str = ""  # what a host adds to the checkpoint (clip skip, control nets, other packs' patches), in words
 
-    def mismatch(self, other: Setting, kind: ScoreKind) -> str | None:
-        """A sentence naming the first difference that matters for scores of this kind, or None."""
+    def mismatch(self, other: Setting, kind: str) -> str | None:
+        """A sentence naming the first difference that matters for this score, or None."""
+        first_step = scores()[kind].of_first_step
         for name in (f.name for f in fields(self)):
             mine, theirs = getattr(self, name), getattr(other, name)
             if name == "sigma":
                 same = math.isclose(mine, theirs, rel_tol=1e-3)
             elif name in ("steps", "guidance_scale", "sampler"):
                 # The first step sees neither guidance nor the later noise levels, nor how they are walked through.
-                same = kind == "first step" or mine == theirs
+                same = first_step or mine == theirs
             elif name == "negative_prompt":
                 # Blanks at the ends and in a row are nothing to the tokenizers.
-                same = (kind == "first step" and self.without == "empty prompt") or mine.split() == theirs.split()
+                same = (first_step and self.without == "empty prompt") or mine.split() == theirs.split()
             elif name == "patches":
                 same = _same_patches(mine, theirs)
             else:
@@ -85,10 +84,10 @@ def _same_patches(mine: str, theirs: str) -> bool:
 
 @dataclass(frozen=True)
 class Null:
-    """One ordinary prompt: its style, and for each kind of score one value an image."""
+    """One ordinary prompt: its style, and for each score (of any detector) one value an image."""
 
     style: str
-    scores: dict[ScoreKind, tuple[float, ...]]
+    scores: dict[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def conformal_p(score: float, nulls: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Profile:
-    """Null scores (L2) for one setting, and the null band of each step for charts.
+    """Null scores for one setting, and the null band of each step for charts.
 
     ``nulls`` are in the order of the prompts; the scores of each kind are sorted once, when they are first asked for.
     """
@@ -120,13 +119,11 @@ class Profile:
     setting: Setting
     nulls: tuple[Null, ...]
     band: tuple[BandStep, ...] = ()
-    _sorted: dict[tuple[ScoreKind, int, bool], dict[str | None, tuple[float, ...]]] = field(
+    _sorted: dict[tuple[str, int, bool], dict[str | None, tuple[float, ...]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
-    def null_scores(
-        self, kind: ScoreKind, images: int, style: str | None = None, highest: bool = False
-    ) -> tuple[float, ...]:
+    def null_scores(self, kind: str, images: int, style: str | None = None, highest: bool = False) -> tuple[float, ...]:
         """Mean of the first ``images`` values of each null that has as many, or the highest of them; ascending.
 
         Of the nulls of one style, or of all.
@@ -146,7 +143,7 @@ class Profile:
         self,
         score: float,
         setting: Setting,
-        kind: ScoreKind = "first step",
+        kind: str = "first step",
         images: int = 1,
         style: str | None = None,
         batch: int = 1,
@@ -173,7 +170,7 @@ class Profile:
             raise ValueError(f"the profile has no ordinary prompts for the {kind} of {images} images: calibrate for it")
         return PValue(min(1.0, times * conformal_p(score, nulls)), len(nulls), chosen, at_once, times)
 
-    def quantile(self, q: float, kind: ScoreKind = "first step", images: int = 1) -> float:
+    def quantile(self, q: float, kind: str = "first step", images: int = 1) -> float:
         """The q-quantile (0..1, linear interpolation) of the null scores."""
         nulls = self.null_scores(kind, images)
         if not nulls:
@@ -216,7 +213,7 @@ class Profile:
         try:
             setting = _setting(document["setting"])
             nulls = tuple(
-                Null(_of_kind(n["style"], str), {k: _scores(v) for k, v in n["scores"].items()})
+                Null(_of_kind(n["style"], str), {k: _scores(k, v) for k, v in n["scores"].items()})
                 for n in _of_kind(document["nulls"], list)
             )
             band = tuple(
@@ -224,9 +221,6 @@ class Profile:
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ValueError(f"the calibration profile {path} is damaged ({error!r}): calibrate again") from error
-        unknown = {k for n in nulls for k in n.scores} - set(get_args(ScoreKind))
-        if unknown:
-            raise ValueError(f"the calibration profile {path} has unknown kinds of score: {', '.join(sorted(unknown))}")
         return cls(setting, nulls, band)
 
 
@@ -248,10 +242,14 @@ def _number(value: Any) -> float:
     return number
 
 
-def _scores(values: Any) -> tuple[float, ...]:
-    """The scores of one null: one image at least, and magnitudes are never negative."""
+def _scores(kind: str, values: Any) -> tuple[float, ...]:
+    """The scores of one null: one image at least, and magnitudes are never negative.
+
+    A score of a detector that is not there is kept as it is.
+    """
     numbers = tuple(_number(value) for value in _of_kind(values, list))
-    if not numbers or min(numbers) < 0:
+    known = scores().get(kind)
+    if not numbers or (known is not None and known.detector == "magnitude" and min(numbers) < 0):
         raise ValueError(f"{str(values)[:40]} are no scores")
     return numbers
 

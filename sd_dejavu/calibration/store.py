@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from .profile import Profile, ScoreKind, Setting
+from .profile import Profile, Setting
 
 log = logging.getLogger("dejavu")
 
@@ -30,7 +30,7 @@ def path_for(setting: Setting, folder: Path | None = None) -> Path:
 
 
 def find(
-    setting: Setting, kind: ScoreKind, images: int = 1, also: Sequence[Path] = (), folder: Path | None = None
+    setting: Setting, kind: str, images: int = 1, also: Sequence[Path] = (), folder: Path | None = None
 ) -> Profile | None:
     """Of the profiles that fit this setting the one with the most nulls for this score, or None.
 
@@ -46,7 +46,7 @@ def find(
 
 
 def find_for_monitor(
-    setting: Setting, wanted: ScoreKind, also: Sequence[Path] = (), folder: Path | None = None
+    setting: Setting, wanted: str, also: Sequence[Path] = (), folder: Path | None = None
 ) -> Profile | None:
     """One that holds this kind of score, or else the first step's, which decides during the run."""
     found = (find(setting, kind, 1, also, folder) for kind in dict.fromkeys((wanted, "first step")))

@@ -20,7 +20,6 @@ from rich.table import Table
 
 from ..foreign import opened
 from ..kept import LOCK, locked, replacing, write_bytes, write_text
-from ..measure import Measurement
 from ..reference.build import BuildSettings, build
 from ..reference.features import Features, FeatureSettings
 from ..reference.features import load as load_features
@@ -29,6 +28,7 @@ from ..reference.reference_set import ReferenceSet
 from ..report.audit_html import AuditPage, render_audit
 from ..report.audit_rows import as_json, notes, sentence, settings_shown, thumbnails_of, verdict_of
 from ..report.terminal import plain
+from ..run.measure import Measurement
 from ..training.audit import (
     Audit,
     AuditSettings,

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from ..denoiser import Model
 from ..detectors import Detector, Observed, available
-from ..measure import Measurement, guidance_of
 from ..memory import OutOfMemory, one_by_one
-from ..sampling import first_step, sample_prompts
+from ..run.measure import Measurement, guidance_of
+from ..run.reference import sample_prompts
+from ..sampling import first_readings
 from ..statistics import auc, auc_interval, tpr_at_fpr, wilson
 from . import common
 from .prompt_files import read_prompts
@@ -107,7 +108,7 @@ def _configurations(detector: Detector, all_steps: int) -> list[tuple[int, int]]
     """(steps, images) to run, each once."""
     if detector.needs == "prompt":
         return [(0, 0)]
-    steps = [min(steps or all_steps, all_steps) for steps in detector.steps]
+    steps = [min(number or all_steps, all_steps) for number in detector.evaluations]
     return list(dict.fromkeys((s, images) for s in steps for images in detector.images))
 
 
@@ -136,18 +137,18 @@ def _rows(
             for start in range(0, len(prompts), together):
                 part = prompts[start : start + together]
                 began = time.perf_counter()
-                observe = partial(_observe, model, wanted, steps, images, arguments.batch_size)
+                observe = partial(_observe, model, users, wanted, steps, images, arguments.batch_size)
                 runs = one_by_one(observe, part)
                 seconds_run = time.perf_counter() - began
                 began = time.perf_counter()
-                looked_at = any(d.needs == "pictures" for d in users)
-                seen = one_by_one(partial(_with_pictures, model, looked_at), runs)
+                looked_at = any(d.needs == "images" for d in users)
+                seen = one_by_one(partial(_with_images, model, looked_at), runs)
                 seconds_decoding = time.perf_counter() - began
                 for d in users:
                     began = time.perf_counter()
-                    scores[d.name] += [None if isinstance(o, OutOfMemory) else d.score(o) for o in seen]
+                    scores[d.name] += [None if isinstance(o, OutOfMemory) else d.score(o[d.name]) for o in seen]
                     seconds[d.name] += time.perf_counter() - began + seconds_run
-                    seconds[d.name] += seconds_decoding if d.needs == "pictures" else 0.0
+                    seconds[d.name] += seconds_decoding if d.needs == "images" else 0.0
                 bar.advance(task, len(part))
         for d in users:
             found = scores[d.name]
@@ -162,37 +163,52 @@ def _rows(
     return rows
 
 
+Seen = dict[str, Observed]  # of one prompt, by detector
+
+
 def _observe(
-    model: Model, wanted: Measurement, steps: int, images: int, batch_size: int, prompts: Sequence[str]
-) -> list[tuple[Observed, Tensor | None]]:
-    """Magnitudes of each prompt, and its final latents where a run went to the end."""
+    model: Model,
+    users: Sequence[Detector],
+    wanted: Measurement,
+    steps: int,
+    images: int,
+    batch_size: int,
+    prompts: Sequence[str],
+) -> list[tuple[Seen, Tensor | None]]:
+    """What each detector read of each prompt, and its final latents where a run went to the end."""
     if steps == 0:
-        return [(Observed(prompt), None) for prompt in prompts]
+        return [({d.name: Observed(prompt) for d in users}, None) for prompt in prompts]
     conditionings = [model.encode(prompt) for prompt in prompts]
     noise, sigmas = model.noise(wanted.seed, images), model.sigmas(wanted.steps)
+    readers = {d.name: d.read for d in users if d.read is not None}
+    found: list[tuple[Seen, Tensor | None]] = []
     if steps == 1:
-        values = first_step(model, conditionings, model.encode(""), noise, sigmas[0], batch_size)
-        return [(Observed(p, magnitudes=row[None]), None) for p, row in zip(prompts, values, strict=True)]
+        read = first_readings(model, conditionings, model.encode(""), noise, sigmas[0], readers, batch_size)
+        for number, prompt in enumerate(prompts):
+            found.append(({name: Observed(prompt, values[number][None]) for name, values in read.items()}, None))
+        return found
     runs = sample_prompts(model, conditionings, guidance_of(model, wanted), noise, sigmas, steps, batch_size)
-    readings = [torch.tensor([run.trace.reading(number) for number in range(steps)]) for run in runs]
-    return [
-        (Observed(prompt, magnitudes), run.latents if steps == wanted.steps else None)
-        for prompt, magnitudes, run in zip(prompts, readings, runs, strict=True)
-    ]
+    for prompt, run in zip(prompts, runs, strict=True):
+        seen = {d.name: Observed(prompt) for d in users}
+        for name in readers:
+            seen[name] = Observed(prompt, torch.tensor([run.trace.reading(number, name) for number in range(steps)]))
+        found.append((seen, run.latents if steps == wanted.steps else None))
+    return found
 
 
-def _with_pictures(
-    model: Model, looked_at: bool, runs: Sequence[tuple[Observed, Tensor | None] | OutOfMemory]
-) -> list[Observed | OutOfMemory]:
-    """What detectors look at, pictures decoded where one does; a fault stays one."""
-    seen: list[Observed | OutOfMemory] = []
+def _with_images(
+    model: Model, looked_at: bool, runs: Sequence[tuple[Seen, Tensor | None] | OutOfMemory]
+) -> list[Seen | OutOfMemory]:
+    """What detectors look at, images decoded where one does; a fault stays one."""
+    seen: list[Seen | OutOfMemory] = []
     for run in runs:
         if isinstance(run, OutOfMemory):
             seen.append(run)
             continue
         observed, latents = run
         if looked_at and latents is not None:
-            observed = replace(observed, pictures=model.decode(latents))
+            images = model.decode(latents)
+            observed = {name: replace(one, images=images) for name, one in observed.items()}
         seen.append(observed)
     return seen
 

@@ -14,8 +14,8 @@ from rich.console import Console
 from ..calibration import store
 from ..calibration.calibrate import calibrate
 from ..denoiser import PromptTooLong
-from ..measure import Measurement, setting_of
 from ..report.wording import calibrated
+from ..run.measure import Measurement, setting_of
 from . import common
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from ..calibration.profile import Profile
 from ..denoiser import Model
 from ..explain.views import explain
-from ..measure import Measured, Measurement, drawn_with, measure_runs, setting_of, verdict_on
 from ..mitigations import Outcome, Start, available
 from ..report import html
+from ..run.measure import Measured, Measurement, measure_runs, sampled_with, setting_of, verdict_on
 from ..similarity import COPY_THRESHOLD, grey_correlation
 from ..verdict import Verdict
 
@@ -73,7 +73,7 @@ def run_case(
     mitigated = []
     for name, settings in methods.items():
         outcome = available()[name].apply(model, conditioning, start, settings)
-        after = drawn_with(model, outcome, start.x, wanted, start.batch_size)
+        after = sampled_with(model, outcome, start.x, wanted, start.batch_size)
         on_run()
         assert after.latents is not None
         drawn = model.decode(after.latents)

@@ -9,7 +9,7 @@ import argparse
 
 from rich.console import Console
 
-from ..measure import Measurement, setting_of, verdict_on
+from ..run.measure import Measurement, setting_of, verdict_on
 from . import common
 
 

@@ -20,9 +20,9 @@ from ..calibration import store
 from ..calibration.profile import Profile
 from ..denoiser import Model, PromptTooLong
 from ..explain.views import explain
-from ..measure import Measured, Measurement, measure, setting_of
 from ..memory import OutOfMemory, release, telling
 from ..report.terminal import one_line, plain, verdict_panel
+from ..run.measure import Measured, Measurement, measure, setting_of
 from ..settings import Option, options_of
 from ..verdict import Explanation, Verdict, View
 from .prompt_files import read_prompts

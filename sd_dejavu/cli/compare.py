@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..calibration.profile import Profile
-from ..measure import Measurement
 from ..report.scatter import Mark, scatter_chart
+from ..run.measure import Measurement
 from ..statistics import spread
 from . import common
 

@@ -15,9 +15,9 @@ from rich.console import Console
 from ..calibration.profile import ORDINARY_QUANTILE, Profile
 from ..demo import bundled
 from ..hosts.diffusers import load
-from ..measure import Measurement, guidance_of
 from ..mitigations import Start, optimise_conditioning, remove_trigger
 from ..report.terminal import verdict_panel
+from ..run.measure import Measurement, guidance_of
 from . import common
 from .cases import render_cases, run_case, save_pictures
 

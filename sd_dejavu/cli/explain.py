@@ -12,8 +12,8 @@ from typing import get_args
 from rich.console import Console
 from rich.table import Table
 
-from ..measure import Measurement, setting_of, verdict_on
 from ..report.terminal import plain
+from ..run.measure import Measurement, setting_of, verdict_on
 from ..verdict import Verdict, View
 from . import common
 

@@ -16,13 +16,13 @@ from rich.table import Table
 
 from ..calibration.profile import ORDINARY_QUANTILE, Profile
 from ..denoiser import PromptTooLong
-from ..measure import Measurement, guidance_of
 from ..memory import OutOfMemory, one_by_one
 from ..mitigations import Mitigation, Start, available
 from ..mitigations.guard import Guard
 from ..reference.nearest import same_features
 from ..reference.reference_set import ReferenceSet
 from ..report.terminal import plain
+from ..run.measure import Measurement, baseline_of
 from . import common
 from .cases import render_cases, run_case, save_pictures
 
@@ -72,8 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     model = common.load_model(arguments)
     profile = common.profile_of(arguments, model, wanted)
     target = target_of(arguments.target, arguments.target_quantile, profile, wanted)
-    guidance = guidance_of(model, wanted)
-    without = guidance.measured_against or guidance.unconditional
+    without = baseline_of(model, wanted)
     noise, sigma = model.noise(wanted.seed, wanted.images), model.sigmas(wanted.steps)[0]
     ordinary = None
     if profile is not None and arguments.target is None:

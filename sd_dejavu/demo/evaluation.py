@@ -21,13 +21,22 @@ from ..caption_following import caption_score
 from ..conditioning import Conditioning
 from ..denoiser import Model
 from ..explain.views import explain
-from ..measure import Measured, Measurement, drawn_with, guidance_of, measure, measure_runs, setting_of, verdict_on
 from ..memory import OutOfMemory, one_by_one
 from ..mitigations import Outcome, Start, available
 from ..mitigations.anti_memorization_guidance import GREY
 from ..mitigations.guard import Guard
 from ..peak_memory import peak_memory
 from ..reference.features import Grey
+from ..run.measure import (
+    Measured,
+    Measurement,
+    guidance_of,
+    measure,
+    measure_runs,
+    sampled_with,
+    setting_of,
+    verdict_on,
+)
 from ..similarity import COPY_THRESHOLD, grey_correlation
 from ..statistics import wilson
 from ..verdict import Verdict, View
@@ -315,8 +324,8 @@ def _drawn(
         outcome = Outcome.unchanged(conditioning, float("nan"))
     else:
         outcome = available()[name.split(":")[0]].apply(model, conditioning, start, settings)
-    latents = drawn_with(model, outcome, start.x, wanted).latents
-    assert latents is not None  # drawn_with always samples
+    latents = sampled_with(model, outcome, start.x, wanted).latents
+    assert latents is not None  # sampled_with always samples
     return outcome, latents
 
 

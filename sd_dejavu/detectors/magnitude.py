@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Predictions, over_pixels
-from . import Detector, Observed
+from . import Detector
 
 HIGHEST_OF_EPSILON = 15.0  # Stable Diffusion's schedules end at sigma 14.6
 
@@ -60,13 +60,13 @@ def squared_difference_map(predictions: Predictions) -> Tensor:
     return over_channels(difference(predictions))
 
 
-def score(observed: Observed) -> float:
-    """Mean magnitude over the steps and images that were run."""
-    if observed.magnitudes is None:
-        raise ValueError("the magnitude detector needs the readings of a run, none were given")
-    return float(observed.magnitudes.mean())
-
-
 DETECTORS = (
-    Detector("magnitude", "text-conditional noise prediction (Wen et al.)", "steps", score, (1, 5, None), (1, 4)),
+    Detector(
+        "magnitude",
+        "text-conditional noise prediction (Wen et al.)",
+        images=(1, 4),
+        read=magnitude,
+        scores={"first step": 1, "first 5 steps": 5, "all steps": None},
+        unit="L2",
+    ),
 )

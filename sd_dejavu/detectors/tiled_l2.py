@@ -27,11 +27,11 @@ def tiled_distance(a: Tensor, b: Tensor, tiles: int = TILES) -> Tensor:
 
 def score(observed: Observed) -> float:
     """Raises ValueError with fewer than two pictures."""
-    pictures = observed.pictures
-    if pictures is None or len(pictures) < 2:
+    images = observed.images
+    if images is None or len(images) < 2:
         raise ValueError("tiled L2 compares several generations: at least 2 images are needed")
-    distances = [tiled_distance(pictures[i], pictures[j]) for i, j in combinations(range(len(pictures)), 2)]
+    distances = [tiled_distance(images[i], images[j]) for i, j in combinations(range(len(images)), 2)]
     return -float(torch.stack(distances).mean())
 
 
-DETECTORS = (Detector("tiled_l2", "largest tile distance of several generations", "pictures", score, images=(4,)),)
+DETECTORS = (Detector("tiled_l2", "largest tile distance of several generations", "images", score, images=(4,)),)

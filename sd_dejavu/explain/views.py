@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..conditioning import Conditioning
 from ..denoiser import Model
 from ..gradients import with_gradients
-from ..measure import Measurement, start_of_run
+from ..run.measure import Measurement, baseline_of, start_of_run
 from ..sampling import predict
 from ..verdict import Explanation, View
 from . import confirmed_gradient, input_gradient, leave_one_out, output_gradient
@@ -21,7 +21,7 @@ def explain(
 ) -> Explanation:
     """Explain one prompt at the first step of the run that ``wanted`` describes. Raises ValueError without words."""
     view = view or default_view(conditioning)
-    without = model.encode(wanted.negative if wanted.without == "negative prompt" else "")
+    without = baseline_of(model, wanted)
     x, sigma = start_of_run(model, wanted)
     if view == "leave one out":
         noise, level = model.noise(wanted.seed, wanted.images), float(sigma[0])

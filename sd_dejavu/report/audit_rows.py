@@ -6,7 +6,7 @@ import re
 from dataclasses import asdict, fields
 from typing import Any
 
-from ..measure import Measurement
+from ..run.measure import Measurement
 from ..training.audit import Audit, AuditSettings, Row, Subject
 from .wording import number
 

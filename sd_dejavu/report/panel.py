@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from markupsafe import Markup
 
-from ..monitor import Report
+from ..run.report import Report
 from ..trace import NotMeasured
 from ..verdict import Verdict
 from .chart import loss_sparkline, magnitude_chart
@@ -55,7 +55,7 @@ def _picture(title: str, report: Report) -> Markup:
         _WORDS.format(words=word_spans(verdict.prompt, verdict.explanation), legend=_legend(verdict)),
         _charts(report, verdict),
         _mitigation(report),
-        *(Markup('<p class="dejavu-note">{}.</p>').format(note) for note in report.watch.notes),
+        *(Markup('<p class="dejavu-note">{}.</p>').format(note) for note in report.state.notes),
         _FOLDED.format(Markup("").join(_FACT.format(*fact) for fact in facts(verdict))),
     ]
     return _PICTURE.format(
@@ -84,14 +84,14 @@ def _charts(report: Report, verdict: Verdict) -> Markup:
 
 
 def _mitigation(report: Report) -> Markup:
-    outcome = report.watch.outcome
+    outcome = report.state.outcome
     if outcome is None:
         return Markup("")
     told = changed(outcome)
     moved = outcome.details.get("moved")
     if moved is not None:
         told += f" The conditioning moved by {moved:.0%} of its length."
-    if outcome.conditioning.prompt and outcome.conditioning.prompt != report.watch.prompt:
+    if outcome.conditioning.prompt and outcome.conditioning.prompt != report.state.prompt:
         told += f" Prompt: {outcome.conditioning.prompt}"
     losses = outcome.details.get("losses", ())
     return Markup("<p>{} {}</p>").format(told, Markup(loss_sparkline(losses)) if losses else "")

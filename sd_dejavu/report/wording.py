@@ -6,7 +6,7 @@ from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Context, Decimal
 from typing import TYPE_CHECKING
 
 from ..calibration.profile import ALPHA_DEFAULT, Profile
-from ..judge import needed_nulls
+from ..run.judge import needed_nulls
 from ..verdict import Explanation, Verdict, WordSignificance
 
 if TYPE_CHECKING:

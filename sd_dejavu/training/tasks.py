@@ -22,9 +22,9 @@ from ..denoiser import Model
 from ..detectors.magnitude import magnitude, rounding
 from ..explain.views import explain
 from ..foreign import is_number
-from ..measure import Measurement, measure_runs
 from ..memory import OutOfMemory, one_by_one
 from ..report.wording import top_words
+from ..run.measure import Measurement, baseline_of, measure_runs
 from ..sampling import first_predictions
 from .alignment import alignment, as_trained
 
@@ -125,7 +125,7 @@ class Work:
         """Every 25 prompts share a noise, the nulls' others than the captions', so that neither hangs on one noise."""
         wanted = self.wanted
         sigma = model.sigmas(wanted.steps)[0]
-        base = model.encode(wanted.negative if wanted.without == "negative prompt" else "")
+        base = baseline_of(model, wanted)
         seed = wanted.seed + task.first + (SEED_BASE if task.kind == "nulls" else 0)
         for begin in range(0, len(task.prompts), PROMPTS_A_SEED):
             prompts = task.prompts[begin : begin + PROMPTS_A_SEED]

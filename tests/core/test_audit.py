@@ -26,11 +26,11 @@ from sd_dejavu.cli.main import main
 from sd_dejavu.demo import bundled, world
 from sd_dejavu.denoiser import Predictions
 from sd_dejavu.hosts.diffusers import ModelError, load
-from sd_dejavu.measure import Measurement
 from sd_dejavu.reference.build import from_pictures
 from sd_dejavu.reference.features import Grey
 from sd_dejavu.report.audit_html import AuditPage, render_audit
 from sd_dejavu.report.audit_rows import notes, sentence
+from sd_dejavu.run.measure import Measurement
 from sd_dejavu.similarity import COPY_THRESHOLD, grey_correlation
 from sd_dejavu.statistics import benjamini_hochberg, spread
 from sd_dejavu.training.alignment import alignment, as_trained, contrast

@@ -157,7 +157,14 @@ def test_the_whole_run_is_the_pipelines(
         expected, latents = other.run(prompt, noise, 7.5)
         trace = Trace()
         start = initial_latent(noise, sigmas[0], model.prediction_type)
-        final = sample(model, start, sigmas, conditioning, Guidance(model.encode(""), 7.5), trace)
+        final = sample(
+            model,
+            start,
+            sigmas,
+            conditioning,
+            Guidance(model.encode(""), 7.5),
+            lambda e, trace=trace: trace.record(e.predictions),
+        )
         torch.testing.assert_close(torch.tensor([r.values for r in trace.readings]), expected, rtol=1e-4, atol=0)
         torch.testing.assert_close(scores, expected[0], rtol=1e-4, atol=0)
         assert torch.linalg.norm(final - latents) < 1e-4 * torch.linalg.norm(latents)

@@ -13,7 +13,7 @@ from sd_dejavu.explain import confirmed_gradient, explanation, input_gradient, l
 from sd_dejavu.explain.leave_one_out import drop_word
 from sd_dejavu.explain.views import default_view
 from sd_dejavu.explain.views import explain as explain_by_view
-from sd_dejavu.measure import Measurement
+from sd_dejavu.run.measure import Measurement
 from sd_dejavu.sampling import levels_of
 
 SIGMA = 2.0

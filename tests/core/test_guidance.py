@@ -13,10 +13,10 @@ from sd_dejavu.attention import AttentionRule
 from sd_dejavu.conditioning import Conditioning
 from sd_dejavu.denoiser import seeded_noise
 from sd_dejavu.guidance import GuidedStep, guided
-from sd_dejavu.measure import Measurement, drawn_with
 from sd_dejavu.mitigations import Outcome, Start, batch_wise_noise, per_sample_noise
 from sd_dejavu.mitigations.batch_wise_noise import LateGuidance
 from sd_dejavu.mitigations.guidance_transition import Transition
+from sd_dejavu.run.measure import Measurement, sampled_with
 from sd_dejavu.sampling import Guidance, sample
 
 SIGMA = 2.0
@@ -122,7 +122,7 @@ def test_an_outcome_is_drawn_from_its_noise_under_its_rule_and_its_attention() -
     half = AttentionRule(torch.tensor([1.0, 0.5, 1.0, 1.0]), torch.tensor([True, True, False, True]))
     conditioning = replace(encode("red fox"), attention=half)
     outcome = Outcome(conditioning, 0, 0, x=other, rule=lambda: lambda step: step.conditional)
-    found = drawn_with(model, outcome, x, wanted)
+    found = sampled_with(model, outcome, x, wanted)
     # Half of 'red' and nothing of 'fox' is left; a rule that returns the conditional prediction is guidance 1.
     by_hand = sample(model, other, [3.0, 2.0, 1.0, 0.0], encoder({"red": 0.25})("red"), Guidance(encode(""), 1.0))
     torch.testing.assert_close(found.latents, by_hand)

@@ -8,10 +8,18 @@ from dataclasses import replace
 import pytest
 
 from sd_dejavu.calibration.profile import Null, Profile, Setting
-from sd_dejavu.judge import judge, needed_nulls
+from sd_dejavu.run.judge import judge, needed_nulls
 from sd_dejavu.verdict import Verdict
 
-SETTING = Setting("abc", "epsilon", (4, 8, 8), 50, 14.6, 7.5, "empty prompt")
+SETTING = Setting(
+    model="abc",
+    prediction_type="epsilon",
+    latent_shape=(4, 8, 8),
+    steps=50,
+    sigma=14.6,
+    guidance_scale=7.5,
+    without="empty prompt",
+)
 
 
 def profile(count: int, images: int = 1) -> Profile:

@@ -24,8 +24,8 @@ from sd_dejavu.mitigations.optimise_conditioning import Settings, optimise
 from sd_dejavu.mitigations.perturb_prompt import Perturbation, perturb
 from sd_dejavu.mitigations.remove_trigger import Removed, remove_trigger
 from sd_dejavu.mitigations.remove_trigger import Settings as RemoveSettings
-from sd_dejavu.monitor import Monitoring
 from sd_dejavu.reference.features import Pixels
+from sd_dejavu.run.monitoring import Monitoring
 from sd_dejavu.settings import options_of
 
 SIGMA = 2.0

@@ -14,13 +14,23 @@ from sd_dejavu.calibration.profile import Null, Profile, Setting
 from sd_dejavu.conditioning import Conditioning
 from sd_dejavu.denoiser import Predictions
 from sd_dejavu.mitigations import Outcome
-from sd_dejavu.monitor import Monitoring, Report, Watch, flagged
 from sd_dejavu.report.word_picture import word_picture
 from sd_dejavu.report.words import word_spans
+from sd_dejavu.run.monitoring import Monitoring
+from sd_dejavu.run.report import Report, flagged
+from sd_dejavu.run.state import RunState
 from sd_dejavu.trace import Trace
 from sd_dejavu.verdict import BandStep, Explanation, Verdict, WordSignificance
 
-SETTING = Setting("abc", "epsilon", (4, 2, 2), 20, 14.6, 7.0, "empty prompt")
+SETTING = Setting(
+    model="abc",
+    prediction_type="epsilon",
+    latent_shape=(4, 2, 2),
+    steps=20,
+    sigma=14.6,
+    guidance_scale=7.0,
+    without="empty prompt",
+)
 # 199 ordinary prompts that score 0.01, 0.02, ... 1.99.
 NULLS = tuple(Null("sentence", {"first step": (n / 100,)}) for n in range(1, 200))
 PROFILE = Profile(SETTING, NULLS)
@@ -33,8 +43,8 @@ def predictions(*gaps: float, sigma: float = 2.0, without="empty prompt") -> Pre
     return Predictions(moved, base, torch.full((len(gaps),), sigma), without)
 
 
-def watch(*gaps: float, **settings) -> Watch:
-    found = Watch(Monitoring(**settings), "a red fox", SETTING, PROFILE)
+def watch(*gaps: float, **settings) -> RunState:
+    found = RunState(Monitoring(**settings), "a red fox", SETTING, PROFILE)
     found.trace.record(predictions(*gaps))
     found.trace.record(predictions(*(g / 2 for g in gaps), sigma=1.0))
     return found
@@ -77,7 +87,7 @@ def test_a_calibration_for_another_noise_level_is_refused() -> None:
 
 
 def test_a_calibration_against_another_prompt_is_refused() -> None:
-    found = Watch(Monitoring(), "a red fox", SETTING, PROFILE)
+    found = RunState(Monitoring(), "a red fox", SETTING, PROFILE)
     found.trace.record(predictions(3.0, without="negative prompt"))
     (verdict,) = found.verdicts()
     assert verdict.without == "negative prompt"
@@ -85,7 +95,7 @@ def test_a_calibration_against_another_prompt_is_refused() -> None:
 
 
 def test_what_was_not_measured_says_why_and_what_else_went_wrong() -> None:
-    found = Watch(Monitoring())
+    found = RunState(Monitoring())
     found.trace.skip(2.0, "guidance is off")
     found.note("a fault")
     found.note("a fault")
@@ -116,12 +126,15 @@ def test_a_mitigation_keeps_the_verdict_on_what_came_in() -> None:
     [("first step", [True, False, False]), ("first 5 steps", [True, True, False]), ("all steps", [True] * 3)],
 )
 def test_which_evaluations_are_worth_an_evaluation_of_our_own(score, needed: list[bool]) -> None:
-    found = Watch(Monitoring(score=score))
-    assert [found.measures(n) for n in (0, 4, 50)] == needed
+    found, measured = RunState(Monitoring(score=score)), []
+    for _ in range(51):
+        measured.append(found.measures_next())
+        found.trace.skip(1.0, "guidance was off")
+    assert [measured[n] for n in (0, 4, 50)] == needed
 
 
 def test_the_map_is_scaled_to_each_picture_and_sized_as_asked() -> None:
-    found = Watch(Monitoring())
+    found = RunState(Monitoring())
     base = torch.zeros(2, 4, 2, 2)
     moved = base.clone()
     moved[0, :, 0, 0], moved[1, :, 1, 1] = 1.0, 5.0
@@ -149,7 +162,7 @@ def test_a_report_of_some_images_tells_of_them_in_their_order() -> None:
     assert [v["where"] for v in some.as_json()["verdicts"]] == [
         whole.as_json()["verdicts"][place]["where"] for place in (2, 0, 2)
     ]
-    missing = Watch(Monitoring())
+    missing = RunState(Monitoring())
     missing.trace.skip(2.0, "guidance is off")
     assert Report.of(missing).of_images([1]).verdicts == Report.of(missing).verdicts  # told of all at once
 

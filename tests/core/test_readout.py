@@ -13,8 +13,9 @@ from hand_made import LinearDenoiser
 
 from sd_dejavu.conditioning import Conditioning
 from sd_dejavu.denoiser import Predictions
-from sd_dejavu.monitor import Monitoring, Watch
 from sd_dejavu.readout import Readout
+from sd_dejavu.run.monitoring import Monitoring
+from sd_dejavu.run.state import RunState
 from sd_dejavu.sampling import first_step
 from sd_dejavu.trace import Trace
 
@@ -86,7 +87,7 @@ def predictions(gap: float, sigma: float) -> Predictions:
 
 
 def test_nothing_in_a_sampling_loop_asks_the_device() -> None:
-    watch = Watch(Monitoring())
+    watch = RunState(Monitoring())
     steps = [predictions(3.0, 4.0), predictions(2.0, 2.0), predictions(1.0, 1.0)]
     with DeviceReads() as reads:
         for step in steps:
@@ -137,7 +138,7 @@ def test_parts_of_parts_are_of_the_right_images() -> None:
 
 def test_the_first_step_is_judged_without_waiting_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     card = Card(monkeypatch)
-    watch = Watch(Monitoring())
+    watch = RunState(Monitoring())
     # Numbers that are still on a card: what the loop has recorded of two steps.
     trace, steps = watch.trace, [predictions(3.0, 4.0), predictions(2.0, 2.0)]
     monkeypatch.setattr("sd_dejavu.trace.Readout", lambda tensor: Readout(card.tensor(tensor.tolist())))

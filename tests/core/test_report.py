@@ -175,7 +175,15 @@ def test_facts_name_unit_images_and_calibration():
     ],
 )
 def test_a_calibration_says_what_it_can_flag(count, images, expected):
-    setting = Setting("abc", "epsilon", (4, 8, 8), 50, 14.6, 7.5, "empty prompt")
+    setting = Setting(
+        model="abc",
+        prediction_type="epsilon",
+        latent_shape=(4, 8, 8),
+        steps=50,
+        sigma=14.6,
+        guidance_scale=7.5,
+        without="empty prompt",
+    )
     nulls = tuple(Null("plain", {"first step": (float(n),) * images}) for n in range(count))
     text = calibrated(Profile(setting, nulls), images)
     assert text.startswith(f"{count:,} ordinary prompts at sigma 14.6: median {number((count - 1) / 2)}, ")

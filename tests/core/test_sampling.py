@@ -10,8 +10,9 @@ from hand_made import LinearDenoiser, v_scale
 from torch import Tensor
 
 from sd_dejavu.conditioning import Conditioning
-from sd_dejavu.denoiser import denoised_from_output, initial_latent, model_input, over_pixels, seeded_noise
-from sd_dejavu.sampling import Guidance, batches, first_step, predict, sample, sample_prompts
+from sd_dejavu.denoiser import Evaluation, denoised_from_output, initial_latent, model_input, over_pixels, seeded_noise
+from sd_dejavu.run.reference import sample_prompt, sample_prompts
+from sd_dejavu.sampling import Guidance, batches, first_step, predict, sample
 from sd_dejavu.trace import Trace
 
 ABAR = [0.05, 0.3, 0.7, 0.95, 1.0]
@@ -58,15 +59,22 @@ def test_a_flow_run_takes_eulers_steps() -> None:
     torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-5)
 
 
-def test_a_run_traces_the_measured_steps_and_tells_of_every_step() -> None:
+def test_a_run_hands_over_every_evaluation_and_tells_of_every_step() -> None:
     network, trace, seen = LinearDenoiser(), Trace(), []
+    observed: list[Evaluation] = []
+
+    def observe(evaluation: Evaluation) -> None:
+        observed.append(evaluation)
+        trace.record(evaluation.predictions)
+
     prompt, empty = conditioning(1), conditioning(2)
     x = seeded_noise((1, 2, 2), 0, 2)
-    sample(network, x, SIGMAS, prompt, Guidance(empty), trace, measured_steps=2, on_step=seen.append)
+    sample(network, x, SIGMAS, prompt, Guidance(empty), observe, seen.append)
     expected = float((prompt.rows - empty.rows).sum(1).norm())  # the same at every noise level
     assert seen == [0, 1, 2, 3]
-    assert [r.sigma for r in trace.readings] == pytest.approx(SIGMAS[:2])
-    assert [r.values for r in trace.readings] == [pytest.approx([expected] * 2)] * 2
+    assert torch.equal(observed[0].x, x) and [float(e.sigma[0]) for e in observed] == pytest.approx(SIGMAS[:4])
+    assert [r.sigma for r in trace.readings] == pytest.approx(SIGMAS[:4])
+    assert [r.values for r in trace.readings] == [pytest.approx([expected] * 2, rel=1e-5)] * 4
     assert trace.without == "empty prompt"
     assert len(network.calls) == 2 * 4
 
@@ -74,16 +82,16 @@ def test_a_run_traces_the_measured_steps_and_tells_of_every_step() -> None:
 def test_a_negative_prompt_is_measured_as_such_or_beside_the_empty_one() -> None:
     prompt, negative, empty = conditioning(1), conditioning(2), conditioning(3)
     x = seeded_noise((1, 2, 2), 0, 1)
-    named, beside, network = Trace(), Trace(), LinearDenoiser()
-    first = sample(network, x, SIGMAS, prompt, Guidance(negative, is_negative_prompt=True), named, 1)
+    network, guidance = LinearDenoiser(), Guidance(negative, is_negative_prompt=True)
+    first = sample_prompt(network, prompt, guidance, x, SIGMAS, None, 1)
     assert len(network.calls) == 8
-    guidance = Guidance(negative, is_negative_prompt=True, measured_against=empty)
-    second = sample(network, x, SIGMAS, prompt, guidance, beside, 1)
-    assert len(network.calls) == 8 + 9  # one evaluation more at the measured step only
+    second = sample_prompt(network, prompt, guidance, x, SIGMAS, None, 1, "empty prompt", empty)
+    assert len(network.calls) == 8 + 12  # one evaluation more at each step
+    named, beside = first.trace, second.trace
     assert (named.without, beside.without) == ("negative prompt", "empty prompt")
     assert named.score().item() == pytest.approx(float((prompt.rows - negative.rows).sum(1).norm()), rel=1e-5)
     assert beside.score().item() == pytest.approx(float((prompt.rows - empty.rows).sum(1).norm()), rel=1e-5)
-    assert torch.equal(first, second)
+    assert torch.equal(first.latents, second.latents)
 
 
 def test_every_prompt_runs_on_the_same_noise_and_may_end_early() -> None:
@@ -96,7 +104,9 @@ def test_every_prompt_runs_on_the_same_noise_and_may_end_early() -> None:
         assert done == counts  # the prompts of one length share batches, their images stay together
         for run, prompt in zip(runs, prompts, strict=True):
             x, alone = initial_latent(noise, SIGMAS[0], "epsilon"), Trace()
-            latents = sample(network, x, SIGMAS[:3], prompt, Guidance(empty), alone)
+            latents = sample(
+                network, x, SIGMAS[:3], prompt, Guidance(empty), lambda e, alone=alone: alone.record(e.predictions)
+            )
             assert torch.allclose(run.latents, latents, rtol=1e-5)
             assert len(run.trace.readings) == 2
             assert run.trace.score(2).tolist() == pytest.approx(alone.score(2).tolist(), rel=1e-5)

@@ -10,7 +10,15 @@ import pytest
 from sd_dejavu.calibration.profile import Null, Profile, Setting
 from sd_dejavu.calibration.store import HoldsMore, Size, check_kept, find, find_for_monitor, keep, path_for, user_folder
 
-SETTING = Setting("abc", "epsilon", (4, 8, 8), 50, 14.6, 7.5, "empty prompt")
+SETTING = Setting(
+    model="abc",
+    prediction_type="epsilon",
+    latent_shape=(4, 8, 8),
+    steps=50,
+    sigma=14.6,
+    guidance_scale=7.5,
+    without="empty prompt",
+)
 
 
 @pytest.fixture(autouse=True)

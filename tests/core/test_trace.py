@@ -93,7 +93,8 @@ def test_recording_keeps_no_gradient_graph() -> None:
     one.conditional.requires_grad_(True)
     trace = traced(one)
     trace.skip(one.conditional.sum(), "guidance was off")
-    held = [value for part in (trace._map, *trace._evaluations) for value in vars(part).values()]
+    parts = [vars(part) for part in (trace._map, *trace._evaluations)]
+    held = [value for part in parts for value in (*part.values(), *part.get("_read", {}).values())]
     tensors = [value for value in held if isinstance(value, torch.Tensor)]
     assert len(tensors) == 4 and not any(value.requires_grad for value in tensors)
     assert not trace.where().requires_grad

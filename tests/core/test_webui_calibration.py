@@ -13,10 +13,18 @@ from sd_dejavu.calibration.profile import Null, Profile, Setting
 from sd_dejavu.hosts.webui.audit import read
 from sd_dejavu.hosts.webui.calibration import Calibrating, Calibration
 from sd_dejavu.hosts.webui.run import Automatic1111
-from sd_dejavu.measure import Measurement
+from sd_dejavu.run.measure import Measurement
 from sd_dejavu.settings import named, options_of
 
-SETTING = Setting("abc", "epsilon", (4, 8, 8), 20, 14.6, 7.5, "empty prompt")
+SETTING = Setting(
+    model="abc",
+    prediction_type="epsilon",
+    latent_shape=(4, 8, 8),
+    steps=20,
+    sigma=14.6,
+    guidance_scale=7.5,
+    without="empty prompt",
+)
 
 
 def asked(body: str) -> Calibrating:

@@ -10,7 +10,7 @@ import pytest
 
 from sd_dejavu.hosts.webui.run import Automatic1111, Run
 from sd_dejavu.hosts.webui.session import RUNS_SHOWN, Session
-from sd_dejavu.monitor import Monitoring
+from sd_dejavu.run.monitoring import Monitoring
 
 
 def info(job: str, *seeds: int) -> str:
@@ -63,7 +63,7 @@ def test_the_oldest_runs_are_let_go(session: Session) -> None:
     assert session.panel_of(info("0", 5)) == "" and session.panel_of(info("1", 5)) == "run 1"
 
 
-def test_what_is_drawn_within_a_run_leaves_it_watched(session: Session, tmp_path: Any) -> None:
+def test_what_is_sampled_within_a_run_leaves_it_watched(session: Session, tmp_path: Any) -> None:
     p = drawn(session, "1", "", 5)
     watching = session.watching = Run(Automatic1111(), Monitoring(), tmp_path)
     face = SimpleNamespace(all_seeds=[5])

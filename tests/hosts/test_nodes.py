@@ -24,10 +24,10 @@ from watched import RAW, demo, report, scores, watched
 
 from sd_dejavu.demo import bundled
 from sd_dejavu.hosts.diffusers import load
-from sd_dejavu.measure import Measurement, measure
 from sd_dejavu.mitigations import available
 from sd_dejavu.mitigations.perturb_prompt import perturb
-from sd_dejavu.monitor import OPTIMISE
+from sd_dejavu.run.measure import Measurement, measure
+from sd_dejavu.run.monitoring import OPTIMISE
 
 HERE = Path(__file__).parent
 ORDINARY = "a red boat beside the moon"

@@ -19,8 +19,8 @@ import comfy.utils
 from torch import Tensor
 
 from ...conditioning import Conditioning
-from ...measure import Measurement
 from ...reference.features import Metric
+from ...run.measure import Measurement
 from ...training.audit import Audit, AuditSettings, Subject, audit, entries_of, identity, sampled
 from ...training.ledger import Ledger
 from ...training.tasks import Task, Trained, Variant, Work, nothing_apart

@@ -16,12 +16,15 @@ from ...calibration.calibrate import PROMPTS_A_SEED, SEED_BASE, with_whole_runs
 from ...calibration.calibrate import calibrate as run_calibration
 from ...calibration.profile import ORDINARY_QUANTILE, Profile
 from ...conditioning import Conditioning
-from ...measure import Measurement
 from ...mitigations import Mitigation, Outcome, Start
-from ...monitor import Monitoring, Report, Watch, method_for
+from ...run.measure import Measurement
+from ...run.monitoring import Monitoring, method_for
+from ...run.report import Report
+from ...run.state import RunState
 from .attention import RULE, heeding
+from .evaluation import covers
 from .model import ComfyModel, ordinary_for, with_model
-from .monitor import Monitor, covers
+from .monitor import Monitor
 from .setting import kind_of, profile_for, setting_of
 from .text import SOURCE, Source, conditioning_of, encode_text, options_with
 
@@ -34,7 +37,7 @@ def examine(
     monitoring: Monitoring,
     profile: Profile | None,
     folder: Path | None,
-    on_progress: Callable[[str, Watch], None],
+    on_progress: Callable[[str, RunState], None],
 ) -> Report:
     """The report on a run's first step without the run; ``start`` is its latent, noise and sigmas."""
     first_step = replace(monitoring, when_flagged="report", score="first step")
@@ -51,7 +54,7 @@ def examine(
     guider.set_conds(positive, negative)
     guider.set_cfg(7.0)  # any scale that lets both predictions be made; the first step does not depend on it
     guider.sample(noise, latent, comfy.samplers.KSAMPLER(sample), sigmas, disable_pbar=True)
-    return Report.of(monitor.runs[-1].watch)
+    return Report.of(monitor.runs[-1].state)
 
 
 def mitigate(
@@ -183,7 +186,9 @@ def calibrate(
     )
     if not whole_runs:
         return profile
-    monitor = Monitor(Monitoring(wanted.without, explain="never", score="all steps"), clip=clip)
+    monitor = Monitor(
+        Monitoring(without=wanted.without, explain="never", score="all steps"), clip=clip, every_score=True
+    )
     guider = comfy.samplers.CFGGuider(monitor.attach(patcher))
     guider.set_cfg(scale)
     traces = []
@@ -192,7 +197,7 @@ def calibrate(
         noise = comfy.sample.prepare_noise(latent, SEED_BASE + number // PROMPTS_A_SEED * PROMPTS_A_SEED)
         guider.sample(noise, latent, sampler, sigmas, disable_pbar=True)
         run = monitor.runs[-1]
-        traces.append(run.watch.trace)
+        traces.append(run.state.trace)
         on_prompt("whole runs")
     setting = replace(profile.setting, guidance_scale=scale, sampler=run.sampler)
     return with_whole_runs(replace(profile, setting=setting), traces)

@@ -7,7 +7,6 @@ goes on bit for bit (a cfg function gives x - D, from which rounding does not gi
 
 from __future__ import annotations
 
-import logging
 import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,20 +17,20 @@ import comfy.patcher_extension
 import torch
 from torch import Tensor
 
-from ...conditioning import Conditioning
 from ...guidance import GuidanceRule
 from ...mitigations import anti_memorization_guidance as amg
 from ...mitigations import guidance_transition
+from ...run.faults import caught
+from .evaluation import guided_step, level_of
 from .gradients import differentiable
-from .model import ComfyModel, HostStep, as_host, as_pictures, remember_beginning
-from .monitor import KEY, covers, level_of, negative_of, without_of
+from .model import ComfyModel, as_host, as_pictures, remember_beginning
+from .monitor import INTERRUPTION, KEY
 from .reference import HostReferences, picture_device
 from .run_options import in_guidance
 from .text import as_typed
 
+GOES_ON = "guidance goes on as usual, nothing is mitigated: "
 KEPT = 4  # times the memory of a decoder's forward pass that its backward pass needs
-
-log = logging.getLogger("dejavu")
 
 MakeRule = Callable[[ComfyModel, Any, Tensor], GuidanceRule]
 """(the model, the host's guider, the x of its first evaluation) -> a rule for this run."""
@@ -90,55 +89,39 @@ class _Run:
         plain: Tensor = arguments["denoised"]
         if self._fault:
             return plain
-        try:
+        with caught(
+            (INTERRUPTION,), self._tell, GOES_ON, "there was not enough memory: take a smaller picture or batch"
+        ):
             return self._guided(arguments)
-        except comfy.model_management.InterruptProcessingException:
-            raise
-        except Exception as error:
-            if isinstance(error, comfy.model_management.OOM_EXCEPTION):
-                comfy.model_management.soft_empty_cache()
-                reason = "there was not enough memory: take a smaller picture or batch"
-            else:
-                reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            self._fault = f"guidance goes on as usual, nothing is mitigated: {reason}"
-            log.warning("[Déjà Vu] %s", self._fault, exc_info=not isinstance(error, ValueError))
-            return plain
+        return plain
+
+    def _tell(self, text: str) -> bool:
+        self._fault = f"{GOES_ON}{text}"
+        return True
 
     def _guided(self, arguments: dict[str, Any]) -> Tensor:
-        plain, x, sigma = arguments["denoised"], arguments["input"], arguments["sigma"]
-        positive, negative = arguments.get("cond"), negative_of(self._guider)
-        level = level_of(self._guider.conds, sigma)
-        if positive is None or positive is not self._guider.conds.get("positive") or not covers(positive, level):
+        guider, x, sigma, options = self._guider, arguments["input"], arguments["sigma"], arguments["model_options"]
+
+        def make_model() -> ComfyModel:
+            sigmas = options.get("transformer_options", {}).get("sample_sigmas", sigma[:1])
+            entry = guider.conds["positive"][0]
+            model = ComfyModel(guider.model_patcher, guider.inner_model, entry, options, sigmas, x)
+            model.clip = model.clip or self._steering.clip
+            if self._rule is None:
+                self._rule = self._steering.make(model, guider, as_pictures(x))
+            return model
+
+        plain: Tensor = arguments["denoised"]
+        step = guided_step(arguments, guider, level_of(guider.conds, sigma), self._evaluations, make_model)
+        if step is None or self._rule is None:
             return plain
-        shown, with_prompt = as_pictures(x), as_pictures(arguments["cond_denoised"])
-        found = without_of(arguments, negative) if covers(negative, level) else None
-        if found is not None:
-            without = as_pictures(found)
-        elif arguments.get("uncond") is None:
-            without = with_prompt  # cfg 1: there is no guidance to change
-        else:
-            return plain
-        options = arguments["model_options"]
-        sigmas = options.get("transformer_options", {}).get("sample_sigmas", sigma[:1])
-        model = ComfyModel(self._guider.model_patcher, self._guider.inner_model, positive[0], options, sigmas, x)
-        model.clip = model.clip or self._steering.clip
-        if self._rule is None:
-            self._rule = self._steering.make(model, self._guider, shown)
-        ask = partial(_predict, model, shown, sigma)
-        scale, host = float(arguments["cond_scale"]), as_pictures(plain)
-        guided = self._rule(HostStep(shown, sigma, with_prompt, without, scale, self._evaluations, ask, host))
         self._evaluations += 1
-        return as_host(guided.to(plain.dtype), x.ndim)
+        return as_host(self._rule(step).to(plain.dtype), x.ndim)
 
     def end(self) -> None:
         text = self._fault or (self._steering.summary(self._rule) if self._rule is not None else "")
         if text:
             self._steering.tell(text)
-
-
-def _predict(model: ComfyModel, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-    with torch.no_grad():
-        return model(x, sigma, conditioning)
 
 
 def transition(settings: guidance_transition.Settings, tell: Callable[[str], None]) -> Steering:

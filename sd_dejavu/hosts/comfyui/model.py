@@ -32,7 +32,7 @@ from ..aliases import normal
 from .attention import attending
 from .gradients import checkpointed, differentiable, make_room, must_recompute, plain_attention
 from .run_options import uncached
-from .text import SOURCE, conditioning_of, encode, options_with
+from .text import SOURCE, encode, options_with
 
 FINGERPRINT = "dejavu_fingerprint"  # attachment of a model whose fingerprint is known
 _CHANGING = ("model_function_wrapper", "sampler_pre_cfg_function")  # options that change a prediction
@@ -147,7 +147,7 @@ class ComfyModel:
         self._sigmas = [float(s) for s in sigmas]
         self._dimensions = x.ndim
         self._device, self.latent_shape, self._images = x.device, tuple(as_pictures(x).shape[1:]), x.shape[0]
-        self._own: tuple[Conditioning, list[dict[str, Any]]] | None = None
+        self._own: list[tuple[Tensor, list[dict[str, Any]]]] = []  # stand-ins for entries of the host
         self.negative: list[dict[str, Any]] = []  # the run's own, processed, where the model was made for a node
         self.prediction_type = prediction_type_of(inner.model_sampling)
         self.clip = source.clip if (source := entry.get(SOURCE)) is not None else None
@@ -207,22 +207,21 @@ class ComfyModel:
 
     def __call__(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        if self._own is not None and conditioning.rows is self._own[0].rows:
-            return self.calculate(self._own[1], x, sigma, pictures=conditioning.pictures)
+        for rows, entries in self._own:
+            if conditioning.rows is rows:
+                return self.calculate(entries, x, sigma, pictures=conditioning.pictures)
         if conditioning.attention is not None and not isinstance(self._inner.diffusion_model, UNetModel):
             raise ValueError("the host lets nobody change this model's attention: choose another way to mitigate")
         entry = self.entry_with(conditioning, x)
         return self.calculate([entry], x, sigma, conditioning.attention, conditioning.pictures)
 
-    def of_the_host(self, entries: list[dict[str, Any]]) -> Conditioning | None:
-        """A conditioning that stands for the host's own processed ``entries``; None where they have no rows, or more.
+    def of_the_host(self, entries: list[dict[str, Any]]) -> Conditioning:
+        """A conditioning that stands for the host's own processed ``entries``, whatever they hold.
 
         The model predicts with the entries themselves wherever it is given this very conditioning.
         """
-        if len(entries) != 1 or entries[0].get("cross_attn") is None:
-            return None
-        found = conditioning_of(entries[0]["cross_attn"], entries[0])
-        self._own = found, entries
+        found = Conditioning(torch.zeros(1, 1, 1))
+        self._own.append((found.rows, entries))
         return found
 
     def calculate(

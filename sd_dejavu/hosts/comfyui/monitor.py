@@ -1,22 +1,19 @@
 """A monitor that watches every run of the host's samplers, through wrappers on a clone of the model.
 
-The sampling loop never waits for the device on our account, with these exceptions: 'stop' and 'mitigate' need the
-first step's score before the second step, and a conditioning with a range of steps is compared with the noise level,
-which the host itself reads at that very place. What is explained because it was flagged is explained as soon as the
-score has arrived, in a later step on a fast card, from what was kept of the first.
+Each run has a controller of its own, whose host is :class:`Run`. The sampling loop never waits for the device on our
+account, with these exceptions: 'stop' and 'mitigate' need the first step's score before the second step, and a
+conditioning with a range of steps is compared with the noise level, which the host itself reads at that very place.
+What is explained because it was flagged is explained as soon as the score has arrived, in a later step on a fast card,
+from what was kept of the first.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import threading
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +23,24 @@ import torch
 from torch import Tensor
 
 from ...attention import AttentionRule
-from ...calibration.profile import Profile
+from ...calibration.profile import Profile, Setting
 from ...conditioning import Conditioning, Unconditional
-from ...denoiser import Predictions
-from ...guidance import GuidanceRule
-from ...monitor import Monitoring, Report, Watch
 from ...readout import Readout
+from ...run.controller import GO, Again, Decision, Evaluation, Restart, RunController, Stop
+from ...run.monitoring import Monitoring
+from ...run.report import Report
+from ...run.state import RunState
 from . import graph
 from .attention import attending
-from .model import ComfyModel, HostStep, as_host, as_pictures, fingerprint, remember_beginning, why_no_pictures
+from .evaluation import covers, guided_step, level_of, negative_of, without_of
+from .model import ComfyModel, as_host, as_pictures, fingerprint, remember_beginning, why_no_pictures
 from .run_options import forget_steps, in_guidance
 from .setting import kind_of, negative_name, profile_for, setting_of
-from .text import SOURCE, Source, conditioning_of
+from .text import SOURCE, Source, conditioning_of, empty_prompt
 
 KEY = "dejavu"
 RUNS_KEPT = 8
-
-log = logging.getLogger("dejavu")
+INTERRUPTION = comfy.model_management.InterruptProcessingException
 
 
 class Stopped(RuntimeError):
@@ -50,7 +48,7 @@ class Stopped(RuntimeError):
 
 
 class OtherNoise(Exception):
-    """A remedy has changed the noise that the run began with: it begins again, ``moved`` away in the model's scale."""
+    """A mitigation has changed the noise that the run began with: it begins again, ``moved`` away in the model's scale."""
 
     def __init__(self, moved: Tensor) -> None:
         super().__init__("this run begins again from other noise")
@@ -58,21 +56,6 @@ class OtherNoise(Exception):
 
 
 # ---------------------------------------------------------------------------------------- monitor
-
-
-@dataclass(frozen=True)
-class Moment:
-    """An evaluation to be explained: the host's entries of the prompt, x, its noise level, the prediction without."""
-
-    model: ComfyModel
-    entries: list[dict[str, Any]]
-    x: Tensor
-    sigma: Tensor
-    base: Tensor
-
-    def kept(self) -> Moment:
-        """The same for later, whatever the host does with its tensors."""
-        return replace(self, x=self.x.clone(), sigma=self.sigma.clone(), base=self.base.clone())
 
 
 class Output:
@@ -102,28 +85,191 @@ class Output:
         return tuple(self.images.index(image) for image in other.images)
 
 
-@dataclass
 class Run:
-    """One run of a sampler under a monitor."""
+    """One run of a sampler under a monitor: the host of its controller."""
 
-    watch: Watch
-    sigmas: Readout
-    from_picture: Readout
-    sampler: str = ""
-    place: tuple[str | None, str | None] = field(default_factory=graph.place)  # the execution, and the sampler's node
-    number: str = field(default_factory=lambda: uuid.uuid4().hex)
-    evaluations: int = 0
-    level: float | None = None  # of this evaluation's noise, where a conditioning has a range
-    output: Output | None = None
-    negative: Unconditional | None = None  # what the host's negative conditioning was found to be
-    no_pictures: str = ""  # why there is nothing to measure
-    acted: bool = False  # judged, and mitigated where that was asked for
-    rule: GuidanceRule | None = None  # in place of plain guidance, since a mitigation
-    attention: AttentionRule | None = None
-    unexplained: Moment | None = None  # until it is known whether this run is flagged
-    empty: Conditioning | None = None  # the empty prompt, where it had to be encoded
-    cond: Tensor | None = field(default=None, repr=False)
-    uncond: Tensor | None = field(default=None, repr=False)
+    interruptions = (INTERRUPTION, Stopped, OtherNoise)
+
+    def __init__(self, monitor: Monitor, guider: Any, noise: Tensor, from_picture: Readout, sampler: str) -> None:
+        self._monitor, self._guider, self._from_picture, self.sampler = monitor, guider, from_picture, sampler
+        self.place = graph.place()  # the execution, and the sampler's node
+        self.number = uuid.uuid4().hex
+        self.output: Output | None = None
+        self.evaluations = 0  # of the host
+        self.state = RunState(monitor.monitoring, every_score=monitor.every_score)
+        self.controller: RunController[ComfyModel] = RunController(
+            self, monitor.monitoring, [self.state], explains_later=True
+        )
+        self.sigmas: Readout | None = None
+        self._no_pictures = why_no_pictures(noise)
+        self._level: float | None = None  # of this evaluation's noise, where a conditioning has a range
+        self._kind: Unconditional | None = None  # what the host's negative conditioning was found to be
+        self._attention: AttentionRule | None = None
+        self._cond: Tensor | None = None  # what guidance gave at this evaluation
+        self._uncond: Tensor | None = None
+        self._x: Tensor | None = None  # of this evaluation, as the host has it
+        self._options: dict[str, Any] = {}
+
+    # ----------------------------------------------------------------- as the controller's host
+
+    def model(self, state: RunState) -> ComfyModel:
+        assert self.sigmas is not None and self._x is not None
+        entry, sigmas = self._positive[0], self.sigmas.wait().tolist()
+        found = ComfyModel(self._guider.model_patcher, self._guider.inner_model, entry, self._options, sigmas, self._x)
+        found.clip = found.clip or self._monitor.clip
+        return found
+
+    def prompt(self, state: RunState, model: ComfyModel) -> Conditioning:
+        return model.of_the_host(self._positive)
+
+    def unconditional(
+        self, state: RunState, model: ComfyModel, empty: bool
+    ) -> tuple[Conditioning, Unconditional] | None:
+        if empty:
+            return None if model.clip is None else (empty_prompt(model.clip), "empty prompt")
+        negative = negative_of(self._guider)
+        if not negative or not covers(negative, self._level):
+            return None
+        return model.of_the_host(negative), self._negative_kind()
+
+    def words(self, state: RunState, model: ComfyModel) -> Conditioning | None:
+        entries = self._positive
+        if len(entries) != 1:
+            state.note(f"the prompt is combined from {len(entries)} conditionings, so its words are not told apart")
+            return None
+        if entries[0].get("cross_attn") is None:
+            state.note("this conditioning has no rows to explain or change")
+            return None
+        found = conditioning_of(entries[0]["cross_attn"], entries[0])
+        if not found.tokens:
+            state.prompt = ""
+            state.note(
+                "the words are not known, so the prompt's tokens are numbered: encode it with the Text Encode "
+                "(Déjà Vu) node to see them"
+            )
+        elif found.reencoding is None:
+            state.note(
+                "the words are those that the workflow shows, explained without the text encoder: encode the prompt "
+                "with the Text Encode (Déjà Vu) node, or link CLIP to the monitor, to name them more surely"
+            )
+        return found
+
+    def identity(self, state: RunState, model: ComfyModel) -> tuple[Setting, Profile | None]:
+        source = self._positive[0].get(SOURCE)
+        state.pixels_a_cell = int(getattr(self._guider.inner_model.latent_format, "spacial_downscale_ratio", 8))
+        if source is not None:
+            state.prompt, state.prompt_node = source.text, source.node
+        without = state.trace.without or self._monitor.monitoring.without
+        scale = float(getattr(self._guider, "cfg", 1.0))
+        from_picture = bool(self._from_picture.wait())
+        setting = setting_of(model, without, negative_of(self._guider), scale, from_picture, self.sampler)
+        return setting, self._monitor.profile_of(setting, model)
+
+    def refuses_restart(self) -> str:
+        return ""
+
+    def progress(self) -> None:
+        self._monitor.on_progress(self.number, self.state)
+
+    # ------------------------------------------------------------------------ in the host's loop
+
+    def read_before_the_loop(self) -> None:
+        """What is read from the device once for a model or a conditioning, and known by the first step."""
+        fingerprint(self._guider.model_patcher)
+        negative = negative_of(self._guider)
+        if self._guider.conds.get("positive") and negative:
+            self._negative_kind()
+            negative_name(negative)
+
+    def predict(self, executor: Any, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any) -> Tensor:
+        """One evaluation of the host, and what the controller makes of it."""
+        self._level = level_of(self._guider.conds, sigma)
+        self._x, self._options = x, options
+        if not self.evaluations:
+            with self.controller.faults():
+                self._name_source()
+        denoised: Tensor = executor(x, sigma, attending(options, self._attention), seed)
+        decision = self._handed_over(x, sigma)
+        self.evaluations += 1
+        if isinstance(decision, Stop):
+            raise Stopped(decision.sentence)
+        if isinstance(decision, Restart):
+            raise OtherNoise(decision.moved)
+        if isinstance(decision, Again):
+            changed = self.state.sampled
+            if changed is not None:
+                entry = self.model(self.state).entry_with(changed, as_pictures(x))
+                self._guider.conds["positive"], self._attention = [entry], changed.attention
+            forget_steps(options)
+            denoised = executor(x, sigma, attending(options, self._attention), seed)
+            self._handed_over(x, sigma)
+        return denoised
+
+    def _handed_over(self, x: Tensor, sigma: Tensor) -> Decision:
+        cond, uncond, self._cond, self._uncond = self._cond, self._uncond, None, None
+        if self._no_pictures:
+            self.state.trace.skip(sigma[0], self._no_pictures)
+            return GO
+        if not covers(self._positive, self._level):
+            why = "the prompt does not act on the whole picture here (an area, mask or range)"
+            return self.controller.evaluation(Evaluation(as_pictures(x), sigma, missing=why))
+        kind = self._negative_kind() if uncond is not None else "empty prompt"
+        return self.controller.evaluation(Evaluation(as_pictures(x), sigma, cond, uncond, kind))
+
+    def end(self, finished: bool) -> None:
+        """Lets go of all that is the host's: the run is kept for its report."""
+        self.controller.end(finished)
+        self._guider = self._x = self._cond = self._uncond = self.sigmas = None
+        self._options = {}
+
+    def read(self, arguments: dict[str, Any]) -> Tensor:
+        """The last function after guidance: both predictions, where it tells them."""
+        denoised: Tensor = arguments["denoised"]
+        with self.controller.faults():
+            negative = negative_of(self._guider)
+            if arguments.get("cond") is self._positive and not self._no_pictures:
+                self._cond = as_pictures(arguments["cond_denoised"])
+                found = without_of(arguments, negative)
+                if found is not None and covers(negative, self._level):
+                    self._uncond = as_pictures(found)
+        return denoised
+
+    def guide(self, arguments: dict[str, Any]) -> Tensor:
+        """The first function after guidance: the host's guided prediction, or what a mitigation's rule makes of it."""
+        denoised: Tensor = arguments["denoised"]
+        if self.state.rule is None:
+            return denoised
+        with self.controller.faults():
+            number = len(self.state.trace)
+            step = guided_step(arguments, self._guider, self._level, number, lambda: self.model(self.state))
+            if step is not None and step.unconditional is not step.conditional:
+                return as_host(self.controller.guided(self.state, step).to(denoised.dtype), denoised.ndim)
+            if arguments.get("cond") is self._positive:
+                remedy = self._monitor.monitoring.remedy
+                self.state.note(f"guidance is off or of another kind, so {remedy} has nothing to change")
+        return denoised
+
+    @property
+    def _positive(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self._guider.conds["positive"]
+        return found
+
+    def _negative_kind(self) -> Unconditional:
+        if self._kind is None:
+            source = self._positive[0].get(SOURCE)
+            clip = source.clip if source is not None and source.clip is not None else self._monitor.clip
+            self._kind = kind_of(negative_of(self._guider), clip)
+        return self._kind
+
+    def _name_source(self) -> None:
+        """Give a prompt from a plain encode node the text that the workflow holds for it."""
+        positive = self._positive
+        if len(positive) != 1 or SOURCE in positive[0]:
+            return
+        executing = graph.executing()
+        typed = graph.typed_prompt(*executing) if executing is not None else None
+        if typed is not None:
+            positive[0][SOURCE] = Source(self._monitor.clip, *typed)
 
 
 class Monitor:
@@ -135,15 +281,16 @@ class Monitor:
         profile: Profile | None = None,
         folder: Path | None = None,
         clip: Any = None,
-        on_progress: Callable[[str, Watch], None] = lambda run, watch: None,
+        on_progress: Callable[[str, RunState], None] = lambda run, state: None,
+        every_score: bool = False,
     ) -> None:
         """``profile`` is the user's choice; without one those of ``folder`` are looked through.
 
-        ``on_progress`` is told of every evaluation and of a run's end, with a name for the run.
+        ``on_progress`` is told of every evaluation and of a run's end, with a name for the run. With ``every_score``
+        the traces hold what all scores need, as a calibration does.
         """
-        self.monitoring = monitoring
-        self._profile, self._folder, self._clip = profile, folder, clip
-        self._on_progress = on_progress
+        self.monitoring, self.clip, self.on_progress, self.every_score = monitoring, clip, on_progress, every_score
+        self._profile, self._folder = profile, folder
         self.runs: deque[Run] = deque()  # the last few, and all of this execution: a list is drawn before it is told
         self._open: list[Run] = []
         self._lock = threading.Lock()
@@ -167,20 +314,20 @@ class Monitor:
         workflow drew last, be it in an earlier execution, since the host keeps what need not be drawn again.
         """
         with self._lock:
-            finished = [run for run in self.runs if run.watch.finished]
+            finished = [run for run in self.runs if run.state.finished]
         wanted = Output(samples) if isinstance(samples, Tensor) else None
         for run in reversed(finished):
             places = run.output.places_of(wanted) if run.output is not None and wanted is not None else None
             if places is not None:
-                return Report.of(run.watch).of_images(places)
+                return Report.of(run.state).of_images(places)
         runs = self._runs_behind(finished)
         if not runs:
             why = "no sampler has drawn these samples with the monitored model: link the monitor's model to the sampler"
             return Report.missing(why)
-        reports = [Report.of(run.watch) for run in runs]
+        reports = [Report.of(run.state) for run in runs]
         worst = max(reports, key=lambda report: report.highest.score or 0.0)
         if len(reports) > 1:
-            worst.watch.note(
+            worst.state.note(
                 f"{len(reports)} runs may have given these samples: this is the one with the highest score"
             )
         return worst
@@ -196,49 +343,45 @@ class Monitor:
         samplers = graph.samplers_behind(*found, drew)
         return [run for run in finished if run.place[1] in samplers and run.place[0] == drew[str(run.place[1])]]
 
+    def profile_of(self, setting: Setting, model: ComfyModel) -> Profile | None:
+        return self._profile or profile_for(setting, model, self.monitoring, self._folder)
+
     def _outer_sample(
         self, executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *a: Any, **k: Any
     ) -> Tensor:
         guider = executor.class_obj
         name = getattr(getattr(sampler, "sampler_function", None), "__name__", "")
-        run = Run(Watch(self.monitoring), Readout(sigmas), Readout(latent_image.any()), name)
-        run.no_pictures = why_no_pictures(noise)
+        run = Run(self, guider, noise, Readout(latent_image.any()), name)
         self._open.append(run)
-        options = guider.model_options
-
-        def read(arguments: dict[str, Any]) -> Tensor:
-            with self._guarded(run):
-                self._read(run, guider, arguments)
-            return arguments["denoised"]
-
-        def guide(arguments: dict[str, Any]) -> Tensor:
-            return self._guide(run, guider, arguments)
-
+        options, finished = guider.model_options, False
         try:
+            # Plain functions: the host deep-copies what it finds, and a method would bring its object along.
+            guide, read = (lambda arguments: run.guide(arguments)), (lambda arguments: run.read(arguments))
             with in_guidance(options, first=[guide], last=[read]):
                 try:
                     samples = executor(noise, latent_image, sampler, sigmas, *a, **k)
                 except OtherNoise as found:
-                    run.evaluations = 0
                     moved = as_host(found.moved, noise.ndim) / _noise_unit(guider, sampler, sigmas)
                     noise = noise + moved.to(noise)
                     forget_steps(options)
                     samples = executor(noise, latent_image, sampler, sigmas, *a, **k)
-            run.watch.finished = True
+            finished = True
         finally:
-            run.unexplained = None  # of a run that was interrupted
             self._open.remove(run)
+            run.end(finished)
             if run.evaluations:
-                with self._lock:
-                    self.runs.append(run)
-                    execution = run.place[0]
-                    while len(self.runs) > RUNS_KEPT and (execution is None or self.runs[0].place[0] != execution):
-                        self.runs.popleft()
-        with self._guarded(run):
+                self._keep(run)
+        with run.controller.faults():
             run.output = Output(samples)
-            run.watch.settle()
-            self._on_progress(run.number, run.watch)
+            run.progress()
         return samples
+
+    def _keep(self, run: Run) -> None:
+        with self._lock:
+            self.runs.append(run)
+            execution = run.place[0]
+            while len(self.runs) > RUNS_KEPT and (execution is None or self.runs[0].place[0] != execution):
+                self.runs.popleft()
 
     def _sampler_sample(self, executor: Any, guider: Any, sigmas: Tensor, *a: Any, **k: Any) -> Tensor:
         """The sampler's loop, with models loaded and conditionings processed before and after it."""
@@ -246,37 +389,11 @@ class Monitor:
             return executor(guider, sigmas, *a, **k)
         run = self._open[-1]
         run.sigmas = Readout(sigmas)
-        with self._guarded(run):
-            self._read_before_the_loop(run, guider)
+        with run.controller.faults():
+            run.read_before_the_loop()
         samples = executor(guider, sigmas, *a, **k)
-        with self._guarded(run):
-            self._explain(run, wait=True)
+        run.controller.explain()
         return samples
-
-    def _read_before_the_loop(self, run: Run, guider: Any) -> None:
-        """What is read from the device once for a model or a conditioning, and known by the first step."""
-        fingerprint(guider.model_patcher)
-        positive, negative = guider.conds.get("positive"), negative_of(guider)
-        if positive and negative:
-            self._kind(run, positive, negative)
-            negative_name(negative)
-
-    @contextmanager
-    def _guarded(self, run: Run) -> Iterator[None]:
-        """Our own faults never cost a picture; the host's interruption, and ending a flagged run, pass."""
-        try:
-            yield
-        except (comfy.model_management.InterruptProcessingException, Stopped, OtherNoise):
-            raise
-        except Exception as error:
-            if isinstance(error, comfy.model_management.OOM_EXCEPTION):
-                comfy.model_management.soft_empty_cache()
-                text = "there was not enough memory: choose 'remove-trigger', or a smaller batch"
-            else:
-                text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            if text not in run.watch.notes:  # a fault of every step is told once
-                log.warning("[Déjà Vu] no verdict: %s", text, exc_info=not isinstance(error, ValueError))
-            run.watch.note(text)
 
     def _predict_noise(
         self, executor: Any, x: Tensor, timestep: Tensor, model_options: Any = None, seed: Any = None
@@ -284,246 +401,7 @@ class Monitor:
         options = {} if model_options is None else model_options
         if not self._open:
             return executor(x, timestep, options, seed)
-        run, guider = self._open[-1], executor.class_obj
-        run.level = level_of(guider.conds, timestep)
-        denoised = executor(x, timestep, attending(options, run.attention), seed)
-        changed = None
-        with self._guarded(run):
-            changed = self._after(run, guider, x, timestep, options)
-        with self._guarded(run):
-            self._explain(run)
-        run.evaluations += 1
-        run.cond = run.uncond = None
-        if changed is not None:
-            forget_steps(options)
-            denoised = executor(x, timestep, attending(options, run.attention), seed)
-            if run.uncond is None:
-                with self._guarded(run):
-                    self._measure_apart(run, changed, guider, as_pictures(x), timestep)
-            run.cond = run.uncond = None
-        with self._guarded(run):
-            self._on_progress(run.number, run.watch)
-        return denoised
-
-    # ------------------------------------------------------------------------------- reading
-
-    def _read(self, run: Run, guider: Any, arguments: dict[str, Any]) -> None:
-        """Take one guidance step in, if it tells both predictions; see :meth:`_after` for those that do not."""
-        positive, negative, sigma = guider.conds.get("positive"), negative_of(guider), arguments["sigma"]
-        if arguments.get("cond") is not positive or not covers(positive, run.level) or run.no_pictures:
-            return
-        run.cond = as_pictures(arguments["cond_denoised"])
-        found = without_of(arguments, negative)
-        if found is None or not covers(negative, run.level):
-            return
-        kind = self._kind(run, positive, negative)
-        if kind != "empty prompt" and self._wants_empty(kind, positive):
-            return
-        run.uncond = unconditional = as_pictures(found)
-        run.watch.trace.record(Predictions(run.cond, unconditional, sigma, kind))
-
-    def _after(self, run: Run, guider: Any, x: Tensor, sigma: Tensor, options: dict[str, Any]) -> ComfyModel | None:
-        """After an evaluation: measure what guidance did not tell, then explain and mitigate.
-
-        The model where the evaluation shall be run again, with another conditioning.
-        """
-        watch = run.watch
-        if run.no_pictures:
-            watch.trace.skip(sigma[0], run.no_pictures)
-            return None
-        shown = as_pictures(x)
-        positive = guider.conds["positive"]
-        if run.evaluations == 0:
-            self._name_source(positive)
-        model = None
-        if run.evaluations == 0 or (run.uncond is None and watch.measures(run.evaluations)):
-            model = _model(run, guider, options, x)
-            model.clip = model.clip or self._clip
-        if run.uncond is None:
-            if model is None or not watch.measures(run.evaluations):
-                watch.trace.skip(
-                    sigma[0], "guidance does not tell it here, and only the steps of the score are measured"
-                )
-            else:
-                self._measure_apart(run, model, guider, shown, sigma)
-        if run.acted or run.evaluations or model is None:
-            return None
-        run.acted = True
-        self._identify(run, model, guider)
-        self._on_progress(run.number, watch)
-        return model if self._act(run, model, guider, shown, sigma) else None
-
-    def _name_source(self, positive: list[dict[str, Any]]) -> None:
-        """Give a prompt from a plain encode node the text that the workflow holds for it."""
-        if len(positive) != 1 or SOURCE in positive[0]:
-            return
-        executing = graph.executing()
-        typed = graph.typed_prompt(*executing) if executing is not None else None
-        if typed is not None:
-            positive[0][SOURCE] = Source(self._clip, *typed)
-
-    def _kind(self, run: Run, positive: Any, negative: Any) -> Unconditional:
-        if run.negative is None:
-            run.negative = kind_of(negative, self._clip_for(positive))
-        return run.negative
-
-    def _clip_for(self, positive: Any) -> Any:
-        source = positive[0].get(SOURCE)
-        return source.clip if source is not None and source.clip is not None else self._clip
-
-    def _wants_empty(self, kind: Unconditional, positive: Any) -> bool:
-        """Whether the empty prompt shall take the place of a negative conditioning of this kind.
-
-        No calibration can be made against one that no text encodes to, so there it does wherever it can be encoded.
-        """
-        if self.monitoring.without == "empty prompt":
-            return True
-        return kind in ("zeroed prompt", "prompt left out") and self._clip_for(positive) is not None
-
-    def _measure_apart(self, run: Run, model: ComfyModel, guider: Any, x: Tensor, sigma: Tensor) -> None:
-        """Evaluations of our own where guidance has none to read: cfg 1, other guiders, another 'without'."""
-        positive, negative = guider.conds["positive"], negative_of(guider)
-        kind: Unconditional
-        if not covers(positive, run.level):
-            run.watch.trace.skip(sigma[0], "the prompt does not act on the whole picture here (an area, mask or range)")
-            return
-        with torch.no_grad():
-            known = self._kind(run, positive, negative) if negative and covers(negative, run.level) else None
-            if known == "empty prompt" or (known is not None and not self._wants_empty(known, positive)):
-                without, kind = model.calculate(negative, x, sigma), known
-            elif model.clip is not None:
-                run.empty = run.empty or model.encode("")
-                without, kind = model(x, sigma, run.empty), "empty prompt"
-            else:
-                run.watch.trace.skip(
-                    sigma[0],
-                    "guidance gives nothing to measure against here, and the empty prompt needs the text encoder: "
-                    "encode the prompt with the Déjà Vu Text Encode node",
-                )
-                return
-            run.uncond = without
-            conditional = model.calculate(positive, x, sigma) if run.cond is None else run.cond
-            run.watch.trace.record(Predictions(conditional, without, sigma, kind))
-
-    def _identify(self, run: Run, model: ComfyModel, guider: Any) -> None:
-        watch = run.watch
-        source = guider.conds["positive"][0].get(SOURCE)
-        watch.pixels_a_cell = int(getattr(guider.inner_model.latent_format, "spacial_downscale_ratio", 8))
-        if source is not None:
-            watch.prompt, watch.prompt_node = source.text, source.node
-        without = watch.trace.without or self.monitoring.without
-        scale = float(getattr(guider, "cfg", 1.0))
-        from_picture = bool(run.from_picture.wait())
-        watch.setting = setting_of(model, without, negative_of(guider), scale, from_picture, run.sampler)
-        watch.profile = self._profile or profile_for(watch.setting, model, self.monitoring, self._folder)
-
-    # -------------------------------------------------------------------------------- acting
-
-    def _act(self, run: Run, model: ComfyModel, guider: Any, x: Tensor, sigma: Tensor) -> bool:
-        watch, wanted = run.watch, self.monitoring
-        if run.uncond is None or (wanted.when_flagged == "report" and wanted.explain == "never"):
-            return False  # nothing to decide now, so nothing is waited for
-        entries = guider.conds["positive"]
-        moment = run.unexplained = Moment(model, entries, x, sigma, run.uncond)
-        if wanted.when_flagged == "report":
-            self._explain(run)
-            if run.unexplained is not None:
-                run.unexplained = moment.kept()
-            return False
-        is_flagged = watch.is_flagged()
-        conditioning = None
-        with self._guarded(run):
-            conditioning = self._explain(run, wait=True)
-        if is_flagged and wanted.when_flagged == "stop":
-            watch.stopped = True
-            self._on_progress(run.number, watch)
-            raise Stopped(_stop_message(watch))
-        if not is_flagged:
-            return False
-        if conditioning is None:
-            conditioning = self._conditioning(watch, entries)
-        if conditioning is None:
-            return False
-        if watch.trace.without == "empty prompt" and run.negative != "empty prompt" and model.clip is not None:
-            run.empty = run.empty or model.encode("")
-            unconditional: Conditioning | None = run.empty
-        else:
-            unconditional = model.of_the_host(negative_of(guider))
-        outcome = watch.find_remedy(model, conditioning, x, sigma, run.uncond, unconditional)
-        if outcome.conditioning is not conditioning:
-            guider.conds["positive"] = [model.entry_with(outcome.conditioning, x)]
-        run.rule, run.attention = outcome.rule() if outcome.rule else None, outcome.attention
-        if outcome.x is not None:
-            raise OtherNoise(outcome.x.to(x) - x)  # of pictures; the latents may have a time axis
-        return True
-
-    def _explain(self, run: Run, wait: bool = False) -> Conditioning | None:
-        """Explain the first step if that is wanted, once it is known whether it was flagged; what was explained."""
-        moment, wanted = run.unexplained, self.monitoring
-        if moment is None or (wanted.explain == "flagged" and not wait and not run.watch.trace.ready(1)):
-            return None
-        run.unexplained = None
-        if wanted.explain == "never" or (wanted.explain == "flagged" and not run.watch.is_flagged()):
-            return None
-        conditioning = self._conditioning(run.watch, moment.entries)
-        if conditioning is not None:
-            run.watch.look_at_words(moment.model, conditioning, moment.x, moment.sigma, moment.base)
-        return conditioning
-
-    def _guide(self, run: Run, guider: Any, arguments: dict[str, Any]) -> Tensor:
-        """The host's guided prediction, or what the rule of a mitigation makes of it."""
-        denoised: Tensor = arguments["denoised"]
-        x, sigma = arguments["input"], arguments["sigma"]
-        positive = guider.conds["positive"]
-        if run.rule is None or arguments.get("cond") is not positive or not covers(positive, run.level):
-            return denoised
-        without = without_of(arguments, negative_of(guider))
-        if without is None:
-            run.watch.note(f"guidance is off or of another kind, so {self.monitoring.remedy} has nothing to change")
-            return denoised
-        model = _model(run, guider, arguments["model_options"], x)
-        shown, with_prompt, without, plain = map(as_pictures, (x, arguments["cond_denoised"], without, denoised))
-        scale, ask = float(arguments["cond_scale"]), partial(model, shown, sigma)
-        step = HostStep(shown, sigma, with_prompt, without, scale, run.evaluations, ask, plain)
-        with self._guarded(run):
-            denoised = as_host(run.rule(step).to(denoised.dtype), x.ndim)
-        return denoised
-
-    def _conditioning(self, watch: Watch, entries: list[dict[str, Any]]) -> Conditioning | None:
-        if len(entries) != 1:
-            watch.note(f"the prompt is combined from {len(entries)} conditionings, so its words are not told apart")
-            return None
-        if entries[0].get("cross_attn") is None:
-            watch.note("this conditioning has no rows to explain or change")
-            return None
-        found = conditioning_of(entries[0]["cross_attn"], entries[0])
-        if not found.tokens:
-            watch.prompt = ""
-            watch.note(
-                "the words are not known, so the prompt's tokens are numbered: encode it with the Text Encode "
-                "(Déjà Vu) node to see them"
-            )
-        elif found.reencoding is None:
-            watch.note(
-                "the words are those that the workflow shows, explained without the text encoder: encode the prompt "
-                "with the Text Encode (Déjà Vu) node, or link CLIP to the monitor, to name them more surely"
-            )
-        return found
-
-
-def negative_of(guider: Any) -> list[dict[str, Any]]:
-    """The host's conditioning that guidance measures the prompt against; empty where it has none."""
-    conds = guider.conds
-    return conds.get("empty_negative_prompt", conds.get("negative")) or []  # the first with perpendicular guidance
-
-
-def without_of(arguments: dict[str, Any], negative: list[dict[str, Any]]) -> Tensor | None:
-    """The prediction without the prompt in what a post-cfg function is given; None where it tells none.
-
-    Guidance leaves zeros for what it did not evaluate, and guiders of other kinds hand over other conditionings.
-    """
-    name = "empty_cond" if "empty_cond_denoised" in arguments else "uncond"
-    return arguments[f"{name}_denoised"] if negative and arguments.get(name) is negative else None
+        return self._open[-1].predict(executor, x, timestep, options, seed)
 
 
 def _noise_unit(guider: Any, sampler: Any, sigmas: Tensor) -> Tensor:
@@ -532,38 +410,3 @@ def _noise_unit(guider: Any, sampler: Any, sigmas: Tensor) -> Tensor:
     all_noise = sampler.max_denoise(guider, sigmas)
     unit: Tensor = sampling.noise_scaling(sigmas[0], torch.ones(1), torch.zeros(1), all_noise)
     return unit
-
-
-def _model(run: Run, guider: Any, options: dict[str, Any], x: Tensor) -> ComfyModel:
-    """The model as it is sampled now."""
-    entry = guider.conds["positive"][0]
-    return ComfyModel(guider.model_patcher, guider.inner_model, entry, options, run.sigmas.wait().tolist(), x)
-
-
-def level_of(conds: dict[str, Any], sigma: Tensor) -> float | None:
-    """The noise level, where the prompt or the negative prompt acts in a part of the steps only; read from the device.
-
-    None where it does not matter, so that nothing is waited for.
-    """
-    names = ("positive", "negative", "empty_negative_prompt")
-    entries = (entry for name in names for entry in conds.get(name) or ())
-    return float(sigma[0]) if any("timestep_start" in e or "timestep_end" in e for e in entries) else None
-
-
-def covers(entries: Any, level: float | None) -> bool:
-    """Whether some conditioning acts on the whole picture at this level (see :func:`level_of`): the host leaves zeros
-    where none does.
-    """
-    whole = [e for e in entries if "area" not in e and "mask" not in e]
-    if any("timestep_start" not in e and "timestep_end" not in e for e in whole):
-        return True
-    return level is not None and any(
-        e.get("timestep_end", 0.0) <= level <= e.get("timestep_start", float("inf")) for e in whole
-    )
-
-
-def _stop_message(watch: Watch) -> str:
-    from ...report.wording import sentence
-
-    worst = min((v for v in watch.verdicts("first step") if v.p_value is not None), key=lambda v: v.p_value or 0.0)
-    return f"Déjà Vu ended this run at its first step. {sentence(worst)}. Nothing is broken: change the prompt, or set the monitor to report."

@@ -13,7 +13,8 @@ from typing import Any
 
 from comfy_execution.utils import get_executing_context
 
-from ...monitor import Report, Watch
+from ...run.report import Report
+from ...run.state import RunState
 
 EVENT = "dejavu.run"
 PAUSE = 0.5  # seconds between two reports on one run
@@ -33,24 +34,24 @@ class LiveReport:
         self._told: tuple[str, float] | None = None
         self._faults: set[str] = set()
 
-    def __call__(self, run: str, watch: Watch) -> None:
+    def __call__(self, run: str, state: RunState) -> None:
         """To be called from the sampling thread, which does not wait for the report."""
         from server import PromptServer
 
         server, context = getattr(PromptServer, "instance", None), get_executing_context()
         if server is None or context is None or server.client_id not in server.sockets:
             return  # nobody looks on
-        now, over = time.monotonic(), watch.finished or watch.stopped
+        now, over = time.monotonic(), state.finished or state.stopped
         if not over and self._told is not None and self._told[0] == run and now - self._told[1] < PAUSE:
             return
         self._told = (run, now)
         message = {"run": run, "monitor": self._node, "prompt_id": context.prompt_id, "finished": over}
         message["workflow"] = _workflow(server, context.prompt_id)
-        _writer().submit(self._send, server, server.client_id, message, watch.so_far())
+        _writer().submit(self._send, server, server.client_id, message, state.so_far())
 
-    def _send(self, server: Any, page: str, message: dict[str, Any], watch: Watch) -> None:
+    def _send(self, server: Any, page: str, message: dict[str, Any], state: RunState) -> None:
         try:
-            report = {**Report.of(watch).as_json(), "monitor": self._node}
+            report = {**Report.of(state).as_json(), "monitor": self._node}
             server.send_sync(EVENT, {**message, "report": report}, page)
         except Exception as error:  # the run goes on; the page does without
             text = f"{type(error).__name__}: {error}"

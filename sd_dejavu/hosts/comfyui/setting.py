@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -14,9 +13,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ...calibration import store
 from ...calibration.profile import Profile, Setting
 from ...conditioning import Unconditional
-from ...monitor import Monitoring
+from ...run.monitoring import Monitoring
 from .model import ComfyModel, sample_into
-from .text import SOURCE, encode
+from .text import SOURCE, empty_prompt
 
 
 def setting_of(
@@ -28,17 +27,17 @@ def setting_of(
     sampler: str = "",
 ) -> Setting:
     return Setting(
-        model.fingerprint,
-        model.prediction_type,
-        model.latent_shape,
-        len(model.sigmas(0)) - 1,
-        model.sigmas(0)[0],
-        scale,
-        without,
-        negative_name(negative) if without == "negative prompt" else "",
-        "a picture" if from_picture else "noise",
-        sampler,
-        model.patches,
+        model=model.fingerprint,
+        prediction_type=model.prediction_type,
+        latent_shape=model.latent_shape,
+        steps=len(model.sigmas(0)) - 1,
+        sigma=model.sigmas(0)[0],
+        guidance_scale=scale,
+        without=without,
+        negative_prompt=negative_name(negative) if without == "negative prompt" else "",
+        begins_with="a picture" if from_picture else "noise",
+        sampler=sampler,
+        patches=model.patches,
     )
 
 
@@ -72,15 +71,9 @@ def _is_zeroed(entry: dict[str, Any]) -> bool:
     return rows is not None and not bool(torch.count_nonzero(rows))
 
 
-_empty_rows: WeakKeyDictionary[Any, dict[Any, Tensor]] = WeakKeyDictionary()
-
-
 def _equals_empty(rows: Tensor, clip: Any) -> bool:
-    known = _empty_rows.setdefault(clip.cond_stage_model, {})
-    key = (clip.patcher.patches_uuid, clip.layer_idx)
-    if key not in known:
-        known[key] = encode(clip, "").rows.detach().cpu()
-    return known[key].shape == rows.shape and torch.allclose(known[key].to(rows), rows, atol=1e-3, rtol=1e-3)
+    empty = empty_prompt(clip).rows
+    return empty.shape == rows.shape and torch.allclose(empty.to(rows), rows, atol=1e-3, rtol=1e-3)
 
 
 def negative_name(negative: Any) -> str:

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import comfy.sd1_clip
 import folder_paths
@@ -58,7 +59,20 @@ def encode_text(clip: Any, text: str, node: str | None = None) -> list[list[Any]
     encoded = clip.encode_from_tokens_scheduled(clip.tokenize(text))
     for entry in encoded:
         entry[1][SOURCE] = Source(clip, text, node)
+    empty_prompt(clip)  # while the encoder is loaded: a run may want it in its midst
     return encoded
+
+
+_empty_prompts: WeakKeyDictionary[Any, dict[Any, Conditioning]] = WeakKeyDictionary()
+
+
+def empty_prompt(clip: Any) -> Conditioning:
+    """What the empty prompt encodes to, kept for as long as the encoder and its patches are the same."""
+    known = _empty_prompts.setdefault(clip.cond_stage_model, {})
+    key = (clip.patcher.patches_uuid, clip.layer_idx)
+    if key not in known:
+        known[key] = replace(encode(clip, ""), reencoding=None)  # a way back would hold the encoder
+    return known[key]
 
 
 def conditioning_of(rows: Tensor, options: dict[str, Any]) -> Conditioning:

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from ...calibration.ordinary_prompts import ordinary_prompts
 from ...conditioning import Conditioning
-from ...measure import Measurement
 from ...report.audit_html import AuditPage, render_audit
 from ...report.audit_rows import as_json, settings_shown, thumbnails_of
+from ...run.measure import Measurement
 from ...settings import Option, named, option, options_of, validate
 from ...training.audit import Audit, AuditSettings, Subject, audit, entries_of, identity, sampled
 from ...training.ledger import Ledger

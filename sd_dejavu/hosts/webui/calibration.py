@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -14,7 +14,7 @@ from ...calibration.calibrate import calibrate
 from ...calibration.ordinary_prompts import ordinary_prompts
 from ...calibration.profile import Profile
 from ...conditioning import Baseline
-from ...measure import Measurement, setting_of
+from ...run.measure import Measurement, setting_of
 from ...settings import option, options_of, validate
 from .guidance import GuidedModel
 from .run import Host
@@ -37,6 +37,7 @@ class Calibrating:
     scheduler: str = option("Automatic", "its scheduler")
     negative_prompt: str = option("", "negative prompt that is drawn with")
     replace: bool = option(False, "also replace a calibration that holds more than the new one")
+    without: Baseline = option("empty prompt", "what prompts are measured against", choices=get_args(Baseline))
 
     def __post_init__(self) -> None:
         validate(self)
@@ -68,8 +69,13 @@ class Calibration:
             step = self.host.step(params).of([0])
             sigma = float(self.host.sigma(step)[0])
             model = GuidedModel(self.host, step, [sigma] + [0.0] * asked.steps)
-            without: Baseline = "negative prompt" if asked.negative_prompt.strip() else "empty prompt"
-            wanted = Measurement(images=1, steps=asked.steps, negative=asked.negative_prompt, without=without)
+            against_negative = asked.without == "negative prompt" and asked.negative_prompt.strip()
+            wanted = Measurement(
+                images=1,
+                steps=asked.steps,
+                negative=asked.negative_prompt,
+                without="negative prompt" if against_negative else "empty prompt",
+            )
             if not asked.replace:
                 path = store.path_for(setting_of(model, wanted), self._folder)
                 store.check_kept(path, store.Size(asked.count))

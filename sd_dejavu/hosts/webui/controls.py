@@ -8,8 +8,9 @@ from typing import Any, Literal, get_args
 from urllib.parse import quote, unquote
 
 from ...mitigations import perturb_prompt
-from ...monitor import Monitoring, Report
 from ...report.wording import label, number, p_text
+from ...run.monitoring import Monitoring
+from ...run.report import Report
 from ...settings import Option, check, named, of_text, options_of
 
 INFOTEXT = "Déjà Vu settings"

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import cast
 
-from .calibration.ordinary_prompts import style_of
-from .calibration.profile import Profile, ScoreKind, Setting
-from .verdict import Verdict
+from ..calibration.ordinary_prompts import style_of
+from ..calibration.profile import Profile, Setting
+from ..verdict import Verdict
 
 
 def judge(verdict: Verdict, setting: Setting, profile: Profile) -> Verdict:
@@ -24,9 +23,8 @@ def judge(verdict: Verdict, setting: Setting, profile: Profile) -> Verdict:
     if verdict.score is None:
         return verdict
     style = style_of(verdict.prompt) if verdict.prompt else None
-    kind = cast(ScoreKind, verdict.score_kind)
     try:
-        found = profile.p_value(verdict.score, setting, kind, verdict.images, style, verdict.batch)
+        found = profile.p_value(verdict.score, setting, verdict.score_kind, verdict.images, style, verdict.batch)
     except ValueError as error:
         return replace(verdict, why=str(error))
     verdict = replace(verdict, p_value=found.p, nulls=found.nulls, null_style=found.style, null_images=found.at_once)

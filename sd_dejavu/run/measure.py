@@ -9,24 +9,26 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from .calibration.profile import ALPHA_DEFAULT, EVALUATIONS, Profile, ScoreKind, Setting
-from .conditioning import Baseline, Conditioning
-from .denoiser import Model, initial_latent
-from .detectors.magnitude import rounding
+from ..calibration.profile import ALPHA_DEFAULT, Profile, Setting
+from ..conditioning import Baseline, Conditioning
+from ..denoiser import Model, initial_latent
+from ..detectors import scores
+from ..detectors.magnitude import magnitude, rounding
+from ..memory import one_by_one
+from ..mitigations import Outcome
+from ..sampling import Guidance, first_readings
+from ..settings import option, validate
+from ..trace import NotMeasured
+from ..verdict import Explanation, Verdict
 from .judge import judge
-from .memory import one_by_one
-from .mitigations import Outcome
-from .sampling import Guidance, Run, first_step, sample, sample_prompts
-from .settings import option, validate
-from .trace import NotMeasured, Trace
-from .verdict import Explanation, Verdict
+from .reference import Run, sample_prompt, sample_prompts
 
 
 @dataclass(frozen=True)
 class Measurement:
     """Settings of a measurement, the same in every front end."""
 
-    score: ScoreKind = option("first step", "which evaluations the score averages", choices=get_args(ScoreKind))
+    score: str = option("first step", "which evaluations the score averages", choices=tuple(scores()))
     images: int = option(4, "pictures (noises) a prompt; the score is their mean", minimum=1, maximum=64)
     steps: int = option(50, "sampling steps; they fix the noise level of the first step", minimum=1, maximum=1000)
     seed: int = option(0, "seed of the noise", minimum=0, maximum=2**63 - 1)
@@ -56,23 +58,26 @@ class Measured:
 
 def setting_of(model: Model, wanted: Measurement) -> Setting:
     return Setting(
-        model.fingerprint,
-        model.prediction_type,
-        model.latent_shape,
-        wanted.steps,
-        model.sigmas(wanted.steps)[0],
-        wanted.guidance_scale,
-        wanted.without,
-        wanted.negative,
+        model=model.fingerprint,
+        prediction_type=model.prediction_type,
+        latent_shape=model.latent_shape,
+        steps=wanted.steps,
+        sigma=model.sigmas(wanted.steps)[0],
+        guidance_scale=wanted.guidance_scale,
+        without=wanted.without,
+        negative_prompt=wanted.negative,
         patches=model.patches,
     )
 
 
 def guidance_of(model: Model, wanted: Measurement) -> Guidance:
-    """Guidance against the negative prompt, measured against what ``wanted.without`` names."""
-    negative = bool(wanted.negative)
-    against = model.encode("") if negative and wanted.without == "empty prompt" else None
-    return Guidance(model.encode(wanted.negative), wanted.guidance_scale, wanted.without == "negative prompt", against)
+    """Guidance against the negative prompt, or the empty one."""
+    return Guidance(model.encode(wanted.negative), wanted.guidance_scale, bool(wanted.negative.strip()))
+
+
+def baseline_of(model: Model, wanted: Measurement) -> Conditioning:
+    """What prompts are measured against."""
+    return model.encode(wanted.negative if wanted.without == "negative prompt" else "")
 
 
 def measure(
@@ -111,7 +116,7 @@ def _measure(
 ) -> list[Measured]:
     conditionings = [model.encode(prompt) for prompt in prompts]
     noise = model.noise(wanted.seed, wanted.images)
-    if wanted.score == "first step":
+    if scores()[wanted.score].of_first_step:
         return _measure_first_step(model, conditionings, noise, wanted, batch_size, on_progress)
     done = 0
 
@@ -120,7 +125,7 @@ def _measure(
         done += count
         on_progress(done)
 
-    return measure_runs(model, conditionings, noise, wanted, EVALUATIONS[wanted.score], batch_size, progress)
+    return measure_runs(model, conditionings, noise, wanted, scores()[wanted.score].evaluations, batch_size, progress)
 
 
 def _measure_first_step(
@@ -132,7 +137,6 @@ def _measure_first_step(
     on_progress: Callable[[float], None],
 ) -> list[Measured]:
     sigma = model.sigmas(wanted.steps)[0]
-    base = model.encode(wanted.negative if wanted.without == "negative prompt" else "")
     done = 0
 
     def progress(evaluations: int) -> None:
@@ -140,13 +144,15 @@ def _measure_first_step(
         done += evaluations
         on_progress(done / noise.shape[0])
 
-    scores = first_step(model, conditionings, base, noise, sigma, batch_size, progress)
+    base, chosen = baseline_of(model, wanted), scores()[wanted.score]
+    wanted_reads = {"magnitude": magnitude, chosen.detector: chosen.read}
+    found = first_readings(model, conditionings, base, noise, sigma, wanted_reads, batch_size, progress)
     equal = rounding(noise[0].numel(), sigma)
     return [
-        Measured(c.prompt, row, ((sigma, float(row.mean())),))
-        if bool((row > equal).all())
+        Measured(c.prompt, row, ((sigma, float(lengths.mean())),))
+        if bool((lengths > equal).all())
         else Measured(c.prompt, None, ((sigma, None),), why="both predictions are equal: the prompt acts on nothing")
-        for c, row in zip(conditionings, scores, strict=True)
+        for c, row, lengths in zip(conditionings, found[chosen.detector], found["magnitude"], strict=True)
     ]
 
 
@@ -163,32 +169,35 @@ def measure_runs(
 
     ``evaluations`` ends the runs early (None: to the end, so that the latents are pictures).
     """
-    guidance = guidance_of(model, wanted)
-    sigmas = model.sigmas(wanted.steps)
-    runs = sample_prompts(model, conditionings, guidance, noise, sigmas, evaluations, batch_size, on_prompts)
+    guidance, sigmas = guidance_of(model, wanted), model.sigmas(wanted.steps)
+    empty = model.encode("")
+    runs = sample_prompts(
+        model, conditionings, guidance, noise, sigmas, evaluations, batch_size, on_prompts, wanted.without, empty
+    )
     return [_measured(run, conditioning.prompt, wanted) for run, conditioning in zip(runs, conditionings, strict=True)]
 
 
-def drawn_with(model: Model, outcome: Outcome, x: Tensor, wanted: Measurement, batch_size: int = 32) -> Measured:
-    """The pictures of one prompt under a mitigation, whatever it touches, measured on the way.
+def sampled_with(model: Model, outcome: Outcome, x: Tensor, wanted: Measurement, batch_size: int = 32) -> Measured:
+    """The images of one prompt under a mitigation, whatever it touches, measured on the way.
 
     x [images, C, H, W] is the run's x_T, from which it starts unless the outcome says otherwise.
     """
     start = x if outcome.x is None else outcome.x
     rule = None if outcome.rule is None else outcome.rule()
-    sigmas, trace = model.sigmas(wanted.steps), Trace()
-    guidance = guidance_of(model, wanted)
-    latents = sample(model, start, sigmas, outcome.conditioning, guidance, trace, rule=rule, batch_size=batch_size)
-    return _measured(Run(trace, latents), outcome.conditioning.prompt, wanted)
+    guidance, sigmas = guidance_of(model, wanted), model.sigmas(wanted.steps)
+    empty = model.encode("")
+    run = sample_prompt(model, outcome.conditioning, guidance, start, sigmas, rule, batch_size, wanted.without, empty)
+    return _measured(run, outcome.conditioning.prompt, wanted)
 
 
 def _measured(run: Run, prompt: str, wanted: Measurement) -> Measured:
     per_step = tuple((r.sigma, None if r.values is None else sum(r.values) / len(r.values)) for r in run.trace.readings)
     try:
-        scores = run.trace.score(EVALUATIONS[wanted.score])
+        chosen = scores()[wanted.score]
+        found = run.trace.score(chosen.evaluations, chosen.detector)
     except NotMeasured as error:
         return Measured(prompt, None, per_step, run.latents, why=str(error))
-    return Measured(prompt, scores, per_step, run.latents, run.trace.where())
+    return Measured(prompt, found, per_step, run.latents, run.trace.where())
 
 
 def verdict_on(

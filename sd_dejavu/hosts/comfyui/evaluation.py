@@ -1,0 +1,77 @@
+"""What the host's guider and its functions after guidance tell of one evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...conditioning import Conditioning
+from .model import ComfyModel, HostStep, as_pictures
+
+
+def negative_of(guider: Any) -> list[dict[str, Any]]:
+    """The host's conditioning that guidance measures the prompt against; empty where it has none."""
+    conds = guider.conds
+    return conds.get("empty_negative_prompt", conds.get("negative")) or []  # the first with perpendicular guidance
+
+
+def without_of(arguments: dict[str, Any], negative: list[dict[str, Any]]) -> Tensor | None:
+    """The prediction without the prompt in what a post-cfg function is given; None where it tells none.
+
+    Guidance leaves zeros for what it did not evaluate, and guiders of other kinds hand over other conditionings.
+    """
+    name = "empty_cond" if "empty_cond_denoised" in arguments else "uncond"
+    return arguments[f"{name}_denoised"] if negative and arguments.get(name) is negative else None
+
+
+def level_of(conds: dict[str, Any], sigma: Tensor) -> float | None:
+    """The noise level, where the prompt or the negative prompt acts in a part of the steps only; read from the device.
+
+    None where it does not matter, so that nothing is waited for.
+    """
+    names = ("positive", "negative", "empty_negative_prompt")
+    entries = (entry for name in names for entry in conds.get(name) or ())
+    return float(sigma[0]) if any("timestep_start" in e or "timestep_end" in e for e in entries) else None
+
+
+def covers(entries: Any, level: float | None) -> bool:
+    """Whether some conditioning acts on the whole picture at this level (see :func:`level_of`): the host leaves zeros
+    where none does.
+    """
+    whole = [e for e in entries if "area" not in e and "mask" not in e]
+    if any("timestep_start" not in e and "timestep_end" not in e for e in whole):
+        return True
+    return level is not None and any(
+        e.get("timestep_end", 0.0) <= level <= e.get("timestep_start", float("inf")) for e in whole
+    )
+
+
+def guided_step(
+    arguments: dict[str, Any], guider: Any, level: float | None, number: int, make_model: Callable[[], ComfyModel]
+) -> HostStep | None:
+    """The step of a guidance rule, from what a post-cfg function is given; None where it is no guidance of the prompt.
+
+    Without guidance (cfg 1) both predictions are the one with the prompt. ``number`` counts the run's evaluations.
+    """
+    positive, negative = guider.conds.get("positive"), negative_of(guider)
+    if positive is None or arguments.get("cond") is not positive or not covers(positive, level):
+        return None
+    with_prompt = as_pictures(arguments["cond_denoised"])
+    found = without_of(arguments, negative) if covers(negative, level) else None
+    if found is not None:
+        without = as_pictures(found)
+    elif arguments.get("uncond") is None:
+        without = with_prompt
+    else:
+        return None
+    x, sigma, model = as_pictures(arguments["input"]), arguments["sigma"], make_model()
+
+    def predict(conditioning: Conditioning) -> Tensor:
+        with torch.no_grad():
+            return model(x, sigma, conditioning)
+
+    scale, host = float(arguments["cond_scale"]), as_pictures(arguments["denoised"])
+    return HostStep(x, sigma, with_prompt, without, scale, number, predict, host)

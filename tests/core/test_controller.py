@@ -1,0 +1,284 @@
+"""The controller of a run, with a host made by hand: what it measures, decides and leaves alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hand_made import SHAPE, LinearDenoiser, encoder
+
+from sd_dejavu.calibration.profile import Null, Profile, Setting
+from sd_dejavu.conditioning import Conditioning
+from sd_dejavu.denoiser import Evaluation
+from sd_dejavu.guidance import GuidedStep
+from sd_dejavu.run.controller import GO, Again, Restart, RunController, Stop
+from sd_dejavu.run.monitoring import Monitoring
+from sd_dejavu.run.report import Report
+from sd_dejavu.run.state import RunState
+
+SETTING = Setting(
+    model="abc",
+    prediction_type="epsilon",
+    latent_shape=SHAPE,
+    steps=20,
+    sigma=2.0,
+    guidance_scale=7.0,
+    without="empty prompt",
+)
+PROFILE = Profile(SETTING, tuple(Null("sentence", {"first step": (n / 100,)}) for n in range(1, 200)))
+ENCODE = encoder({"red": 1.0, "fox": 0.1})
+NEGATIVE = Conditioning(torch.full((1, 2, 4), 0.25))
+
+
+class Interrupted(Exception):
+    """What the host raises when its user ends a run."""
+
+
+@dataclass
+class Hand:
+    """A host whose prompts, unconditional and faults are given."""
+
+    network: LinearDenoiser = field(default_factory=LinearDenoiser)
+    negative: tuple[Conditioning, str] | None = None
+    encoder: bool = True
+    restart: str = ""
+    shown: int = 0
+    interruptions = (Interrupted,)
+
+    def model(self, state: RunState) -> LinearDenoiser:
+        return self.network
+
+    def prompt(self, state: RunState, model: LinearDenoiser) -> Conditioning:
+        return ENCODE(state.prompt)
+
+    def unconditional(self, state, model, empty):
+        if empty:
+            return (ENCODE(""), "empty prompt") if self.encoder else None
+        return self.negative
+
+    def words(self, state: RunState, model: LinearDenoiser) -> Conditioning | None:
+        return ENCODE(state.prompt)
+
+    def identity(self, state: RunState, model: LinearDenoiser):
+        return SETTING, PROFILE
+
+    def refuses_restart(self) -> str:
+        return self.restart
+
+    def progress(self) -> None:
+        self.shown += 1
+
+
+def run_of(host: Hand, prompts: Sequence[str] = ("red fox",), images: int = 1, **settings) -> RunController:
+    monitoring = Monitoring(**{"explain": "never", **settings})
+    places = [tuple(range(n * images, (n + 1) * images)) for n in range(len(prompts))]
+    states = [RunState(monitoring, prompt, images=own) for prompt, own in zip(prompts, places, strict=True)]
+    return RunController(host, monitoring, states)
+
+
+def seen(*gaps: float, kind: str = "empty prompt", sigma: float = 2.0) -> Evaluation:
+    """Images whose magnitudes are the gaps: 4 numbers that differ by sigma * gap / 2 each."""
+    base = torch.zeros(len(gaps), *SHAPE)
+    moved = base + torch.tensor(gaps)[:, None, None, None] * sigma / 2
+    return Evaluation(base, torch.full((len(gaps),), sigma), moved, base, kind)  # type: ignore[arg-type]
+
+
+def scores(controller: RunController) -> list[list[float | None]]:
+    return [[verdict.score for verdict in state.verdicts()] for state in controller.states]
+
+
+def test_what_guidance_gives_is_measured_as_it_is_and_nothing_is_evaluated() -> None:
+    host = Hand()
+    controller = run_of(host, ("red fox", "fox"), images=2)
+    assert controller.evaluation(seen(3.0, 0.5, 1.0, 0.1)) == GO
+    assert scores(controller) == [pytest.approx([3.0, 0.5]), pytest.approx([1.0, 0.1])]
+    assert host.network.calls == []
+    assert all(state.setting == SETTING and state.profile is PROFILE for state in controller.states)
+
+
+def test_without_guidance_both_predictions_are_evaluations_of_our_own() -> None:
+    host = Hand()
+    controller = run_of(host)
+    x = torch.zeros(1, *SHAPE)
+    controller.evaluation(Evaluation(x, torch.full((1,), 2.0)))
+    expected = float((ENCODE("red fox").rows.sum(1) - ENCODE("").rows.sum(1)).norm())
+    assert scores(controller) == [pytest.approx([expected])]
+    assert len(host.network.calls) == 2
+    controller.evaluation(Evaluation(x, torch.full((1,), 1.0)))  # not a step of the score
+    assert len(host.network.calls) == 2
+    assert "only the steps of the score" in (controller.states[0].trace.readings[1].why or "")
+
+
+@pytest.mark.parametrize("kind", ["negative prompt", "zeroed prompt", "prompt left out"])
+def test_the_empty_prompt_is_the_default_baseline_whatever_guidance_has(kind: str) -> None:
+    host = Hand(negative=(NEGATIVE, kind))
+    controller = run_of(host)
+    controller.evaluation(seen(3.0, kind=kind))
+    assert [torch.equal(given.rows, ENCODE("").rows) for _, given in host.network.calls] == [True]
+    assert controller.states[0].trace.without == "empty prompt"
+
+
+def test_the_negative_prompt_is_a_choice() -> None:
+    host = Hand(negative=(NEGATIVE, "negative prompt"))
+    controller = run_of(host, without="negative prompt")
+    controller.evaluation(seen(3.0, kind="negative prompt"))
+    assert host.network.calls == [] and controller.states[0].trace.without == "negative prompt"
+    off = run_of(Hand(negative=(NEGATIVE, "negative prompt")), without="negative prompt")
+    off.evaluation(Evaluation(torch.zeros(1, *SHAPE), torch.full((1,), 2.0)))
+    expected = float((ENCODE("red fox").rows.sum(1) - NEGATIVE.rows.sum(1)).norm())
+    assert scores(off) == [pytest.approx([expected])]
+
+
+def test_without_the_text_encoder_the_hosts_own_unconditional_serves_and_is_named() -> None:
+    controller = run_of(Hand(negative=(NEGATIVE, "negative prompt"), encoder=False))
+    controller.evaluation(seen(3.0, kind="negative prompt"))
+    (state,) = controller.states
+    assert scores(controller) == [pytest.approx([3.0])] and state.trace.without == "negative prompt"
+    assert any("measured against the negative prompt" in note for note in state.notes)
+    nothing = run_of(Hand(encoder=False))
+    nothing.evaluation(Evaluation(torch.zeros(1, *SHAPE), torch.full((1,), 2.0)))
+    assert scores(nothing) == [[None]] and "text encoder" in (nothing.states[0].verdicts()[0].why or "")
+
+
+def test_a_flagged_run_is_stopped_with_a_sentence_and_others_go_on() -> None:
+    assert run_of(Hand(), when_flagged="stop").evaluation(seen(0.5)) == GO
+    controller = run_of(Hand(), ("fox", "red fox"), when_flagged="stop")
+    decision = controller.evaluation(seen(0.5, 3.0))
+    assert isinstance(decision, Stop) and "p <= 0.005" in decision.sentence and "Nothing is broken" in decision.sentence
+    assert [state.stopped for state in controller.states] == [False, True]
+
+
+def test_only_the_flagged_prompt_goes_on_with_another_conditioning() -> None:
+    host = Hand()
+    controller = run_of(host, ("fox", "red fox"), when_flagged="mitigate", remedy="remove-trigger")
+    decision = controller.evaluation(seen(0.5, 3.0))
+    assert isinstance(decision, Again)
+    (changed,) = decision.states
+    assert changed is controller.states[1] and changed.sampled is not None and changed.sampled.prompt == "fox"
+    assert controller.states[0].sampled is None and controller.states[0].before is None
+    controller.evaluation(seen(0.1), (changed,))  # the same evaluation again, of that prompt alone
+    report = Report.of(changed)
+    assert [v.score for v in report.verdicts] == pytest.approx([3.0])
+    assert [v.score for v in report.after] == pytest.approx([0.1])
+    assert scores(controller)[0] == pytest.approx([0.5])
+
+
+def test_one_flagged_image_among_seven_is_really_mitigated() -> None:
+    host = Hand()
+    controller = run_of(host, images=8, when_flagged="mitigate", remedy="guidance-transition", alpha=0.05)
+    decision = controller.evaluation(seen(5.0, *[0.5] * 7))
+    assert isinstance(decision, Again)
+    (state,) = decision.states
+    assert state.rule is not None and state.sampled is None
+    first = seen(5.0, *[0.5] * 7)
+    step = GuidedStep(first.x, first.sigma, first.conditional, first.unconditional, 7.0, 0, lambda c: first.x)
+    guided = controller.guided(state, step)
+    same = [torch.equal(ours, plain) for ours, plain in zip(guided, step.plain, strict=True)]
+    assert same == [False] + [True] * 7
+
+
+@pytest.mark.parametrize("restart", ["", "begins with an image"])
+def test_a_run_begins_again_from_other_noise_where_it_can(restart: str) -> None:
+    host = Hand(network=LinearDenoiser(gain=4.0), restart=restart)
+    controller = run_of(host, ("fox", "red fox"), when_flagged="mitigate", remedy="batch-wise-noise")
+    x = torch.full((2, *SHAPE), 3.0)
+    base = torch.zeros(2, *SHAPE)
+    given = Evaluation(x, torch.full((2,), 2.0), base + torch.tensor([0.25, 3.0])[:, None, None, None], base)
+    decision = controller.evaluation(given)
+    if restart:
+        assert decision == GO
+        assert any("but this run begins with an image" in note for note in controller.states[1].notes)
+        return
+    assert isinstance(decision, Restart)
+    assert not decision.moved[0].any() and bool(decision.moved[1].any())
+    assert [len(state.trace) for state in controller.states] == [0, 0]
+    assert controller.states[0].before is None and controller.states[1].before is not None
+
+
+def test_our_faults_are_told_once_and_the_hosts_interruption_passes(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Hand):
+        def unconditional(self, state, model, empty):
+            raise RuntimeError("the encoder is gone")
+
+    controller = run_of(Broken(), score="all steps")
+    for sigma in (2.0, 1.0):
+        assert controller.evaluation(seen(3.0, kind="negative prompt", sigma=sigma)) == GO
+    assert controller.states[0].notes == ["RuntimeError: the encoder is gone"]
+    assert len([r for r in caplog.records if "the encoder is gone" in r.getMessage()]) == 1
+
+    class Ended(Hand):
+        def model(self, state):
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run_of(Ended()).evaluation(seen(3.0))
+
+
+def test_a_fault_of_one_prompt_costs_the_others_nothing() -> None:
+    class Picky(Hand):
+        def identity(self, state, model):
+            if state.prompt == "fox":
+                raise ValueError("no identity for a fox")
+            return SETTING, PROFILE
+
+    controller = run_of(Picky(), ("fox", "red fox"), when_flagged="stop")
+    assert isinstance(controller.evaluation(seen(3.0, 3.0)), Stop)
+    assert controller.states[0].notes == ["no identity for a fox"] and controller.states[1].notes == []
+
+
+def test_words_are_found_when_the_score_has_arrived_or_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Hand()
+    monitoring = Monitoring(explain="flagged")
+    state = RunState(monitoring, "red fox")
+    controller = RunController(host, monitoring, [state], explains_later=True)
+    arrived = False
+    monkeypatch.setattr(type(state.trace), "ready", lambda self, count: arrived)
+    x = seen(3.0)
+    controller.evaluation(x)
+    assert state.explanation is None and state.beginning is not None
+    assert state.beginning.x.data_ptr() != x.x.data_ptr()  # the host may change its own
+    controller.evaluation(seen(1.0, sigma=1.0))
+    assert state.explanation is None
+    arrived = True
+    controller.evaluation(seen(1.0, sigma=0.5))
+    assert state.explanation is not None and state.explanation.top.text == "red"
+    last = RunState(monitoring, "red fox")
+    controller = RunController(host, monitoring, [last], explains_later=True)
+    arrived = False
+    controller.evaluation(seen(3.0))
+    controller.explain()
+    assert last.explanation is not None
+    controller.end()
+    assert last.finished and last.beginning is None
+
+
+def test_runs_within_runs_and_beside_each_other_know_nothing_of_each_other() -> None:
+    """A host that samples something of its own in the midst of a run: each has a controller of its own."""
+    outer, inner = run_of(Hand()), run_of(Hand(), ("fox",))
+    outer.evaluation(seen(3.0))
+    inner.evaluation(seen(0.1))
+    inner.end()
+    outer.evaluation(seen(2.0, sigma=1.0))
+    outer.end()
+    assert scores(outer) == [pytest.approx([3.0])] and scores(inner) == [pytest.approx([0.1])]
+    assert [len(c.states[0].trace) for c in (outer, inner)] == [2, 1]
+
+
+def test_an_interrupted_run_is_not_finished_and_holds_nothing_of_the_host() -> None:
+    controller = run_of(Hand(), explain="always", when_flagged="mitigate", remedy="remove-trigger")
+    controller.evaluation(seen(3.0))
+    controller.end(finished=False)
+    (state,) = controller.states
+    assert not state.finished
+    assert state.beginning is None and state.sampled is None and state.rule is None
+
+
+def test_what_cannot_be_measured_says_why_and_the_run_is_known_all_the_same() -> None:
+    controller = run_of(Hand())
+    first = seen(3.0)
+    controller.evaluation(Evaluation(first.x, first.sigma, missing="the prompt acts on an area"))
+    (verdict,) = controller.states[0].verdicts()
+    assert verdict.score is None and "acts on an area" in (verdict.why or "")
+    assert controller.states[0].setting == SETTING
