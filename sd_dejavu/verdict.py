@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from .conditioning import Unconditional
+from .detectors import scores
 
 View = Literal["confirmed gradient", "input gradient", "output gradient", "leave one out"]
 
@@ -85,7 +86,8 @@ class Verdict:
         explanation = values.pop("explanation")
         values["words"] = explanation["words"] if explanation else []
         values["view"] = explanation["view"] if explanation else None
-        values["unit"] = "l2"
+        known = scores().get(self.score_kind)
+        values["unit"] = known.unit.lower() if known is not None else ""
         values["raw_unit"] = explanation["raw_unit"] if explanation else None
         values["score_per_step"] = [value for _, value in self.score_per_step]
         values["sigmas"] = [sigma for sigma, _ in self.score_per_step]

@@ -6,6 +6,7 @@ from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Context, Decimal
 from typing import TYPE_CHECKING
 
 from ..calibration.profile import ALPHA_DEFAULT, Profile
+from ..detectors import scores
 from ..run.judge import needed_nulls
 from ..verdict import Explanation, Verdict, WordSignificance
 
@@ -59,7 +60,9 @@ def facts(verdict: Verdict) -> list[tuple[str, str]]:
     if verdict.score is not None:
         images = "1 image" if verdict.images == 1 else f"mean of {verdict.images} images"
         images = images if verdict.batch == 1 else f"1 of {verdict.batch} images"
-        found.append(("Score", f"{number(verdict.score)} (L2, {verdict.score_kind}, {images})"))
+        known = scores().get(verdict.score_kind)
+        unit = f"{known.unit}, " if known is not None and known.unit else ""
+        found.append(("Score", f"{number(verdict.score)} ({unit}{verdict.score_kind}, {images})"))
     if verdict.p_value is not None:
         relation, value = p_text(verdict).removeprefix("p ").split()
         found.append(("p", f"{value if relation == '=' else f'<= {value}'} (flagged if p <= {verdict.alpha:g})"))
