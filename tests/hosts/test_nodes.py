@@ -138,14 +138,19 @@ def test_without_guidance_only_an_evaluation_of_our_own_tells(comfy: ComfyServer
         assert alone["verdicts"][0]["score_per_step"][1:] == [None] * 3
 
 
-def test_without_an_encoder_the_empty_prompt_is_not_measured(comfy: ComfyServer) -> None:
+def test_without_an_encoder_the_hosts_negative_prompt_serves_and_is_named(comfy: ComfyServer) -> None:
     graph = watched(graphs.text_to_image(negative="blurry"), words=False, without="empty prompt")
-    (verdict,) = report(comfy, graph)["verdicts"]
-    assert verdict["score"] is None
-    assert "Text Encode" in verdict["why"]
+    found = report(comfy, graph)
+    (verdict,) = found["verdicts"]
+    assert verdict["without"] == "negative prompt"
+    assert any("measured against the negative prompt" in note for note in found["notes"])
+    named = watched(graphs.text_to_image(negative="blurry"), words=False, without="negative prompt")
+    (asked,) = report(comfy, named)["verdicts"]
+    assert verdict["score"] == asked["score"] is not None
     graph = watched(graphs.text_to_image(negative="blurry"), words=False, without="empty prompt")
     graph["monitor"]["inputs"]["clip"] = ["checkpoint", 1]
-    assert report(comfy, graph)["verdicts"][0]["score"] > 0
+    (linked,) = report(comfy, graph)["verdicts"]
+    assert linked["without"] == "empty prompt" and linked["score"] > 0
 
 
 # ------------------------------------------------------------------------------ the bundled model
