@@ -98,7 +98,7 @@ def inside(install: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     with executing():
         monitor, patcher = watched(None, "never")
         draw(patcher, 0)  # warm up, and see the setting
-        setting = monitor.runs[-1].watch.setting
+        setting = monitor.runs[-1].state.setting
         assert setting is not None
         # So high that no run is flagged: gradients have another price, and nobody pays it for an ordinary prompt.
         nulls = tuple(Null("sentence", {"first step": (1e6 + n,)}) for n in range(wanted["nulls"]))
@@ -119,7 +119,7 @@ def inside(install: Path, wanted: dict[str, Any]) -> dict[str, Any]:
                 began = clock.now()
                 report = monitor.report_of(plain)
                 report.as_json()
-                word_picture(report.verdicts[0], report.watch.notes)
+                word_picture(report.verdicts[0], report.state.notes)
                 verdicts.append(clock.now() - began)
                 wait_until_told()
                 monitor, patcher = watched(profile, "flagged")
