@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import itertools
 import json
 import logging
 import math
@@ -25,11 +24,11 @@ from torch import Tensor
 
 from ..attention import AttentionRule, scaled_keys, watched_attention
 from ..conditioning import Conditioning, EncoderInput, Reencoding, TokenRow, align
-from ..denoiser import PredictionType, PromptTooLong, denoised_from_output, model_input, over_pixels, seeded_noise
+from ..denoiser import PredictionType, PromptTooLong, denoised_from_output, model_input, seeded_noise
 from ..gradients import BYTES_A_LATENT_PIXEL, RECOMPUTED_FROM, recomputing
-from ..guidance import GuidanceRule, GuidedStep
 from ..memory import OutOfMemory, free_memory, in_pieces, ran_out, too_large
 from ..prompt_weights import encode_weighted
+from ..schedule import Schedule
 
 EVALUATION = 2**29  # bytes that the activations of one evaluation may take; larger batches are cut
 EVALUATION_BYTES = 16_000  # a latent pixel takes in half precision: 15,000 in SD1.5, 9,500 in SDXL
@@ -98,7 +97,7 @@ class DiffusersModel:
                     raise ModelError(f"the weights of {name} contain NaN or infinity: the file is broken, get it again")
         self.device = self._unet.device
         self.latent_shape = (int(self._unet.config.in_channels), *_latent_size(self._unet.config.sample_size, name))
-        self.alphas_cumprod: Tensor = _alphas_cumprod(self._scheduler_config)
+        self.schedule = _schedule(self._scheduler_config)
         self._fingerprint: str | None = None
         self.patches = ""
 
@@ -149,7 +148,7 @@ class DiffusersModel:
         with self.attending(rule):
             output = self._unet(
                 model_input(x, sigma).to(dtype),
-                self._timestep(sigma),
+                self.schedule.timestep(sigma),
                 encoder_hidden_states=rows.to(dtype),
                 added_cond_kwargs=extras or None,
                 return_dict=False,
@@ -165,26 +164,8 @@ class DiffusersModel:
             self(x, sigma, conditioning)
         return mass.mean()
 
-    def _timestep(self, sigma: Tensor) -> Tensor:
-        """sigma [B] -> fractional timestep [B], linear in log sigma between the schedule's levels."""
-        levels = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt().log().to(sigma.device)
-        log = sigma.float().clamp_min(1e-10).log()
-        high = torch.searchsorted(levels, log.contiguous()).clamp(1, len(levels) - 1)
-        low = high - 1
-        share = ((log - levels[low]) / (levels[high] - levels[low])).clamp(0, 1)
-        fractional = low + share
-        nearest = fractional.round()
-        # A level of the schedule itself must give its whole timestep, whatever the rounding of the logarithm.
-        return torch.where((fractional - nearest).abs() < 1e-3, nearest, fractional)
-
     def sigmas(self, steps: int) -> list[float]:
-        """Noise levels of ``steps`` DDIM steps (leading spacing, offset 1: the first is timestep 981 of 50), then 0."""
-        total = len(self.alphas_cumprod)
-        if not 1 <= steps <= total:
-            raise ValueError(f"the number of steps must be between 1 and {total}, not {steps}")
-        timesteps = [min(i * (total // steps) + 1, total - 1) for i in reversed(range(steps))]
-        abar = self.alphas_cumprod[timesteps].double()
-        return [*((1 - abar) / abar).sqrt().tolist(), 0.0]
+        return self.schedule.sigmas(steps)
 
     def noise(self, seed: int, images: int) -> Tensor:
         return seeded_noise(self.latent_shape, seed, images).to(self.device)
@@ -312,39 +293,6 @@ def _blocks(network: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 @contextmanager
-def guarded(pipeline: Any, rule: GuidanceRule) -> Iterator[None]:
-    """While open, an unconditional pipeline (DDPM, DDIM; epsilon-prediction) samples one run under a guidance rule.
-
-    Both predictions of a step are the one there is. A picture that the rule leaves alone is sampled as it would have
-    been, bit for bit. Raises ModelError for other prediction types.
-    """
-    kind = pipeline.scheduler.config.get("prediction_type", "epsilon")
-    if kind != "epsilon":
-        raise ModelError(f"this pipeline predicts {kind!r}; a rule can guide unconditional models that predict epsilon")
-    evaluations = itertools.count()
-
-    def refuse(conditioning: Conditioning) -> Tensor:
-        raise ModelError("an unconditional model has no prediction under a caption")
-
-    def steer(module: torch.nn.Module, given: tuple[Any, ...], output: Any) -> Any:
-        sample, timestep = given[:2]
-        eps = output[0]
-        abar = pipeline.scheduler.alphas_cumprod.to(sample.device)[timestep].float()
-        sigma = ((1 - abar) / abar).sqrt().expand(len(sample))
-        x = sample.float() / abar.sqrt().reshape(-1, 1, 1, 1)
-        denoised = denoised_from_output(eps, x, sigma, "epsilon")
-        steered = rule(GuidedStep(x, sigma, denoised, denoised, 1.0, next(evaluations), refuse))
-        changed = eps - ((steered - denoised) / over_pixels(sigma)).to(eps.dtype)
-        return (changed, *output[1:]) if isinstance(output, tuple) else type(output)(sample=changed)
-
-    handle = pipeline.unet.register_forward_hook(steer)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
 def _replaced_embeddings(encoder: torch.nn.Module, embeddings: Tensor | None) -> Iterator[None]:
     """While open, the token embedding gives ``embeddings`` [chunks * 77, d] in place of its own output."""
     if embeddings is None:
@@ -413,11 +361,11 @@ def _padded(tokenizer: Any, chunk: list[int]) -> list[int]:
     return body + [tokenizer.pad_token_id] * (CHUNK + 2 - len(body))
 
 
-def _alphas_cumprod(config: dict[str, Any]) -> Tensor:
+def _schedule(config: dict[str, Any]) -> Schedule:
     """The schedule a DDIM scheduler builds from a pipeline's scheduler configuration."""
     from diffusers import DDIMScheduler
 
-    return DDIMScheduler.from_config(config).alphas_cumprod.float()
+    return Schedule(DDIMScheduler.from_config(config).alphas_cumprod.float())
 
 
 # ------------------------------------------------------------------------------------------ loading

@@ -31,10 +31,11 @@ from ..foreign import Unreadable, json_of, one_line
 from ..hosts.diffusers import DiffusersModel, quiet
 from ..kept import LOCK, PARTIAL, check_finite, json_text, locked, not_kept, replacing, write_tensors, write_text
 from ..reference.sources import Source
+from ..schedule import Schedule
 from ..settings import option, validate
 from .dataset import LatentSet, latents_of
 from .filter import FilterSettings, TrainingFilter
-from .loss import Batch, Schedule, filtered_loss, stratified_timesteps
+from .loss import Batch, filtered_loss, stratified_timesteps
 
 TRAINED_BY_LORA = ("to_q", "to_k", "to_v", "to_out.0")
 _KNOWN_CAPTIONS = 256  # conditionings that are kept
@@ -190,7 +191,7 @@ class _Run:
         self.model, self.samples, self.out, self.wanted = model, samples, out, wanted
         self.order = samples.epoch()
         self.plan = Plan.of(len(self.order), wanted)
-        self.schedule = Schedule(model.alphas_cumprod.to(model.device), model.prediction_type)
+        self.schedule = Schedule(model.schedule.alphas_cumprod.to(model.device))
         self.filter = (
             None
             if filtering.filter == "none"
@@ -265,7 +266,7 @@ class _Run:
         for part in range(self.wanted.gradient_accumulation):
             batch = self._batch(self.step * self.wanted.gradient_accumulation + part)
             with self.accelerator.accumulate(self.unet):
-                loss, stay = filtered_loss(self.unet, self.schedule, batch, self.filter)
+                loss, stay = filtered_loss(self.unet, self.schedule, self.model.prediction_type, batch, self.filter)
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     self.accelerator.clip_grad_norm_(list(self.parameters.values()), 1.0)
@@ -303,7 +304,7 @@ class _Run:
         dropped = (torch.rand(size, generator=generator) < self.wanted.caption_dropout).tolist()
         captions = ["" if drop else self.samples.captions[n] for n, drop in zip(chosen, dropped, strict=True)]
         latents = self.samples.latents[chosen]
-        timesteps = stratified_timesteps(size, len(self.schedule.alphas_cumprod), generator)
+        timesteps = stratified_timesteps(size, len(self.schedule), generator)
         noise = torch.randn(latents.shape, generator=generator)
         conditioning, empty = self.captions.together(captions)
         device = self.model.device

@@ -621,7 +621,7 @@ def test_a_merged_lora_is_the_pipelines_own(tmp_path: Path):
     merged, plain = load(lora=str(lora), lora_strength=0.5), load()
     x, sigma = merged.noise(0, 1) * 10, torch.tensor([10.0])
     conditioning = merged.encode("a red boat")
-    t = merged._timestep(sigma)
+    t = merged.schedule.timestep(sigma)
     scaled = x / (1 + sigma**2).sqrt()
     output = pipeline.unet(scaled, t, encoder_hidden_states=conditioning.rows, return_dict=False)[0]
     own = merged._unet(scaled, t, encoder_hidden_states=conditioning.rows, return_dict=False)[0]

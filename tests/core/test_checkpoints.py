@@ -890,7 +890,7 @@ folders = {[str(f) for f in folders.values()]!r}
 for model in (*map(load, folders), load(folders[2], dtype="float16"), load({str(single)!r}, config=folders[0])):
     rows = model.encode("the red fox " * 30)
     with model.differentiable(checkpointing=True):
-        model(model.noise(0, 1), model.alphas_cumprod[:1], rows)
+        model(model.noise(0, 1), model.schedule.alphas_cumprod[:1], rows)
     model.decode(model.noise(0, 1))
 assert levels == [l.utils.logging.get_verbosity() for l in (diffusers, transformers)]
 assert diffusers.utils.logging.is_progress_bar_enabled() and transformers.utils.logging.is_progress_bar_enabled()

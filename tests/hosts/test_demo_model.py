@@ -179,7 +179,7 @@ def test_weighted_prompts(weighing: DiffusersModel, host: dict[str, Any]) -> Non
 
 
 def test_noise_levels(reference: DiffusersModel, host: dict[str, Any]) -> None:
-    abar = reference.alphas_cumprod
+    abar = reference.schedule.alphas_cumprod
     torch.testing.assert_close(host["sigmas"], ((1 - abar) / abar).sqrt(), rtol=1e-4, atol=0)
 
 
