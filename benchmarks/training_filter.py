@@ -41,7 +41,8 @@ from safetensors.torch import load_file, save_file
 from sd_dejavu.conditioning import Conditioning
 from sd_dejavu.demo import world
 from sd_dejavu.demo.evaluation import Share, draw, ordinary_caption_score
-from sd_dejavu.hosts.diffusers import DiffusersModel, load
+from sd_dejavu.hosts.diffusers.adapter import DiffusersModel
+from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.measure import Measurement
 from sd_dejavu.mitigations.perturb_prompt import perturb
 from sd_dejavu.schedule import Schedule

@@ -132,10 +132,12 @@ class TrainingFilter:
             raise ValueError("a filter that leaves nothing out is no filter: use threshold or quantile")
         if prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"the filter is made for epsilon and v_prediction models, not for {prediction_type!r}")
-        if prediction_type == "v_prediction" and alphas_cumprod is None:
-            raise ValueError("for a v_prediction model the filter needs alphas_cumprod of its noise schedule")
+        self._schedule: Schedule | None = None
+        if prediction_type == "v_prediction":
+            if alphas_cumprod is None:
+                raise ValueError("for a v_prediction model the filter needs alphas_cumprod of its noise schedule")
+            self._schedule = Schedule(alphas_cumprod)
         self.settings, self._may_empty = settings, may_empty
-        self._schedule = Schedule(alphas_cumprod) if prediction_type == "v_prediction" else None
         self._diffusion_steps = DIFFUSION_STEPS if alphas_cumprod is None else len(alphas_cumprod)
         self._histories: list[list[float]] = [[] for _ in range(settings.filter_levels)]
         self._step = 0

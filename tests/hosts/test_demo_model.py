@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from sd_dejavu.denoiser import seeded_noise
-from sd_dejavu.hosts.diffusers import DiffusersModel, load
+from sd_dejavu.hosts.diffusers.adapter import DiffusersModel
+from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.sampling import Guidance, sample
 
 ROOT = Path(__file__).resolve().parents[2]
