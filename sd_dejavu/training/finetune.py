@@ -66,6 +66,10 @@ class Trainable(Trained, Protocol):
     @property
     def schedule(self) -> object: ...
 
+    def encode(self, prompt: str, picture_size: tuple[int, int] | None = None) -> Conditioning:
+        """``picture_size`` is (height, width) in pixels, the model's own by default."""
+        ...
+
 
 class Stopped(Exception):
     """The run was asked to stop and has written its state."""
@@ -465,12 +469,8 @@ class _Captions:
         return self._known[caption]
 
     def _encoded(self, caption: str) -> Conditioning:
-        made = self._model.encode(caption)
-        extras = dict(made.extras)
-        if "time_ids" in extras:
-            height, width = self._size
-            extras["time_ids"] = extras["time_ids"].new_tensor([[height, width, 0, 0, height, width]])
-        return Conditioning(made.rows, extras)
+        made = self._model.encode(caption, self._size)
+        return Conditioning(made.rows, made.extras)
 
     def _filled(self, conditioning: Conditioning, rows: int) -> Conditioning:
         lacking = (rows - conditioning.rows.shape[1]) // self._empty.rows.shape[1]

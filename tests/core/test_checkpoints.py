@@ -195,6 +195,7 @@ def test_the_second_tokenizer_pads_with_exclamation_marks(models: dict[str, Diff
     assert torch.equal(second.embeddings[5:], tables[1][:1].expand(72, -1))
     assert torch.equal(first.embeddings[2:], tables[0][-1:].expand(75, -1))
     assert conditioning.extras["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]]
+    assert models["xl"].encode("fox", (24, 32)).extras["time_ids"].tolist() == [[24, 32, 0, 0, 24, 32]]
 
 
 # ------------------------------------------------------------------------------------- long prompts

@@ -132,9 +132,7 @@ class DiffusersModel:
 
     def pictures_of(self, latents: Tensor) -> Tensor:
         """As :meth:`decode`, but differentiable, on the model's device and not cut to 0..1."""
-        scale = getattr(self._vae.config, "scaling_factor", 1.0)
-        shift = getattr(self._vae.config, "shift_factor", None) or 0.0
-        given = (latents / scale + shift).to(self._vae.dtype)
+        given = self.family.for_autoencoder(self._vae, latents).to(self._vae.dtype)
         pixels = given[:, 0].numel() * (self.picture_size[1] // self.latent_shape[2]) ** 2
         kept = DECODER_BYTES * pixels * self._vae.dtype.itemsize // 2
         with recomputing(self._blocks(self._vae.decoder) if given.requires_grad and kept > RECOMPUTED_FROM else ()):
@@ -149,8 +147,7 @@ class DiffusersModel:
     def _latents_of(self, pictures: Tensor) -> Tensor:
         encoded = self._vae.encode((pictures * 2 - 1).to(self.device, self._vae.dtype))
         latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-        shift = getattr(self._vae.config, "shift_factor", None) or 0.0
-        return (latents.float() - shift) * getattr(self._vae.config, "scaling_factor", 1.0)
+        return self.family.from_autoencoder(self._vae, latents.float())
 
     @property
     def picture_size(self) -> tuple[int, int]:
@@ -177,15 +174,17 @@ class DiffusersModel:
 
     # --------------------------------------------------------------------------------- prompts
 
-    def encode(self, prompt: str) -> Conditioning:
+    def encode(self, prompt: str, picture_size: tuple[int, int] | None = None) -> Conditioning:
         """The conditioning of one prompt, with its words and its way back.
 
-        Brackets weigh their words where ``prompt_weights`` is set. Raises PromptTooLong for more than can be read.
+        Brackets weigh their words where ``prompt_weights`` is set. ``picture_size`` is (height, width) in pixels, the
+        model's own by default. Raises PromptTooLong for more than can be read.
         """
-        return encode_weighted(self._encode_plain, prompt) if self.prompt_weights else self._encode_plain(prompt)
 
-    def _encode_plain(self, prompt: str) -> Conditioning:
-        return self.family.encode(prompt, self._encoders, self.picture_size)
+        def plain(text: str) -> Conditioning:
+            return self.family.encode(text, self._encoders, picture_size or self.picture_size)
+
+        return encode_weighted(plain, prompt) if self.prompt_weights else plain(prompt)
 
 
 def _merges(tokenizer: Any) -> list[str]:

@@ -83,6 +83,15 @@ class Family(ABC):
         [B, N, D] and ``extras`` are those of :meth:`encode`, for each of x, in the network's precision.
         """
 
+    def for_autoencoder(self, vae: Any, latents: Tensor) -> Tensor:
+        """Latents [B, C, H, W] of the network as its autoencoder has them."""
+        return latents / getattr(vae.config, "scaling_factor", 1.0) + (getattr(vae.config, "shift_factor", None) or 0.0)
+
+    def from_autoencoder(self, vae: Any, latents: Tensor) -> Tensor:
+        """The other way round."""
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        return (latents - shift) * getattr(vae.config, "scaling_factor", 1.0)
+
     # -------------------------------------------------------------------------------------- prompts
 
     @abstractmethod
