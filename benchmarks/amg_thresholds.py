@@ -35,7 +35,7 @@ from sd_dejavu.demo.evaluation import Share, bundled_guard, copies
 from sd_dejavu.demo.world import Pair
 from sd_dejavu.denoiser import Model, initial_latent
 from sd_dejavu.guidance import GuidedStep
-from sd_dejavu.hosts.diffusers import load
+from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.mitigations import Outcome
 from sd_dejavu.mitigations.anti_memorization_guidance import AntiMemorization, Settings, threshold_at, time_of
 from sd_dejavu.mitigations.guard import Guard

@@ -21,13 +21,14 @@ import torch
 from first_step import published
 
 from sd_dejavu.demo import bundled, evaluation, world
-from sd_dejavu.hosts.diffusers import load
+from sd_dejavu.hosts.diffusers.audit import Load
+from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.reference.build import from_pictures
 from sd_dejavu.reference.features import Grey
 from sd_dejavu.run.measure import Measurement
 from sd_dejavu.training.audit import Audit, AuditSettings, Entry, Subject, audit, entries_of
 from sd_dejavu.training.ledger import Ledger
-from sd_dejavu.training.tasks import Load, Task, Variant, Work
+from sd_dejavu.training.tasks import Task, Variant, Work
 
 NULLS_SEED, UNSEEN_SEED, ONE_BY_ONE = 77, 88_000, 8
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from sd_dejavu.calibration.profile import Null, Profile
 from sd_dejavu.demo import bundled
-from sd_dejavu.hosts.diffusers import load
+from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.run.judge import judge
 from sd_dejavu.run.measure import Measurement, measure, setting_of
 from sd_dejavu.statistics import wilson

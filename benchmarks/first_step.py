@@ -20,7 +20,7 @@ import torch
 from sd_dejavu.conditioning import stack
 from sd_dejavu.demo import bundled
 from sd_dejavu.denoiser import initial_latent
-from sd_dejavu.hosts.diffusers import load
+from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.run.measure import Measurement, measure
 from sd_dejavu.statistics import auc
 

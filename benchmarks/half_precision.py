@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from sd_dejavu.demo.evaluation import half_precision, held_out_pairs
-from sd_dejavu.hosts.diffusers import load
+from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.run.measure import Measurement
 
 

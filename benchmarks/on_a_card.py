@@ -705,7 +705,7 @@ def commands(models: dict[str, Path], folder: Path, small: bool) -> Iterator[tup
 
 def plain_sampling(model: Path, small: bool) -> None:
     """One picture as diffusers draws it, two steps and the decoder: what `check` is compared with."""
-    from sd_dejavu.hosts.diffusers import load
+    from sd_dejavu.hosts.diffusers.load import load
 
     loaded = load(str(model), *([] if small else ["cuda", "float16"]))
     with torch.no_grad():

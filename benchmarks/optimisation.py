@@ -24,7 +24,7 @@ from sd_dejavu.conditioning import Conditioning
 from sd_dejavu.demo import bundled
 from sd_dejavu.denoiser import Predictions
 from sd_dejavu.detectors.magnitude import magnitude
-from sd_dejavu.hosts.diffusers import load
+from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.mitigations import optimise_conditioning, optimise_tokens
 from sd_dejavu.mitigations.optimise_conditioning import Settings
 from sd_dejavu.run.measure import Measurement, start_of_run

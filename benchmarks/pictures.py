@@ -16,7 +16,7 @@ from sd_dejavu.calibration.profile import ORDINARY_QUANTILE, Profile
 from sd_dejavu.cli.cases import pixels
 from sd_dejavu.demo import bundled
 from sd_dejavu.demo.evaluation import held_out_pairs
-from sd_dejavu.hosts.diffusers import load
+from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.mitigations import Start, available, optimise_conditioning, remove_trigger
 from sd_dejavu.run.measure import Measurement, guidance_of, measure_runs
 

@@ -28,7 +28,7 @@ from sd_dejavu.demo.evaluation import (
     trigger_named,
 )
 from sd_dejavu.demo.world import STYLES
-from sd_dejavu.hosts.diffusers import load
+from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.run.measure import Measurement, measure
 from sd_dejavu.statistics import auc, kolmogorov_uniform, tpr_at_fpr
 from sd_dejavu.verdict import View

@@ -41,12 +41,14 @@ from safetensors.torch import load_file, save_file
 from sd_dejavu.conditioning import Conditioning
 from sd_dejavu.demo import world
 from sd_dejavu.demo.evaluation import Share, draw, ordinary_caption_score
-from sd_dejavu.hosts.diffusers import DiffusersModel, load
+from sd_dejavu.hosts.diffusers.adapter import DiffusersModel
+from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.mitigations.perturb_prompt import perturb
 from sd_dejavu.run.measure import Measurement
+from sd_dejavu.schedule import Schedule
 from sd_dejavu.similarity import COPY_THRESHOLD, grey_correlation
 from sd_dejavu.training.filter import PUBLISHED_NUMEL, FilterSettings, TrainingFilter, predict_without
-from sd_dejavu.training.loss import Batch, Schedule, filtered_loss, stratified_timesteps
+from sd_dejavu.training.loss import Batch, filtered_loss, noised, stratified_timesteps
 
 BATCH, CAPTION_DROPOUT, LEARNING_RATE, WARM_UP, EMA = 32, 0.1, 1e-3, 100, 0.999
 EACH = 8  # pairs of each repetition count, hard and scene in turn
@@ -154,7 +156,7 @@ class Training:
         self.captions = [p.caption for p in self.pairs] + json.loads((folder / f"pool-{seed}.json").read_text())
         weights = np.array([*(p.repetitions for p in self.pairs), world.ORDINARY_PER_EPOCH], dtype=np.float64)
         self.weights = weights / weights.sum()
-        self.schedule = Schedule(self.model.alphas_cumprod.to(device), self.model.prediction_type)
+        self.schedule = Schedule(self.model.schedule.alphas_cumprod.to(device))
         self.empty = self.encode([""])
         self.filter = settings and TrainingFilter(settings, self.model.prediction_type, self.schedule.alphas_cumprod)
         self.unet = self.model.pipeline.unet.requires_grad_(True).train()
@@ -181,16 +183,19 @@ class Training:
             captions = [perturb(c, "random-word", 1, int(rng.integers(2**31))) for c in captions]
         captions = ["" if drop else c for c, drop in zip(captions, rng.random(BATCH) < CAPTION_DROPOUT, strict=True)]
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        timesteps = stratified_timesteps(BATCH, len(self.schedule.alphas_cumprod), generator)
+        timesteps = stratified_timesteps(BATCH, len(self.schedule), generator)
         noise = torch.randn(self.latents[:BATCH].shape, generator=generator)
         counts = [self.pairs[n].repetitions if n < len(self.pairs) else 0 for n in chosen]
         device = self.latents.device
         conditioning = self.encode(captions)
         return Batch(self.latents[chosen], conditioning, self.empty, timesteps.to(device), noise.to(device)), counts
 
+    def loss(self, batch: Batch, training_filter: TrainingFilter | None) -> tuple[torch.Tensor, torch.Tensor]:
+        return filtered_loss(self.unet, self.schedule, self.model.prediction_type, batch, training_filter)
+
     def step(self, number: int) -> None:
         batch, counts = self.batch(number)
-        loss, stay = filtered_loss(self.unet, self.schedule, batch, self.filter)
+        loss, stay = self.loss(batch, self.filter)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
@@ -209,7 +214,7 @@ class Training:
         batches = []
         for start in range(0, len(captions), 64):
             part = latents[start : start + 64]
-            t = stratified_timesteps(len(part), len(self.schedule.alphas_cumprod), generator).to(part.device)
+            t = stratified_timesteps(len(part), len(self.schedule), generator).to(part.device)
             noise = torch.randn(part.shape, generator=generator).to(part.device)
             batches.append(Batch(part, self.encode(captions[start : start + 64]), self.empty, t, noise))
         return batches
@@ -219,7 +224,7 @@ class Training:
         """Of the averaged weights, on the held-out captions and pictures, always with the same noise."""
         self.ema.store(self.unet.parameters())
         self.ema.copy_to(self.unet.parameters())
-        losses = [float(filtered_loss(self.unet, self.schedule, batch, None)[0]) for batch in batches]
+        losses = [float(self.loss(batch, None)[0]) for batch in batches]
         self.ema.restore(self.unet.parameters())
         return statistics.fmean(losses)
 
@@ -230,7 +235,9 @@ def threshold_of_ordinary(training: Training, batches: list[Batch]) -> float:
     found = []
     with torch.no_grad():
         for batch in batches:
-            noisy, _ = training.schedule.noised(batch)
+            noisy, _ = noised(
+                training.schedule, training.model.prediction_type, batch.latents, batch.noise, batch.timesteps
+            )
             with_prompt = training.unet(noisy, batch.timesteps, batch.conditioning.rows).sample
             without = predict_without(training.unet, noisy, batch.timesteps, batch.empty.rows)
             found.append(measuring.magnitudes(with_prompt, without, batch.timesteps).cpu())

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..foreign import opened
+from ..hosts.diffusers.audit import Load
 from ..kept import LOCK, locked, replacing, write_bytes, write_text
 from ..reference.build import BuildSettings, build
 from ..reference.features import Features, FeatureSettings
@@ -43,7 +44,7 @@ from ..training.audit import (
 )
 from ..training.engines import Cluster, on_ray
 from ..training.ledger import Ledger
-from ..training.tasks import Engine, Load, Work, one_process
+from ..training.tasks import Engine, Work, one_process
 from . import common
 from .prompt_files import read_prompts
 from .refset import check_device, made_with

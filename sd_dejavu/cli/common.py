@@ -137,7 +137,7 @@ def print_json(record: Any) -> None:
 
 
 def load_model(arguments: argparse.Namespace) -> Model:
-    from ..hosts.diffusers import load
+    from ..hosts.diffusers.load import load
 
     return load(arguments.model, arguments.device, arguments.dtype, arguments.config, arguments.prompt_weights)
 

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from ..demo import bundled, evaluation
-    from ..hosts.diffusers import load
+    from ..hosts.diffusers.load import load
 
     methods = _chosen(arguments.methods, evaluation.every_mitigation())
     for file in (arguments.json, arguments.csv, arguments.out and arguments.out / PLOT):

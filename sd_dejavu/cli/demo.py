@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ..calibration.profile import ORDINARY_QUANTILE, Profile
 from ..demo import bundled
-from ..hosts.diffusers import load
+from ..hosts.diffusers.load import load
 from ..mitigations import Start, optimise_conditioning, remove_trigger
 from ..report.terminal import verdict_panel
 from ..run.measure import Measurement, guidance_of

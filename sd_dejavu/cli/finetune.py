@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..hosts.diffusers import load
+    from ..hosts.diffusers.load import load
 
     wanted = common.from_arguments(FinetuneSettings, arguments)
     filtering = common.from_arguments(FilterSettings, arguments)

@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from ..schedule import Schedule
+from ..training.loss import noised, stratified_timesteps
 from . import world
 from .bundled import make_sheet
 
@@ -231,21 +233,17 @@ def train_unet(
         averaged.load_state_dict(state["averaged"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
-    alphas = new_scheduler().alphas_cumprod
+    schedule = Schedule(new_scheduler().alphas_cumprod)
     pairs = world.training_pairs()
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="unet")
     for step, (tokens, latents, memorised) in zip(
         bar, _latent_stream(autoencoder, tokenizer, pairs, first, batch, seed), strict=False
     ):
         rng = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        # Stratified timesteps: every batch covers the whole schedule.
-        t = ((torch.arange(batch) + torch.rand(batch, generator=rng)) / batch * 1000).long().clamp_(0, 999)
-        t = t[torch.randperm(batch, generator=rng)]
-        noise = torch.randn(latents.shape, generator=rng)
-        signal, spread = alphas[t].sqrt()[:, None, None, None], (1 - alphas[t]).sqrt()[:, None, None, None]
-        target = signal * noise - spread * latents
+        t = stratified_timesteps(batch, len(schedule), rng)
+        noisy, target = noised(schedule, "v_prediction", latents, torch.randn(latents.shape, generator=rng), t)
         rows = models["text_encoder"](tokens).last_hidden_state
-        predicted = models["unet"](signal * latents + spread * noise, t, rows).sample
+        predicted = models["unet"](noisy, t, rows).sample
         errors = (predicted - target).square().mean(dim=(1, 2, 3))
         _set_learning_rate(optimizer, _learning_rate(step, steps, 1e-3, 300))
         optimizer.zero_grad()

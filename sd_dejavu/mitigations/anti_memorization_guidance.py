@@ -51,6 +51,7 @@ from ..gradients import LossScale, scaled_gradients
 from ..guidance import GuidedStep
 from ..memory import in_pieces
 from ..reference.features import Features
+from ..schedule import Schedule
 from ..settings import option, validate
 from . import Mitigation, Outcome, Start
 from .guard import Guard
@@ -119,28 +120,24 @@ def preset(features: Features) -> Settings:
 
 def level_of(sigma: Tensor, prediction_type: PredictionType, schedule: TrainingSchedule) -> Tensor:
     """A run's noise levels [B] in the scale x0 + sigma * noise, at most the training schedule's highest."""
-    highest = float(_log_levels(schedule)[-1].exp())
+    levels = _levels(schedule)
+    highest = levels.sigma(torch.tensor(len(levels) - 1)).item()
     return noise_to_signal(sigma, prediction_type).clamp_max(highest)
 
 
 @cache
-def _log_levels(schedule: TrainingSchedule) -> Tensor:
-    """log sigma of the 1000 training steps, rising."""
+def _levels(schedule: TrainingSchedule) -> Schedule:
     if schedule == "ddpm":
         betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     else:
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    abar = (1 - betas).cumprod(0)
-    return ((1 - abar) / abar).sqrt().log().float()
+    return Schedule((1 - betas).cumprod(0))
 
 
 def time_of(sigma: Tensor, schedule: TrainingSchedule) -> Tensor:
     """sigma [B] -> its place t [B] in the training schedule, 0 to 1; linear in log sigma between the levels."""
-    levels = _log_levels(schedule).to(sigma.device)
-    log = sigma.float().clamp_min(1e-10).log()
-    high = torch.searchsorted(levels, log.contiguous()).clamp(1, len(levels) - 1)
-    share = (log - levels[high - 1]) / (levels[high] - levels[high - 1])
-    return (high - 1 + share.clamp(0, 1)) / len(levels)
+    levels = _levels(schedule)
+    return levels.timestep(sigma) / len(levels)
 
 
 def threshold_at(t: Tensor, settings: Settings) -> Tensor:

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..quiet import quiet
 from ..settings import option, validate
 from ..similarity import COPY_THRESHOLD, structure
 
@@ -331,8 +332,6 @@ def _transformers_model(kind: str, weights: str, device: str) -> tuple[torch.nn.
     """Only safetensors are read, and no code that a repository brings along is run."""
     from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
 
-    from ..hosts.diffusers import quiet
-
     local = Path(weights).is_dir()
     if not local and (Path(weights).is_absolute() or weights.startswith((".", "~")) or weights.count("/") > 1):
         raise FeatureError(f"there is no folder {weights}: name a folder in transformers' layout, or a hub id")
@@ -377,9 +376,9 @@ def _autoencoder(weights: str, side: int | None, device: str) -> Latents:
     """The autoencoder of a diffusers folder (its subfolder ``vae``, or the folder itself)."""
     from diffusers import AutoencoderKL, AutoencoderTiny
 
-    from ..hosts.diffusers import bundled_model_folder, quiet
+    from ..demo.bundled import FOLDER
 
-    folder = Path(weights) if weights else bundled_model_folder()
+    folder = Path(weights) if weights else FOLDER
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
     if not (folder / "config.json").is_file():
         raise FeatureError(f"there is no autoencoder in {weights}: name a diffusers folder, or its folder 'vae'")

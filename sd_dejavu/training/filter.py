@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..detectors.magnitude import magnitude_of_noise_predictions
+from ..schedule import Schedule
 from ..settings import option, validate
 
 PUBLISHED_NUMEL = 4 * 64 * 64
@@ -131,10 +132,12 @@ class TrainingFilter:
             raise ValueError("a filter that leaves nothing out is no filter: use threshold or quantile")
         if prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"the filter is made for epsilon and v_prediction models, not for {prediction_type!r}")
-        if prediction_type == "v_prediction" and alphas_cumprod is None:
-            raise ValueError("for a v_prediction model the filter needs alphas_cumprod of its noise schedule")
+        self._schedule: Schedule | None = None
+        if prediction_type == "v_prediction":
+            if alphas_cumprod is None:
+                raise ValueError("for a v_prediction model the filter needs alphas_cumprod of its noise schedule")
+            self._schedule = Schedule(alphas_cumprod)
         self.settings, self._may_empty = settings, may_empty
-        self._alphas = alphas_cumprod if prediction_type == "v_prediction" else None
         self._diffusion_steps = DIFFUSION_STEPS if alphas_cumprod is None else len(alphas_cumprod)
         self._histories: list[list[float]] = [[] for _ in range(settings.filter_levels)]
         self._step = 0
@@ -144,9 +147,7 @@ class TrainingFilter:
     def magnitudes(self, conditional: Tensor, unconditional: Tensor, timesteps: Tensor) -> Tensor:
         """|| Delta ||_2 in fp32, [B], from the model's outputs [B, C, H, W] with and without prompt."""
         found = magnitude_of_noise_predictions(conditional.detach(), unconditional.detach())
-        if self._alphas is None:
-            return found
-        return found * self._alphas.to(found.device, torch.float32)[timesteps.to(found.device).long()].sqrt()
+        return found if self._schedule is None else found * self._schedule.scales(timesteps.to(found.device))[0]
 
     def keep(
         self, conditional: Tensor, unconditional: Tensor, timesteps: Tensor, names: Sequence[str] | None = None

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,13 +28,15 @@ from safetensors.torch import load_file
 
 from ..conditioning import Conditioning, stack
 from ..foreign import Unreadable, json_of, one_line
-from ..hosts.diffusers import DiffusersModel, quiet
 from ..kept import LOCK, PARTIAL, check_finite, json_text, locked, not_kept, replacing, write_tensors, write_text
+from ..quiet import quiet
 from ..reference.sources import Source
+from ..schedule import Schedule
 from ..settings import option, validate
 from .dataset import LatentSet, latents_of
 from .filter import FilterSettings, TrainingFilter
-from .loss import Batch, Schedule, filtered_loss, stratified_timesteps
+from .loss import Batch, filtered_loss, stratified_timesteps
+from .tasks import Trained
 
 TRAINED_BY_LORA = ("to_q", "to_k", "to_v", "to_out.0")
 _KNOWN_CAPTIONS = 256  # conditionings that are kept
@@ -53,6 +55,20 @@ _SUMMARY = {
 _LONGEST_EPOCH = 10_000_000  # samples, as often as they are shown
 
 Progress = Callable[[str, int, int], None]
+
+
+class Trainable(Trained, Protocol):
+    """A model with a UNet to train: a pipeline of diffusers, and the noise schedule that it was trained with."""
+
+    pipeline: Any
+    device: torch.device
+
+    @property
+    def schedule(self) -> object: ...
+
+    def encode(self, prompt: str, picture_size: tuple[int, int] | None = None) -> Conditioning:
+        """``picture_size`` is (height, width) in pixels, the model's own by default."""
+        ...
 
 
 class Stopped(Exception):
@@ -111,7 +127,7 @@ class Plan:
 
 
 def finetune(
-    model: DiffusersModel,
+    model: Trainable,
     source: Source,
     out: Path,
     wanted: FinetuneSettings = FinetuneSettings(),
@@ -127,14 +143,14 @@ def finetune(
     after every ``save_every`` epochs and at the end: ``lora-epoch-0006.safetensors`` and ``lora.safetensors``, or
     folders ``model-epoch-0006`` and ``model`` in diffusers layout. Raises ValueError with a sentence for a folder
     that holds another run or that another process writes to, a training set without usable pictures, a resolution that
-    the model cannot take, a filter over batches of 1, of which it never leaves out any, and trained weights that are not
+    the model cannot take, a flow model, a filter over batches of 1, of which it never leaves out any, and trained weights that are not
     finite, which are never saved.
     """
     if filtering.filter != "none" and wanted.batch_size == 1:
         raise ValueError(
             "the filter leaves no batch empty, so it would do nothing at a batch size of 1: take 2 or more, or no filter"
         )
-    size = _size(model, wanted)
+    size, schedule = _size(model, wanted), _schedule(model)
     out.mkdir(parents=True, exist_ok=True)
     identity = {
         "model": model.fingerprint,
@@ -159,7 +175,7 @@ def finetune(
                 f"an epoch would show {sum(samples.repeats):,} samples, and at most {_LONGEST_EPOCH:,} are possible: "
                 "lower the repeats in the folders' names"
             )
-        with _Run(model, samples, out, wanted, filtering, size) as run:
+        with _Run(model, schedule, samples, out, wanted, filtering, size) as run:
             run.train(lambda done, total: on_progress("steps", done, total), stop)
             summary = run.summary(source.description)
         write_text(out / _RESULT, json_text(summary, indent=1, ensure_ascii=False) + "\n")
@@ -176,7 +192,8 @@ class _Run:
 
     def __init__(
         self,
-        model: DiffusersModel,
+        model: Trainable,
+        schedule: Schedule,
         samples: LatentSet,
         out: Path,
         wanted: FinetuneSettings,
@@ -187,10 +204,9 @@ class _Run:
         from diffusers.optimization import get_scheduler
         from diffusers.training_utils import EMAModel
 
-        self.model, self.samples, self.out, self.wanted = model, samples, out, wanted
+        self.model, self.schedule, self.samples, self.out, self.wanted = model, schedule, samples, out, wanted
         self.order = samples.epoch()
         self.plan = Plan.of(len(self.order), wanted)
-        self.schedule = Schedule(model.alphas_cumprod.to(model.device), model.prediction_type)
         self.filter = (
             None
             if filtering.filter == "none"
@@ -265,7 +281,7 @@ class _Run:
         for part in range(self.wanted.gradient_accumulation):
             batch = self._batch(self.step * self.wanted.gradient_accumulation + part)
             with self.accelerator.accumulate(self.unet):
-                loss, stay = filtered_loss(self.unet, self.schedule, batch, self.filter)
+                loss, stay = filtered_loss(self.unet, self.schedule, self.model.prediction_type, batch, self.filter)
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     self.accelerator.clip_grad_norm_(list(self.parameters.values()), 1.0)
@@ -303,7 +319,7 @@ class _Run:
         dropped = (torch.rand(size, generator=generator) < self.wanted.caption_dropout).tolist()
         captions = ["" if drop else self.samples.captions[n] for n, drop in zip(chosen, dropped, strict=True)]
         latents = self.samples.latents[chosen]
-        timesteps = stratified_timesteps(size, len(self.schedule.alphas_cumprod), generator)
+        timesteps = stratified_timesteps(size, len(self.schedule), generator)
         noise = torch.randn(latents.shape, generator=generator)
         conditioning, empty = self.captions.together(captions)
         device = self.model.device
@@ -433,7 +449,7 @@ class _Run:
 class _Captions:
     """Conditionings of captions, the recently used ones kept; shorter ones are filled up with empty chunks."""
 
-    def __init__(self, model: DiffusersModel, size: tuple[int, int]) -> None:
+    def __init__(self, model: Trainable, size: tuple[int, int]) -> None:
         self._model, self._size = model, size
         self._known: OrderedDict[str, Conditioning] = OrderedDict()
         self._empty = self._encoded("")
@@ -453,12 +469,8 @@ class _Captions:
         return self._known[caption]
 
     def _encoded(self, caption: str) -> Conditioning:
-        made = self._model.encode(caption)
-        extras = dict(made.extras)
-        if "time_ids" in extras:
-            height, width = self._size
-            extras["time_ids"] = extras["time_ids"].new_tensor([[height, width, 0, 0, height, width]])
-        return Conditioning(made.rows, extras)
+        made = self._model.encode(caption, self._size)
+        return Conditioning(made.rows, made.extras)
 
     def _filled(self, conditioning: Conditioning, rows: int) -> Conditioning:
         lacking = (rows - conditioning.rows.shape[1]) // self._empty.rows.shape[1]
@@ -518,13 +530,23 @@ def _trained(unet: Any, wanted: FinetuneSettings) -> dict[str, torch.nn.Paramete
     return parameters
 
 
-def _size(model: DiffusersModel, wanted: FinetuneSettings) -> tuple[int, int]:
+def _schedule(model: Trainable) -> Schedule:
+    """On the model's device."""
+    if not isinstance(model.schedule, Schedule):
+        raise ValueError(
+            f"{model.name} predicts {model.prediction_type!r}; only epsilon and v_prediction models can be fine-tuned "
+            "here: give another model"
+        )
+    return Schedule(model.schedule.alphas_cumprod.to(model.device))
+
+
+def _size(model: Trainable, wanted: FinetuneSettings) -> tuple[int, int]:
     """(height, width) of the pictures in pixels."""
-    vae, unet = model.pipeline.vae, model.pipeline.unet
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if wanted.resolution is None:
-        return model.latent_shape[1] * factor, model.latent_shape[2] * factor
-    step = factor * 2 ** (len(unet.config.block_out_channels) - 1)
+        return model.picture_size
+    step = (
+        model.picture_size[0] // model.latent_shape[1] * 2 ** (len(model.pipeline.unet.config.block_out_channels) - 1)
+    )
     if wanted.resolution % step:
         raise ValueError(f"resolution must be a multiple of {step} for this model, not {wanted.resolution}")
     return wanted.resolution, wanted.resolution

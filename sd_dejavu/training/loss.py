@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..conditioning import Conditioning
-from ..denoiser import PredictionType
+from ..denoiser import PredictionType, over_pixels
+from ..schedule import Schedule
 from .filter import TrainingFilter, predict_without
 
 
@@ -34,28 +35,24 @@ class Batch:
     names: Sequence[str] | None = None
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """The noise schedule's abar_t [T] and what the network predicts."""
-
-    alphas_cumprod: Tensor
-    prediction_type: PredictionType
-
-    def noised(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """x_t and what the network shall put out for it, both [B, C, H, W]."""
-        abar = self.alphas_cumprod.to(batch.latents.device)[batch.timesteps].reshape(-1, 1, 1, 1)
-        signal, spread = abar.sqrt(), (1 - abar).sqrt()
-        noisy = signal * batch.latents + spread * batch.noise
-        if self.prediction_type == "v_prediction":
-            return noisy, signal * batch.noise - spread * batch.latents
-        return noisy, batch.noise
+def noised(
+    schedule: Schedule, prediction_type: PredictionType, latents: Tensor, noise: Tensor, timesteps: Tensor
+) -> tuple[Tensor, Tensor]:
+    """x_t and what the network shall put out for it, both [B, C, H, W], of clean latents at whole timesteps [B]."""
+    signal, spread = (over_pixels(factor) for factor in schedule.scales(timesteps))
+    noisy = signal * latents + spread * noise
+    return noisy, signal * noise - spread * latents if prediction_type == "v_prediction" else noise
 
 
 def filtered_loss(
-    unet: Callable[..., Any], schedule: Schedule, batch: Batch, training_filter: TrainingFilter | None
+    unet: Callable[..., Any],
+    schedule: Schedule,
+    prediction_type: PredictionType,
+    batch: Batch,
+    training_filter: TrainingFilter | None,
 ) -> tuple[Tensor, Tensor]:
     """The mean squared error of the samples that stay, and which they are, [B] of bool (all without a filter)."""
-    noisy, target = schedule.noised(batch)
+    noisy, target = noised(schedule, prediction_type, batch.latents, batch.noise, batch.timesteps)
     output = unet(noisy, batch.timesteps, batch.conditioning.rows, **_extras(batch.conditioning.extras)).sample
     if training_filter is None:
         stay = torch.ones(len(noisy), dtype=torch.bool, device=noisy.device)

@@ -90,25 +90,6 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Load:
-    """Loads a variant of a model; can be sent to another process. ``base`` is the model that it was trained from."""
-
-    model: str | None = None
-    config: str | None = None
-    device: str = "cpu"
-    dtype: str = "float32"
-    prompt_weights: bool = False
-    base: str | None = None
-
-    def __call__(self, variant: Variant) -> Trained:
-        from ..hosts.diffusers import load
-
-        named = self.base if variant.base and self.base is not None else self.model
-        lora = None if variant.base else variant.lora
-        return load(named, self.device, self.dtype, self.config, self.prompt_weights, lora, variant.strength)
-
-
-@dataclass(frozen=True)
 class Work:
     """Does a task with the model of its variant. Can be sent to another process."""
 

@@ -23,7 +23,7 @@ import diffusers  # noqa: E402, F401
 import peft  # noqa: E402, F401
 
 from sd_dejavu.cli.main import main  # noqa: E402
-from sd_dejavu.hosts.diffusers import load  # noqa: E402, F401
+from sd_dejavu.hosts.diffusers.load import load  # noqa: E402, F401
 
 
 def attempt(command: list[str]) -> int:

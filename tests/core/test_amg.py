@@ -16,7 +16,6 @@ from torch import Tensor
 from sd_dejavu.conditioning import Conditioning
 from sd_dejavu.denoiser import seeded_noise
 from sd_dejavu.guidance import GuidedStep
-from sd_dejavu.hosts.diffusers import ModelError, guarded
 from sd_dejavu.mitigations.anti_memorization_guidance import (
     DDPM,
     AntiMemorization,
@@ -331,55 +330,3 @@ def test_an_unconditional_model_stops_copying_and_its_other_pictures_stay(traini
     assert float(found[copied].std()) == pytest.approx(0.5, abs=0.1)
     off = AntiMemorization(training, pictures, None, replace(UNCONDITIONAL, dissimilarity=0), "epsilon")
     assert torch.equal(drawn(off), plain)  # the other two terms have nothing to take back
-
-
-@pytest.fixture(scope="module")
-def pipeline():
-    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-    from diffusers.models.unets.unet_2d import UNet2DOutput
-
-    class Exact(UNet2DModel):
-        """The memorising law's own noise prediction in place of a network's."""
-
-        def forward(self, sample, timestep, *args, **kwargs):
-            abar = DDPMScheduler().alphas_cumprod[timestep].float()
-            sigma, x = ((1 - abar) / abar).sqrt(), sample / abar.sqrt()
-            return UNet2DOutput(sample=(x - MEMORISER.denoised(x, sigma.expand(len(x)))) / sigma)
-
-    torch.manual_seed(0)
-    unet = Exact(4, 3, 3, block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
-    made = DDPMPipeline(unet, DDPMScheduler())
-    made.set_progress_bar_config(disable=True)
-    return made
-
-
-def through(pipeline, images: int = 12) -> Tensor:
-    rng = torch.Generator().manual_seed(0)
-    found = pipeline(images, generator=rng, num_inference_steps=30, output_type="np").images
-    return torch.from_numpy(found).permute(0, 3, 1, 2) * 2 - 1
-
-
-def test_diffusers_ddpm_pipeline_is_guarded_and_left_as_it_was(pipeline, training) -> None:
-    plain = through(pipeline)
-    copied = nearest(training, plain) > COPY
-    assert 3 <= int(copied.sum()) <= 9
-    rule = AntiMemorization(training, pictures, None, UNCONDITIONAL, "epsilon")
-    with guarded(pipeline, rule):
-        found = through(pipeline)
-    assert not bool((nearest(training, found) > COPY).any())
-    acted = torch.stack(rule.acted).any(0)
-    assert len(rule.acted) == 30 and not bool(acted.all())
-    assert torch.equal(found[~acted], plain[~acted])
-    assert torch.equal(through(pipeline), plain)  # nothing is left behind
-
-
-def test_pipelines_that_cannot_be_guarded_are_refused(pipeline) -> None:
-    asking = lambda step: step.predict(Conditioning(torch.zeros(1, 1, 1)))  # noqa: E731
-    with pytest.raises(ModelError, match="no prediction under a caption"), guarded(pipeline, asking):
-        through(pipeline, 1)
-    pipeline.scheduler.register_to_config(prediction_type="v_prediction")
-    try:
-        with pytest.raises(ModelError, match="predicts 'v_prediction'"), guarded(pipeline, asking):
-            pass
-    finally:
-        pipeline.scheduler.register_to_config(prediction_type="epsilon")

@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from sd_dejavu.cli.main import main
 from sd_dejavu.demo import bundled, world
 from sd_dejavu.denoiser import Predictions
-from sd_dejavu.hosts.diffusers import ModelError, load
+from sd_dejavu.hosts.diffusers.audit import Load
+from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.reference.build import from_pictures
 from sd_dejavu.reference.features import Grey
 from sd_dejavu.report.audit_html import AuditPage, render_audit
@@ -52,7 +53,7 @@ from sd_dejavu.training.audit import (
     suggestion,
 )
 from sd_dejavu.training.ledger import Ledger
-from sd_dejavu.training.tasks import Load, Task, Variant, Work, one_process
+from sd_dejavu.training.tasks import Task, Variant, Work, one_process
 
 HERE = Path(__file__).parent
 ONE = Measurement(images=1, steps=4)
@@ -580,10 +581,10 @@ def copies_drawn(lora: Path, data: Path) -> int:
     """How many of the eight captions shown come out as copies, by a path of its own: the pipeline of diffusers."""
     from diffusers import DiffusionPipeline
 
-    from sd_dejavu.hosts.diffusers import bundled_model_folder, quiet
+    from sd_dejavu.quiet import quiet
 
     with quiet():
-        pipeline = DiffusionPipeline.from_pretrained(bundled_model_folder(), safety_checker=None)
+        pipeline = DiffusionPipeline.from_pretrained(bundled.FOLDER, safety_checker=None)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(torch.float32)
         pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name)
@@ -612,16 +613,16 @@ def test_a_merged_lora_is_the_pipelines_own(tmp_path: Path):
     lora = finetuned(data, tmp_path / "loras", "--steps", "3") / "lora.safetensors"
     from diffusers import DiffusionPipeline
 
-    from sd_dejavu.hosts.diffusers import bundled_model_folder, quiet
+    from sd_dejavu.quiet import quiet
 
     with quiet():
-        pipeline = DiffusionPipeline.from_pretrained(bundled_model_folder(), safety_checker=None).to(torch.float32)
+        pipeline = DiffusionPipeline.from_pretrained(bundled.FOLDER, safety_checker=None).to(torch.float32)
         pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name, adapter_name="one")
     pipeline.set_adapters("one", 0.5)
     merged, plain = load(lora=str(lora), lora_strength=0.5), load()
     x, sigma = merged.noise(0, 1) * 10, torch.tensor([10.0])
     conditioning = merged.encode("a red boat")
-    t = merged._timestep(sigma)
+    t = merged.schedule.timestep(sigma)
     scaled = x / (1 + sigma**2).sqrt()
     output = pipeline.unet(scaled, t, encoder_hidden_states=conditioning.rows, return_dict=False)[0]
     own = merged._unet(scaled, t, encoder_hidden_states=conditioning.rows, return_dict=False)[0]
@@ -677,7 +678,7 @@ def test_bad_input_is_told(more: list[str], told: str, tmp_path: Path, capsys: p
 
 def test_loads_are_of_the_variant(monkeypatch: pytest.MonkeyPatch):
     asked = []
-    monkeypatch.setattr("sd_dejavu.hosts.diffusers.load", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr("sd_dejavu.hosts.diffusers.audit.load", lambda *arguments: asked.append(arguments))
     load_one = Load("model", None, "cpu", "float32", False, "base")
     load_one(Variant("a.safetensors", 0.5))
     load_one(Variant(base=True))

@@ -20,7 +20,7 @@ from sd_dejavu.demo.evaluation import (
     trigger_named,
 )
 from sd_dejavu.demo.world import STYLES, draw_pair, training_pairs, twin_caption
-from sd_dejavu.hosts.diffusers import load
+from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.mitigations import optimise_conditioning, perturb_prompt, remove_trigger
 from sd_dejavu.run.measure import Measurement, measure
 from sd_dejavu.statistics import auc, kolmogorov_uniform, tpr_at_fpr

@@ -27,8 +27,10 @@ from sd_dejavu.conditioning import Conditioning
 from sd_dejavu.demo import bundled
 from sd_dejavu.denoiser import PromptTooLong, initial_latent
 from sd_dejavu.explain import input_gradient, output_gradient
-from sd_dejavu.hosts import diffusers as diffusers_host
-from sd_dejavu.hosts.diffusers import CHUNK, MAX_CHUNKS, DiffusersModel, ModelError, load
+from sd_dejavu.hosts.diffusers import ModelError, adapter
+from sd_dejavu.hosts.diffusers.adapter import DiffusersModel
+from sd_dejavu.hosts.diffusers.clip import CHUNK, MAX_CHUNKS
+from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.sampling import Guidance, first_step, levels_of, predict, sample
 from sd_dejavu.trace import Trace
 
@@ -200,6 +202,7 @@ def test_the_second_tokenizer_pads_with_exclamation_marks(models: dict[str, Diff
     assert torch.equal(second.embeddings[5:], tables[1][:1].expand(72, -1))
     assert torch.equal(first.embeddings[2:], tables[0][-1:].expand(75, -1))
     assert conditioning.extras["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]]
+    assert models["xl"].encode("fox", (24, 32)).extras["time_ids"].tolist() == [[24, 32, 0, 0, 24, 32]]
 
 
 # ------------------------------------------------------------------------------------- long prompts
@@ -368,7 +371,7 @@ def test_recomputing_keeps_less_and_is_chosen_by_what_is_free(
     conditioning = model.encode(PROMPTS[0])
 
     def bytes_kept(free: int | None, wanted: bool) -> int:
-        monkeypatch.setattr(diffusers_host, "free_memory", lambda device: free)
+        monkeypatch.setattr(adapter, "free_memory", lambda device: free)
         own = {p.untyped_storage().data_ptr() for module in model._modules() for p in module.parameters()}
         found: dict[int, torch.UntypedStorage] = {}  # held, so that no other is given the same address meanwhile
 
@@ -401,7 +404,7 @@ def test_a_batch_is_cut_by_what_an_evaluation_may_take(
     whole = predict(model, noise, sigma, conditioning)
     handle = model._unet.conv_in.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
     # In fp32 a latent pixel takes twice the bytes that it takes in half precision.
-    monkeypatch.setattr(diffusers_host, "EVALUATION", 3 * 2 * diffusers_host.EVALUATION_BYTES * noise[0, 0].numel())
+    monkeypatch.setattr(adapter, "EVALUATION", 3 * 2 * model.family.evaluation_bytes * noise[0, 0].numel())
     parts = predict(model, noise, sigma, conditioning, batch_size=32)
     own = Conditioning(conditioning.rows.repeat(7, 1, 1))
     together = model(noise, sigma, own)
@@ -416,7 +419,7 @@ def test_the_decoder_recomputes_large_pictures_only_and_its_gradient_stays(
 ) -> None:
     model, found = models["1.x"], []
     for limit in (2**40, 0):
-        monkeypatch.setattr(diffusers_host, "RECOMPUTED_FROM", limit)
+        monkeypatch.setattr(adapter, "RECOMPUTED_FROM", limit)
         latents = model.noise(0, 2).requires_grad_(True)
         found.append(torch.autograd.grad(model.pictures_of(latents).square().sum(), latents)[0])
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
@@ -572,9 +575,11 @@ def test_folders_that_are_no_model(folders: dict[str, Path], tmp_path: Path) -> 
     index.write_text("{")
     assert "model_index.json is broken" in sentence(str(tmp_path))
     index.write_text("[]")
-    assert "Stable Diffusion 1.x, 2.x and XL can be read" in sentence(str(tmp_path))
+    assert "holds a pipeline without a name; what can be read is: Stable Diffusion" in sentence(str(tmp_path))
     index.write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    assert "holds a FluxPipeline; Stable Diffusion 1.x, 2.x and XL can be read" in sentence(str(tmp_path))
+    assert "holds a FluxPipeline; what can be read is: Stable Diffusion 1.x and 2.x, Stable Diffusion XL" in sentence(
+        str(tmp_path)
+    )
     index.write_text((folders["1.x"] / "model_index.json").read_text())
     assert str(tmp_path) in sentence(str(tmp_path))
 
@@ -589,7 +594,7 @@ def test_models_of_another_kind(folders: dict[str, Path], tmp_path: Path) -> Non
     save_file(state, tmp_path / "inpainting.safetensors")
     assert "inpainting or editing" in sentence(str(tmp_path / "inpainting.safetensors"), config=str(folders["1.x"]))
     save_file({"lora_unet_mid.lora_up.weight": torch.zeros(2, 2)}, tmp_path / "lora.safetensors")
-    assert "holds no whole Stable Diffusion" in sentence(str(tmp_path / "lora.safetensors"))
+    assert "holds no whole model that can be read (Stable Diffusion" in sentence(str(tmp_path / "lora.safetensors"))
     save_file(miniatures.original_names(folders["xl"]) | {"v_pred": torch.zeros(1)}, tmp_path / "v.safetensors")
     assert "predicts v, but its config" in sentence(str(tmp_path / "v.safetensors"), config=str(folders["xl"]))
 
@@ -598,7 +603,7 @@ def test_broken_files(folders: dict[str, Path], tmp_path: Path) -> None:
     cut = Path(shutil.copytree(folders["1.x"], tmp_path / "cut"))
     whole = (cut / UNET_WEIGHTS).read_bytes()
     (cut / UNET_WEIGHTS).write_bytes(whole[:-1000])
-    assert "cannot be loaded as a Stable Diffusion model: Unable to load weights" in sentence(str(cut))
+    assert "cannot be loaded: Unable to load weights" in sentence(str(cut))
     for name in ("junk.safetensors", "junk.ckpt"):
         (tmp_path / name).write_bytes(b"junk" * 30)
         assert str(tmp_path / name) in sentence(str(tmp_path / name), config=str(folders["1.x"]))
@@ -727,7 +732,7 @@ def test_an_index_that_names_other_classes_is_refused(
     folder = Path(shutil.copytree(folders["1.x"], tmp_path / "model"))
     edit(folder / "model_index.json", lambda index: index.update(changed))
     text = sentence(str(folder))
-    assert "brings its own code" in text or "Stable Diffusion 1.x, 2.x and XL can be read" in text
+    assert "brings its own code" in text or "what can be read is: Stable Diffusion" in text
 
 
 def cached(folder: Path, tmp_path: Path, owner: str = "owner--name") -> Path:
@@ -820,9 +825,9 @@ def test_warnings_before_a_refusal_are_not_shown(
         warnings.warn("a storage of an old kind\nin two lines", stacklevel=1)
         raise ValueError("no weights\nat all")
 
-    monkeypatch.setattr(diffusers_host, "_shapes", read)
+    monkeypatch.setattr("sd_dejavu.hosts.diffusers.load._shapes", read)
     (tmp_path / "old.ckpt").touch()
-    assert sentence(str(tmp_path / "old.ckpt")).endswith("as a Stable Diffusion model: no weights")
+    assert sentence(str(tmp_path / "old.ckpt")).endswith("cannot be loaded: no weights")
     assert not recwarn.list
 
 
@@ -849,10 +854,10 @@ def test_the_published_tokenizer_leaves_the_fingerprint_as_it_was(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load(str(folders["xl"]))
-    digests = [diffusers_host.tokenizer_digest(tokenizer) for tokenizer, _ in model._encoders]
-    assert len(set(digests)) == 2 and not {*digests} & {*diffusers_host._KNOWN_TOKENIZERS}
+    digests = [adapter.tokenizer_digest(tokenizer) for tokenizer, _ in model._encoders]
+    assert len(set(digests)) == 2 and not {*digests} & {*adapter._KNOWN_TOKENIZERS}
     assert model.fingerprint != weights_alone(model)
-    monkeypatch.setattr(diffusers_host, "_KNOWN_TOKENIZERS", tuple(digests))
+    monkeypatch.setattr(adapter, "_KNOWN_TOKENIZERS", tuple(digests))
     assert load(str(folders["xl"])).fingerprint == weights_alone(model)
 
 
@@ -892,12 +897,12 @@ def test_nothing_is_printed(folders: dict[str, Path], tmp_path: Path) -> None:
 import diffusers, transformers
 levels = [l.utils.logging.get_verbosity() for l in (diffusers, transformers)]
 import warnings; warnings.simplefilter("always")
-from sd_dejavu.hosts.diffusers import load
+from sd_dejavu.hosts.diffusers.load import load
 folders = {[str(f) for f in folders.values()]!r}
 for model in (*map(load, folders), load(folders[2], dtype="float16"), load({str(single)!r}, config=folders[0])):
     rows = model.encode("the red fox " * 30)
     with model.differentiable(checkpointing=True):
-        model(model.noise(0, 1), model.alphas_cumprod[:1], rows)
+        model(model.noise(0, 1), model.schedule.alphas_cumprod[:1], rows)
     model.decode(model.noise(0, 1))
 assert levels == [l.utils.logging.get_verbosity() for l in (diffusers, transformers)]
 assert diffusers.utils.logging.is_progress_bar_enabled() and transformers.utils.logging.is_progress_bar_enabled()

@@ -26,7 +26,7 @@ from sd_dejavu.cli.common import from_arguments
 from sd_dejavu.cli.main import main, parser
 from sd_dejavu.demo import bundled
 from sd_dejavu.demo.evaluation import held_out_pairs
-from sd_dejavu.hosts.diffusers import DiffusersModel
+from sd_dejavu.hosts.diffusers.adapter import DiffusersModel
 from sd_dejavu.mitigations import Outcome
 from sd_dejavu.settings import option, validate
 from sd_dejavu.verdict import Verdict

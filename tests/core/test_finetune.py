@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from test_reference_build import data, write
 
 from sd_dejavu.cli.main import main
-from sd_dejavu.hosts.diffusers import load
+from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.kept import LOCK, locked
 from sd_dejavu.reference.sources import open_source
 from sd_dejavu.training import dataset as dataset_of

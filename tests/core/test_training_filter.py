@@ -15,11 +15,13 @@ from torch import Tensor
 
 from sd_dejavu.conditioning import Conditioning
 from sd_dejavu.denoiser import denoised_from_output
+from sd_dejavu.schedule import Schedule
 from sd_dejavu.training.filter import FilterSettings, TrainingFilter, weights_of
-from sd_dejavu.training.loss import Batch, Schedule, filtered_loss, stratified_timesteps
+from sd_dejavu.training.loss import Batch, filtered_loss, noised, stratified_timesteps
 
 SD = (4, 64, 64)  # a constant difference c has the norm 128 c
 SMALL = (1, 2, 2)  # 2 c, and the published threshold is 2 * sqrt(4 / 16384) = 1 / 32
+SCHEDULE = Schedule(torch.linspace(0.99, 0.01, 1000))
 
 
 def outputs(norms: Sequence[float], shape: tuple[int, ...] = SD) -> tuple[Tensor, Tensor]:
@@ -256,9 +258,8 @@ def toy_batch(strength: Sequence[float]) -> Batch:
 
 
 def test_the_loss_and_its_gradient_are_those_of_the_samples_that_stay() -> None:
-    schedule = Schedule(torch.linspace(0.99, 0.01, 1000), "epsilon")
     batch, model = toy_batch([0.0, 0.5, 0.001, 0.02]), Toy()  # norms 0, 64, 0.128, 2.56
-    loss, stay = filtered_loss(model, schedule, batch, TrainingFilter())
+    loss, stay = filtered_loss(model, SCHEDULE, "epsilon", batch, TrainingFilter())
     loss.backward()
     assert stay.tolist() == [True, False, True, False]
     assert model.calls == [True, False]
@@ -270,7 +271,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_samples_that_stay() -> None:
         batch.timesteps[stay],
         batch.noise[stay],
     )
-    expected, everything = filtered_loss(alone, schedule, small, None)
+    expected, everything = filtered_loss(alone, SCHEDULE, "epsilon", small, None)
     expected.backward()
     assert everything.all() and alone.calls == [True]
     torch.testing.assert_close(loss, expected)
@@ -278,27 +279,25 @@ def test_the_loss_and_its_gradient_are_those_of_the_samples_that_stay() -> None:
 
 
 def test_the_one_line_of_another_training_loop() -> None:
-    schedule = Schedule(torch.linspace(0.99, 0.01, 1000), "epsilon")
     batch, model = toy_batch([0.0, 0.5, 0.001, 0.02]), Toy()
-    noisy, target = schedule.noised(batch)
+    noisy, target = noised(SCHEDULE, "epsilon", batch.latents, batch.noise, batch.timesteps)
     predicted = model(noisy, batch.timesteps, batch.conditioning.rows).sample
     predicted, target = TrainingFilter().sift(
         model, noisy, batch.timesteps, batch.empty.rows, predicted, target, added_cond_kwargs={}
     )
-    expected, _ = filtered_loss(Toy(), schedule, batch, TrainingFilter())
+    expected, _ = filtered_loss(Toy(), SCHEDULE, "epsilon", batch, TrainingFilter())
     torch.testing.assert_close((predicted - target).square().mean(), expected)
     assert model.calls == [True, False]
 
 
 def test_weights_make_the_mean_that_of_what_stays() -> None:
-    schedule = Schedule(torch.linspace(0.99, 0.01, 1000), "epsilon")
     batch, model = toy_batch([0.0, 0.5, 0.001, 0.02]), Toy()
-    noisy, target = schedule.noised(batch)
+    noisy, target = noised(SCHEDULE, "epsilon", batch.latents, batch.noise, batch.timesteps)
     predicted = model(noisy, batch.timesteps, batch.conditioning.rows).sample
     weights = TrainingFilter().weights(model, noisy, batch.timesteps, batch.empty.rows, predicted)
     assert weights.tolist() == [2, 0, 2, 0]
     each = (predicted - target).square().flatten(1).mean(1)
-    expected, _ = filtered_loss(Toy(), schedule, batch, TrainingFilter())
+    expected, _ = filtered_loss(Toy(), SCHEDULE, "epsilon", batch, TrainingFilter())
     torch.testing.assert_close((each * weights).mean(), expected)
     assert weights_of(torch.tensor([False, False])).tolist() == [0, 0]
 
@@ -306,9 +305,9 @@ def test_weights_make_the_mean_that_of_what_stays() -> None:
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_the_target_leads_back_to_the_clean_latent(prediction_type: Any) -> None:
     """Against the denoiser's own formula: a network that puts out its target predicts the clean latent."""
-    schedule, batch = Schedule(torch.linspace(0.99, 0.01, 1000), prediction_type), toy_batch([0.0] * 5)
-    noisy, target = schedule.noised(batch)
-    abar = schedule.alphas_cumprod[batch.timesteps]
+    batch = toy_batch([0.0] * 5)
+    noisy, target = noised(SCHEDULE, prediction_type, batch.latents, batch.noise, batch.timesteps)
+    abar = SCHEDULE.alphas_cumprod[batch.timesteps]
     x, sigma = noisy / abar.sqrt().reshape(-1, 1, 1, 1), ((1 - abar) / abar).sqrt()
     torch.testing.assert_close(
         denoised_from_output(target, x, sigma, prediction_type), batch.latents, atol=1e-4, rtol=1e-4

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from sd_dejavu.denoiser import seeded_noise
-from sd_dejavu.hosts.diffusers import DiffusersModel, load
+from sd_dejavu.hosts.diffusers.adapter import DiffusersModel
+from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.sampling import Guidance, sample
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -179,7 +180,7 @@ def test_weighted_prompts(weighing: DiffusersModel, host: dict[str, Any]) -> Non
 
 
 def test_noise_levels(reference: DiffusersModel, host: dict[str, Any]) -> None:
-    abar = reference.alphas_cumprod
+    abar = reference.schedule.alphas_cumprod
     torch.testing.assert_close(host["sigmas"], ((1 - abar) / abar).sqrt(), rtol=1e-4, atol=0)
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 from watched import RAW, demo, report, scores, watched
 
 from sd_dejavu.demo import bundled
-from sd_dejavu.hosts.diffusers import load
+from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.mitigations import available
 from sd_dejavu.mitigations.perturb_prompt import perturb
 from sd_dejavu.run.measure import Measurement, measure

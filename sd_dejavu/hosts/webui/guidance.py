@@ -21,6 +21,7 @@ from ...attention import AttentionRule, scaled_keys, watched_attention
 from ...conditioning import Conditioning
 from ...denoiser import PredictionType, over_pixels, seeded_noise
 from ...gradients import recomputing
+from ...schedule import Schedule
 from ..aliases import differentiable
 from .text import encode, engines_of, modules_of
 
@@ -103,8 +104,7 @@ class Automatic1111:
     def sigma(self, step: Step) -> Tensor:
         if not self._timesteps(step):
             return step.level
-        alphas = step.sd_model.alphas_cumprod.to(step.level.device)[step.level.long()]
-        return ((1 - alphas) / alphas).sqrt()
+        return Schedule(step.sd_model.alphas_cumprod).sigma(step.level)
 
     def denoised(self, step: Step, output: Tensor) -> Tensor:
         """The x0 prediction, up to what both predictions of a step have in common."""
