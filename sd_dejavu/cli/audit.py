@@ -8,18 +8,14 @@ DIR gets report.html, audit.json and, where pyarrow is installed, audit.parquet.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from ..foreign import opened
-from ..kept import LOCK, locked, replacing, write_bytes, write_text
+from ..kept import LOCK, file_digest, locked, replacing, write_bytes, write_text
 from ..measure import Measurement
 from ..reference.build import BuildSettings, build
 from ..reference.features import Features, FeatureSettings
@@ -115,18 +111,18 @@ def _audited(
             bar.update(known[stage], completed=done, total=total)
 
         subject = _subject(arguments, wanted, measurement, show)
-        begun = {
-            "model": arguments.model or "bundled",
-            "base": arguments.base or "",
-            "loras": [_digest(lora.path) for lora in loras],
-            "dataset": identity(subject.entries),
-            "ordinary_prompts": hashlib.sha256(json.dumps(ordinary).encode()).hexdigest()[:16],
-            "dtype": arguments.dtype,
-            "batch_size": arguments.batch_size,
-            "prompt_weights": arguments.prompt_weights,
-            "partition": wanted.partition,
-            **asdict(measurement),
-        }
+        begun = identity(
+            subject.entries,
+            ordinary,
+            wanted,
+            measurement,
+            model=arguments.model or "bundled",
+            base=arguments.base or "",
+            loras=[f"{lora.path.name} {file_digest(lora.path)}" for lora in loras],
+            dtype=arguments.dtype,
+            batch_size=arguments.batch_size,
+            prompt_weights=arguments.prompt_weights,
+        )
         ledger = Ledger(arguments.out / "tasks", begun, arguments.restart)
         work = Work(measurement, arguments.batch_size)
         found = audit(subject, loras, ordinary, load, work, ledger, wanted, engine, show, arguments.base is not None)
@@ -170,14 +166,6 @@ def _subject(arguments: argparse.Namespace, wanted: AuditSettings, measurement: 
             show,
         )
     return Subject(sampled(entries_of(reference), wanted.sample, measurement.seed), reference, features)
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with opened(path) as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return f"{path.name} {digest.hexdigest()[:16]}"
 
 
 # ---------------------------------------------------------------------------------------------- output

@@ -11,7 +11,6 @@ said in :mod:`sd_dejavu.foreign`.
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import os
 import re
@@ -19,6 +18,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol
 
@@ -35,6 +35,7 @@ from ..foreign import (
     one_line,
     opened,
 )
+from ..kept import digest_of
 
 PICTURE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp")
 CAPTION_ENDINGS = ("txt", "caption")  # the order in which they are looked for
@@ -157,11 +158,9 @@ class FolderSource:
 
     @property
     def identity(self) -> str:
-        digest = hashlib.blake2b(str(self._kohya).encode(), digest_size=16)
-        for picture in self.pictures:
-            for file in filter(None, (picture, _caption_file(picture))):
-                digest.update(f"{self._name(file)}\0{_stamp(file)}\n".encode("utf-8", "surrogateescape"))
-        return digest.hexdigest()
+        files = (file for picture in self.pictures for file in (picture, _caption_file(picture)) if file)
+        stamps = (f"{self._name(file)}\0{_stamp(file)}\n" for file in files)
+        return digest_of(chain([str(self._kohya)], stamps), 32, "blake2b")
 
     def count(self) -> int:
         return len(self.pictures)
@@ -523,5 +522,4 @@ def _stamp(file: Path) -> str:
 
 
 def _identity(files: Sequence[Path]) -> str:
-    text = "\n".join(f"{f.name} {_stamp(f)}" for f in files)
-    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    return digest_of(["\n".join(f"{f.name} {_stamp(f)}" for f in files)], 32, "blake2b")

@@ -6,12 +6,10 @@ import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from markupsafe import Markup
-
 from ..training.audit import Audit, Point, Row
 from .audit_rows import notes, ranked, sentence, verdict_of
-from .html import template, writable
 from .share_chart import share_chart
+from .templating import rendered, writable
 from .wording import number
 
 ROWS_SHOWN = 200
@@ -35,14 +33,15 @@ def render_audit(page: AuditPage) -> str:
     rows = ranked(audit)
     shown = [_shown(row, page.thumbnails) for row in rows[:ROWS_SHOWN]]
     return writable(
-        template("audit.html.j2").render(
+        rendered(
+            "audit.html.j2",
             page=page,
             sentence=sentence(audit),
             notes=notes(audit),
             rows=shown,
             left_out=max(0, len(rows) - ROWS_SHOWN),
             worst=[row for row in shown if row["pictures"]],
-            charts=[Markup(chart) for chart in _charts(audit)],
+            charts=_charts(audit),
             counts=audit.counts,
         )
     )

@@ -19,11 +19,10 @@ What is finished is kept (:mod:`sd_dejavu.training.ledger`), so an audit that wa
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -34,6 +33,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..calibration.calibrate import PROMPTS_A_SEED
+from ..kept import digest_of, json_digest
+from ..measure import Measurement
 from ..reference.build import embed
 from ..reference.features import Features
 from ..reference.nearest import copy_threshold
@@ -50,6 +51,7 @@ Counts = Literal["magnitude", "contrast", "gain"]
 BASE = Variant(base=True)
 _NUMBER = re.compile(r"(\d+)$")  # at the end of a saved LoRA's name
 NEAREST_SHOWN = 5  # near duplicates that are named
+_NOTED = ("score", "images", "steps", "seed", "guidance_scale", "negative", "without", "alpha")  # by release 0.1 too
 
 
 @dataclass(frozen=True)
@@ -212,12 +214,23 @@ def sampled(entries: Sequence[Entry], count: int, seed: int) -> list[Entry]:
     return [entries[number] for number in sorted(Random(seed).sample(range(len(entries)), count))]
 
 
-def identity(entries: Sequence[Entry]) -> str:
-    """16 hexadecimal digits that tell training sets apart, for the ledger."""
-    digest = hashlib.sha256()
-    for entry in entries:
-        digest.update(json.dumps([entry.image, entry.caption]).encode())
-    return digest.hexdigest()[:16]
+def identity(
+    entries: Sequence[Entry], ordinary: Sequence[str], wanted: AuditSettings, measurement: Measurement, **host: Any
+) -> dict[str, Any]:
+    """All that what is measured depends on, as plain values for the ledger.
+
+    ``host`` says by names what is audited there (checkpoint, LoRAs, autoencoder) and in what way. A setting that
+    release 0.1 did not know is noted only where it is not the default, so that audits begun with it go on.
+    """
+    default = asdict(Measurement())
+    measured = asdict(measurement).items()
+    return {
+        **host,
+        "dataset": digest_of(json.dumps([entry.image, entry.caption]) for entry in entries),
+        "ordinary_prompts": json_digest(list(ordinary)),
+        "partition": wanted.partition,
+        **{name: value for name, value in measured if name in _NOTED or value != default[name]},
+    }
 
 
 @dataclass(frozen=True)

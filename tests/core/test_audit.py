@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -44,6 +45,7 @@ from sd_dejavu.training.audit import (
     entries_of,
     gain,
     gains,
+    identity,
     judged,
     least_named,
     lora_files,
@@ -363,6 +365,23 @@ def test_a_damaged_note_of_an_audit_is_refused(tmp_path: Path, text: str):
     with pytest.raises(ValueError, match=r"begun\.json is damaged \(.*\): remove that folder") as caught:
         Ledger(tmp_path, {"of": "this"})
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_audit_begun_with_release_0_1_goes_on(tmp_path: Path):
+    """Its note word by word, as the command line wrote it: the settings that are added later have their defaults."""
+    entries, ordinary = [Entry("a.png", "a fox"), Entry("ü.png", "")], ["w1", "w2"]
+    dataset = hashlib.sha256(b'["a.png", "a fox"]["\\u00fc.png", ""]').hexdigest()[:16]
+    nulls = hashlib.sha256(b'["w1", "w2"]').hexdigest()[:16]
+    (tmp_path / "begun.json").write_text(
+        f'{{"model": "bundled", "base": "", "loras": [], "dataset": "{dataset}", "ordinary_prompts": "{nulls}", '
+        '"dtype": "float32", "batch_size": 32, "prompt_weights": false, "partition": 100, "score": "first step", '
+        '"images": 4, "steps": 50, "seed": 0, "guidance_scale": 7.5, "negative": "", "without": "empty prompt", '
+        '"alpha": 0.01}'
+    )
+    host = {"model": "bundled", "base": "", "loras": (), "dtype": "float32", "batch_size": 32, "prompt_weights": False}
+    Ledger(tmp_path, identity(entries, ordinary, AuditSettings(), Measurement(), **host))
+    with pytest.raises(ValueError, match="holds an audit with another dataset and images 4 instead of 2: go on as"):
+        Ledger(tmp_path, identity(entries[:1], ordinary, AuditSettings(), Measurement(images=2), **host))
 
 
 TASKS = (Task("captions", Variant(), 0, ("a", "b")), Task("pictures", Variant(), 0, ("a", "b")))
