@@ -23,7 +23,7 @@ from ..reference.features import load as load_features
 from ..reference.nearest import same_features
 from ..reference.reference_set import ReferenceSet
 from ..report.audit_html import AuditPage, render_audit
-from ..report.audit_rows import as_json, notes, sentence, settings_shown, thumbnails_of, verdict_of
+from ..report.audit_rows import as_json, figures, notes, ranked, sentence, settings_shown, thumbnails_of, verdict_of
 from ..report.terminal import plain
 from ..training.audit import (
     Audit,
@@ -204,20 +204,12 @@ def _write(
 
 def _print(found: Audit, out: Path) -> None:
     common.tell("\n".join([f"{sentence(found)}.", *notes(found)]))
-    worst = [row for row in found.rows if row.flagged or row.copies]
+    worst = [row for row in ranked(found) if row.flagged or row.copies]
     if worst:
         table = Table("verdict", "picture", "caption", found.counts, "q", "copies", "suggestion")
-        ranked = sorted(worst, key=lambda row: (-(row.copies or 0), row.q_value or 0.0))
-        for row in ranked[:SHOWN]:
-            table.add_row(
-                verdict_of(row),
-                plain(row.image),
-                plain(row.caption),
-                "" if row.score is None else f"{row.score:.2f}",
-                "" if row.q_value is None else f"{row.q_value:.2g}",
-                "" if row.copies is None else f"{row.copies}/{row.drawn}",
-                plain(row.suggestion),
-            )
+        for row in worst[:SHOWN]:
+            shown, told = figures(row), [plain(text) for text in (row.image, row.caption, row.suggestion)]
+            table.add_row(verdict_of(row), *told[:2], shown["score"], shown["q"], shown["copies"], told[2])
         Console().print(table)
         if len(worst) > SHOWN:
             common.tell(f"and {len(worst) - SHOWN:,} more")

@@ -387,7 +387,7 @@ class ParquetSource:
         picture, caption = self._chosen(path)
         columns = [name for name in (picture if pictures or caption is None else None, caption) if name is not None]
         row = 0
-        with _parquet(path) as file:
+        with parquet_file(path) as file:
             for group in range(file.num_row_groups):
                 end = row + file.metadata.row_group(group).num_rows
                 if end > start:
@@ -400,10 +400,10 @@ class ParquetSource:
 
     def _chosen(self, path: Path) -> tuple[str, str | None]:
         """The columns of the picture and of the caption; there need be no caption."""
-        with _parquet(path) as file:
+        with parquet_file(path) as file:
             names = file.schema_arrow.names
-        picture = _column(names, self.columns.picture, PICTURE_COLUMNS)
-        caption = _column(names, self.columns.caption, CAPTION_COLUMNS)
+        picture = column_of(names, self.columns.picture, PICTURE_COLUMNS)
+        caption = column_of(names, self.columns.caption, CAPTION_COLUMNS)
         shown = ", ".join(repr(name) for name in names[:12]) or "none"
         if picture is None:
             wanted = repr(self.columns.picture or PICTURE_COLUMNS[0])
@@ -461,7 +461,7 @@ def _record(name: str, values: dict[str, Any] | str, picture: str | None, captio
 def _looked_at(path: Path) -> tuple[int, str]:
     """(records that a file makes, why it cannot be read): its rows and '', or 1 and a sentence."""
     try:
-        with _parquet(path) as file:
+        with parquet_file(path) as file:
             rows = sum(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
     except Unreadable as error:
         return 1, str(error)
@@ -470,8 +470,8 @@ def _looked_at(path: Path) -> tuple[int, str]:
     return rows, ""
 
 
-def _parquet(path: Path) -> Any:
-    """Raises Unreadable, and ValueError where the package is not installed."""
+def parquet_file(path: Path) -> Any:
+    """A file of the library's, to be closed. Raises Unreadable, and ValueError where the package is not installed."""
     try:
         import pyarrow.parquet as pq
     except ImportError as error:
@@ -485,11 +485,13 @@ def _parquet(path: Path) -> Any:
         raise Unreadable(f"not a sound Parquet file ({one_line(error)})") from error
 
 
-def _column(names: Sequence[str], wanted: str | None, usual: Sequence[str]) -> str | None:
-    if wanted is not None:
-        return wanted if wanted in names else None
-    by_folded = {name.casefold(): name for name in reversed(names)}
-    return next((by_folded[name] for name in usual if name in by_folded), None)
+def column_of(names: Sequence[str], wanted: str | None, usual: Sequence[str]) -> str | None:
+    """The name among ``names`` that is wanted, or else the first usual one, exactly or in other letter case."""
+    if wanted in names:
+        return wanted
+    by_folded = {name.strip().casefold(): name for name in reversed(names)}
+    candidates = usual if wanted is None else (wanted.casefold(),)
+    return next((by_folded[name] for name in candidates if name in by_folded), None)
 
 
 # ----------------------------------------------------------------------------------------- what they share

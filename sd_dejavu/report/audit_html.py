@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..training.audit import Audit, Point, Row
-from .audit_rows import notes, ranked, sentence, verdict_of
+from .audit_rows import figures, notes, ranked, sentence, verdict_of
 from .share_chart import share_chart
 from .templating import rendered, writable
-from .wording import number
 
 ROWS_SHOWN = 200
 
@@ -53,11 +52,7 @@ def _shown(row: Row, thumbnails: Mapping[str, bytes]) -> dict[str, object]:
         "image": row.image,
         "caption": row.caption,
         "label": verdict_of(row),
-        "score": "" if row.score is None else number(row.score),
-        "p": "" if row.p_value is None else f"{row.p_value:.2g}",
-        "q": "" if row.q_value is None else f"{row.q_value:.2g}",
-        "copies": "" if row.copies is None else f"{row.copies} of {row.drawn}",
-        "similarity": "" if row.similarity is None else f"{row.similarity:.2f}",
+        **figures(row),
         "word": row.word or "",
         "suggestion": row.suggestion or row.why,
         "duplicates": row.duplicates,

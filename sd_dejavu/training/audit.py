@@ -51,7 +51,6 @@ Counts = Literal["magnitude", "contrast", "gain"]
 BASE = Variant(base=True)
 _NUMBER = re.compile(r"(\d+)$")  # at the end of a saved LoRA's name
 NEAREST_SHOWN = 5  # near duplicates that are named
-_NOTED = ("score", "images", "steps", "seed", "guidance_scale", "negative", "without", "alpha")  # by release 0.1 too
 
 
 @dataclass(frozen=True)
@@ -219,17 +218,14 @@ def identity(
 ) -> dict[str, Any]:
     """All that what is measured depends on, as plain values for the ledger.
 
-    ``host`` says by names what is audited there (checkpoint, LoRAs, autoencoder) and in what way. A setting that
-    release 0.1 did not know is noted only where it is not the default, so that audits begun with it go on.
+    ``host`` says by names what is audited there (checkpoint, LoRAs, autoencoder) and in what way.
     """
-    default = asdict(Measurement())
-    measured = asdict(measurement).items()
     return {
         **host,
         "dataset": digest_of(json.dumps([entry.image, entry.caption]) for entry in entries),
         "ordinary_prompts": json_digest(list(ordinary)),
         "partition": wanted.partition,
-        **{name: value for name, value in measured if name in _NOTED or value != default[name]},
+        **asdict(measurement),
     }
 
 

@@ -11,16 +11,18 @@ from ..foreign import Unreadable, json_of
 from ..kept import Resumable, digest_of, json_digest, json_text, write_text
 from .tasks import Task, Variant, check_values
 
+_ADVICE = "remove that folder, or give --restart, to begin anew"
+
 
 class Ledger:
-    """Results of tasks by their place. ``begun`` says what the audit is of; another one is refused.
+    """Results of tasks by their place. ``begun`` says what the audit is of; another one is refused with ``advice``.
 
     Raises ValueError where the folder holds another audit, or something else. ``restart`` drops what is there.
     """
 
-    def __init__(self, folder: Path, begun: dict[str, Any], restart: bool = False) -> None:
+    def __init__(self, folder: Path, begun: dict[str, Any], restart: bool = False, advice: str = _ADVICE) -> None:
         self._folder = folder
-        self._work = Resumable(folder, "an audit", "remove that folder, or give --restart, to begin anew")
+        self._work = Resumable(folder, "an audit", advice)
         if restart:
             self._work.discard()
         self._work.begin(begun)
@@ -28,7 +30,7 @@ class Ledger:
     @classmethod
     def below(cls, folder: Path, begun: dict[str, Any]) -> Ledger:
         """One of several: each audit has a folder of its own, found again by what it is of."""
-        return cls(folder / json_digest(begun), begun)
+        return cls(folder / json_digest(begun), begun, advice="remove that folder to begin anew")
 
     def held(self) -> AbstractContextManager[None]:
         """While open, no other process can keep results here."""

@@ -368,7 +368,7 @@ def test_a_damaged_note_of_an_audit_is_refused(tmp_path: Path, text: str):
 
 
 def test_an_audit_begun_with_release_0_1_goes_on(tmp_path: Path):
-    """Its note word by word, as the command line wrote it: the settings that are added later have their defaults."""
+    """Its note word by word, as the command line wrote it."""
     entries, ordinary = [Entry("a.png", "a fox"), Entry("ü.png", "")], ["w1", "w2"]
     dataset = hashlib.sha256(b'["a.png", "a fox"]["\\u00fc.png", ""]').hexdigest()[:16]
     nulls = hashlib.sha256(b'["w1", "w2"]').hexdigest()[:16]
