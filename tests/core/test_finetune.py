@@ -336,7 +336,9 @@ def test_a_training_set_without_pictures_or_changed_on_the_way_is_refused(
     ):
         trained(models["sd1"], source, tmp_path / "out")
     write(source, {"b.png": data(1)})
-    with pytest.raises(ValueError, match="holds a fine-tuning with another source: go on as it was begun, or give another folder"):
+    with pytest.raises(
+        ValueError, match="holds a fine-tuning with another source: go on as it was begun, or give another folder"
+    ):
         trained(models["sd1"], source, tmp_path / "out")
     _, summary = trained(models["sd1"], source, tmp_path / "other")
     assert [s["name"] for s in summary["skipped"]] == ["a.png"]
