@@ -124,13 +124,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Point:
-    """A LoRA at one strength or epoch, over the sample of captions: how many are named, the median of what counts."""
+    """A LoRA at one strength or epoch, over the sample of captions: how many are named, and the median of what counts."""
 
     strength: float
     epoch: int | None
     captions: int
     flagged: int
-    median: float
+    median: float | None
 
 
 @dataclass(frozen=True)
@@ -368,7 +368,7 @@ def audit(
             found = Judged(tuple(p), tuple(None if value is None else next(q) for value in p))
         known = [score for score in scores if score is not None]
         named = sum(bool(one) for one in found.named(wanted.false_discovery_rate))
-        return Point(strength, epoch, len(known), named, float(np.median(known)) if known else float("nan"))
+        return Point(strength, epoch, len(known), named, float(np.median(known)) if known else None)
 
     values = list(ledger.values(case_tasks[final]))
     scores, found = judged_on(final, base_cases)
