@@ -119,14 +119,18 @@ class LoadCalibration(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, name: str) -> bool | str:
-        return True if _path(name) is not None else f"there is no calibration named {name!r}: make one with Calibrate"
+        return True if _path(name) is not None else _absent(name)
 
     @classmethod
     def execute(cls, name: str) -> io.NodeOutput:
         path = _path(name)
         if path is None:
-            raise ValueError(f"there is no calibration named {name!r}: make one with Calibrate")
+            raise ValueError(_absent(name))
         return io.NodeOutput(Profile.load(path))
+
+
+def _absent(name: str) -> str:
+    return f"there is no calibration named {name!r}: make one with Calibrate"
 
 
 def _names() -> list[str]:

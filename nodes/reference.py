@@ -109,7 +109,7 @@ class LoadReferenceSet(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, name: str) -> bool | str:
-        return True if name in _names() else f"there is no reference set {name!r}: make one with Build Reference Set"
+        return True if name in _names() else _absent(name)
 
     @classmethod
     def execute(cls, name: str, clip_vision: Any = None) -> io.NodeOutput:
@@ -117,8 +117,12 @@ class LoadReferenceSet(io.ComfyNode):
             return io.NodeOutput(host.bundled_set())
         path = _set_file(name)
         if path is None:
-            raise ValueError(f"there is no reference set {name!r}: make one with Build Reference Set")
+            raise ValueError(_absent(name))
         return io.NodeOutput(host.load_set(path, clip_vision, _sscd_files()))
+
+
+def _absent(name: str) -> str:
+    return f"there is no reference set {name!r}: make one with Build Reference Set"
 
 
 class NearestReference(io.ComfyNode):

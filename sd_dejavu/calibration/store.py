@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from ..kept import digest_of
 from .profile import Profile, Setting
 
 log = logging.getLogger("dejavu")
@@ -25,8 +25,7 @@ def user_folder() -> Path:
 def path_for(setting: Setting, folder: Path | None = None) -> Path:
     """One file a setting: the model's fingerprint, and a digest of all the rest. Hosts have folders of their own."""
     told = repr(setting).replace(", patches='')", ")")  # files of release 0.1 keep their names
-    rest = hashlib.sha256(told.encode()).hexdigest()[:8]
-    return (folder or user_folder() / "calibration") / f"{setting.model}-{rest}.json"
+    return (folder or user_folder() / "calibration") / f"{setting.model}-{digest_of([told], 8)}.json"
 
 
 def find(

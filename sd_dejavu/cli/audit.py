@@ -8,26 +8,22 @@ DIR gets report.html, audit.json and, where pyarrow is installed, audit.parquet.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from ..foreign import opened
 from ..hosts.diffusers.audit import Load
-from ..kept import LOCK, locked, replacing, write_bytes, write_text
+from ..kept import LOCK, file_digest, locked, replacing, write_bytes, write_text
 from ..reference.build import BuildSettings, build
 from ..reference.features import Features, FeatureSettings
 from ..reference.features import load as load_features
 from ..reference.nearest import same_features
 from ..reference.reference_set import ReferenceSet
 from ..report.audit_html import AuditPage, render_audit
-from ..report.audit_rows import as_json, notes, sentence, settings_shown, thumbnails_of, verdict_of
+from ..report.audit_rows import as_json, figures, notes, ranked, sentence, settings_shown, thumbnails_of, verdict_of
 from ..report.terminal import plain
 from ..run.measure import Measurement
 from ..training.audit import (
@@ -116,18 +112,18 @@ def _audited(
             bar.update(known[stage], completed=done, total=total)
 
         subject = _subject(arguments, wanted, measurement, show)
-        begun = {
-            "model": arguments.model or "bundled",
-            "base": arguments.base or "",
-            "loras": [_digest(lora.path) for lora in loras],
-            "dataset": identity(subject.entries),
-            "ordinary_prompts": hashlib.sha256(json.dumps(ordinary).encode()).hexdigest()[:16],
-            "dtype": arguments.dtype,
-            "batch_size": arguments.batch_size,
-            "prompt_weights": arguments.prompt_weights,
-            "partition": wanted.partition,
-            **asdict(measurement),
-        }
+        begun = identity(
+            subject.entries,
+            ordinary,
+            wanted,
+            measurement,
+            model=arguments.model or "bundled",
+            base=arguments.base or "",
+            loras=[f"{lora.path.name} {file_digest(lora.path)}" for lora in loras],
+            dtype=arguments.dtype,
+            batch_size=arguments.batch_size,
+            prompt_weights=arguments.prompt_weights,
+        )
         ledger = Ledger(arguments.out / "tasks", begun, arguments.restart)
         work = Work(measurement, arguments.batch_size)
         found = audit(subject, loras, ordinary, load, work, ledger, wanted, engine, show, arguments.base is not None)
@@ -173,14 +169,6 @@ def _subject(arguments: argparse.Namespace, wanted: AuditSettings, measurement: 
     return Subject(sampled(entries_of(reference), wanted.sample, measurement.seed), reference, features)
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with opened(path) as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return f"{path.name} {digest.hexdigest()[:16]}"
-
-
 # ---------------------------------------------------------------------------------------------- output
 
 
@@ -217,20 +205,12 @@ def _write(
 
 def _print(found: Audit, out: Path) -> None:
     common.tell("\n".join([f"{sentence(found)}.", *notes(found)]))
-    worst = [row for row in found.rows if row.flagged or row.copies]
+    worst = [row for row in ranked(found) if row.flagged or row.copies]
     if worst:
         table = Table("verdict", "picture", "caption", found.counts, "q", "copies", "suggestion")
-        ranked = sorted(worst, key=lambda row: (-(row.copies or 0), row.q_value or 0.0))
-        for row in ranked[:SHOWN]:
-            table.add_row(
-                verdict_of(row),
-                plain(row.image),
-                plain(row.caption),
-                "" if row.score is None else f"{row.score:.2f}",
-                "" if row.q_value is None else f"{row.q_value:.2g}",
-                "" if row.copies is None else f"{row.copies}/{row.drawn}",
-                plain(row.suggestion),
-            )
+        for row in worst[:SHOWN]:
+            shown, told = figures(row), [plain(text) for text in (row.image, row.caption, row.suggestion)]
+            table.add_row(verdict_of(row), *told[:2], shown["score"], shown["q"], shown["copies"], told[2])
         Console().print(table)
         if len(worst) > SHOWN:
             common.tell(f"and {len(worst) - SHOWN:,} more")

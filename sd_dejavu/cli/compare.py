@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..calibration.profile import Profile
+from ..kept import write_text
 from ..report.scatter import Mark, scatter_chart
 from ..run.measure import Measurement
 from ..statistics import spread
@@ -70,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     told = {"rows": records, **counts, "seed": wanted.seed, "model": model.name, "device": device}
     common.write_rows(told, arguments.json, arguments.csv)
     if arguments.out is not None:
-        (arguments.out / PLOT).write_text(plot(rows), encoding="utf-8")
+        write_text(arguments.out / PLOT, plot(rows))
     if str(arguments.json) != "-":
         Console().print(_table(rows, len(pairs), len(ordinary)))
     for row in rows:

@@ -15,6 +15,7 @@ from rich.console import Console
 from ..calibration.profile import ORDINARY_QUANTILE, Profile
 from ..demo import bundled
 from ..hosts.diffusers.load import load
+from ..kept import write_text
 from ..mitigations import Start, optimise_conditioning, remove_trigger
 from ..report.terminal import verdict_panel
 from ..run.measure import Measurement, guidance_of
@@ -81,6 +82,6 @@ def run(arguments: argparse.Namespace) -> int:
     save_pictures(cases, arguments.out)
     report = arguments.out / "report.html"
     subtitle = "one memorised prompt, the same prompt without its trigger word, and yours"
-    report.write_text(render_cases("Déjà Vu demo", subtitle, model, wanted, profile, cases), encoding="utf-8")
+    write_text(report, render_cases("Déjà Vu demo", subtitle, model, wanted, profile, cases))
     common.tell(f"\nThe report with all pictures: {report}")
     return 0

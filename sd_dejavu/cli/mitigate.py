@@ -16,6 +16,7 @@ from rich.table import Table
 
 from ..calibration.profile import ORDINARY_QUANTILE, Profile
 from ..denoiser import PromptTooLong
+from ..kept import write_text
 from ..memory import OutOfMemory, one_by_one
 from ..mitigations import Mitigation, Start, available
 from ..mitigations.guard import Guard
@@ -116,9 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.out.mkdir(parents=True, exist_ok=True)
         save_pictures(cases, arguments.out)
         report = arguments.out / "report.html"
-        report.write_text(
-            render_cases("Mitigation", f"method: {method.name}", model, wanted, profile, cases), encoding="utf-8"
-        )
+        write_text(report, render_cases("Mitigation", f"method: {method.name}", model, wanted, profile, cases))
         common.tell(f"report: {report}", stderr=True)
     return common.EXIT_NOT_MEASURED if missing else 0
 

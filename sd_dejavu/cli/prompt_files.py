@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..foreign import TEXT_BYTES, Unreadable, check_caption, contents, one_line, opened
+from ..foreign import ROWS, TEXT_BYTES, Unreadable, check_caption, contents, one_line
+from ..reference.sources import column_of, parquet_file
 
 STDIN = "-"
 KNOWN_COLUMNS = ("prompt", "caption", "text", "prompts", "captions", "texts")
@@ -207,45 +208,42 @@ def _from_json(value: Any, place: str, column: str | None, advice: str) -> str:
 
 
 def _parquet(path: Path, column: str | None) -> Iterator[str]:
+    """Row by row: a file of some kilobytes can hold the same 100 MB in every row."""
+    characters = 0
     try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise InputError(f"{path.name}: reading Parquet files needs pyarrow: pip install pyarrow") from error
-    try:
-        with opened(path) as stream, pq.ParquetFile(stream) as file:
+        with parquet_file(path) as file:
             names = file.schema_arrow.names
             chosen = _column(names, column)
             if chosen is None:
                 raise _missing(path.name, "column", names, column)
-            values = file.read(columns=[chosen]).column(0).to_pylist()
+            for number, row in enumerate(file.iter_batches(1, columns=[chosen]), 1):
+                place = f"{path.name}, row {number}"
+                (value,) = row.column(0).to_pylist()
+                if value is not None and not isinstance(value, str):
+                    raise InputError(f"{place}: {value!r:.40} is not text: name the column that holds the prompts")
+                prompt = _checked(value or "", place)
+                characters += len(prompt)
+                if number > ROWS or characters > TEXT_BYTES:
+                    raise InputError(
+                        f"{place}: at most {ROWS:,} rows and {TEXT_BYTES:,} characters are read: part the file"
+                    )
+                yield prompt
+    except InputError:
+        raise
     except Unreadable as error:
-        raise InputError(f"{path}: {error}") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {one_line(error)}") from error
-    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise InputError(f"{path.name}: {error}") from error
+    except Exception as error:  # the library raises many types for broken bytes
+        lacking = isinstance(error.__cause__, ImportError)
         raise InputError(
-            f"{path.name}: not a sound Parquet file ({' '.join(str(error).split())}): write it again"
+            one_line(error) if lacking else f"{path.name}: not a sound Parquet file ({one_line(error)})"
         ) from error
-    for number, value in enumerate(values, 1):
-        place = f"{path.name}, row {number}"
-        if value is not None and not isinstance(value, str):
-            raise InputError(f"{place}: {value!r} is not text: name the column that holds the prompts")
-        yield _checked(value or "", place)
 
 
 # ------------------------------------------------------------------------------------ what they share
 
 
 def _column(names: Sequence[str], wanted: str | None) -> str | None:
-    """The name among ``names`` that is ``wanted``, exactly or in other letter case; None where there is none."""
-    if wanted in names:
-        return wanted
-    by_folded = {name.strip().casefold(): name for name in reversed(names)}
-    for candidate in KNOWN_COLUMNS if wanted is None else (wanted.casefold(),):
-        if candidate in by_folded:
-            return by_folded[candidate]
-    return None
+    return column_of(names, wanted, KNOWN_COLUMNS)
 
 
 def _wanted(column: str | None) -> str:

@@ -8,7 +8,6 @@ the result is the same, however often the build was stopped.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -20,8 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..foreign import Unreadable, json_of
-from ..kept import is_finite, locked, write_bytes, write_tensors
+from ..kept import Resumable, is_finite, locked, write_tensors
 from ..settings import option, validate
 from .features import KINDS, Features, Staged
 from .pictures import PictureError, digest, open_picture, thumbnail, to_tensor
@@ -38,7 +36,7 @@ from .sources import Columns, Record, Source, open_source
 
 PIECE = 128
 THUMBNAIL_SIDE = 128
-_WORK, _WORK_OVER = ".refset-unfinished", ".refset-over"
+_WORK = ".refset-unfinished"
 _NEAR = {"cosine": 0.95, "normalised L2": -0.5}  # for features that are none of KINDS
 
 Progress = Callable[[str, int, int], None]
@@ -107,13 +105,16 @@ def build(
         "piece": PIECE,
     }
     work = files_of(out)[0].with_suffix(_WORK)
+    unfinished = Resumable(work, "an unfinished build", "give --restart to begin anew")
     with only_writer(out):
-        shutil.rmtree(work.with_suffix(_WORK_OVER), ignore_errors=True)
+        unfinished.sweep()
         if restart:
-            _discard(out, work)
+            for file in reversed(files_of(out)):
+                file.unlink(missing_ok=True)
+            unfinished.discard()
         elif not work.is_dir() and (found := _finished(out, begun, features)) is not None:
             return found
-        _begin(work, begun)
+        unfinished.begin(begun)
         _embed_pieces(records, work, features, wanted.thumbnail_side, batch_size, device, on_progress)
         built = _assembled(
             work, features, near, {"source": records.description, "made_with": made_with or {}, "begun": begun}
@@ -124,7 +125,7 @@ def build(
             )
             built = replace(built, near_duplicates=counts)
         built.save(out)
-        _discard_folder(work)
+        unfinished.discard()
         return built
 
 
@@ -228,42 +229,6 @@ def _finished(out: Path, begun: dict[str, Any], features: Features) -> Reference
             "--restart to replace it"
         )
     return ReferenceSet.load(out, features)
-
-
-def _begin(work: Path, begun: dict[str, Any]) -> None:
-    work.mkdir(parents=True, exist_ok=True)
-    note = work / "begun.json"
-    if not note.exists():
-        if any(file.suffix != ".partial" for file in work.iterdir()):
-            raise ValueError(f"the folder {work.name} is not an unfinished build: move it away, or give another name")
-        write_bytes(note, json.dumps(begun, indent=1).encode())
-        return
-    try:
-        before = json_of(note)
-        if not isinstance(before, dict):
-            raise Unreadable("no settings in it")
-    except Unreadable as error:
-        raise ValueError(f"the unfinished build {note} is damaged ({error}): give --restart to begin anew") from error
-    changed = [name.replace("_", " ") for name in begun if before.get(name) != begun[name]]
-    if changed:
-        raise ValueError(
-            f"{work.name} holds an unfinished build with another {' and '.join(changed)}: build as it was begun, or "
-            "give --restart to begin anew"
-        )
-
-
-def _discard(out: Path, work: Path) -> None:
-    for file in reversed(files_of(out)):
-        file.unlink(missing_ok=True)
-    _discard_folder(work)
-
-
-def _discard_folder(work: Path) -> None:
-    """Renamed first: half a folder must not be taken for an unfinished build."""
-    if work.is_dir():
-        gone = work.with_suffix(_WORK_OVER)
-        work.rename(gone)
-        shutil.rmtree(gone)
 
 
 def _piece_file(work: Path, number: int) -> Path:

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kept import file_digest
 from ..quiet import quiet
 from ..settings import option, validate
 from ..similarity import COPY_THRESHOLD, structure
@@ -209,7 +210,7 @@ class SSCD(_InTwoSteps):
     def __init__(self, path: Path, size: Literal[288, 320] = 288, device: str = "cpu") -> None:
         self._module = _torchscript(path, device)
         self._size = size
-        self.name = f"sscd {size} {_file_digest(path)}"
+        self.name = f"sscd {size} {file_digest(path, 8)}"
         _check_rows(self, str(path), device)
 
     def prepare(self, pictures: Tensor) -> Tensor:
@@ -411,14 +412,6 @@ def _check_rows(features: Features, weights: str, device: str) -> None:
         raise FeatureError(
             f"{weights} does not give one row of finite numbers for one picture: it is not such a network"
         )
-
-
-def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()[:8]
 
 
 def _weights_digest(module: torch.nn.Module) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import warnings
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..foreign import PIXELS, Unreadable, one_line
+from ..kept import digest_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -58,9 +58,7 @@ def to_tensor(image: Image) -> Tensor:
 
 def digest(image: Image) -> str:
     """Equal for equal size and pixels, whatever the file format."""
-    found = hashlib.blake2b(image.tobytes(), digest_size=16)
-    found.update(repr(image.size).encode())
-    return found.hexdigest()
+    return digest_of([image.tobytes(), repr(image.size)], 32, "blake2b")
 
 
 def thumbnail(image: Image, side: int) -> bytes:

@@ -14,7 +14,6 @@ text. Both carry the same fingerprint, so that halves of two sets are not taken 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +26,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..foreign import Unreadable, check_caption, is_number, json_of, one_line, opened
-from ..kept import is_finite, json_text, write_tensors, write_text
+from ..kept import digest_of, is_finite, json_text, write_tensors, write_text
 from .features import Features, Metric
 
 SCHEMA_VERSION = 1
@@ -323,10 +322,7 @@ def _read_tensors(tensors_file: Path) -> tuple[dict[str, Tensor], dict[str, str]
 
 
 def _fingerprint(rows: Tensor, text: Sequence[str]) -> str:
-    digest = hashlib.blake2b(rows.numpy().data, digest_size=16)
-    for line in text:
-        digest.update(line.encode())
-    return digest.hexdigest()
+    return digest_of([rows.numpy().data, *text], 32, "blake2b")
 
 
 def _text(value: Any) -> str:

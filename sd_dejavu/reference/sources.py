@@ -11,7 +11,6 @@ said in :mod:`sd_dejavu.foreign`.
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import os
 import re
@@ -19,6 +18,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol
 
@@ -35,6 +35,7 @@ from ..foreign import (
     one_line,
     opened,
 )
+from ..kept import digest_of
 
 PICTURE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp")
 CAPTION_ENDINGS = ("txt", "caption")  # the order in which they are looked for
@@ -157,11 +158,9 @@ class FolderSource:
 
     @property
     def identity(self) -> str:
-        digest = hashlib.blake2b(str(self._kohya).encode(), digest_size=16)
-        for picture in self.pictures:
-            for file in filter(None, (picture, _caption_file(picture))):
-                digest.update(f"{self._name(file)}\0{_stamp(file)}\n".encode("utf-8", "surrogateescape"))
-        return digest.hexdigest()
+        files = (file for picture in self.pictures for file in (picture, _caption_file(picture)) if file)
+        stamps = (f"{self._name(file)}\0{_stamp(file)}\n" for file in files)
+        return digest_of(chain([str(self._kohya)], stamps), 32, "blake2b")
 
     def count(self) -> int:
         return len(self.pictures)
@@ -388,7 +387,7 @@ class ParquetSource:
         picture, caption = self._chosen(path)
         columns = [name for name in (picture if pictures or caption is None else None, caption) if name is not None]
         row = 0
-        with _parquet(path) as file:
+        with parquet_file(path) as file:
             for group in range(file.num_row_groups):
                 end = row + file.metadata.row_group(group).num_rows
                 if end > start:
@@ -401,10 +400,10 @@ class ParquetSource:
 
     def _chosen(self, path: Path) -> tuple[str, str | None]:
         """The columns of the picture and of the caption; there need be no caption."""
-        with _parquet(path) as file:
+        with parquet_file(path) as file:
             names = file.schema_arrow.names
-        picture = _column(names, self.columns.picture, PICTURE_COLUMNS)
-        caption = _column(names, self.columns.caption, CAPTION_COLUMNS)
+        picture = column_of(names, self.columns.picture, PICTURE_COLUMNS)
+        caption = column_of(names, self.columns.caption, CAPTION_COLUMNS)
         shown = ", ".join(repr(name) for name in names[:12]) or "none"
         if picture is None:
             wanted = repr(self.columns.picture or PICTURE_COLUMNS[0])
@@ -462,7 +461,7 @@ def _record(name: str, values: dict[str, Any] | str, picture: str | None, captio
 def _looked_at(path: Path) -> tuple[int, str]:
     """(records that a file makes, why it cannot be read): its rows and '', or 1 and a sentence."""
     try:
-        with _parquet(path) as file:
+        with parquet_file(path) as file:
             rows = sum(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
     except Unreadable as error:
         return 1, str(error)
@@ -471,8 +470,8 @@ def _looked_at(path: Path) -> tuple[int, str]:
     return rows, ""
 
 
-def _parquet(path: Path) -> Any:
-    """Raises Unreadable, and ValueError where the package is not installed."""
+def parquet_file(path: Path) -> Any:
+    """A file of the library's, to be closed. Raises Unreadable, and ValueError where the package is not installed."""
     try:
         import pyarrow.parquet as pq
     except ImportError as error:
@@ -486,11 +485,13 @@ def _parquet(path: Path) -> Any:
         raise Unreadable(f"not a sound Parquet file ({one_line(error)})") from error
 
 
-def _column(names: Sequence[str], wanted: str | None, usual: Sequence[str]) -> str | None:
-    if wanted is not None:
-        return wanted if wanted in names else None
-    by_folded = {name.casefold(): name for name in reversed(names)}
-    return next((by_folded[name] for name in usual if name in by_folded), None)
+def column_of(names: Sequence[str], wanted: str | None, usual: Sequence[str]) -> str | None:
+    """The name among ``names`` that is wanted, or else the first usual one, exactly or in other letter case."""
+    if wanted in names:
+        return wanted
+    by_folded = {name.strip().casefold(): name for name in reversed(names)}
+    candidates = usual if wanted is None else (wanted.casefold(),)
+    return next((by_folded[name] for name in candidates if name in by_folded), None)
 
 
 # ----------------------------------------------------------------------------------------- what they share
@@ -523,5 +524,4 @@ def _stamp(file: Path) -> str:
 
 
 def _identity(files: Sequence[Path]) -> str:
-    text = "\n".join(f"{f.name} {_stamp(f)}" for f in files)
-    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    return digest_of(["\n".join(f"{f.name} {_stamp(f)}" for f in files)], 32, "blake2b")

@@ -6,13 +6,10 @@ import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from markupsafe import Markup
-
 from ..training.audit import Audit, Point, Row
-from .audit_rows import notes, ranked, sentence, verdict_of
-from .html import template, writable
+from .audit_rows import figures, notes, ranked, sentence, verdict_of
 from .share_chart import share_chart
-from .wording import number
+from .templating import rendered, writable
 
 ROWS_SHOWN = 200
 
@@ -35,14 +32,15 @@ def render_audit(page: AuditPage) -> str:
     rows = ranked(audit)
     shown = [_shown(row, page.thumbnails) for row in rows[:ROWS_SHOWN]]
     return writable(
-        template("audit.html.j2").render(
+        rendered(
+            "audit.html.j2",
             page=page,
             sentence=sentence(audit),
             notes=notes(audit),
             rows=shown,
             left_out=max(0, len(rows) - ROWS_SHOWN),
             worst=[row for row in shown if row["pictures"]],
-            charts=[Markup(chart) for chart in _charts(audit)],
+            charts=_charts(audit),
             counts=audit.counts,
         )
     )
@@ -54,11 +52,7 @@ def _shown(row: Row, thumbnails: Mapping[str, bytes]) -> dict[str, object]:
         "image": row.image,
         "caption": row.caption,
         "label": verdict_of(row),
-        "score": "" if row.score is None else number(row.score),
-        "p": "" if row.p_value is None else f"{row.p_value:.2g}",
-        "q": "" if row.q_value is None else f"{row.q_value:.2g}",
-        "copies": "" if row.copies is None else f"{row.copies} of {row.drawn}",
-        "similarity": "" if row.similarity is None else f"{row.similarity:.2f}",
+        **figures(row),
         "word": row.word or "",
         "suggestion": row.suggestion or row.why,
         "duplicates": row.duplicates,

@@ -59,6 +59,17 @@ def verdict_of(row: Row) -> str:
     return {True: "Named", False: "Not named", None: "Not measured"}[row.flagged]
 
 
+def figures(row: Row) -> dict[str, str]:
+    """What was measured, as text; empty where it was not."""
+    return {
+        "score": "" if row.score is None else number(row.score),
+        "p": "" if row.p_value is None else f"{row.p_value:.2g}",
+        "q": "" if row.q_value is None else f"{row.q_value:.2g}",
+        "copies": "" if row.copies is None else f"{row.copies} of {row.drawn}",
+        "similarity": "" if row.similarity is None else f"{row.similarity:.2f}",
+    }
+
+
 def ranked(audit: Audit) -> list[Row]:
     """The rows, worst first: copied ones, then those named, then by their q-value."""
     return sorted(audit.rows, key=_rank)
@@ -128,14 +139,12 @@ def settings_shown(
 
 
 def _cells(row: Row) -> list[str]:
+    shown = figures(row)
+    told = [_as_text(text) for text in (row.image, row.caption)]
     return [
         verdict_of(row),
-        _as_text(row.image),
-        _as_text(row.caption),
-        "" if row.score is None else number(row.score),
-        "" if row.p_value is None else f"{row.p_value:.2g}",
-        "" if row.q_value is None else f"{row.q_value:.2g}",
-        "" if row.copies is None else f"{row.copies} of {row.drawn}",
+        *told,
+        *(shown[name] for name in ("score", "p", "q", "copies")),
         _as_text(row.suggestion or row.why),
     ]
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
-from markupsafe import Markup
 from numpy.typing import NDArray
 
 from ..verdict import BandStep, Verdict
 from .chart import loss_sparkline, magnitude_chart
 from .picture import Pixels, png_uri, where_overlay
+from .templating import rendered, writable
 from .wording import beside_label, facts, label, number, p_text, sentence
 from .words import word_legend, word_spans
 
@@ -78,13 +75,8 @@ def render(report: Report) -> str:
     labels = [label(case.verdict) for case in report.cases]
     tallied = {"Flagged": "flagged", "Not flagged": "not flagged", "No verdict": "without a verdict"}
     tally = ", ".join(f"{labels.count(name)} {text}" for name, text in tallied.items() if name in labels)
-    page = template("report.html.j2").render(report=report, cases=[_case(c) for c in report.cases], tally=tally)
+    page = rendered("report.html.j2", report=report, cases=[_case(c) for c in report.cases], tally=tally)
     return writable(page)
-
-
-def writable(page: str) -> str:
-    """Without lone surrogates, which JSON can smuggle into a prompt, and which could not be written as UTF-8."""
-    return page.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def similarity_text(similarity: float | None, copy_threshold: float | None) -> str:
@@ -96,16 +88,6 @@ def similarity_text(similarity: float | None, copy_threshold: float | None) -> s
     if similarity >= copy_threshold:
         return f"similarity {similarity:.2f}, a copy ({copy_threshold:.2f} or more)"
     return f"similarity {similarity:.2f}, not a copy (below {copy_threshold:.2f})"
-
-
-@cache
-def template(name: str) -> Template:
-    """One of the page templates; what is put into it is escaped, and nothing may be missing."""
-    folder = FileSystemLoader(Path(__file__).parent / "templates")
-    environment = Environment(
-        loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template(name)
 
 
 def _case(case: Case) -> dict[str, object]:
@@ -143,7 +125,7 @@ def _mitigated(case: Case, after: Mitigated) -> dict[str, object]:
         "similarity": similarity_text(after.similarity, case.copy_threshold),
         "rows": _rows(case, after),
         "moved": None if after.moved is None else number(after.moved),
-        "losses": Markup(loss_sparkline(after.losses)),
+        "losses": loss_sparkline(after.losses),
         "loss_ends": [number(v) for v in (after.losses[0], after.losses[-1])] if len(after.losses) else [],
         "steps": len(after.losses),
         "charts": _charts(case, after.verdict, (320,)) if after.verdict else [],
@@ -174,12 +156,12 @@ def _shown(value: float | None, decimals: int | None = None) -> str:
     return number(value) if decimals is None else f"{value:.{decimals}f}"
 
 
-def _charts(case: Case, after: Verdict | None, widths: Sequence[int]) -> list[Markup]:
+def _charts(case: Case, after: Verdict | None, widths: Sequence[int]) -> list[str]:
     """The same chart for wide and for narrow screens; none where no step was seen. The band holds L2 values."""
     steps, steps_after = case.verdict.score_per_step, after.score_per_step if after else None
     if not steps or steps_after == ():
         return []
-    return [Markup(magnitude_chart(steps, case.band, steps_after, width)) for width in widths]
+    return [magnitude_chart(steps, case.band, steps_after, width) for width in widths]
 
 
 def _where(case: Case) -> Pixels:

@@ -2,53 +2,48 @@
 
 from __future__ import annotations
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from ..verdict import Explanation, WordSignificance
+from .templating import macro
 from .wording import number, top_words_text
 
 SHADE = "rgb(var(--dejavu-word, 213 94 0) / {alpha:.2f})"
 DARKEST, THICKEST = 0.5, 4  # alpha of the shade, and pixels of underline, at significance 1
 
-_OUTER = Markup('<span class="dejavu-words" dir="auto" style="white-space:pre-wrap;overflow-wrap:anywhere">{}</span>')
-_WORD = Markup('<span class="dejavu-word" tabindex="0" title="{title}" style="{style}">{text}</span>')
+Piece = tuple[str, str | None, str]  # text, and of a word its style and what is told on hover
 
 
 def word_spans(prompt: str, explanation: Explanation | None) -> Markup:
     """The prompt with white space kept; darker and more thickly underlined is more significant, the top word bold."""
-    if explanation is None or not explanation.words:
-        return _OUTER.format(prompt)
-    if not prompt:  # a host that tells no text: numbered tokens
-        chips = (_span(word, word.text, explanation) for word in explanation.words)
-        return _OUTER.format(Markup(" ").join(chips))
-    parts, reached = Markup(), 0
-    for word in sorted(explanation.words, key=lambda w: w.start):
-        parts += escape(prompt[reached : word.start])
-        parts += _span(word, prompt[word.start : word.end], explanation)
-        reached = word.end
-    return _OUTER.format(parts + escape(prompt[reached:]))
-
-
-def _span(word: WordSignificance, text: str, explanation: Explanation) -> Markup:
-    return _WORD.format(title=_value(word, explanation), style=_style(word, explanation), text=text)
+    return macro("words", _pieces(prompt, explanation))
 
 
 def word_legend(explanation: Explanation) -> Markup:
     """What the shading means, how significance was found, and the top words with their values as text."""
-    swatch = Markup('<span class="dejavu-swatch" style="padding:0 .35em;{}">{:g}</span>')
-    scale = Markup("").join(swatch.format(_shade(s), s) for s in (0, 0.25, 0.5, 0.75, 1))
-    return Markup(
-        '<span class="dejavu-legend">Significance by {view}: {scale} '
-        '(darker, thicker line: more; bold: most). Highest: <span dir="auto">{top}</span>.</span>'
-    ).format(view=explanation.view, scale=scale, top=top_words_text(explanation))
+    scale = [(f"{level:g}", _shade(level)) for level in (0, 0.25, 0.5, 0.75, 1)]
+    return macro("legend", explanation.view, scale, top_words_text(explanation))
 
 
-def _value(word: WordSignificance, explanation: Explanation) -> str:
-    return f"significance {word.significance:.2f}, {number(word.raw)} ({explanation.raw_unit})"
+def _pieces(prompt: str, explanation: Explanation | None) -> list[Piece]:
+    if explanation is None or not explanation.words:
+        return [(prompt, None, "")]
+    if not prompt:  # a host that tells no text: numbered tokens
+        return [
+            piece for word in explanation.words for piece in ((" ", None, ""), _piece(word, word.text, explanation))
+        ][1:]
+    found: list[Piece] = []
+    reached = 0
+    for word in sorted(explanation.words, key=lambda w: w.start):
+        found += [(prompt[reached : word.start], None, ""), _piece(word, prompt[word.start : word.end], explanation)]
+        reached = word.end
+    return [*found, (prompt[reached:], None, "")]
 
 
-def _style(word: WordSignificance, explanation: Explanation) -> str:
-    return _shade(word.significance) + (";font-weight:700" if word == explanation.top else "")
+def _piece(word: WordSignificance, text: str, explanation: Explanation) -> Piece:
+    bold = ";font-weight:700" if word == explanation.top else ""
+    value = f"significance {word.significance:.2f}, {number(word.raw)} ({explanation.raw_unit})"
+    return text, _shade(word.significance) + bold, value
 
 
 def _shade(significance: float) -> str:

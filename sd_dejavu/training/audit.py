@@ -19,11 +19,10 @@ What is finished is kept (:mod:`sd_dejavu.training.ledger`), so an audit that wa
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -34,6 +33,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..calibration.calibrate import PROMPTS_A_SEED
+from ..kept import digest_of, json_digest
+from ..measure import Measurement
 from ..reference.build import embed
 from ..reference.features import Features
 from ..reference.nearest import copy_threshold
@@ -123,13 +124,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Point:
-    """A LoRA at one strength or epoch, over the sample of captions: how many are named, the median of what counts."""
+    """A LoRA at one strength or epoch, over the sample of captions: how many are named, and the median of what counts."""
 
     strength: float
     epoch: int | None
     captions: int
     flagged: int
-    median: float
+    median: float | None
 
 
 @dataclass(frozen=True)
@@ -212,12 +213,20 @@ def sampled(entries: Sequence[Entry], count: int, seed: int) -> list[Entry]:
     return [entries[number] for number in sorted(Random(seed).sample(range(len(entries)), count))]
 
 
-def identity(entries: Sequence[Entry]) -> str:
-    """16 hexadecimal digits that tell training sets apart, for the ledger."""
-    digest = hashlib.sha256()
-    for entry in entries:
-        digest.update(json.dumps([entry.image, entry.caption]).encode())
-    return digest.hexdigest()[:16]
+def identity(
+    entries: Sequence[Entry], ordinary: Sequence[str], wanted: AuditSettings, measurement: Measurement, **host: Any
+) -> dict[str, Any]:
+    """All that what is measured depends on, as plain values for the ledger.
+
+    ``host`` says by names what is audited there (checkpoint, LoRAs, autoencoder) and in what way.
+    """
+    return {
+        **host,
+        "dataset": digest_of(json.dumps([entry.image, entry.caption]) for entry in entries),
+        "ordinary_prompts": json_digest(list(ordinary)),
+        "partition": wanted.partition,
+        **asdict(measurement),
+    }
 
 
 @dataclass(frozen=True)
@@ -359,7 +368,7 @@ def audit(
             found = Judged(tuple(p), tuple(None if value is None else next(q) for value in p))
         known = [score for score in scores if score is not None]
         named = sum(bool(one) for one in found.named(wanted.false_discovery_rate))
-        return Point(strength, epoch, len(known), named, float(np.median(known)) if known else float("nan"))
+        return Point(strength, epoch, len(known), named, float(np.median(known)) if known else None)
 
     values = list(ledger.values(case_tasks[final]))
     scores, found = judged_on(final, base_cases)

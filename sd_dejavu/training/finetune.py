@@ -27,8 +27,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..conditioning import Conditioning, stack
-from ..foreign import Unreadable, json_of, one_line
-from ..kept import LOCK, PARTIAL, check_finite, json_text, locked, not_kept, replacing, write_tensors, write_text
+from ..foreign import one_line
+from ..hosts.diffusers import quiet
+from ..kept import (
+    PARTIAL,
+    Resumable,
+    check_finite,
+    json_text,
+    not_kept,
+    replacing,
+    write_tensors,
+    write_text,
+)
 from ..quiet import quiet
 from ..reference.sources import Source
 from ..schedule import Schedule
@@ -158,10 +168,11 @@ def finetune(
         "settings": asdict(wanted),
         "filter": asdict(filtering),
     }
-    with locked(out, out / LOCK):
-        _begin(out, identity)
-        if (finished := _finished(out)) is not None:
-            return finished
+    work = Resumable(out, "a fine-tuning", "give another folder, or remove this one", note="finetune.json", shared=True)
+    with work.held():
+        work.begin(identity)
+        if (out / _RESULT).is_file():
+            return work.read(_RESULT, _SUMMARY)
         samples = latents_of(
             source,
             model.pipeline.vae,
@@ -559,37 +570,3 @@ def _seed(*numbers: int) -> int:
 @lru_cache(maxsize=2)
 def _permutation(count: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(_seed(seed, epoch, 1))).tolist()
-
-
-def _begin(out: Path, identity: dict[str, Any]) -> None:
-    """Notes what run this folder holds. Raises ValueError where it holds another one."""
-    path = out / "finetune.json"
-    if not path.is_file():
-        write_text(path, json.dumps(identity, indent=1) + "\n")
-        return
-    try:
-        there = json_of(path)
-        held = {**there["settings"], **there["filter"], "model": there["model"], "source": there["source"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is broken: give another folder, or remove this one") from error
-    asked = {**identity["settings"], **identity["filter"], "model": identity["model"], "source": identity["source"]}
-    for name, value in asked.items():
-        if held.get(name) != value:
-            what = {"model": "of another model", "source": "on another or a changed training set"}.get(
-                name, f"with {name.replace('_', ' ')} {held.get(name)} instead of {value}"
-            )
-            raise ValueError(f"{out} holds a fine-tuning {what}: give another folder, or the same again to go on")
-
-
-def _finished(out: Path) -> dict[str, Any] | None:
-    """The summary of a run that has come to its end, None of any other. Raises ValueError for one that is damaged."""
-    path = out / _RESULT
-    if not path.is_file():
-        return None
-    try:
-        found = json_of(path)
-        if not isinstance(found, dict) or not found.keys() >= _SUMMARY:
-            raise Unreadable("it is no summary")
-    except Unreadable as error:
-        raise ValueError(f"{path} is damaged ({error}): give another folder, or remove it to train again") from error
-    return found

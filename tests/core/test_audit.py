@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -25,6 +26,7 @@ from safetensors.torch import save_file
 from sd_dejavu.cli.main import main
 from sd_dejavu.demo import bundled, world
 from sd_dejavu.denoiser import Predictions
+from sd_dejavu.hosts.diffusers import ModelError
 from sd_dejavu.hosts.diffusers.audit import Load
 from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.reference.build import from_pictures
@@ -45,6 +47,7 @@ from sd_dejavu.training.audit import (
     entries_of,
     gain,
     gains,
+    identity,
     judged,
     least_named,
     lora_files,
@@ -350,9 +353,9 @@ def test_the_ledger_refuses_another_audit_and_repairs_what_is_broken(tmp_path: P
     assert file.read_text() == whole
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "holiday.jpg").touch()
-    with pytest.raises(ValueError, match="not an audit's"):
+    with pytest.raises(ValueError, match="is not an audit: move it away"):
         Ledger(tmp_path / "foreign", {})
-    with pytest.raises(ValueError, match="not an audit's"):
+    with pytest.raises(ValueError, match="is not an audit: move it away"):
         Ledger(tmp_path / "foreign", {}, restart=True)
     assert (tmp_path / "foreign" / "holiday.jpg").exists()
 
@@ -361,9 +364,26 @@ def test_the_ledger_refuses_another_audit_and_repairs_what_is_broken(tmp_path: P
 def test_a_damaged_note_of_an_audit_is_refused(tmp_path: Path, text: str):
     Ledger(tmp_path, {"of": "this"})
     (tmp_path / "begun.json").write_text(text)
-    with pytest.raises(ValueError, match=r"the audit in .* is damaged \(begun\.json: .*\): delete it") as caught:
+    with pytest.raises(ValueError, match=r"begun\.json is damaged \(.*\): remove that folder") as caught:
         Ledger(tmp_path, {"of": "this"})
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_audit_begun_with_release_0_1_goes_on(tmp_path: Path):
+    """Its note word by word, as the command line wrote it."""
+    entries, ordinary = [Entry("a.png", "a fox"), Entry("ü.png", "")], ["w1", "w2"]
+    dataset = hashlib.sha256(b'["a.png", "a fox"]["\\u00fc.png", ""]').hexdigest()[:16]
+    nulls = hashlib.sha256(b'["w1", "w2"]').hexdigest()[:16]
+    (tmp_path / "begun.json").write_text(
+        f'{{"model": "bundled", "base": "", "loras": [], "dataset": "{dataset}", "ordinary_prompts": "{nulls}", '
+        '"dtype": "float32", "batch_size": 32, "prompt_weights": false, "partition": 100, "score": "first step", '
+        '"images": 4, "steps": 50, "seed": 0, "guidance_scale": 7.5, "negative": "", "without": "empty prompt", '
+        '"alpha": 0.01}'
+    )
+    host = {"model": "bundled", "base": "", "loras": (), "dtype": "float32", "batch_size": 32, "prompt_weights": False}
+    Ledger(tmp_path, identity(entries, ordinary, AuditSettings(), Measurement(), **host))
+    with pytest.raises(ValueError, match="holds an audit with another dataset and images 4 instead of 2: go on as"):
+        Ledger(tmp_path, identity(entries[:1], ordinary, AuditSettings(), Measurement(images=2), **host))
 
 
 TASKS = (Task("captions", Variant(), 0, ("a", "b")), Task("pictures", Variant(), 0, ("a", "b")))

@@ -269,10 +269,10 @@ def test_a_second_process_in_the_same_folder_and_damaged_files_are_told(
     with pytest.raises(ValueError, match=r"state-00000001 is damaged \(.*\): remove it"):
         trained(models["sd1"], dataset, tmp_path)
     (tmp_path / "result.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"result\.json is damaged \(it is no summary\): give another folder"):
+    with pytest.raises(ValueError, match=r"result\.json is damaged \(it holds something else\): give another folder"):
         trained(models["sd1"], dataset, tmp_path)
     (tmp_path / "finetune.json").write_text("[" * 100_000)
-    with pytest.raises(ValueError, match=r"finetune\.json is broken: give another folder"):
+    with pytest.raises(ValueError, match=r"finetune\.json is damaged \(.*nested too deep\): give another folder"):
         trained(models["sd1"], dataset, tmp_path)
 
 
@@ -336,7 +336,9 @@ def test_a_training_set_without_pictures_or_changed_on_the_way_is_refused(
     ):
         trained(models["sd1"], source, tmp_path / "out")
     write(source, {"b.png": data(1)})
-    with pytest.raises(ValueError, match="holds a fine-tuning on another or a changed training set"):
+    with pytest.raises(
+        ValueError, match="holds a fine-tuning with another source: go on as it was begun, or give another folder"
+    ):
         trained(models["sd1"], source, tmp_path / "out")
     _, summary = trained(models["sd1"], source, tmp_path / "other")
     assert [s["name"] for s in summary["skipped"]] == ["a.png"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -14,8 +15,21 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from sd_dejavu import kept
-from sd_dejavu.kept import InUse, NotKept, json_text, locked, replacing, write_tensors, write_text
+from sd_dejavu.foreign import Unreadable
+from sd_dejavu.kept import (
+    InUse,
+    NotKept,
+    Resumable,
+    digest_of,
+    file_digest,
+    json_digest,
+    json_text,
+    locked,
+    replacing,
+    write_tensors,
+    write_text,
+)
+from sd_dejavu.kept import lock as locking
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLDER = """
@@ -116,7 +130,7 @@ def test_a_file_that_the_one_before_removed_is_not_taken_for_a_lock(
 ) -> None:
     """The first process removes its file between the second one's opening and taking it."""
     lock, times = tmp_path / "dejavu.lock", []
-    real = kept._taken
+    real = locking._taken
 
     def taken(number: int) -> bool:
         times.append(number)
@@ -124,7 +138,7 @@ def test_a_file_that_the_one_before_removed_is_not_taken_for_a_lock(
             lock.unlink()
         return real(number)
 
-    monkeypatch.setattr(kept, "_taken", taken)
+    monkeypatch.setattr(locking, "_taken", taken)
     with locked(tmp_path, lock):
         assert lock.exists() and len(times) == 2
 
@@ -149,3 +163,90 @@ def test_a_folder_that_cannot_be_written_to_is_told(tmp_path: Path) -> None:
         locked(tmp_path, tmp_path / "file" / "dejavu.lock"),
     ):
         pytest.fail("there is no such folder")
+
+
+# ---------------------------------------------------------------------------------------- resumable work
+
+ABOUT = {"model": "abc", "images": 4, "score": None, "settings": {"rank": 8, "kinds": ["a"]}}
+
+
+def work(folder: Path, **more: Any) -> Resumable:
+    return Resumable(folder, "a test", "call another", **more)
+
+
+def test_work_goes_on_where_it_is_the_same(tmp_path: Path) -> None:
+    work(tmp_path / "w").begin(ABOUT)
+    (tmp_path / "w" / "piece").write_text("done")
+    work(tmp_path / "w").begin({**ABOUT, "settings": {"rank": 8, "kinds": ("a",)}})  # JSON knows no tuples
+    assert (tmp_path / "w" / "piece").read_text() == "done"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model": "abd"}, "another model"),
+        ({"images": 8, "score": 0.5}, "images 4 instead of 8 and score None instead of 0.5"),
+        ({"settings": {"rank": None, "kinds": ["b"]}}, "rank 8 instead of None and another kinds"),
+        ({"settings": {"rank": 8, "kinds": ["a"], "near_by": True}}, "near by None instead of True"),
+        ({"settings": {"rank": 8}}, "another kinds"),
+    ],
+)
+def test_other_work_is_refused_and_what_differs_is_said(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    work(tmp_path).begin(ABOUT)
+    before = (tmp_path / "begun.json").read_text()
+    with pytest.raises(ValueError, match="holds a test") as caught:
+        work(tmp_path).begin({**ABOUT, **change})
+    assert str(caught.value) == f"{tmp_path} holds a test with {said}: go on as it was begun, or call another"
+    assert (tmp_path / "begun.json").read_text() == before
+
+
+def test_the_notes_of_release_0_1_are_read(tmp_path: Path) -> None:
+    """An audit's on one line, a fine-tuning's in groups and under a name of its own."""
+    (tmp_path / "begun.json").write_text('{"model": "bundled", "loras": ["a 12"], "images": 4, "alpha": 0.01}')
+    work(tmp_path).begin({"model": "bundled", "loras": ("a 12",), "images": 4, "alpha": 0.01})
+    (tmp_path / "finetune.json").write_text('{\n "model": "m",\n "settings": {\n  "rank": null,\n  "seed": 0\n }\n}\n')
+    tuned = work(tmp_path, note="finetune.json", shared=True)
+    tuned.begin({"model": "m", "settings": {"rank": None, "seed": 0}})
+    with pytest.raises(ValueError, match="with seed 0 instead of 1"):
+        tuned.begin({"model": "m", "settings": {"rank": None, "seed": 1}})
+
+
+@pytest.mark.parametrize("text", ["null", "[]", "3", "{", "[" * 100_000, "\xff"])
+def test_a_damaged_note_is_one_sentence(tmp_path: Path, text: str) -> None:
+    (tmp_path / "begun.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"begun\.json is damaged \(.*\): call another$") as caught:
+        work(tmp_path).begin(ABOUT)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_of_the_users_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(ValueError, match="is not a test: move it away, or name another one"):
+        work(tmp_path).begin(ABOUT)
+    work(tmp_path).discard()
+    assert (tmp_path / "letter.txt").read_text() == "dear"
+    work(tmp_path, shared=True).begin(ABOUT)
+
+
+def test_what_is_left_of_a_discarded_folder_is_swept_away(tmp_path: Path) -> None:
+    half = tmp_path / "w.over"
+    half.mkdir()
+    (half / "begun.json").write_text("{}")
+    work(tmp_path / "w").begin(ABOUT)
+    assert not half.exists()
+    work(tmp_path / "w").discard()
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------ digests
+
+
+def test_digests_are_those_that_are_written_in_folders_and_sets(tmp_path: Path) -> None:
+    """Against the published values of SHA-256 for 'abc', and hashlib for what we have written with it since 0.1."""
+    assert digest_of(["ab", b"c"], 64) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert file_digest(tmp_path / "abc", 8) == "ba7816bf"
+    assert json_digest(["é", 1.5]) == hashlib.sha256(b'["\\u00e9", 1.5]').hexdigest()[:16]
+    assert digest_of(["a\udcff", b"b"], 32, "blake2b") == hashlib.blake2b(b"a\xffb", digest_size=16).hexdigest()
+    with pytest.raises(Unreadable, match="not a regular file"):
+        file_digest(tmp_path)

@@ -11,7 +11,7 @@ from test_monitor import PROFILE, SETTING, predictions
 from sd_dejavu.conditioning import Conditioning
 from sd_dejavu.hosts.webui import controls
 from sd_dejavu.mitigations import Outcome
-from sd_dejavu.report.panel import panel, paragraph, plain_text
+from sd_dejavu.report.panel import framed, panel, paragraph, plain_text
 from sd_dejavu.run.monitoring import Monitoring
 from sd_dejavu.run.report import Report
 from sd_dejavu.run.state import RunState
@@ -149,6 +149,9 @@ def test_the_panel_shows_text_as_text() -> None:
     assert page.count("data:image/png;base64,") == 1
     assert plain_text([("Picture 1", Report.of(found))]).startswith("Picture 1: Likely memorised")
     assert paragraph("<script>") == "<p>&lt;script&gt;</p>"
+    assert framed('<p class="x">', '"t"').endswith('title="&#34;t&#34;" srcdoc="&lt;p class=&#34;x&#34;&gt;"></iframe>')
+    titled = panel([("<b>1</b>", Report.missing("<i>why</i>"))])
+    assert "&lt;b&gt;1" in titled and "&lt;i&gt;why" in titled and "<b>" not in titled and "<i>" not in titled
     assert "No run" in panel([])
 
 

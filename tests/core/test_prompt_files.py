@@ -6,9 +6,11 @@ import io
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sd_dejavu.cli import prompt_files
 from sd_dejavu.cli.prompt_files import InputError, read_prompts
 
 WANTED = ["a red fox, asleep", "Blue Vase; With Handle", 'the "old" mill']
@@ -224,6 +226,31 @@ def test_parquet(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), path)
     assert failure(path) == "list.parquet: holds no prompt: give at least one"
     assert failure(written(tmp_path, "broken.parquet", "fox")).startswith("broken.parquet: not a sound Parquet file (")
+
+
+def test_a_parquet_file_is_read_row_by_row_up_to_the_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One value of a dictionary can stand in every row: together they would fill the memory."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    path, read_at_once = tmp_path / "list.parquet", []
+    pq.write_table(pa.table({"prompt": ["x" * 1000] * 50}), path, row_group_size=20)
+    real = prompt_files.parquet_file
+
+    def watched(path: Path) -> Any:
+        file = real(path)
+        batches = file.iter_batches
+        file.iter_batches = lambda *a, **k: ((read_at_once.append(b.num_rows), b)[1] for b in batches(*a, **k))
+        return file
+
+    monkeypatch.setattr(prompt_files, "parquet_file", watched)
+    assert len(read(path)) == 50 and read_at_once == [1] * 50
+    monkeypatch.setattr(prompt_files, "ROWS", 30)
+    assert failure(path).startswith("list.parquet, row 31: at most 30 rows and ")
+    monkeypatch.setattr(prompt_files, "TEXT_BYTES", 4500)
+    read_at_once.clear()
+    assert failure(path).startswith("list.parquet, row 5: at most 30 rows and 4,500 characters are read")
+    assert len(read_at_once) == 5
 
 
 def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,10 +26,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sd_dejavu import kept
 from sd_dejavu.demo import bundled
 from sd_dejavu.demo.reference import bundled_reference
 from sd_dejavu.foreign import CAPTION_CHARACTERS, PIXELS, REPEATS
+from sd_dejavu.kept import files as kept_files
 from sd_dejavu.reference import build as building
 from sd_dejavu.reference import sources
 from sd_dejavu.reference.build import BuildSettings, build, embed, from_pictures, near_duplicates
@@ -633,7 +633,7 @@ CHANGES = [
     (Path, "replace"),
     (Path, "rename"),
     (shutil, "rmtree"),
-    (kept, "save_file"),
+    (kept_files, "save_file"),
 ]
 
 
@@ -772,12 +772,14 @@ def unfinished(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_unfinished_build_is_not_gone_on_with_in_another_way(source: Path, unfinished: Path) -> None:
-    with pytest.raises(ValueError, match="unfinished build with another features and metric and near threshold"):
+    with pytest.raises(
+        ValueError, match="unfinished build with another features and another metric and near threshold"
+    ):
         build(source, unfinished, Pixels())
-    with pytest.raises(ValueError, match="with another thumbnail side"):
+    with pytest.raises(ValueError, match="with thumbnail side 128 instead of 64"):
         build(source, unfinished, Grey(), BuildSettings(thumbnail_side=64))
     (source / "03.txt").write_text("another caption")
-    with pytest.raises(ValueError, match="with another source: build as it was begun, or give --restart"):
+    with pytest.raises(ValueError, match="with another source: go on as it was begun, or give --restart"):
         build(source, unfinished, Grey())
     assert "another caption" in build(source, unfinished, Grey(), restart=True).captions
 
@@ -786,7 +788,7 @@ def test_an_unfinished_build_is_not_gone_on_with_in_another_way(source: Path, un
 def test_a_damaged_note_of_an_unfinished_build_is_refused(source: Path, unfinished: Path, text: str) -> None:
     note = unfinished.with_name("set.refset-unfinished") / "begun.json"
     note.write_text(text)
-    with pytest.raises(ValueError, match=r"unfinished build .*begun\.json is damaged \(.*\): give --restart"):
+    with pytest.raises(ValueError, match=r"begun\.json is damaged \(.*\): give --restart"):
         build(source, unfinished, Grey())
     assert len(build(source, unfinished, Grey(), restart=True)) == 6
 

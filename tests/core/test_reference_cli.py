@@ -14,7 +14,6 @@ from PIL import Image
 from safetensors import SafetensorError
 from test_reference_build import data, write
 
-from sd_dejavu import kept
 from sd_dejavu.cli.main import main
 from sd_dejavu.demo import bundled
 from sd_dejavu.reference.build import only_writer
@@ -191,7 +190,7 @@ def test_a_full_disk_is_told(
     def full(*arguments: Any) -> None:
         raise fault
 
-    monkeypatch.setattr(kept, "save_file", full)
+    monkeypatch.setattr("sd_dejavu.kept.files.save_file", full)
     out = tmp_path / "set"
     assert main(["refset", "build", str(folder), str(out), "--features", "grey"]) == 2
     assert "00000000.safetensors cannot be written: " in capsys.readouterr().err

@@ -21,6 +21,8 @@ from sd_dejavu.mitigations import Outcome
 from sd_dejavu.report.chart import loss_sparkline, magnitude_chart
 from sd_dejavu.report.html import Case, Mitigated, Report, render, similarity_text
 from sd_dejavu.report.picture import colours, png_uri, where_overlay
+from sd_dejavu.report.scatter import Mark, scatter_chart
+from sd_dejavu.report.share_chart import share_chart
 from sd_dejavu.report.terminal import step_sparkline, verdict_panel
 from sd_dejavu.report.wording import beside_label, calibrated, changed, facts, label, number, sentence
 from sd_dejavu.report.words import word_legend, word_spans
@@ -314,6 +316,18 @@ def test_loss_sparkline():
     assert drawn(loss_sparkline([8.0, 4.0, 2.0]), "desc")[0].text == "The loss went from 8 to 2 in 3 steps."
     assert drawn(loss_sparkline([1.0]), "circle")
     assert loss_sparkline([]) == ""
+
+
+@pytest.mark.parametrize("nasty", NASTY)
+def test_every_text_in_a_chart_is_escaped(nasty):
+    shares = share_chart([nasty, "2"], [0.25, 1.0], nasty, nasty)
+    scatter = scatter_chart([Mark(nasty, 0.5, 0.25)], nasty, nasty, nasty)
+    for svg, tags in ((shares, {"svg", "title", "desc", "path", "text", "polyline", "circle"}), (scatter, None)):
+        page = Page(svg)
+        assert set(page.tags) <= (tags or set(Page(scatter_chart([Mark("a", 0, 0)], "b", "c", "d")).tags))
+        assert not [name for name, _ in page.attributes if name.startswith("on")]
+    told = [c.find("title").text for c in drawn(shares, "circle")]
+    assert told == [f"{nasty} {nasty}: 25%", f"{nasty} 2: 100%"]
 
 
 # ---------------------------------------------------------------------------------------- pictures

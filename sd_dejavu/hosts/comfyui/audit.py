@@ -5,11 +5,9 @@ What is finished is kept below one folder, each audit in a folder of its own, so
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,17 +116,16 @@ def audit_lora(
     entries = sampled(entries_of(guard.references), wanted.sample, measurement.seed)
     subject = Subject(entries, guard.references, _Features(guard))
     ordinary = ordinary_for(trained.patcher, wanted.nulls)
-    begun = {
-        "model": _name(trained),
-        "base": _name(base) if base is not None else "",
-        "vae": fingerprint(vae.patcher, ""),
-        "dataset": identity(entries),
-        "ordinary_prompts": hashlib.sha256(json.dumps(ordinary).encode()).hexdigest()[:16],
-        "latent": list(start.latent.shape[1:]),
-        "partition": wanted.partition,
-        **asdict(measurement),
-    }
-    place = hashlib.sha256(json.dumps(begun).encode()).hexdigest()[:16]
+    begun = identity(
+        entries,
+        ordinary,
+        wanted,
+        measurement,
+        model=_name(trained),
+        base=_name(base) if base is not None else "",
+        vae=fingerprint(vae.patcher, ""),
+        latent=list(start.latent.shape[1:]),
+    )
     bar = comfy.utils.ProgressBar(1)
 
     def engine(
@@ -144,7 +141,7 @@ def audit_lora(
         ordinary,
         nothing_apart,
         Work(measurement, BATCH),
-        Ledger(folder / place, begun),
+        Ledger.below(folder, begun),
         wanted,
         engine,
         lambda stage, done, total: bar.update_absolute(done, total),

@@ -8,13 +8,11 @@ kept below one folder, each audit in a folder of its own, so one that was stoppe
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from ...calibration.ordinary_prompts import ordinary_prompts
 from ...conditioning import Conditioning
+from ...kept import file_digest
 from ...report.audit_html import AuditPage, render_audit
 from ...report.audit_rows import as_json, settings_shown, thumbnails_of
 from ...run.measure import Measurement
@@ -127,17 +126,19 @@ def run_audit(
     subject = Subject(entries, guard.references, guard.features)
     ordinary = [prompt for prompt, _ in ordinary_prompts(asked.wanted.nulls)]
     sd_model = host.chosen_model()
-    begun = {
-        "model": checkpoint_of(sd_model),
-        "vae": str(sd_vae.get_loaded_vae_name()),
-        "clip_skip": shared.opts.CLIP_stop_at_last_layers,
-        "lora": _identity_of(what.lora) if tag else "",
-        "dataset": identity(entries),
-        "ordinary_prompts": hashlib.sha256(json.dumps(ordinary).encode()).hexdigest()[:16],
-        "partition": asked.wanted.partition,
-        **{name: value for name, value in asdict(what).items() if name not in ("references", "lora")},
-        **asdict(measurement),
-    }
+    begun = identity(
+        entries,
+        ordinary,
+        asked.wanted,
+        measurement,
+        model=checkpoint_of(sd_model),
+        vae=str(sd_vae.get_loaded_vae_name()),
+        clip_skip=shared.opts.CLIP_stop_at_last_layers,
+        lora=_identity_of(what.lora) if tag else "",
+        strength=what.strength,
+        width=what.width,
+        height=what.height,
+    )
     runs = _Runs(host, asked, tag, watch)
     found = audit(
         subject,
@@ -145,7 +146,7 @@ def run_audit(
         ordinary,
         nothing_apart,
         Work(measurement, BATCH),
-        Ledger(kept / hashlib.sha256(json.dumps(begun).encode()).hexdigest()[:16], begun),
+        Ledger.below(kept, begun),
         asked.wanted,
         runs.engine,
         tell,
@@ -171,7 +172,7 @@ def _tag(what: Audited) -> str:
 
 def _identity_of(lora: str) -> str:
     file = Path(sys.modules["networks"].available_networks[lora].filename)
-    return f"{lora} {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"
+    return f"{lora} {file_digest(file)}"
 
 
 # ---------------------------------------------------------------------------------------------- runs
