@@ -34,12 +34,12 @@ from torch import Tensor
 
 from ..calibration.calibrate import PROMPTS_A_SEED
 from ..kept import digest_of, json_digest
-from ..measure import Measurement
 from ..reference.build import embed
 from ..reference.features import Features
 from ..reference.nearest import copy_threshold
 from ..reference.pictures import open_picture, to_tensor
 from ..reference.reference_set import NEIGHBOURHOOD, ReferenceSet
+from ..run.measure import Measurement
 from ..settings import option, validate
 from ..statistics import benjamini_hochberg, spread
 from .alignment import COMPARED, NEAREST_OF, contrast

@@ -28,7 +28,6 @@ from safetensors.torch import load_file
 
 from ..conditioning import Conditioning, stack
 from ..foreign import one_line
-from ..hosts.diffusers import quiet
 from ..kept import (
     PARTIAL,
     Resumable,
