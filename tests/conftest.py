@@ -14,7 +14,7 @@ from xdist.scheduler import LoadScopeScheduling
 if "PYTEST_XDIST_WORKER" in os.environ:  # before anything imports torch; processes that tests start inherit it
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
-sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("hosts", "page")]
+sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("core", "hosts", "page")]
 import comfyui_server  # noqa: E402
 
 COMFYUI = comfyui_server.find_installs()
