@@ -333,11 +333,12 @@ def test_out_of_memory_anywhere_else_is_one_sentence_and_status_2(capsys, monkey
 
 def test_demo_takes_a_device_and_a_precision(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "METHODS", {})
-    seen = []
-    plain = DiffusersModel._denoised
+    seen, plain, sigmas = [], DiffusersModel._denoised, DiffusersModel.sigmas
     monkeypatch.setattr(
         DiffusersModel, "_denoised", lambda self, *given: (seen.append(self._unet.dtype), plain(self, *given))[1]
     )
+    # The first step decides; in these precisions a CPU takes long for the others.
+    monkeypatch.setattr(DiffusersModel, "sigmas", lambda self, steps: [*sigmas(self, steps)[:3], 0.0])
     given = ["--device", "cpu", "--dtype", "bfloat16", "--images", "1", "--out", str(tmp_path / "demo")]
     assert main(["demo", *given]) == 0
     shown = capsys.readouterr().out

@@ -7,7 +7,7 @@ import io
 import json
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from comfyui_server import ComfyServer
 from graphs import node
+from node_schemas import declared
 from PIL import Image
 from watched import RAW, demo, report, scores, watched
 
@@ -31,25 +32,6 @@ from sd_dejavu.monitor import OPTIMISE
 
 HERE = Path(__file__).parent
 ORDINARY = "a red boat beside the moon"
-OURS = {
-    "DejaVuTextEncode",
-    "DejaVuMonitor",
-    "DejaVuVerdict",
-    "DejaVuExplain",
-    "DejaVuMitigate",
-    "DejaVuCalibrate",
-    "DejaVuLoadCalibration",
-    "DejaVuPerturbPrompt",
-    "DejaVuDemoModel",
-    "DejaVuBuildReferenceSet",
-    "DejaVuLoadReferenceSet",
-    "DejaVuNearestReference",
-    "DejaVuAMG",
-    "DejaVuAuditLora",
-    "DejaVuGuidanceTransition",
-    "DejaVuInitialNoise",
-    "DejaVuTrainingFilter",
-}
 
 
 def pixels(comfy: ComfyServer, outputs: dict[str, Any]) -> np.ndarray:
@@ -74,12 +56,21 @@ def raw(comfyui: Path, comfy_home: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_every_node_is_there_and_every_input_has_a_tooltip(comfy: ComfyServer) -> None:
+    """What the host knows of them is what the tests without a host read, in the same order."""
     known = comfy.object_info()
-    assert known.keys() >= OURS
-    for name in OURS:
+    assert known.keys() >= declared().keys()
+    for name, ours in declared().items():
         sections = known[name]["input"]
         inputs = {**sections.get("required", {}), **sections.get("optional", {})}
-        assert all(spec[1].get("tooltip") for spec in inputs.values()), name
+        assert list(inputs) == [i.name for i in sorted(ours.inputs, key=lambda i: i.is_optional)], name
+        for slot in ours.inputs:
+            kind, shown = inputs[slot.name]
+            assert shown["tooltip"] == slot.tooltip and slot.tooltip, (name, slot.name)
+            assert slot.type == "COMBO" if isinstance(kind, list) else kind == slot.type, (name, slot.name)
+            if slot.type in ("INT", "FLOAT"):
+                bounds = {bound: slot.given[bound] for bound in ("min", "max", "default")}
+                assert bounds.items() <= shown.items(), (name, slot.name)
+        assert known[name]["output"] == [o.type for o in ours.outputs], name
         assert known[name]["category"] == "Déjà Vu"
         assert all(known[name]["output_tooltips"]), name
 
@@ -560,27 +551,27 @@ def test_calibrating_a_checkpoint_gives_it_p_values(comfy: ComfyServer) -> None:
         scheduler="normal",
         denoise=1.0,
         negative="",
-        count=120,
+        count=24,
         whole_runs=0,
         cfg=7.0,
     )
     graph["shown"] = node("PreviewAny", source=["calibrated", 1])
-    assert "120 ordinary prompts" in comfy.run(graph, timeout=600)["calibrated"]["text"][0]
-    (verdict,) = report(comfy, watched(graphs.text_to_image(steps=2, seed=40)))["verdicts"]
-    assert verdict["nulls"] == 120 and 0 < verdict["p_value"] <= 1
+    assert "24 ordinary prompts" in comfy.run(graph, timeout=600)["calibrated"]["text"][0]
+    (verdict,) = report(comfy, watched(graphs.text_to_image(steps=2, seed=40), alpha=0.05))["verdicts"]
+    assert verdict["nulls"] == 24 and 0 < verdict["p_value"] <= 1
     # One of fewer prompts is given on, and not kept in its place unless that is asked for.
     graph["calibrated"]["inputs"]["count"] = 20
     assert "Not kept: the calibration " in comfy.run(graph, timeout=600)["calibrated"]["text"][0]
-    (verdict,) = report(comfy, watched(graphs.text_to_image(steps=2, seed=40)))["verdicts"]
-    assert verdict["nulls"] == 120
+    (verdict,) = report(comfy, watched(graphs.text_to_image(steps=2, seed=41), alpha=0.05))["verdicts"]
+    assert verdict["nulls"] == 24
     graph["calibrated"]["inputs"]["replace"] = True
     assert "Kept as " in comfy.run(graph, timeout=600)["calibrated"]["text"][0]
-    (verdict,) = report(comfy, watched(graphs.text_to_image(steps=2, seed=40), alpha=0.05))["verdicts"]
+    (verdict,) = report(comfy, watched(graphs.text_to_image(steps=2, seed=42), alpha=0.05))["verdicts"]
     assert verdict["nulls"] == 20
     # Whole runs give the band of each step, and p-values for the other scores.
-    graph["calibrated"]["inputs"] |= {"count": 30, "whole_runs": 20, "steps": 3}
+    graph["calibrated"]["inputs"]["whole_runs"] = 20
     comfy.run(graph, timeout=600)
-    several = watched(graphs.text_to_image(steps=3, seed=40), score="all steps", alpha=0.05)
+    several = watched(graphs.text_to_image(steps=2, seed=42), score="all steps", alpha=0.05)
     document = report(comfy, several)
     (verdict,) = document["verdicts"]
     assert verdict["nulls"] == 20 and verdict["score_kind"] == "all steps" and 0 < verdict["p_value"] <= 1
@@ -599,17 +590,25 @@ def test_perturbed_prompts_are_seeded(comfy: ComfyServer) -> None:
     assert comfy.run(graph)["shown"]["text"] == [perturb("a red fox", "random-word", 2, 3)]
 
 
-def test_a_fault_of_ours_costs_no_picture(start_comfy: Callable[..., ComfyServer], memorised: str) -> None:
-    graph = watched(demo(memorised, steps=2))
-    graph["broken"] = node("DejaVuLoadCalibration", name="broken.json")
-    graph["monitor"]["inputs"]["calibration"] = ["broken", 0]
-    server = start_comfy()
-    folder = server.home / "user" / "dejavu" / "calibration"
-    folder.mkdir(parents=True)
-    (folder / "another.json").write_text("{")
-    plain = watched(graphs.text_to_image(steps=2))
-    assert report(server, plain)["verdicts"][0]["score"] > 0
-    assert server.run(plain)["save"]["images"]
+def test_a_broken_calibration_costs_no_picture(comfy: ComfyServer) -> None:
+    plain = pixels(comfy, comfy.run(graphs.text_to_image(steps=2, seed=41)))
+    known = report(comfy, watched(graphs.text_to_image(steps=2, seed=41), alpha=0.05))["setting"]
+    folder = comfy.home / "user" / "dejavu" / "calibration"
+    folder.mkdir(parents=True, exist_ok=True)
+    broken = folder / f"{known['model']}-broken.json"
+    broken.write_text("{")
+    try:
+        outputs = comfy.run(watched(graphs.text_to_image(steps=2, seed=41), alpha=0.06))
+        assert (pixels(comfy, outputs) == plain).all() and scores(outputs["verdict"]["dejavu"][0])[0] > 0
+        assert f"passed over: the calibration profile {broken} is not valid JSON" in comfy.log()
+        # One that was chosen by its name is refused before anything is drawn.
+        graph = watched(graphs.text_to_image(steps=2, seed=42))
+        graph["broken"] = node("DejaVuLoadCalibration", name=broken.name)
+        graph["monitor"]["inputs"]["calibration"] = ["broken", 0]
+        entry = comfy.wait(comfy.post(graph), allow_error=True)
+        assert "is not valid JSON" in json.dumps(entry["status"]) and "sampler" not in entry["outputs"]
+    finally:
+        broken.unlink()
 
 
 def test_sd3_and_fp8_are_measured(comfy: ComfyServer) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,7 @@ from webui_server import WebUIServer
 from webui_watched import KNOWN, NAME, errors_of_ours, flagging, pixels, watched
 
 PACK = Path(__file__).parents[2]
-# Of the 99 ordinary prompts that are measured here one scores far above the memorised ones: theirs is p = 2 / 100.
-ALPHA = 0.03
+ALPHA = 0.05  # the level from which a verdict says 'unusual'; of 99 ordinary prompts four may score as high
 LONG = ", ".join(["antidisestablishmentarianism"] * 13)  # more than 75 tokens, few words
 
 # ------------------------------------------------------------------------------------- measuring
@@ -59,8 +57,8 @@ def test_every_sampler_with_some_scheduler_is_measured(webui: WebUIServer) -> No
         chosen = {"sampler_name": name, "scheduler": schedulers[number % len(schedulers)]}
         _, (document,) = watched(webui, "a red fox", {"explain": "never"}, steps=4, **chosen)
         (verdict,) = document["verdicts"]
-        if not (verdict["score"] or verdict["why"]):
-            silent.append((name, chosen))
+        if not verdict["score"]:
+            silent.append((name, chosen, verdict["why"]))
     assert silent == []
 
 
@@ -223,11 +221,10 @@ def test_clip_skip_makes_another_setting(calibrated: WebUIServer) -> None:
 
 
 def test_a_flagged_run_can_be_ended(calibrated: WebUIServer) -> None:
-    began = time.monotonic()
     generated, (document,) = watched(
         calibrated, MEMORISED[0].text, {"when_flagged": "stop", "alpha": ALPHA}, steps=150, override_settings=KNOWN
     )
-    assert generated.images and time.monotonic() - began < 60
+    assert generated.images
     assert len(document["verdicts"][0]["score_per_step"]) == 1
     assert any("ended at its first step" in note for note in document["notes"])
 
@@ -243,7 +240,9 @@ def test_the_score_is_that_of_comfyui(calibrated: WebUIServer, memorising_checkp
         run = {"seed": seed, "override_settings": {**KNOWN, "sgm_noise_multiplier": True}}
         _, (document,) = watched(calibrated, prompt.text, {"explain": "never"}, **run)
         scores[seed, prompt.text] = document["verdicts"][0]["score"]
-    for number, install in installs.items():
+    # Automatic1111's scores are those of each version, Forge's those of the newest: so all are equal.
+    versions = list(installs.items())[0 if calibrated.kind is webui_server.A1111 else -1 :]
+    for number, install in versions:
         home = make_home(tmp_path / number, PACK)
         folder = home / "models" / "checkpoints"
         folder.mkdir(parents=True, exist_ok=True)
