@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -13,6 +14,9 @@ from xdist.scheduler import LoadScopeScheduling
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before anything imports torch; processes that tests start inherit it
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+
+USER = TemporaryDirectory()
+os.environ["SD_DEJAVU_HOME"] = USER.name  # of what the user keeps nothing is read, and nothing is written there
 
 sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("core", "hosts", "page")]
 import comfyui_server  # noqa: E402
