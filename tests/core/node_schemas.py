@@ -6,7 +6,8 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -66,23 +67,28 @@ class Node:
 @cache
 def declared() -> dict[str, Node]:
     """All nodes of the pack by their ids."""
+    with pack() as load:
+        listed = [load(f"nodes.{file.stem}") for file in sorted((ROOT / "nodes").glob("*.py"))]
+        schemas = [node.define_schema() for module in listed for node in getattr(module, "NODES", ())]
+    return {
+        s.node_id: Node(s.node_id, s.display_name, s.description, tuple(s.inputs), tuple(s.outputs)) for s in schemas
+    }
+
+
+@contextmanager
+def pack() -> Iterator[Callable[[str], ModuleType]]:
+    """While open, modules of the pack can be loaded by their names; none of it stays."""
     before, finder = set(sys.modules), _Finder()
     sys.meta_path.insert(0, finder)
-    pack = sys.modules[PACK] = ModuleType(PACK)
-    pack.__path__ = [str(ROOT)]
+    sys.modules[PACK] = ModuleType(PACK)
+    sys.modules[PACK].__path__ = [str(ROOT)]
     try:
-        listed = [
-            importlib.import_module(f"{PACK}.nodes.{file.stem}") for file in sorted((ROOT / "nodes").glob("*.py"))
-        ]
-        schemas = [node.define_schema() for module in listed for node in getattr(module, "NODES", ())]
+        yield lambda name: importlib.import_module(f"{PACK}.{name}")
     finally:
         sys.meta_path.remove(finder)
         for name in set(sys.modules) - before:
             if name.partition(".")[0] in (PACK, *HOST):
                 del sys.modules[name]
-    return {
-        s.node_id: Node(s.node_id, s.display_name, s.description, tuple(s.inputs), tuple(s.outputs)) for s in schemas
-    }
 
 
 class _Anything(type):

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
-from node_schemas import Node, declared
+from node_schemas import Node, declared, pack
+
+from sd_dejavu.settings import option
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
@@ -55,6 +58,22 @@ STOCK: dict[str, tuple[list[tuple[str, str]], list[str], int]] = {
     "PreviewAny": ([("source", "*")], [], 0),
     "MarkdownNote": ([], [], 1),
 }
+
+
+@dataclass(frozen=True)
+class Unbounded:
+    rate: float = option(3.5, "no end")
+    share: float = option(0.5, "from 0 to 1", minimum=0, maximum=1)
+    none: float = option(0.0, "up to nothing", minimum=-2, maximum=0)
+    count: int = option(-7, "no end")
+
+
+def test_a_number_has_the_bounds_that_were_declared_and_no_others() -> None:
+    with pack() as load:
+        sockets = load("nodes.sockets")
+        found = {slot.name: (slot.given["min"], slot.given["max"]) for slot in sockets.inputs_of(Unbounded)}
+    limits = [(limit, -limit) for limit in (-sockets.FLOAT_LIMIT, -sockets.SEED_LIMIT)]
+    assert found == {"rate": limits[0], "share": (0, 1), "none": (-2, 0), "count": limits[1]}
 
 
 # ------------------------------------------------------------------------------------------- workflows
