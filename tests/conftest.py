@@ -40,3 +40,9 @@ class Together(LoadScopeScheduling):
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
     return Together(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What holds a server for long goes first, so that the many short files fill both processes to the end."""
+    items.sort(key=lambda item: (not set(WEBUIS) & set(re.findall(r"\w+", item.name)), item.path.parent.name == "core"))

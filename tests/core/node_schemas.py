@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.machinery
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -118,7 +119,8 @@ class _Api:
     Schema = SimpleNamespace
 
     def __getattr__(self, name: str) -> Any:
-        return _kind(name.upper()) if name != "Hidden" else _Anything(name, (), {})
+        type_ = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).upper()  # ClipVision is CLIP_VISION
+        return _kind(type_) if name != "Hidden" else _Anything(name, (), {})
 
     @staticmethod
     def Custom(name: str) -> Any:

@@ -108,7 +108,10 @@ WAYS: dict[str, tuple[dict[str, object], Callable[[Graph], None] | None]] = {
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("cfg", [1.0, 7.0])
 @pytest.mark.parametrize("way", WAYS)
-def test_ways_to_prepare_a_run(comfy: ComfyServer, way: str, cfg: float, batch: int) -> None:
+def test_ways_to_prepare_a_run(comfy: ComfyServer, newest: bool, way: str, cfg: float, batch: int) -> None:
+    """On older hosts one image with guidance, and several without."""
+    if not newest and (batch == 1) == (cfg == 1):
+        pytest.skip("tried on the newest host")
     options, change = WAYS[way]
     graph = graphs.text_to_image(seed=int(cfg), steps=3, cfg=cfg, batch=batch, **options)  # type: ignore[arg-type]
     if change is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +146,13 @@ def test_the_published_baselines_change_the_prompt(webui: WebUIServer) -> None:
     assert f"{NAME} settings: explain=never; perturb=random-number; insertions=2" in generated.infotexts[0]
 
 
-@pytest.mark.parametrize("sampler", ["Euler", "DPM++ 2M", "Heun", "DDIM"])
-@pytest.mark.parametrize("remedy", ["guidance-transition", "start-token", "attenuate-tokens"])
+@pytest.mark.parametrize(
+    ("remedy", "sampler"),
+    [
+        *product(["guidance-transition"], ["Euler", "DPM++ 2M", "Heun", "DDIM"]),
+        *product(["start-token", "attenuate-tokens"], ["Euler", "DDIM"]),
+    ],
+)
 def test_other_remedies_draw_other_pictures(webui: WebUIServer, remedy: str, sampler: str) -> None:
     run, prompt = {"sampler_name": sampler, "steps": 6}, "a red fox in the snow"
     plain = webui.txt2img(prompt=prompt, **run)
