@@ -23,6 +23,8 @@ from node_schemas import declared
 from PIL import Image
 from watched import RAW, demo, report, scores, watched
 
+from sd_dejavu.calibration.profile import Null, Profile, Setting
+from sd_dejavu.calibration.store import path_for
 from sd_dejavu.demo import bundled
 from sd_dejavu.hosts.diffusers import load
 from sd_dejavu.measure import Measurement, measure
@@ -285,6 +287,33 @@ def test_a_flagged_run_goes_on_from_other_noise_or_with_another_rule(
     # Nothing stays with the model.
     again = comfy.run(watched(demo(memorised, **run), when_flagged="report", explain="always"))
     assert (pixels(comfy, again) == drawn[0]).all()
+
+
+@pytest.mark.parametrize("remedy", ["batch-wise-noise", "guidance-transition"])
+def test_of_a_batch_the_flagged_image_alone_is_mitigated(comfy: ComfyServer, memorised: str, remedy: str) -> None:
+    def drawn(**monitor: Any) -> tuple[dict[str, Any], list[np.ndarray]]:
+        outputs = comfy.run(watched(demo(memorised, batch=3, steps=8, seed=61), remedy=remedy, **monitor))
+        images = [np.asarray(Image.open(io.BytesIO(comfy.view(i)))) for i in outputs["save"]["images"]]
+        return outputs["verdict"]["dejavu"][0], images
+
+    document, plain = drawn(alpha=0.02)
+    _, second, highest = sorted(scores(document))
+    place = scores(document).index(highest)
+    known = document["setting"]
+    setting = Setting(**{**known, "latent_shape": tuple(known["latent_shape"])})
+    path = path_for(setting, comfy.home / "user" / "dejavu" / "calibration")
+    # 399 made-up ordinary prompts score between the two: of three images at once the highest has p = 3 / 400.
+    nulls = tuple(Null("plain", {"first step": ((second + highest) / 2,)}) for _ in range(399))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Profile(setting, nulls).save(path)
+    try:
+        document, mitigated = drawn(when_flagged="mitigate", alpha=0.01)
+    finally:
+        path.unlink()
+    assert [v["flagged"] for v in document["verdicts"]] == [n == place for n in range(3)]
+    assert document["mitigation"] is not None, document["notes"]
+    for number, (before, after) in enumerate(zip(plain, mitigated, strict=True)):
+        assert np.array_equal(before, after) == (number != place)
 
 
 def test_a_flagged_run_can_be_ended_with_a_reason(comfy: ComfyServer, memorised: str) -> None:
