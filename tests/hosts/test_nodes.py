@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -289,16 +290,10 @@ def test_a_flagged_run_goes_on_from_other_noise_or_with_another_rule(
     assert (pixels(comfy, again) == drawn[0]).all()
 
 
-@pytest.mark.parametrize("remedy", ["batch-wise-noise", "guidance-transition"])
-def test_of_a_batch_the_flagged_image_alone_is_mitigated(comfy: ComfyServer, memorised: str, remedy: str) -> None:
-    def drawn(**monitor: Any) -> tuple[dict[str, Any], list[np.ndarray]]:
-        outputs = comfy.run(watched(demo(memorised, batch=3, steps=8, seed=61), remedy=remedy, **monitor))
-        images = [np.asarray(Image.open(io.BytesIO(comfy.view(i)))) for i in outputs["save"]["images"]]
-        return outputs["verdict"]["dejavu"][0], images
-
-    document, plain = drawn(alpha=0.02)
+@contextmanager
+def flagging_the_highest(comfy: ComfyServer, document: dict[str, Any]) -> Iterator[int]:
+    """While open, of a report's three images the highest alone is flagged; its place among them."""
     _, second, highest = sorted(scores(document))
-    place = scores(document).index(highest)
     known = document["setting"]
     setting = Setting(**{**known, "latent_shape": tuple(known["latent_shape"])})
     path = path_for(setting, comfy.home / "user" / "dejavu" / "calibration")
@@ -307,9 +302,21 @@ def test_of_a_batch_the_flagged_image_alone_is_mitigated(comfy: ComfyServer, mem
     path.parent.mkdir(parents=True, exist_ok=True)
     Profile(setting, nulls).save(path)
     try:
-        document, mitigated = drawn(when_flagged="mitigate", alpha=0.01)
+        yield scores(document).index(highest)
     finally:
         path.unlink()
+
+
+@pytest.mark.parametrize("remedy", ["batch-wise-noise", "guidance-transition"])
+def test_of_a_batch_the_flagged_image_alone_is_mitigated(comfy: ComfyServer, memorised: str, remedy: str) -> None:
+    def drawn(**monitor: Any) -> tuple[dict[str, Any], list[np.ndarray]]:
+        outputs = comfy.run(watched(demo(memorised, batch=3, steps=8, seed=61), remedy=remedy, **monitor))
+        images = [np.asarray(Image.open(io.BytesIO(comfy.view(i)))) for i in outputs["save"]["images"]]
+        return outputs["verdict"]["dejavu"][0], images
+
+    document, plain = drawn(alpha=0.02)
+    with flagging_the_highest(comfy, document) as place:
+        document, mitigated = drawn(when_flagged="mitigate", alpha=0.01)
     assert [v["flagged"] for v in document["verdicts"]] == [n == place for n in range(3)]
     assert document["mitigation"] is not None, document["notes"]
     for number, (before, after) in enumerate(zip(plain, mitigated, strict=True)):
@@ -425,14 +432,14 @@ def test_the_overlay_of_a_batch_is_that_of_its_highest_image(comfy: ComfyServer,
         outputs = comfy.run(graph)
         return np.asarray(Image.open(io.BytesIO(comfy.view(outputs["overlays"]["images"][0]))))
 
-    graph = watched(demo(memorised, batch=3, steps=2, seed=31), explain="always")
+    known = report(comfy, watched(demo(memorised, batch=3, steps=2, seed=31)))
+    graph = watched(demo(memorised, batch=3, steps=2, seed=31), alpha=0.011)
     graph["overlays"] = node("SaveImage", images=["verdict", 4], filename_prefix="overlay")
-    found = scores(report(comfy, graph))
-    order = sorted(range(3), key=lambda place: found[place])
-    for place in range(3):
-        graph[f"image {place}"] = node("LatentFromBatch", samples=["sampler", 0], batch_index=place, length=1)
-    whole, lowest, highest = (overlay(source) for source in ("sampler", f"image {order[0]}", f"image {order[-1]}"))
-    assert np.array_equal(whole, highest) and not np.array_equal(whole, lowest)
+    for number in range(3):
+        graph[f"image {number}"] = node("LatentFromBatch", samples=["sampler", 0], batch_index=number, length=1)
+    with flagging_the_highest(comfy, known) as place:
+        whole, *each = (overlay(source) for source in ("sampler", "image 0", "image 1", "image 2"))
+    assert [np.array_equal(whole, one) for one in each] == [number == place for number in range(3)]
 
 
 def test_a_run_past_the_monitor_has_no_verdict(comfy: ComfyServer, memorised: str) -> None:
