@@ -294,7 +294,7 @@ def test_a_flagged_run_goes_on_from_other_noise_or_with_another_rule(
 def flagging_the_highest(comfy: ComfyServer, document: dict[str, Any]) -> Iterator[int]:
     """While open, of a report's three images the highest alone is flagged; its place among them."""
     _, second, highest = sorted(scores(document))
-    known = document["setting"]
+    known = {**document["setting"], "without": document["verdicts"][0]["without"]}
     setting = Setting(**{**known, "latent_shape": tuple(known["latent_shape"])})
     path = path_for(setting, comfy.home / "user" / "dejavu" / "calibration")
     # 399 made-up ordinary prompts score between the two: of three images at once the highest has p = 3 / 400.
