@@ -22,6 +22,7 @@ Calibration = io.Custom("DEJAVU_CALIBRATION")
 References = io.Custom("DEJAVU_REFERENCES")
 
 SEED_LIMIT = 0xFFFFFFFFFFFFFFFF
+FLOAT_LIMIT = 1e9  # of numbers that a method leaves unbounded
 DOWNSCALE_RATIOS = (
     "downscale_ratio_spacial",
     "downscale_ratio_temporal",
@@ -65,10 +66,14 @@ def _input(known: Option, optional: bool = False) -> io.Input:
     if known.kind is bool:
         return io.Boolean.Input(known.name, default=known.default, **shown)
     if known.kind is int:
+        least = -SEED_LIMIT if known.minimum is None else int(known.minimum)
         most = SEED_LIMIT if known.maximum is None else int(known.maximum)
-        return io.Int.Input(known.name, default=known.default, min=int(known.minimum or 0), max=most, **shown)
+        return io.Int.Input(known.name, default=known.default, min=least, max=most, **shown)
     if known.kind is float:
-        low, high = known.minimum or 0.0, known.maximum or 1.0
+        low, high = (
+            limit if bound is None else bound
+            for bound, limit in ((known.minimum, -FLOAT_LIMIT), (known.maximum, FLOAT_LIMIT))
+        )
         step = 0.001 if high <= 1 else 0.01
         # A float without a default is left to the method: shown as 0.
         default = 0.0 if known.default is None else known.default

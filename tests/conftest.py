@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -14,7 +15,10 @@ from xdist.scheduler import LoadScopeScheduling
 if "PYTEST_XDIST_WORKER" in os.environ:  # before anything imports torch; processes that tests start inherit it
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
-sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("hosts", "page")]
+USER = TemporaryDirectory()
+os.environ["SD_DEJAVU_HOME"] = USER.name  # of what the user keeps nothing is read, and nothing is written there
+
+sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("core", "hosts", "page")]
 import comfyui_server  # noqa: E402
 
 COMFYUI = comfyui_server.find_installs()
@@ -36,3 +40,9 @@ class Together(LoadScopeScheduling):
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
     return Together(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What holds a server for long goes first, so that the many short files fill both processes to the end."""
+    items.sort(key=lambda item: (not set(WEBUIS) & set(re.findall(r"\w+", item.name)), item.path.parent.name == "core"))

@@ -173,9 +173,9 @@ KINDS: dict[PredictionType, str] = {"epsilon": "epsilon", "v_prediction": "v-pre
 
 
 def table() -> str:
-    """What each method does on each kind of model, as the Markdown table of docs/mitigations.md."""
+    """What each released method does on each kind of model, as the Markdown table of docs/mitigations.md."""
     rows = [["method", *KINDS.values(), "distilled (guidance scale 1)", "remarks"]]
-    for method in available().values():
+    for method in (method for method in available().values() if method.release != NEXT_RELEASE):
         asked = [method.refusal(kind) for kind in KINDS] + [method.refusal(method.prediction_types[0], guided=False)]
         said = "; ".join(part for part in (method.why_not, method.remark) if part)
         rows.append([method.name, *("refused" if why else "yes" for why in asked), said])

@@ -333,11 +333,12 @@ def test_out_of_memory_anywhere_else_is_one_sentence_and_status_2(capsys, monkey
 
 def test_demo_takes_a_device_and_a_precision(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "METHODS", {})
-    seen = []
-    plain = DiffusersModel._denoised
+    seen, plain, sigmas = [], DiffusersModel._denoised, DiffusersModel.sigmas
     monkeypatch.setattr(
         DiffusersModel, "_denoised", lambda self, *given: (seen.append(self._unet.dtype), plain(self, *given))[1]
     )
+    # The first step decides; in these precisions a CPU takes long for the others.
+    monkeypatch.setattr(DiffusersModel, "sigmas", lambda self, steps: [*sigmas(self, steps)[:3], 0.0])
     given = ["--device", "cpu", "--dtype", "bfloat16", "--images", "1", "--out", str(tmp_path / "demo")]
     assert main(["demo", *given]) == 0
     shown = capsys.readouterr().out
@@ -637,3 +638,16 @@ def test_the_options_of_methods_keep_their_names():
         settings = mitigations.available()[name].settings
         found = from_arguments(settings, given, mitigate._users(settings)[0])
         assert {name: getattr(found, name) for name in values} == values
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is full")
+def test_an_output_that_takes_nothing_is_one_sentence_and_status_2():
+    command = [sys.executable, "-m", "sd_dejavu", "check", "--images", "1", "--json", "a boat"]
+    ended, other_end = os.pipe()
+    os.close(ended)
+    full = os.open("/dev/full", os.O_WRONLY)
+    for out, why in ((full, "No space left on device"), (other_end, "Broken pipe")):
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        done = subprocess.run(command, env=environment, stdout=out, stderr=subprocess.PIPE, text=True)
+        os.close(out)
+        assert done.returncode == 2 and why in done.stderr and done.stderr.count("\n") == 1

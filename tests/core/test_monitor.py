@@ -226,9 +226,6 @@ def test_a_prompt_without_text_shows_numbered_tokens() -> None:
     words = tuple(WordSignificance(f"token {n}", 0, 0, float(n), n / 3) for n in range(4))
     verdict = Verdict("", 3.0, 0.005, True, 0.01, nulls=199, explanation=Explanation("output gradient", words, "norm"))
     plain = word_picture(replace(verdict, explanation=None))
-    assert (
-        word_picture(verdict).shape[0] > plain.shape[0] - 1
-        and (word_picture(verdict) != 255).sum() > (plain != 255).sum()
-    )
+    assert (word_picture(verdict) != 255).sum() > (plain != 255).sum()
     spans = word_spans("", verdict.explanation)
     assert [f">token {n}<" in spans for n in range(4)] == [True] * 4

@@ -12,6 +12,7 @@ import pytest
 
 from sd_dejavu.cli import prompt_files
 from sd_dejavu.cli.prompt_files import InputError, read_prompts
+from sd_dejavu.foreign import CAPTION_CHARACTERS
 
 WANTED = ["a red fox, asleep", "Blue Vase; With Handle", 'the "old" mill']
 
@@ -80,6 +81,15 @@ def test_bad_arguments(argument: str, sentence: str) -> None:
         read_prompts(None, [argument], None)
     with pytest.raises(InputError, match=r"^prompt 2: the prompt "):
         read_prompts(None, ["a fox", argument], None)
+
+
+def test_what_is_too_long_for_a_caption_never_reaches_a_tokenizer(tmp_path: Path) -> None:
+    endless = "c" * (CAPTION_CHARACTERS + 1)
+    with pytest.raises(InputError, match=r"its caption is too long: 100,001 characters, and at most 100,000 are read$"):
+        read_prompts(None, [endless], None)
+    for name, content in (("list.txt", f"first\n{endless}"), ("list.json", json.dumps(["first", endless]))):
+        assert "caption is too long" in failure(written(tmp_path, name, content))
+    assert read(written(tmp_path, "fits.txt", endless[1:])) == [endless[1:]]
 
 
 def test_text(tmp_path: Path) -> None:

@@ -1,32 +1,26 @@
-"""What the pack shows in ComfyUI beside its nodes: example workflows, help pages, texts. Read without the host.
-
-The nodes are read from their source, so nothing of the host is imported here; settings are the core's own.
-"""
+"""What the pack shows in ComfyUI beside its nodes: example workflows, help pages, texts. Read without the host."""
 
 from __future__ import annotations
 
-import ast
-import importlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
+from node_schemas import Node, declared, pack
 
-from sd_dejavu.settings import options_of
+from sd_dejavu.mitigations import NEXT_RELEASE, available
+from sd_dejavu.settings import option, options_of
 
 ROOT = Path(__file__).resolve().parents[2]
-SOCKETS = ROOT / "nodes" / "sockets.py"
-MITIGATIONS = ROOT / "sd_dejavu" / "mitigations"
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 PAIRS = ROOT / "sd_dejavu" / "demo" / "model" / "pairs.json"
 
-WIDGETS = {"STRING", "INT", "FLOAT", "BOOLEAN", "COMBO"}
 TITLE_HEIGHT = 30
 
 # The host's own nodes: (sockets, outputs, number of widget values); an output's name stands before its type where it has one.
@@ -67,235 +61,20 @@ STOCK: dict[str, tuple[list[tuple[str, str]], list[str], int]] = {
 }
 
 
-# ------------------------------------------------------------------------- the nodes, from their source
-
-
 @dataclass(frozen=True)
-class Input:
-    name: str
-    type: str
-    tooltip: str
-    is_optional: bool = False
-    is_seed: bool = False
-    options: tuple[str, ...] = ()
+class Unbounded:
+    rate: float = option(3.5, "no end")
+    share: float = option(0.5, "from 0 to 1", minimum=0, maximum=1)
+    none: float = option(0.0, "up to nothing", minimum=-2, maximum=0)
+    count: int = option(-7, "no end")
 
 
-@dataclass(frozen=True)
-class Output:
-    name: str
-    type: str
-    tooltip: str
-
-
-@dataclass(frozen=True)
-class Node:
-    id: str
-    display_name: str
-    description: str
-    inputs: tuple[Input, ...]
-    outputs: tuple[Output, ...]
-
-    @property
-    def sockets(self) -> list[tuple[str, str]]:
-        """In the front end's order: required ones first, then optional ones."""
-        ordered = sorted(self.inputs, key=lambda i: i.is_optional)
-        return [(i.name, i.type) for i in ordered if i.type not in WIDGETS]
-
-    @property
-    def widgets(self) -> list[Input | None]:
-        """In the front end's order; None is the value that says what becomes of a seed after each run."""
-        found: list[Input | None] = []
-        for known in sorted(self.inputs, key=lambda i: i.is_optional):
-            if known.type in WIDGETS:
-                found += [known, None] if known.is_seed else [known]
-        return found
-
-
-@cache
-def declared() -> dict[str, Node]:
-    found = {}
-    for path in sorted((ROOT / "nodes").glob("*.py")):
-        for call in ast.walk(_tree(path)):
-            if isinstance(call, ast.Call) and ast.unparse(call.func) == "io.Schema":
-                given = {k.arg: k.value for k in call.keywords}
-                inputs = [i for element in _elements(given["inputs"]) for i in _inputs(element, path)]
-                outputs = [_output(element) for element in _elements(given["outputs"])]
-                texts = [ast.literal_eval(given[name]) for name in ("node_id", "display_name", "description")]
-                found[texts[0]] = Node(*texts, tuple(inputs), tuple(outputs))
-    return found
-
-
-@cache
-def _tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
-def _elements(written: ast.expr | None) -> list[ast.expr]:
-    assert isinstance(written, ast.List)
-    return written.elts
-
-
-def _inputs(element: ast.expr, path: Path) -> Iterator[Input]:
-    match element:
-        case ast.Starred(
-            value=ast.Call(func=ast.Attribute(attr="inputs_of"), args=[ast.Name(id=settings)], keywords=more)
-        ):
-            left_out = [name for k in more if k.arg == "leave_out" for name in ast.literal_eval(k.value)]
-            yield from (i for i in _settings(settings, path) if i.name not in left_out)
-        case ast.Starred(
-            value=ast.Call(
-                func=ast.Attribute(attr="inputs_of"), args=[ast.Attribute(value=ast.Name(id=module), attr=settings)]
-            )
-        ):
-            yield from _settings(settings, _module(module, path))
-        case ast.Starred(value=ast.Call(func=ast.Attribute(attr="inputs_of_methods"), args=touches, keywords=more)):
-            wanted = {ast.literal_eval(argument) for argument in touches}
-            given = {k.arg: k.value for k in more}
-            known = [_source(ast.unparse(given["beside"]), path)] if "beside" in given else []
-            for method in sorted(MITIGATIONS.glob("*.py")):
-                declared_in = _source("Settings", method)  # methods may share their settings
-                if wanted & _touches(method) and declared_in not in known:
-                    known.append(declared_in)
-                    for found in _settings("Settings", method):
-                        yield replace(found, is_optional="optional" in given)
-        case ast.Starred(value=ast.Call(func=ast.Attribute(attr="run_inputs"))):
-            yield from _run_inputs()
-        case ast.Starred(value=ast.GeneratorExp(generators=[ast.comprehension(ifs=[ast.Compare() as test])])):
-            yield from (i for i in _run_inputs() if i.name != ast.literal_eval(test.comparators[0]))
-        case ast.Name(id=name):
-            yield from _inputs(_assigned(name, path), path)
-        case ast.Call(func=ast.Attribute(attr="Input", value=kind), args=[ast.Constant(value=name)]):
-            given = {k.arg: k.value for k in element.keywords}
-            options: tuple[str, ...] = ()
-            if "options" in given and "get_args" in ast.unparse(given["options"]):
-                options = _literal(ast.unparse(given["options"]).split("get_args(")[1].split(")")[0], path)
-            yield Input(
-                name,
-                _type(kind),
-                ast.literal_eval(given["tooltip"]),
-                "optional" in given and ast.literal_eval(given["optional"]),
-                "control_after_generate" in given,
-                options,
-            )
-        case _:
-            raise AssertionError(f"{path.name}: what is {ast.unparse(element)}?")
-
-
-def _run_inputs() -> Iterator[Input]:
-    (function,) = (f for f in _tree(SOCKETS).body if isinstance(f, ast.FunctionDef) and f.name == "run_inputs")
-    returned = function.body[-1]
-    assert isinstance(returned, ast.Return)
-    for element in _elements(returned.value):
-        yield from _inputs(element, SOCKETS)
-
-
-def _output(element: ast.expr) -> Output:
-    match element:
-        case ast.Call(func=ast.Attribute(attr="Output", value=kind), args=[]):
-            given = {k.arg: ast.literal_eval(k.value) for k in element.keywords}
-            return Output(given.get("display_name", _type(kind)), _type(kind), given["tooltip"])
-    raise AssertionError(f"what is {ast.unparse(element)}?")
-
-
-def _type(kind: ast.expr) -> str:
-    match kind:
-        case ast.Attribute(value=ast.Name(id="io"), attr=name):
-            return name.upper()
-        case ast.Attribute(value=ast.Name(id="sockets"), attr=name):
-            made = _assigned(name, SOCKETS)
-            assert isinstance(made, ast.Call)
-            return str(ast.literal_eval(made.args[0]))
-    raise AssertionError(f"what is {ast.unparse(kind)}?")
-
-
-def _settings(name: str, path: Path) -> Iterator[Input]:
-    """The inputs that sockets.inputs_of makes of a settings class."""
-    place = _source(name, path).relative_to(ROOT).with_suffix("")
-    for known in options_of(getattr(importlib.import_module(".".join(place.parts)), name)):
-        kinds = {bool: "BOOLEAN", int: "INT", float: "FLOAT"}
-        kind = kinds.get(known.kind, "COMBO" if known.choices else "STRING")
-        yield Input(known.name, kind, known.help, options=known.choices)
-
-
-def _assigned(name: str, path: Path) -> ast.expr:
-    for line in _tree(path).body:
-        if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == name:
-            return line.value
-    raise AssertionError(f"{name} is not set in {path.name}")
-
-
-def _literal(name: str, path: Path) -> tuple[str, ...]:
-    """The values of a Literal, wherever it was imported from."""
-    made = _assigned(name, _source(name, path))
-    assert isinstance(made, ast.Subscript) and ast.unparse(made.value) == "Literal"
-    values = ast.literal_eval(made.slice)
-    return values if isinstance(values, tuple) else (values,)
-
-
-def _module(name: str, path: Path) -> Path:
-    """The file of a module that was imported by its name."""
-    for line in _tree(path).body:
-        if isinstance(line, ast.ImportFrom) and line.level and name in [a.name for a in line.names]:
-            return path.parents[line.level - 1] / (line.module or "").replace(".", "/") / f"{name}.py"
-    raise AssertionError(f"{name} is not imported in {path.name}")
-
-
-def _touches(path: Path) -> set[str]:
-    """What the mitigations of this file say they touch."""
-    calls = [call for call in ast.walk(_tree(path)) if isinstance(call, ast.Call)]
-    made = [call for call in calls if ast.unparse(call.func) == "Mitigation"]
-    given = [k.value for call in made for k in call.keywords if k.arg == "touches"]
-    return {ast.literal_eval(value) for value in given or [call.args[2] for call in made]}
-
-
-def _source(name: str, path: Path) -> Path:
-    """The file that a name of this one was imported from; this one if it was not."""
-    for line in _tree(path).body:
-        if isinstance(line, ast.ImportFrom) and line.level and name in [a.name for a in line.names]:
-            return (path.parents[line.level - 1] / (line.module or "").replace(".", "/")).with_suffix(".py")
-    return path
-
-
-def test_the_source_is_read_to_the_end() -> None:
-    assert len(declared()) == 17
-    assert all(node.id.startswith("DejaVu") for node in declared().values())
-    assert [w.name for w in declared()["DejaVuInitialNoise"].widgets if w][-7:] == [
-        "method",
-        "noise_rounds",
-        "noise_strength",
-        "noise_radius",
-        "guidance_from",
-        "noise_iterations",
-        "noise_rate",
-    ]
-    # What came later stands at the end and may be left out: workflows that were made before go on as they were.
-    mitigate = [w for w in declared()["DejaVuMitigate"].widgets if w]
-    assert [w.name for w in mitigate if w.is_optional] == [
-        "method",
-        "attenuation",
-        "outlier_deviations",
-        "insertions",
-        "max_words",
-        "keep",
-        "start_factor",
-        "mask_padding",
-    ]
-    assert [w.name for w in mitigate if not w.is_optional][-4:] == [
-        "target",
-        "iterations",
-        "learning_rate",
-        "checkpointing",
-    ]
-    monitor = declared()["DejaVuMonitor"]
-    assert [name for name, _ in monitor.sockets] == ["model", "calibration", "clip"]
-    assert [w.name for w in monitor.widgets if w] == [
-        "without",
-        "when_flagged",
-        "remedy",
-        "explain",
-        "score",
-        "alpha",
-    ]
+def test_a_number_has_the_bounds_that_were_declared_and_no_others() -> None:
+    with pack() as load:
+        sockets = load("nodes.sockets")
+        found = {slot.name: (slot.given["min"], slot.given["max"]) for slot in sockets.inputs_of(Unbounded)}
+    limits = [(limit, -limit) for limit in (-sockets.FLOAT_LIMIT, -sockets.SEED_LIMIT)]
+    assert found == {"rate": limits[0], "share": (0, 1), "none": (-2, 0), "count": limits[1]}
 
 
 # ------------------------------------------------------------------------------------------- workflows
@@ -360,7 +139,10 @@ def test_values_fit_their_widgets(workflow: dict[str, Any]) -> None:
                     assert value in ("fixed", "randomize")
                 else:
                     assert isinstance(value, kinds[widget.type]), widget.name
-                    assert not widget.options or value in widget.options, widget.name
+                    options = widget.given.get("options")
+                    assert not isinstance(options, list) or not options or value in options, widget.name
+                    if widget.type in ("INT", "FLOAT"):
+                        assert widget.given["min"] <= value <= widget.given["max"], widget.name
 
 
 def test_nothing_covers_anything_else(workflow: dict[str, Any]) -> None:
@@ -404,8 +186,20 @@ def test_both_calibration_workflows_fit_together() -> None:
 # --------------------------------------------------------------------------------- help pages and texts
 
 
+# The host shows what a method declares; help pages and texts take it in with the release that brings the method.
+NEW = [method for method in available().values() if method.release == NEXT_RELEASE]
+UNRELEASED = {known.name for method in NEW for known in options_of(method.settings)}
+
+
 def shown(name: str) -> str:
     return name.replace("_", " ")
+
+
+def released(tooltip: str) -> str:
+    """Without what a list of the methods says of the new ones."""
+    for method in NEW:
+        tooltip = tooltip.replace(f"; {method.name}: {method.help}", "")
+    return tooltip
 
 
 @pytest.mark.parametrize("node", list(declared().values()), ids=list(declared()))
@@ -414,7 +208,7 @@ def test_every_node_has_a_help_page_that_names_its_slots(node: Node) -> None:
     sections = {part.split("\n", 1)[0]: part for part in page.split("\n## ")}
     for heading, slots in (("Inputs", node.inputs), ("Outputs", node.outputs)):
         rows = [line.split("|")[1].strip() for line in sections[heading].splitlines() if line.startswith("|")]
-        assert rows[2:] == [shown(slot.name) for slot in slots], heading
+        assert rows[2:] == [shown(s.name) for s in slots if s.name not in UNRELEASED or shown(s.name) in rows], heading
     assert {"How to wire it", "What to know"} <= sections.keys()
 
 
@@ -426,10 +220,12 @@ def texts() -> dict[str, Any]:
 @pytest.mark.parametrize("node", list(declared().values()), ids=list(declared()))
 def test_the_texts_are_those_of_the_source(node: Node) -> None:
     """The front end shows these instead of the source's, so they must not fall behind."""
-    assert texts()[node.id] == {
+    written = texts()[node.id]
+    inputs = [i for i in node.inputs if i.name not in UNRELEASED or i.name in written["inputs"]]
+    assert written == {
         "display_name": node.display_name,
         "description": node.description,
-        "inputs": {i.name: {"name": shown(i.name), "tooltip": i.tooltip} for i in node.inputs},
+        "inputs": {i.name: {"name": shown(i.name), "tooltip": released(i.tooltip)} for i in inputs},
         "outputs": {str(n): {"name": o.name, "tooltip": o.tooltip} for n, o in enumerate(node.outputs)},
     }
 

@@ -13,6 +13,7 @@ import comfyui_server
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.figures  # the other tests of this folder hold what it measures, one by one
 
 
 @pytest.fixture(scope="module")

@@ -541,7 +541,11 @@ def test_guidance_begins_at_the_transition(server: ComfyServer, memorised: str) 
 
 
 @pytest.mark.parametrize("method", ["batch-wise-noise", "per-sample-noise"])
-def test_the_initial_noise_is_what_the_sampler_starts_from(server: ComfyServer, memorised: str, method: str) -> None:
+def test_the_initial_noise_is_what_the_sampler_starts_from(
+    server: ComfyServer, newest: bool, memorised: str, method: str
+) -> None:
+    if method == "per-sample-noise" and not newest:
+        pytest.skip("takes long, and is tried on the newest host")
     outputs = server.run(_from_noise(memorised, method, batch=2))
     document = json.loads(outputs["told"]["text"][0])
     assert document["changed"] is True and document["late_guidance"] is (method == "batch-wise-noise")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
+from itertools import cycle, product
 
 import graphs
 import miniature
@@ -15,15 +15,17 @@ from watched import report, scores, watched
 LONG = ", ".join(["a red fox at dawn"] * 20)
 
 
-def test_every_sampler_with_every_scheduler(comfy: ComfyServer, newest: bool) -> None:
-    """On older hosts every sampler with one scheduler, and every scheduler with one sampler."""
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.figures)])
+def test_every_sampler_and_every_scheduler(comfy: ComfyServer, newest: bool, every: bool) -> None:
+    """Every sampler, with the schedulers in turn, and every scheduler; all pairs of them among the figures."""
     known = comfy.object_info("KSampler")["KSampler"]["input"]["required"]
     samplers, schedulers = known["sampler_name"][0], known["scheduler"][0]
     assert len(samplers) >= 40 and len(schedulers) >= 9
+    if every and not newest:
+        pytest.skip("all pairs are tried on the newest host")
+    pairs = product(samplers, schedulers) if every else zip(samplers, cycle(schedulers), strict=False)
     silent = []
-    for sampler, scheduler in product(samplers, schedulers):
-        if not newest and sampler != "euler" and scheduler != "normal":
-            continue
+    for sampler, scheduler in pairs:
         graph = graphs.text_to_image(sampler=sampler, scheduler=scheduler, steps=2)
         (verdict,) = report(comfy, watched(graph))["verdicts"]
         if not (verdict["score"] and (verdict["p_value"] or "calibrat" in verdict["why"])):
@@ -106,7 +108,10 @@ WAYS: dict[str, tuple[dict[str, object], Callable[[Graph], None] | None]] = {
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("cfg", [1.0, 7.0])
 @pytest.mark.parametrize("way", WAYS)
-def test_ways_to_prepare_a_run(comfy: ComfyServer, way: str, cfg: float, batch: int) -> None:
+def test_ways_to_prepare_a_run(comfy: ComfyServer, newest: bool, way: str, cfg: float, batch: int) -> None:
+    """On older hosts one image with guidance, and several without."""
+    if not newest and (batch == 1) == (cfg == 1):
+        pytest.skip("tried on the newest host")
     options, change = WAYS[way]
     graph = graphs.text_to_image(seed=int(cfg), steps=3, cfg=cfg, batch=batch, **options)  # type: ignore[arg-type]
     if change is not None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 WORKFLOWS = sorted((Path(__file__).parents[2] / "example_workflows").glob("*.json"))
+SAVED = Path(__file__).parents[1] / "data" / "v0.1.0"
 RUN_ON_THE_BUNDLED_MODEL = ("1 ", "3 ", "4 ", "6 ", "7 ", "8 ")
 ANSWERS = {"6 ": {"a copy", "no copy found"}, "7 ": {"a copy"}}  # of Nearest Reference, plain and mitigated
 
@@ -17,6 +18,21 @@ ANSWERS = {"6 ": {"a copy", "no copy found"}, "7 ": {"a copy"}}  # of Nearest Re
 def test_every_node_of_a_workflow_is_known(page, workflow: Path) -> None:
     page.load(workflow)
     assert page.missing_nodes() == []
+
+
+@pytest.mark.parametrize("workflow", sorted((SAVED / "workflows").glob("*.json")), ids=lambda path: path.stem)
+def test_a_workflow_of_release_0_1_0_keeps_its_values(page, workflow: Path) -> None:
+    names = json.loads((SAVED / "nodes.json").read_text(encoding="utf-8"))
+    page.load(workflow)
+    assert page.missing_nodes() == []
+    for node in json.loads(workflow.read_text(encoding="utf-8"))["nodes"]:
+        if node["type"] in names:
+            saved = zip(names[node["type"]]["widgets"], node["widgets_values"], strict=True)
+            found = page.browser.evaluate(
+                "(id) => window.comfyAPI.app.app.graph.getNodeById(id).widgets?.map((w) => [w.name, w.value]) ?? []",
+                node["id"],
+            )
+            assert {name: value for name, value in saved if name}.items() <= dict(found).items(), node["type"]
 
 
 def test_a_node_that_nobody_has_is_missed(page, tmp_path: Path) -> None:
