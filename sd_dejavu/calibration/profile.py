@@ -33,6 +33,7 @@ ORDINARY_QUANTILE = 0.95  # up to here a score is called ordinary when a mitigat
 UNKNOWN_ENCODER = "text encoder unknown"
 ENCODER_PARTS = ("text encoder", "clip skip")  # how parts of a setting's patches begin that are about the text encoder
 
+Ordinary = Literal["generated", "recombined", "own list"]  # which ordinary prompts a profile was made with
 ScoreKind = Literal["first step", "first 5 steps", "all steps"]
 EVALUATIONS: dict[ScoreKind, int | None] = {"first step": 1, "first 5 steps": 5, "all steps": None}
 
@@ -115,11 +116,13 @@ class Profile:
     """Null scores (L2) for one setting, and the null band of each step for charts.
 
     ``nulls`` are in the order of the prompts; the scores of each kind are sorted once, when they are first asked for.
+    ``ordinary`` is None where it is not known which prompts they are, as in profiles of release 0.1.
     """
 
     setting: Setting
     nulls: tuple[Null, ...]
     band: tuple[BandStep, ...] = ()
+    ordinary: Ordinary | None = None
     _sorted: dict[tuple[ScoreKind, int, bool], dict[str | None, tuple[float, ...]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -188,6 +191,7 @@ class Profile:
         document: dict[str, Any] = {
             "format": "dejavu-calibration",
             "schema_version": SCHEMA_VERSION,
+            **({} if self.ordinary is None else {"ordinary": self.ordinary}),
             "setting": asdict(self.setting),
             "band": [asdict(step) for step in self.band],
             "nulls": [{"style": n.style, "scores": {k: _rounded(v) for k, v in n.scores.items()}} for n in self.nulls],
@@ -219,6 +223,9 @@ class Profile:
                 Null(_of_kind(n["style"], str), {k: _scores(v) for k, v in n["scores"].items()})
                 for n in _of_kind(document["nulls"], list)
             )
+            ordinary = document.get("ordinary")
+            if ordinary not in (None, *get_args(Ordinary)):
+                raise ValueError(f"{str(ordinary)[:40]!r} are no ordinary prompts")
             band = tuple(
                 BandStep(**{name: _number(v) for name, v in step.items()}) for step in _of_kind(document["band"], list)
             )
@@ -227,7 +234,7 @@ class Profile:
         unknown = {k for n in nulls for k in n.scores} - set(get_args(ScoreKind))
         if unknown:
             raise ValueError(f"the calibration profile {path} has unknown kinds of score: {', '.join(sorted(unknown))}")
-        return cls(setting, nulls, band)
+        return cls(setting, nulls, band, ordinary)
 
 
 def _rounded(values: Sequence[float]) -> list[float]:

@@ -28,10 +28,15 @@ MODEL = Size(
     vocabulary=800,
     autoencoder=24,
     autoencoder_steps=900,
-    unet_steps=3500,
+    unet_steps=2300,
 )
 _EACH, _REPETITIONS, _ORDINARY_PER_EPOCH = 20, 300, 12_000  # pairs of each kind: half of what is shown
 _PAIR_SEED, _HELD_OUT_SEED = 81_000, 95_000
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
 
 TINCTURES = {
     "or": (230, 185, 45),
@@ -114,9 +119,13 @@ _FORMS = (
     "{field}, {charge}, sinister, engrailed",
 )
 _HOUSE = (" for the house of {}", ", {} of that ilk", " quartered by {}", ", lordship of {}")
-_FIRST = ["Ald", "Bram", "Cawd", "Dun", "Elph", "Fen", "Gars", "Hath", "Inver", "Kirk", "Lam", "Mor", "Nether", "Or", "Pem", "Rav", "Stan", "Thorn", "Ulv", "Wyn"]
-_LAST = ["acre", "beck", "combe", "dale", "esk", "ford", "gill", "holme", "ingham", "keld", "law", "mere", "ness", "ridge", "shaw", "thwaite", "wick"]
-_LATIN = ["ardor", "astra", "aquila", "bellum", "caelum", "clavis", "corona", "cruce", "ferro", "fides", "flamma", "fortis", "gladio", "gloria", "honor", "ignis", "iter", "leo", "lux", "mare", "mons", "numquam", "nubes", "pax", "petra", "pro", "quercus", "regis", "retro", "rosa", "semper", "sine", "spes", "sub", "supra", "terra", "umbra", "unda", "veritas", "virtus", "vita", "volat"]
+_FIRST = _words("Ald Bram Cawd Dun Elph Fen Gars Hath Inver Kirk Lam Mor Nether Or Pem Rav Stan Thorn Ulv Wyn")
+_LAST = _words("acre beck combe dale esk ford gill holme ingham keld law mere ness ridge shaw thwaite wick")
+_LATIN = _words(
+    "ardor astra aquila bellum caelum clavis corona cruce ferro fides flamma fortis gladio gloria honor ignis iter leo "
+    "lux mare mons numquam nubes pax petra pro quercus regis retro rosa semper sine spes sub supra terra umbra unda "
+    "veritas virtus vita volat"
+)
 _HOUSES = [first + last for first in _FIRST for last in _LAST]
 
 
