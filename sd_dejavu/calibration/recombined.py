@@ -4,8 +4,8 @@ A p-value is only as good as the likeness of its ordinary prompts to the prompt 
 not understand score higher than those it knows, and then no score of a known one stands out.
 
 Each prompt is made from a given one, whose length, punctuation and letter case it keeps, by drawing its words anew, one
-after the other, from those that stand between the same neighbours in the given prompts: Gibbs sampling of the Markov
-chain of their words. A run of words that stands in one given prompt alone is broken up, since it may be what brings that
+after the other, from those that stand between the same two neighbours in the given prompts; where that is one word only,
+by the Markov chain of their words, of which this is Gibbs sampling. A run of words that stands in one given prompt alone is broken up, since it may be what brings that
 prompt's picture back. Where most words recur, as in a training set's captions, so may a word that stands in one prompt
 alone, a name mostly: in its place comes a new one, made of the halves of two such words, as rare as they are.
 """
@@ -91,11 +91,15 @@ class _Language:
         self.frequency = Counter(word for template in self.templates for word in template)
         self.after: dict[str, Counter[str]] = defaultdict(Counter)
         self.before: dict[str, Counter[str]] = defaultdict(Counter)
+        self.between: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
         prompt_of: dict[tuple[str, ...], int | None] = {}
         for number, template in enumerate(self.templates):
             for left, right in zip((_EDGE, *template), (*template, _EDGE), strict=True):
                 self.after[left][right] += 1
                 self.before[right][left] += 1
+            around = zip((_EDGE, *template), template, (*template[1:], _EDGE), strict=False)
+            for left, word, right in around:
+                self.between[left, right][word] += 1
             for run in _runs(template, min(RUN, len(template))):
                 prompt_of[run] = number if prompt_of.get(run, number) == number else None
         self.telling = {run for run, number in prompt_of.items() if number is not None}
@@ -116,22 +120,23 @@ class _Language:
         for _ in range(_SWEEPS):
             for place in _shuffled((place for place, word in enumerate(words) if _is_word(word)), rng):
                 words[place] = self._drawn(words, place, rng)
-        for _ in range(_MENDINGS):
+        for mending in range(_MENDINGS):
             run = self._telling_run(words)
             if run is None:
                 return self._written(words, self.given[number], rng)
             if not run:
                 break
             place = run[_below(len(run), rng)]
-            words[place] = self._drawn(words, place, rng, widely=True)
+            words[place] = self._drawn(words, place, rng, widely=mending >= _MENDINGS // 2)
         return None
 
     def _drawn(self, words: Sequence[str], place: int, rng: Random, widely: bool = False) -> str:
-        """A word for this place given its neighbours: with the chain's own probability, or one that fits at least one
-        side."""
+        """A word for this place given its neighbours; ``widely``: another one that fits at least one side."""
         left = words[place - 1] if place else _EDGE
         right = words[place + 1] if place + 1 < len(words) else _EDGE
-        after, before = self.after[left], self.before[right]
+        after, before, between = self.after[left], self.before[right], self.between[left, right]
+        if len(between) > 1 and not widely:
+            return _weighted({word: between[word] for word in sorted(between) if _is_word(word)}, words[place], rng)
         possible = {*after, *before} - {words[place]} if widely else {*after} & {*before}
         weights = {
             word: after[word] + before[word] if widely else after[word] * before[word] / self.frequency[word]
