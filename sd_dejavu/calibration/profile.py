@@ -27,7 +27,9 @@ from ..verdict import BandStep
 
 SCHEMA_VERSION = 1
 ALPHA_DEFAULT = 0.01
-ENOUGH_OF_STYLE = 99  # ordinary prompts of one style: they alone are compared with where there are as many
+# Ordinary prompts of one style: they alone are compared with where there are as many. The share that a calibration of n
+# flags at alpha strays from alpha by sqrt(alpha / n): at 0.01 by a third with 999, by all of it with 99.
+ENOUGH_OF_STYLE = 999
 ORDINARY_QUANTILE = 0.95  # up to here a score is called ordinary when a mitigation asks how far to go
 
 UNKNOWN_ENCODER = "text encoder unknown"
