@@ -66,6 +66,12 @@ def run(arguments: argparse.Namespace) -> int:
     if len(unread) == len(prompts):
         raise PromptTooLong(unread[0])
     prompts = [prompt for index, prompt in enumerate(prompts) if index not in unread]
+    if unread and arguments.prompts_file is None:
+        common.warn(
+            f"{len(unread):,} ordinary prompts have more tokens than the model reads and are left out, as words that it does "
+            "not know have many: calibrate with prompts like yours (--like)"
+        )
+        unread = {}
     path = arguments.out or store.path_for(setting_of(model, wanted))
     if not arguments.replace:
         store.check_kept(path, store.Size(len(prompts), min(arguments.full_runs, len(prompts)), wanted.images))
