@@ -38,7 +38,7 @@ def notes(audit: Audit) -> list[str]:
             "raise the number of ordinary prompts to name fewer."
         )
     if audit.misfit:
-        told.append(misfit("captions", "recombine them from the captions, or give your own"))
+        told.append(misfit("captions", "recombine them from the captions (on the command line: --like-captions)"))
     if audit.counts == "magnitude":
         told.append("There were captions only, so nothing could be compared with the training pictures.")
     counts = "What counts is how much more each caption leads towards its own training picture than to others"

@@ -318,7 +318,9 @@ def test_a_calibration_like_given_prompts_says_so_and_is_checked_against_them(tm
     assert "150 ordinary prompts, recombined from yours, at sigma" in captured.out and captured.err == ""
     assert "stranger" not in captured.out
     assert Profile.load(out).ordinary == "recombined"
-    assert main([*given, "--prompts-file", str(file)]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main([*given, "--prompts-file", str(file)])
+    assert "not allowed with argument" in capsys.readouterr().err
     file.write_text("a boat")
     assert main([*given, "--replace"]) == 2
     assert "too few words in common for 150 others" in capsys.readouterr().err
