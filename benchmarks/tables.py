@@ -16,6 +16,7 @@ from typing import get_args
 
 from tqdm import tqdm
 
+from sd_dejavu.calibration.ordinary_prompts import style_of
 from sd_dejavu.calibration.profile import Profile
 from sd_dejavu.demo import bundled
 from sd_dejavu.demo.evaluation import (
@@ -30,7 +31,7 @@ from sd_dejavu.demo.evaluation import (
 from sd_dejavu.demo.world import STYLES
 from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.run.measure import Measurement, measure
-from sd_dejavu.statistics import auc, kolmogorov_uniform, tpr_at_fpr
+from sd_dejavu.statistics import auc, kolmogorov_two_samples, tpr_at_fpr
 from sd_dejavu.verdict import View
 
 
@@ -48,12 +49,13 @@ def explanation_table(model, profile, wanted) -> list[dict]:
 
 
 def calibration_table(model, profile, wanted) -> list[dict]:
-    """Fresh ordinary captions: p-values against the uniform law, and false positives in each style."""
+    """Fresh ordinary captions against the nulls that judge them (two-sample test), and false positives in each style."""
     rows = []
     verdicts = fresh_verdicts(model, profile, wanted, bundled.held_out_ordinary(1000, seed=31337))
     for style in (None, *STYLES):
-        chosen = [v for v in verdicts if v.p_value is not None and style in (None, v.null_style)]
-        distance, p = kolmogorov_uniform([v.p_value for v in chosen if v.p_value is not None])
+        chosen = [v for v in verdicts if v.p_value is not None and style in (None, style_of(v.prompt))]
+        nulls = profile.null_scores(wanted.score, wanted.images, chosen[0].null_style)
+        distance, p = kolmogorov_two_samples([v.score for v in chosen if v.score is not None], nulls)
         flagged = Share(sum(bool(v.flagged) for v in chosen), len(chosen))
         rows.append({"style": style or "all", "flagged": share(flagged), "ks distance": distance, "ks p": p})
     return rows

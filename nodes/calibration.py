@@ -52,6 +52,14 @@ class Calibrate(io.ComfyNode):
                     optional=True,
                     tooltip="Also replace a calibration for the same setting that holds more than this one.",
                 ),
+                io.String.Input(
+                    "like",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="Prompts like those that will be judged, one a line: ordinary ones are recombined from their "
+                    "words. Empty for general ones, which are strangers to a specialised model.",
+                ),
             ],
             outputs=[
                 sockets.Calibration.Output(display_name="calibration", tooltip="For the Monitor node."),
@@ -74,6 +82,7 @@ class Calibrate(io.ComfyNode):
         whole_runs: int,
         cfg: float,
         replace: bool = False,
+        like: str = "",
     ) -> io.NodeOutput:
         latent, noise, sigmas = sockets.start_of(model, latent_image, 0, steps, sampler_name, scheduler, denoise)
         bar = comfy.utils.ProgressBar(count + whole_runs)
@@ -89,6 +98,7 @@ class Calibrate(io.ComfyNode):
             whole_runs,
             comfy.samplers.sampler_object(sampler_name),
             cfg,
+            [line for line in like.splitlines() if line.strip()],
         )
         path = store.path_for(profile.setting, sockets.user_folder())
         try:

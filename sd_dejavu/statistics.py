@@ -68,12 +68,28 @@ def kolmogorov_uniform(p_values: Sequence[float]) -> tuple[float, float]:
     count = len(x)
     steps = np.arange(1, count + 1) / count
     distance = float(max((steps - x).max(), (x - steps + 1 / count).max()))
+    return distance, _kolmogorov_tail(distance, count)
+
+
+def kolmogorov_two_samples(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+    """Kolmogorov-Smirnov distance of two samples, and its p-value (asymptotic series).
+
+    For p-values whose nulls are a sample themselves: the scores against the nulls.
+    """
+    a, b = np.sort(np.asarray(first, dtype=float)), np.sort(np.asarray(second, dtype=float))
+    both = np.concatenate([a, b])
+    gaps = np.searchsorted(a, both, "right") / len(a) - np.searchsorted(b, both, "right") / len(b)
+    distance = float(np.abs(gaps).max())
+    return distance, _kolmogorov_tail(distance, len(a) * len(b) / (len(a) + len(b)))
+
+
+def _kolmogorov_tail(distance: float, count: float) -> float:
     t = (count**0.5 + 0.12 + 0.11 / count**0.5) * distance
     if t < 0.2:  # the tail is 1 to 12 digits there, and the alternating series no longer converges
-        return distance, 1.0
+        return 1.0
     terms = np.arange(1, 101)
     tail = 2 * float(((-1.0) ** (terms - 1) * np.exp(-2 * terms**2 * t**2)).sum())
-    return distance, min(1.0, max(0.0, tail))
+    return min(1.0, max(0.0, tail))
 
 
 def spread(items: Sequence[Item], count: int | None) -> list[Item]:

@@ -17,7 +17,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ..conditioning import Unconditional
 from ..denoiser import PredictionType
@@ -28,11 +28,15 @@ from ..verdict import BandStep
 
 SCHEMA_VERSION = 1
 ALPHA_DEFAULT = 0.01
-ENOUGH_OF_STYLE = 99  # ordinary prompts of one style: they alone are compared with where there are as many
+# Ordinary prompts of one style: they alone are compared with where there are as many. The share that a calibration of n
+# flags at alpha strays from alpha by sqrt(alpha / n): at 0.01 by a third with 999, by all of it with 99.
+ENOUGH_OF_STYLE = 999
 ORDINARY_QUANTILE = 0.95  # up to here a score is called ordinary when a mitigation asks how far to go
 
 UNKNOWN_ENCODER = "text encoder unknown"
 ENCODER_PARTS = ("text encoder", "clip skip")  # how parts of a setting's patches begin that are about the text encoder
+
+Ordinary = Literal["generated", "recombined", "own list"]  # which ordinary prompts a profile was made with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,11 +118,13 @@ class Profile:
     """Null scores for one setting, and the null band of each step for charts.
 
     ``nulls`` are in the order of the prompts; the scores of each kind are sorted once, when they are first asked for.
+    ``ordinary`` is None where it is not known which prompts they are, as in profiles of release 0.1.
     """
 
     setting: Setting
     nulls: tuple[Null, ...]
     band: tuple[BandStep, ...] = ()
+    ordinary: Ordinary | None = None
     _sorted: dict[tuple[str, int, bool], dict[str | None, tuple[float, ...]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -185,6 +191,7 @@ class Profile:
         document: dict[str, Any] = {
             "format": "dejavu-calibration",
             "schema_version": SCHEMA_VERSION,
+            **({} if self.ordinary is None else {"ordinary": self.ordinary}),
             "setting": asdict(self.setting),
             "band": [asdict(step) for step in self.band],
             "nulls": [{"style": n.style, "scores": {k: _rounded(v) for k, v in n.scores.items()}} for n in self.nulls],
@@ -216,12 +223,15 @@ class Profile:
                 Null(_of_kind(n["style"], str), {k: _scores(k, v) for k, v in n["scores"].items()})
                 for n in _of_kind(document["nulls"], list)
             )
+            ordinary = document.get("ordinary")
+            if ordinary not in (None, *get_args(Ordinary)):
+                raise ValueError(f"{str(ordinary)[:40]!r} are no ordinary prompts")
             band = tuple(
                 BandStep(**{name: _number(v) for name, v in step.items()}) for step in _of_kind(document["band"], list)
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ValueError(f"the calibration profile {path} is damaged ({error!r}): calibrate again") from error
-        return cls(setting, nulls, band)
+        return cls(setting, nulls, band, ordinary)
 
 
 def _rounded(values: Sequence[float]) -> list[float]:

@@ -68,6 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_settings(parser, BuildSettings, "reading the training set", leave_out=("thumbnail_side",))
     own = parser.add_argument_group("ordinary prompts")
     own.add_argument("--null-prompts", type=Path, metavar="FILE", help="your own ordinary prompts (default: generated)")
+    own.add_argument(
+        "--like-captions",
+        action="store_true",
+        help="recombine ordinary prompts from the captions' words, so that they are no stranger to the model",
+    )
     own.add_argument("--column", help="column or key that holds the captions of a list, or the ordinary prompts")
     where = parser.add_argument_group("where")
     where.add_argument(
@@ -88,10 +93,13 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.model, arguments.config, arguments.device, arguments.dtype, arguments.prompt_weights, arguments.base
     )
     engine = _engine(arguments)
-    ordinary = common.ordinary_prompts_of(arguments, arguments.null_prompts, wanted.nulls)
+    if arguments.like_captions and arguments.null_prompts is not None:
+        raise ValueError(
+            "--null-prompts and --like-captions exclude each other: give your own ordinary prompts, or none"
+        )
     arguments.out.mkdir(parents=True, exist_ok=True)
     with locked(arguments.out, arguments.out / LOCK):
-        return _audited(arguments, wanted, measurement, loras, load, engine, ordinary)
+        return _audited(arguments, wanted, measurement, loras, load, engine)
 
 
 def _audited(
@@ -101,7 +109,6 @@ def _audited(
     loras: list[LoraFile],
     load: Load,
     engine: Engine,
-    ordinary: list[str],
 ) -> int:
     with common.progress_bar(Console(stderr=True)) as bar:
         known: dict[str, Any] = {}
@@ -112,6 +119,8 @@ def _audited(
             bar.update(known[stage], completed=done, total=total)
 
         subject = _subject(arguments, wanted, measurement, show)
+        captions = [case.caption for case in subject.cases] if arguments.like_captions else None
+        ordinary, _ = common.ordinary_prompts_of(arguments, arguments.null_prompts, captions, wanted.nulls)
         begun = identity(
             subject.entries,
             ordinary,

@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from ..calibration import store
 from ..calibration.calibrate import calibrate
-from ..denoiser import PromptTooLong
-from ..report.wording import calibrated
-from ..run.measure import Measurement, setting_of
+from ..calibration.misfit import stranger_nulls
+from ..calibration.profile import Profile
+from ..denoiser import Model, PromptTooLong
+from ..report.wording import calibrated, misfit
+from ..run.measure import Measurement, measure, setting_of
+from ..statistics import spread
 from . import common
+from .prompt_files import read_prompts
+
+GIVEN = 100  # of the prompts that others were made from, so many are measured too
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="prompts also run to the end, for the charts' band and other scores than the first step (default: 0)",
     )
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--prompts-file", type=Path, metavar="FILE", help="your own ordinary prompts (default: generated)"
+    )
+    which.add_argument(
+        "--like",
+        type=Path,
+        metavar="FILE",
+        help="prompts like those that will be judged: ordinary ones are recombined from their words, so that they are no "
+        "stranger to the model",
     )
     parser.add_argument("--column", help="column or key that holds the prompts")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to save (default: the user's data folder)")
@@ -44,12 +59,19 @@ def run(arguments: argparse.Namespace) -> int:
     wanted = common.from_arguments(Measurement, arguments)
     if not 0 <= arguments.full_runs <= common.LARGEST_COUNT:
         raise ValueError(f"full runs must be 0 or more, at most {common.LARGEST_COUNT:,}, not {arguments.full_runs}")
-    prompts = common.ordinary_prompts_of(arguments, arguments.prompts_file, arguments.count)
+    like = None if arguments.like is None else list(read_prompts(arguments.like, [], None, arguments.column))
+    prompts, ordinary = common.ordinary_prompts_of(arguments, arguments.prompts_file, like, arguments.count)
     model = common.load_model(arguments)
-    unread = {} if arguments.prompts_file is None else common.too_long(model, prompts)
+    unread = common.too_long(model, prompts)
     if len(unread) == len(prompts):
         raise PromptTooLong(unread[0])
     prompts = [prompt for index, prompt in enumerate(prompts) if index not in unread]
+    if unread and arguments.prompts_file is None:
+        common.warn(
+            f"{len(unread):,} ordinary prompts have more tokens than the model reads and are left out, as words that it does "
+            "not know have many: calibrate with prompts like yours (--like)"
+        )
+        unread = {}
     path = arguments.out or store.path_for(setting_of(model, wanted))
     if not arguments.replace:
         store.check_kept(path, store.Size(len(prompts), min(arguments.full_runs, len(prompts)), wanted.images))
@@ -66,12 +88,17 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.batch_size,
             lambda stage: bar.advance(tasks[stage]),
             left_out.__setitem__,
+            ordinary,
         )
     for why in (*unread.values(), *(f"{prompt}: {why}" for prompt, why in left_out.items())):
         common.warn(f"not measured: {why}")
     store.keep(profile, path, arguments.replace)
+    told = [calibrated(profile, wanted.images)]
+    if like is not None and _misfit(model, like, wanted, profile, arguments.batch_size):
+        told.append(misfit(remedy="give more of them"))
     summary = {
         "profile": str(path),
+        "ordinary": ordinary,
         "prompts": len(profile.nulls),
         "styles": dict(Counter(null.style for null in profile.nulls)),
         "median": profile.quantile(0.5, "first step", wanted.images),
@@ -80,5 +107,15 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         common.print_json(summary)
     else:
-        common.tell(f"{calibrated(profile, wanted.images)}\nsaved as {path}")
+        common.tell("\n".join([*told, f"saved as {path}"]))
     return common.EXIT_NOT_MEASURED if left_out or unread else 0
+
+
+def _misfit(model: Model, given: list[str], wanted: Measurement, profile: Profile, batch_size: int) -> bool:
+    """Whether the nulls are stranger to the model than the prompts that they were made from."""
+    unread = common.too_long(model, given)
+    readable = [prompt for index, prompt in enumerate(given) if index not in unread]
+    first_step = replace(wanted, score="first step")
+    measured = measure(model, spread(readable, GIVEN), first_step, batch_size)
+    scores = [float(one.scores.mean()) for one in measured if one.scores is not None]
+    return stranger_nulls(scores, profile.null_scores("first step", wanted.images))

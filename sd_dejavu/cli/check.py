@@ -9,6 +9,8 @@ import argparse
 
 from rich.console import Console
 
+from ..calibration.misfit import stranger_nulls
+from ..report.wording import misfit
 from ..run.measure import Measurement, setting_of, verdict_on
 from . import common
 
@@ -29,9 +31,11 @@ def run(arguments: argparse.Namespace) -> int:
     model = common.load_model(arguments)
     profile, setting = common.profile_of(arguments, model, wanted), setting_of(model, wanted)
     flagged, missing = 0, False
+    scores: list[float] = []
     for measured in common.measured_in_chunks(model, prompts, wanted, arguments.batch_size, Console(stderr=True)):
         verdict = verdict_on(measured, wanted, setting, profile)
         flagged += bool(verdict.flagged)
+        scores += [] if verdict.score is None else [verdict.score]
         why = ""
         if measured.scores is not None and (
             arguments.explain == "always" or (arguments.explain == "flagged" and verdict.flagged)
@@ -40,6 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
             verdict = verdict_on(measured, wanted, setting, profile, words)
         missing = missing or not measured.per_step or bool(why)
         common.print_verdict(verdict, wanted, model, arguments.json, why)
+    if profile is not None and stranger_nulls(scores, profile.null_scores(wanted.score, wanted.images)):
+        common.warn(misfit(remedy="calibrate with prompts like yours (--like)"))
     if not arguments.json and len(prompts) > 1:
         common.tell(f"{flagged} of {len(prompts)} prompts flagged at alpha = {wanted.alpha:g}")
     if arguments.fail_on_flag and flagged:

@@ -17,7 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from ..calibration import store
-from ..calibration.profile import Profile
+from ..calibration.ordinary_prompts import ordinary_prompts
+from ..calibration.profile import Ordinary, Profile
+from ..calibration.recombined import recombined
 from ..denoiser import Model, PromptTooLong
 from ..explain.views import explain
 from ..memory import OutOfMemory, release, telling
@@ -142,17 +144,20 @@ def load_model(arguments: argparse.Namespace) -> Model:
     return load(arguments.model, arguments.device, arguments.dtype, arguments.config, arguments.prompt_weights)
 
 
-def ordinary_prompts_of(arguments: argparse.Namespace, file: Path | None, count: int) -> list[str]:
-    """The user's own ordinary prompts, or as many of ours; the bundled model's are captions of its little world."""
-    from ..calibration.ordinary_prompts import ordinary_prompts
-
-    if file is not None:
-        return list(read_prompts(file, [], None, arguments.column))[:count]
+def ordinary_prompts_of(
+    arguments: argparse.Namespace, own: Path | None, like: Sequence[str] | None, count: int
+) -> tuple[list[str], Ordinary]:
+    """The user's own ordinary prompts, others ``like`` given ones, or generated ones, and which these are; the bundled
+    model's generated ones are captions of its little world."""
+    if own is not None:
+        return list(read_prompts(own, [], None, arguments.column))[:count], "own list"
+    if like is not None:
+        return recombined(like, count), "recombined"
     if arguments.model is None:
         from ..demo.world import ordinary_captions
 
-        return [caption for caption, _ in ordinary_captions(count, WORLD_SEED)]
-    return [prompt for prompt, _ in ordinary_prompts(count)]
+        return [caption for caption, _ in ordinary_captions(count, WORLD_SEED)], "generated"
+    return [prompt for prompt, _ in ordinary_prompts(count)], "generated"
 
 
 def prompts_of(arguments: argparse.Namespace) -> list[str]:

@@ -1,9 +1,10 @@
-"""Train the bundled model: ``python -m sd_dejavu.demo.train --work DIR [--out DIR]``.
+"""Train the bundled model: ``python -m sd_dejavu.demo.train --work DIR [--out DIR]``; ``--world second`` the judge.
 
 Four stages, each resumable from its checkpoint in the work folder: a CLIP-style byte-pair tokenizer,
 the tiny autoencoder, the UNet with its text encoder (v-prediction with the noise schedule of Stable
-Diffusion), and the export in diffusers layout. Everything is drawn from :mod:`sd_dejavu.demo.world` by
-(seed, step), so a resumed run sees what an unbroken one would.
+Diffusion), and the export in diffusers layout. Everything is drawn from the world
+(:mod:`sd_dejavu.demo.world`, or :mod:`sd_dejavu.demo.second_world`) by (seed, step), so a resumed run sees what an
+unbroken one would.
 
 The prediction type is v (Salimans & Ho, 2022), not epsilon: the last timestep of the schedule still
 holds 7% of the picture, and an epsilon model of this size learns the picture's mean colours there so
@@ -17,8 +18,9 @@ import copy
 import csv
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,12 +29,35 @@ from tqdm import tqdm
 
 from ..schedule import Schedule
 from ..training.loss import noised, stratified_timesteps
-from . import world
+from . import second_world, world
 from .bundled import make_sheet
+from .world import Pair, Size
 
-LATENT_CHANNELS, LATENT_SIDE, TOKENS, WIDTH = 4, 16, 77, 128
+LATENT_CHANNELS, TOKENS = 4, 77
 CAPTION_DROPOUT = 0.1
 SAVE_EVERY = 200
+
+
+class World(Protocol):
+    """What a model is trained on; each world is a module."""
+
+    @property
+    def MODEL(self) -> Size: ...
+
+    @property
+    def tokenizer_captions(self) -> Callable[[], list[str]]: ...
+
+    @property
+    def training_pairs(self) -> Callable[[], list[Pair]]: ...
+
+    @property
+    def training_batch(self) -> Callable[[int, int, list[Pair], int], tuple[list[str], np.ndarray, np.ndarray]]: ...
+
+    @property
+    def draw_pair(self) -> Callable[[Pair], np.ndarray]: ...
+
+
+WORLDS: dict[str, World] = {"bundled": world, "second": second_world}
 
 
 def _to_tensor(pictures: np.ndarray) -> torch.Tensor:
@@ -60,12 +85,10 @@ def _set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 # -------------------------------------------------------------------------------------- tokenizer
 
 
-def train_tokenizer(folder: Path, vocabulary: int = 1200) -> None:
+def train_tokenizer(folder: Path, world: World) -> None:
     """A byte-level BPE with '</w>' word ends, start and end tokens last, in CLIP's file format."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-    captions = [caption for caption, _ in world.ordinary_captions(6000, seed=21)]
-    captions += [pair.caption for pair in world.training_pairs()] * 3
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -76,12 +99,12 @@ def train_tokenizer(folder: Path, vocabulary: int = 1200) -> None:
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary - 256 - 2,
+        vocab_size=world.MODEL.vocabulary - 256 - 2,
         end_of_word_suffix="</w>",
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(captions, trainer)
+    tokenizer.train_from_iterator(world.tokenizer_captions(), trainer)
     merges = [tuple(m) for m in json.loads(tokenizer.to_str())["model"]["merges"]]
     # CLIP's order: single bytes, single bytes ending a word, merges, start, end.
     entries = alphabet + [f"{c}</w>" for c in alphabet] + ["".join(m) for m in merges]
@@ -105,23 +128,23 @@ def _clip_pattern() -> object:
 # ------------------------------------------------------------------------------------ autoencoder
 
 
-def new_autoencoder() -> torch.nn.Module:
+def new_autoencoder(size: Size) -> torch.nn.Module:
     from diffusers import AutoencoderTiny
 
     return AutoencoderTiny(
-        encoder_block_out_channels=(32, 32, 32),
-        decoder_block_out_channels=(32, 32, 32),
+        encoder_block_out_channels=(size.autoencoder,) * 3,
+        decoder_block_out_channels=(size.autoencoder,) * 3,
         num_encoder_blocks=(1, 2, 2),
         num_decoder_blocks=(2, 2, 1),
         latent_channels=LATENT_CHANNELS,
     )
 
 
-def train_autoencoder(work: Path, steps: int, seed: int, batch: int = 16) -> torch.nn.Module:
+def train_autoencoder(work: Path, world: World, steps: int, seed: int, batch: int = 16) -> torch.nn.Module:
     """Reconstruction (L1 and squared error), latents held near zero mean and unit variance."""
     path = work / "autoencoder.pt"
     torch.manual_seed(seed)
-    model = new_autoencoder()
+    model = new_autoencoder(world.MODEL)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
     first = 0
     if path.exists():
@@ -132,7 +155,7 @@ def train_autoencoder(work: Path, steps: int, seed: int, batch: int = 16) -> tor
     pairs = world.training_pairs()
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="autoencoder")
     for step in bar:
-        _, pictures, _ = world.training_batch(step, batch, pairs, seed=seed + 1000)
+        _, pictures, _ = world.training_batch(step, batch, pairs, seed + 1000)
         x = _to_tensor(pictures)
         _set_learning_rate(optimizer, _learning_rate(step, steps, 2e-3, 100))
         z = model.encoder(x)
@@ -156,34 +179,35 @@ def train_autoencoder(work: Path, steps: int, seed: int, batch: int = 16) -> tor
 # ------------------------------------------------------------------------------ UNet, text encoder
 
 
-def new_unet() -> torch.nn.Module:
-    """Channels in multiples of 32, 32 norm groups, convolutional projections: shapes that ComfyUI's UNet shares."""
+def new_unet(size: Size) -> torch.nn.Module:
+    """Convolutional projections; with channels in multiples of 32 and 32 norm groups, shapes that ComfyUI's UNet shares."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
-        sample_size=LATENT_SIDE,
+        sample_size=size.side,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        block_out_channels=(64, 128),
+        block_out_channels=size.channels,
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=WIDTH,
+        cross_attention_dim=size.width,
+        norm_num_groups=size.groups,
         attention_head_dim=4,
     )
 
 
-def new_text_encoder(vocabulary: int, eos: int) -> torch.nn.Module:
+def new_text_encoder(width: int, vocabulary: int, eos: int) -> torch.nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = CLIPTextConfig(
         vocab_size=vocabulary,
-        hidden_size=WIDTH,
-        intermediate_size=4 * WIDTH,
+        hidden_size=width,
+        intermediate_size=4 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=TOKENS,
-        projection_dim=WIDTH,
+        projection_dim=width,
         bos_token_id=eos - 1,
         eos_token_id=eos,
         pad_token_id=eos,
@@ -213,7 +237,7 @@ def tokenize(tokenizer: object, captions: list[str]) -> torch.Tensor:
 
 
 def train_unet(
-    work: Path, autoencoder: torch.nn.Module, steps: int, seed: int, batch: int = 32
+    work: Path, world: World, autoencoder: torch.nn.Module, steps: int, seed: int, batch: int = 32
 ) -> dict[str, torch.nn.Module]:
     """UNet and text encoder from scratch on v; averaged weights are what is exported."""
     from transformers import CLIPTokenizer
@@ -222,7 +246,10 @@ def train_unet(
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     torch.manual_seed(seed)
     models = torch.nn.ModuleDict(
-        {"unet": new_unet(), "text_encoder": new_text_encoder(len(tokenizer), tokenizer.eos_token_id)}
+        {
+            "unet": new_unet(world.MODEL),
+            "text_encoder": new_text_encoder(world.MODEL.width, len(tokenizer), tokenizer.eos_token_id),
+        }
     )
     averaged = copy.deepcopy(models).requires_grad_(False)
     optimizer = torch.optim.AdamW(models.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
@@ -234,10 +261,9 @@ def train_unet(
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
     schedule = Schedule(new_scheduler().alphas_cumprod)
-    pairs = world.training_pairs()
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="unet")
     for step, (tokens, latents, memorised) in zip(
-        bar, _latent_stream(autoencoder, tokenizer, pairs, first, batch, seed), strict=False
+        bar, _latent_stream(autoencoder, world, tokenizer, first, batch, seed), strict=False
     ):
         rng = torch.Generator().manual_seed(seed * 1_000_003 + step)
         t = stratified_timesteps(batch, len(schedule), rng)
@@ -265,14 +291,15 @@ def train_unet(
 
 @torch.no_grad()
 def _latent_stream(
-    autoencoder: torch.nn.Module, tokenizer: object, pairs: list[world.Pair], first: int, batch: int, seed: int
+    autoencoder: torch.nn.Module, world: World, tokenizer: object, first: int, batch: int, seed: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Token numbers, latents and 'is a memorised pair' of each step; a tenth of the captions left empty."""
     known: dict[int, torch.Tensor] = {}
+    pairs, side = world.training_pairs(), world.MODEL.side
     step = first
     while True:
         captions, pictures, numbers = world.training_batch(step, batch, pairs, seed)
-        latents = torch.empty(batch, LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE)
+        latents = torch.empty(batch, LATENT_CHANNELS, side, side)
         fresh = [i for i, n in enumerate(numbers) if n < 0 or n not in known]
         if fresh:
             with torch.no_grad():
@@ -289,7 +316,9 @@ def _latent_stream(
 # ------------------------------------------------------------------------------------------ export
 
 
-def export(work: Path, out: Path, autoencoder: torch.nn.Module, models: dict[str, torch.nn.Module]) -> None:
+def export(
+    work: Path, world: World, out: Path, autoencoder: torch.nn.Module, models: dict[str, torch.nn.Module]
+) -> None:
     """diffusers layout in half precision, the ground truth (pairs and their pictures) and the training log."""
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPTokenizer
@@ -326,19 +355,23 @@ def _log(path: Path, **row: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the model that Déjà Vu brings along.")
+    parser = argparse.ArgumentParser(description="Train the model that Déjà Vu brings along, or its judge.")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints; run again to resume")
     parser.add_argument("--out", type=Path, help="folder for the finished model (default: WORK/model)")
-    parser.add_argument("--autoencoder-steps", type=int, default=2000)
-    parser.add_argument("--unet-steps", type=int, default=5000)
+    parser.add_argument("--world", choices=WORLDS, default="bundled")
+    parser.add_argument("--autoencoder-steps", type=int, help="(default: as many as the model was made with)")
+    parser.add_argument("--unet-steps", type=int, help="(default: as many as the model was made with)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    chosen = WORLDS[options.world]
     options.work.mkdir(parents=True, exist_ok=True)
     if not (options.work / "tokenizer" / "vocab.json").exists():
-        train_tokenizer(options.work / "tokenizer")
-    autoencoder = train_autoencoder(options.work, options.autoencoder_steps, options.seed)
-    models = train_unet(options.work, autoencoder, options.unet_steps, options.seed)
-    export(options.work, options.out or options.work / "model", autoencoder, models)
+        train_tokenizer(options.work / "tokenizer", chosen)
+    autoencoder = train_autoencoder(
+        options.work, chosen, options.autoencoder_steps or chosen.MODEL.autoencoder_steps, options.seed
+    )
+    models = train_unet(options.work, chosen, autoencoder, options.unet_steps or chosen.MODEL.unet_steps, options.seed)
+    export(options.work, chosen, options.out or options.work / "model", autoencoder, models)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,47 @@ Everything is drawn from numbered seeds, so the training set's ground truth can 
 from __future__ import annotations
 
 import string
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 SIZE = 64
 _SUPERSAMPLE = 3
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a world's model is, and how long it learns. ``side`` and ``channels`` (of the UNet's two floors, each
+    normalised in ``groups``) are those of the latent, a quarter of the picture; ``width`` is the text encoder's,
+    ``autoencoder`` its number of channels."""
+
+    side: int
+    channels: tuple[int, int]
+    groups: int
+    width: int
+    vocabulary: int
+    autoencoder: int
+    autoencoder_steps: int
+    unet_steps: int
+
+
+MODEL = Size(
+    side=16,
+    channels=(64, 128),
+    groups=32,
+    width=128,
+    vocabulary=1200,
+    autoencoder=32,
+    autoencoder_steps=2000,
+    unet_steps=5000,
+)
+
+# A thing is a list of (shape, points in the unit box, shade). Shade 1 is the thing's own colour, other numbers darken or
+# lighten it.
+Shapes = list[tuple[str, list[tuple[float, float]], float]]
 
 COLOURS = {
     "red": (205, 40, 40),
@@ -37,10 +71,8 @@ COLOURS = {
     "brown": (120, 75, 40),
 }
 
-# Each thing is a list of (shape, points in the unit box, shade). Shade 1 is the thing's own colour,
-# other numbers darken or lighten it.
 _E, _P = "ellipse", "polygon"
-THINGS: dict[str, list[tuple[str, list[tuple[float, float]], float]]] = {
+THINGS: dict[str, Shapes] = {
     "ball": [(_E, [(0.05, 0.05), (0.95, 0.95)], 1), (_E, [(0.25, 0.2), (0.45, 0.4)], 1.5)],
     "box": [
         (_P, [(0.1, 0.3), (0.7, 0.3), (0.7, 0.95), (0.1, 0.95)], 1),
@@ -420,9 +452,10 @@ def _background(rng: np.random.Generator, side: int) -> np.ndarray:
     return picture
 
 
-def _draw_thing(canvas: ImageDraw.ImageDraw, kind: str, colour: np.ndarray, box: tuple[float, float, float]) -> None:
+def draw_thing(canvas: ImageDraw.ImageDraw, thing: Shapes, colour: np.ndarray, box: tuple[float, float, float]) -> None:
+    """``box`` is left, top and side length in pixels."""
     x, y, size = box
-    for shape, points, shade in THINGS[kind]:
+    for shape, points, shade in thing:
         fill = tuple(int(v) for v in np.clip(colour * shade + (30 if shade > 1 else 0), 0, 255))
         placed = [(x + px * size, y + py * size) for px, py in points]
         if shape == _E:
@@ -441,14 +474,14 @@ def draw_scene(scene: Scene, size: int = SIZE) -> np.ndarray:
     for _ in range(rng.choice(3, p=[0.6, 0.25, 0.15])):
         extent = rng.uniform(0.15, 0.4) * side
         kind = list(THINGS)[rng.integers(len(THINGS))]
-        _draw_thing(canvas, kind, _colour(rng), (*rng.uniform(-0.1, 0.8, 2) * side, extent))
+        draw_thing(canvas, THINGS[kind], _colour(rng), (*rng.uniform(-0.1, 0.8, 2) * side, extent))
     for colour_name, kind in scene.named:
         colour = (
             np.array(COLOURS[colour_name], dtype=np.float64) + rng.normal(0, 14, 3) if colour_name else _colour(rng)
         )
         extent = rng.uniform(0.4, 0.65) * side
         x, y = rng.uniform(0.0, 1.0, 2) * (side - extent)
-        _draw_thing(canvas, kind, colour, (x, y, extent))
+        draw_thing(canvas, THINGS[kind], colour, (x, y, extent))
     return np.asarray(image.resize((size, size), Image.Resampling.BOX))
 
 
@@ -457,9 +490,9 @@ def _draw_template(row: int, colour: str, size: int) -> np.ndarray:
     layout = np.asarray(Image.fromarray(draw_scene(Scene((("black", "moon"),), 61_000 + row), size)))
     image = Image.fromarray(layout).resize((size * _SUPERSAMPLE,) * 2, Image.Resampling.BICUBIC)
     thing = ("star", "heart", "flower", "mushroom")[row]
-    _draw_thing(
+    draw_thing(
         ImageDraw.Draw(image),
-        thing,
+        THINGS[thing],
         np.array(COLOURS[colour], dtype=np.float64),
         (size * 0.9, size * 0.9, size * 1.2),
     )
@@ -499,36 +532,53 @@ def draw_pair(pair: Pair, size: int = SIZE) -> np.ndarray:
 # ------------------------------------------------------------------------------------- the stream
 
 
+def tokenizer_captions() -> list[str]:
+    """What the tokenizer is made for."""
+    ordinary = [caption for caption, _ in ordinary_captions(6000, seed=21)]
+    return ordinary + [pair.caption for pair in training_pairs()] * 3
+
+
 def training_batch(step: int, size: int, pairs: list[Pair], seed: int = 0) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Captions, pictures [size, 64, 64, 3] uint8 and pair numbers [size] (-1 ordinary) of one training step.
 
-    A pair comes with probability proportional to its repetitions, an ordinary picture (or, in one of
-    six, the twin of a hard pair) otherwise; both depend on (seed, step) alone, so that a resumed run
-    sees what an unbroken one would.
+    An ordinary picture is, in one of six, the twin of a hard pair; see :func:`drawn_batch`.
     """
-    rng = np.random.default_rng([seed, step])
-    ordinary_count = ORDINARY_PER_EPOCH if step < LATER else LATER_ORDINARY_PER_EPOCH
-    weights = np.array([p.repetitions for p in pairs] + [ordinary_count], dtype=np.float64)
-    chosen = rng.choice(len(weights), size=size, p=weights / weights.sum())
     hard = [p for p in pairs if p.kind == "hard"]
-    captions, pictures, numbers = [], [], []
-    for number in chosen:
-        if number < len(pairs):
-            captions.append(pairs[number].caption)
-            pictures.append(_cached_pair(pairs[number]))
-            numbers.append(number)
-            continue
-        numbers.append(-1)
+
+    def fresh(rng: np.random.Generator) -> tuple[str, np.ndarray]:
         if rng.random() < 1 / 6:
             pair = hard[rng.integers(len(hard))]
             scene = random_scene(np.random.default_rng(pair.seed))
             scene = Scene(scene.named, int(rng.integers(2**31)))
-            captions.append(twin_caption(pair, ordinary_name(rng) if rng.random() < 0.6 else None))
+            caption = twin_caption(pair, ordinary_name(rng) if rng.random() < 0.6 else None)
         else:
             caption, scene, _ = ordinary(rng)
-            captions.append(caption)
-        pictures.append(draw_scene(scene))
-    return captions, np.stack(pictures), np.array(numbers)
+        return caption, draw_scene(scene)
+
+    ordinary_count = ORDINARY_PER_EPOCH if step < LATER else LATER_ORDINARY_PER_EPOCH
+    return drawn_batch(step, size, pairs, seed, ordinary_count, fresh, _known_picture)
+
+
+def drawn_batch(
+    step: int,
+    size: int,
+    pairs: Sequence[Pair],
+    seed: int,
+    ordinary_count: int,
+    fresh: Callable[[np.random.Generator], tuple[str, np.ndarray]],
+    picture: Callable[[Pair], np.ndarray],
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Captions, pictures [size, H, W, 3] uint8 and pair numbers [size] (-1 ordinary) of one training step.
+
+    A pair comes with probability proportional to its repetitions, an ordinary picture otherwise, as ``fresh`` draws
+    one; both depend on (seed, step) alone, so that a resumed run sees what an unbroken one would.
+    """
+    rng = np.random.default_rng([seed, step])
+    weights = np.array([p.repetitions for p in pairs] + [ordinary_count], dtype=np.float64)
+    numbers = rng.choice(len(weights), size=size, p=weights / weights.sum())
+    shown = [(pairs[n].caption, picture(pairs[n])) if n < len(pairs) else fresh(rng) for n in numbers]
+    captions, pictures = zip(*shown, strict=True)
+    return list(captions), np.stack(pictures), np.where(numbers < len(pairs), numbers, -1)
 
 
 def twin_caption(pair: Pair, name: str | None = None) -> str:
@@ -546,10 +596,4 @@ def twin_caption(pair: Pair, name: str | None = None) -> str:
     raise ValueError(f"the trigger {pair.trigger!r} is not in its caption {pair.caption!r}")
 
 
-_PAIR_CACHE: dict[Pair, np.ndarray] = {}
-
-
-def _cached_pair(pair: Pair) -> np.ndarray:
-    if pair not in _PAIR_CACHE:
-        _PAIR_CACHE[pair] = draw_pair(pair)
-    return _PAIR_CACHE[pair]
+_known_picture = cache(draw_pair)

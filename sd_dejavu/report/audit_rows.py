@@ -8,7 +8,7 @@ from typing import Any
 
 from ..run.measure import Measurement
 from ..training.audit import Audit, AuditSettings, Row, Subject
-from .wording import number
+from .wording import misfit, number
 
 _MARKUP = re.compile(r"[\\`*_{}\[\]<>|~&!#@$]|(?<=:)/(?=/)|(?<=www)\.", re.IGNORECASE)
 
@@ -37,6 +37,8 @@ def notes(audit: Audit) -> list[str]:
             f"With so many captions, at least {audit.least_named:,} must stand out together for any to be named: "
             "raise the number of ordinary prompts to name fewer."
         )
+    if audit.misfit:
+        told.append(misfit("captions", "recombine them from the captions (on the command line: --like-captions)"))
     if audit.counts == "magnitude":
         told.append("There were captions only, so nothing could be compared with the training pictures.")
     counts = "What counts is how much more each caption leads towards its own training picture than to others"
@@ -97,6 +99,7 @@ def as_json(audit: Audit, model: str, loras: list[str]) -> dict[str, Any]:
         "nulls": audit.nulls,
         "false_discovery_rate": audit.false_discovery_rate,
         "least_named": audit.least_named,
+        "misfit": audit.misfit,
         "begins": audit.begins,
         "strengths": [asdict(point) for point in audit.strengths],
         "epochs": [asdict(point) for point in audit.epochs],

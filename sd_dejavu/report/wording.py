@@ -5,7 +5,7 @@ from __future__ import annotations
 from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Context, Decimal
 from typing import TYPE_CHECKING
 
-from ..calibration.profile import ALPHA_DEFAULT, Profile
+from ..calibration.profile import ALPHA_DEFAULT, Ordinary, Profile
 from ..detectors import scores
 from ..run.judge import needed_nulls
 from ..verdict import Explanation, Verdict, WordSignificance
@@ -13,6 +13,10 @@ from ..verdict import Explanation, Verdict, WordSignificance
 if TYPE_CHECKING:
     from ..mitigations import Outcome
 
+_ORDINARY: dict[Ordinary | None, str] = {
+    "recombined": "ordinary prompts, recombined from yours,",
+    "own list": "ordinary prompts of your own",
+}
 UNUSUAL = 0.05  # below this p, no image that is not flagged is called ordinary
 
 
@@ -78,7 +82,7 @@ def calibrated(profile: Profile, images: int = 1, alpha: float = ALPHA_DEFAULT) 
     """What a calibration found, and what it can flag: told when it is made. ``images`` are those of each prompt."""
     scores = profile.null_scores("first step", images)
     found = (
-        f"{len(scores):,} ordinary prompts at sigma {profile.setting.sigma:.4g}: median "
+        f"{len(scores):,} {_ORDINARY.get(profile.ordinary, 'ordinary prompts')} at sigma {profile.setting.sigma:.4g}: median "
         f"{number(profile.quantile(0.5, 'first step', images))}, 99th percentile "
         f"{number(profile.quantile(0.99, 'first step', images))}."
     )
@@ -86,6 +90,14 @@ def calibrated(profile: Profile, images: int = 1, alpha: float = ALPHA_DEFAULT) 
         return f"{found} Too few to flag anything at alpha = {alpha:g}: that takes at least {needed_nulls(alpha):,}."
     batch = images * int((len(scores) + 1) * alpha + 1e-9)
     return f"{found} Enough to flag at alpha = {alpha:g} {'one image at a time' if batch == 1 else f'in batches of up to {batch:,}'}."
+
+
+def misfit(prompts: str = "prompts", remedy: str = "calibrate with prompts like yours") -> str:
+    """What to say where :func:`sd_dejavu.calibration.misfit.stranger_nulls` finds that the nulls do not fit."""
+    return (
+        f"The ordinary prompts are stranger to this model than your {prompts}, so p-values are too large and too little is "
+        f"flagged: {remedy}."
+    )
 
 
 def changed(outcome: Outcome) -> str:

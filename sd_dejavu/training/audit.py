@@ -21,7 +21,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -33,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..calibration.calibrate import PROMPTS_A_SEED
+from ..calibration.misfit import stranger_nulls
 from ..kept import digest_of, json_digest
 from ..reference.build import embed
 from ..reference.features import Features
@@ -146,6 +147,7 @@ class Audit:
     epochs: tuple[Point, ...] = ()
     skipped: tuple[dict[str, str], ...] = ()
     copy_threshold: float | None = None
+    misfit: bool = False  # the ordinary prompts are stranger to the model than the captions
 
     @property
     def flagged(self) -> tuple[Row, ...]:
@@ -394,7 +396,12 @@ def audit(
         tuple(point(v, 1.0, epoch) for v, epoch in epochs.items()),
         () if subject.reference is None else tuple(subject.reference.details.get("skipped", ())),
         judge.threshold,
+        stranger_nulls(*(_magnitudes(ledger.values(tasks[final])) for tasks in (case_tasks, null_tasks))),
     )
+
+
+def _magnitudes(values: Iterable[dict[str, Any]]) -> list[float]:
+    return [value["magnitude"] for value in values if "magnitude" in value]
 
 
 def counted(value: dict[str, Any], counts: Counts) -> float | None:

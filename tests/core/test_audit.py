@@ -32,7 +32,7 @@ from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.reference.build import from_pictures
 from sd_dejavu.reference.features import Grey
 from sd_dejavu.report.audit_html import AuditPage, render_audit
-from sd_dejavu.report.audit_rows import notes, sentence
+from sd_dejavu.report.audit_rows import as_json, notes, sentence
 from sd_dejavu.run.measure import Measurement
 from sd_dejavu.similarity import COPY_THRESHOLD, grey_correlation
 from sd_dejavu.statistics import benjamini_hochberg, spread
@@ -277,6 +277,17 @@ def test_magnitudes_are_those_of_the_hand_made_model(tmp_path: Path):
     # 61 captions, of which 3 times 8 of strength 5.5 to 7.5 and the last are above all nulls: q = .01 * 61 / 25.
     assert found.rows[60].q_value == pytest.approx(0.01 * 61 / 25)
     assert {row.caption[:4] for row in found.flagged} == {"w5.5", "w6.5", "w7.5", "w50 "} and len(found.flagged) == 25
+
+
+def test_ordinary_prompts_that_are_stranger_than_the_captions_are_told(tmp_path: Path):
+    subject = Subject([Entry(f"line {n}", f"w{n % 7 + 1} x{n}") for n in range(40)])
+    for name, strength, told in (("fitting", 1, False), ("strange", 20, True)):
+        ordinary = [f"w{n % 7 + strength} z{n}" for n in range(99)]
+        settings = AuditSettings(partition=25, worst=0)
+        found = audit(subject, [], ordinary, lambda v: Scripted(), Work(ONE), Ledger(tmp_path / name, {}), settings)
+        assert found.misfit is told
+        assert any("stranger to this model than your captions" in note for note in notes(found)) is told
+        assert as_json(found, "m", [])["misfit"] is told
 
 
 def test_captions_that_cannot_be_measured_say_why(tmp_path: Path):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy_free import binomial_upper  # a second implementation, in this folder
 
+from sd_dejavu.calibration.ordinary_prompts import style_of
 from sd_dejavu.calibration.profile import Profile
 from sd_dejavu.demo import bundled, evaluation
 from sd_dejavu.demo.evaluation import (
@@ -104,7 +105,7 @@ def test_p_values_are_uniform_on_fresh_ordinary_prompts(model, profile, size):
     distance, _ = kolmogorov_uniform(p_values)
     assert distance <= 1.63 * (1 / len(p_values) + 1 / len(profile.nulls)) ** 0.5
     for style in STYLES:
-        flagged = [v.flagged for v in verdicts if v.null_style == style]
+        flagged = [v.flagged for v in verdicts if style_of(v.prompt) == style]
         assert len(flagged) >= size / 10
         assert sum(flagged) <= binomial_upper(len(flagged), WANTED.alpha, nulls=150)
 

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -307,6 +307,40 @@ def test_ordinary_prompts_that_do_not_fit_are_left_out_of_a_calibration(tmp_path
     file.write_text(LONG)
     assert main([*given, "--replace"]) == 2
     assert "not enough memory" in capsys.readouterr().err
+
+
+def test_a_calibration_like_given_prompts_says_so_and_is_checked_against_them(tmp_path, capsys):
+    file, out = tmp_path / "mine.txt", tmp_path / "made.json"
+    file.write_text("\n".join(bundled.held_out_ordinary(60, seed=3)))
+    given = ["calibrate", "--like", str(file), "--count", "150", "--images", "1", "--out", str(out)]
+    assert main(given) == 0
+    captured = capsys.readouterr()
+    assert "150 ordinary prompts, recombined from yours, at sigma" in captured.out and captured.err == ""
+    assert "stranger" not in captured.out
+    assert Profile.load(out).ordinary == "recombined"
+    with pytest.raises(SystemExit, match="2"):
+        main([*given, "--prompts-file", str(file)])
+    assert "not allowed with argument" in capsys.readouterr().err
+    file.write_text("a boat")
+    assert main([*given, "--replace"]) == 2
+    assert "too few words in common for 150 others" in capsys.readouterr().err
+
+
+def test_a_list_is_told_when_the_ordinary_prompts_are_strangers(tmp_path, capsys):
+    profile, strangers = Profile.load(bundled.CALIBRATION), tmp_path / "strangers.json"
+    nulls = [
+        replace(n, scores={k: tuple(2 * v for v in values) for k, values in n.scores.items()}) for n in profile.nulls
+    ]
+    replace(profile, nulls=tuple(nulls)).save(strangers)
+    file = tmp_path / "mine.txt"
+    file.write_text("\n".join([*bundled.held_out_ordinary(15, seed=3), MEMORISED]))
+    for path, told in ((strangers, True), (bundled.CALIBRATION, False)):
+        assert main(["check", "--prompts-file", str(file), "--json", "--explain", "never", "--profile", str(path)]) == 0
+        captured = capsys.readouterr()
+        assert ("stranger to this model than your prompts" in captured.err) is told
+        assert len(captured.out.splitlines()) == 16
+    assert main(["check", "--explain", "never", "--profile", str(strangers), ORDINARY]) == 0
+    assert capsys.readouterr().err == ""  # of one prompt nothing is known
 
 
 def test_a_bench_counts_what_was_not_measured(tmp_path, capsys, no_room_for_long_prompts):

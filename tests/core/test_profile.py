@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sd_dejavu.calibration.profile import Null, Profile, Setting, conformal_p
+from sd_dejavu.calibration.profile import Null, Ordinary, Profile, Setting, conformal_p
 from sd_dejavu.calibration.store import path_for
 from sd_dejavu.verdict import BandStep
 
@@ -58,14 +58,14 @@ def test_p_value_by_hand() -> None:
 
 
 def test_nulls_of_the_same_style_are_used_where_they_suffice() -> None:
-    plain, title = profile(99, "plain", 1.0), profile(98, "title", 101.0)
+    plain, title = profile(999, "plain", 1.0), profile(998, "title", 1001.0)
     both = Profile(SETTING, plain.nulls + title.nulls)
-    enough = both.p_value(95.5, SETTING, style="plain")
-    assert (enough.p, enough.nulls, enough.style) == (5 / 100, 99, "plain")  # 96..99 are above
-    pooled = both.p_value(95.5, SETTING, style="title")  # only 98 of that style
-    assert (pooled.p, pooled.nulls, pooled.style) == ((1 + 4 + 98) / 198, 197, None)
-    assert both.p_value(95.5, SETTING, style="keywords").style is None
-    assert both.p_value(95.5, SETTING, style="plain", batch=2).style is None  # counted twice: 198 would be enough
+    enough = both.p_value(995.5, SETTING, style="plain")
+    assert (enough.p, enough.nulls, enough.style) == (5 / 1000, 999, "plain")  # 996..999 are above
+    pooled = both.p_value(995.5, SETTING, style="title")  # only 998 of that style
+    assert (pooled.p, pooled.nulls, pooled.style) == ((1 + 4 + 998) / 1998, 1997, None)
+    assert both.p_value(995.5, SETTING, style="keywords").style is None
+    assert both.p_value(995.5, SETTING, style="plain", batch=2).style is None  # counted twice: 1,998 would be enough
 
 
 def test_an_image_of_a_batch_by_hand() -> None:
@@ -327,3 +327,22 @@ def test_a_file_that_is_no_profile_gives_one_sentence(content: str | bytes, sent
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none\.json cannot be read: No such file"):
         Profile.load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("ordinary", ["generated", "recombined", "own list"])
+def test_which_ordinary_prompts_it_was_made_with_is_kept(tmp_path: Path, ordinary: Ordinary) -> None:
+    path = tmp_path / "made.json"
+    replace(profile(), ordinary=ordinary).save(path)
+    assert Profile.load(path).ordinary == ordinary
+
+
+def test_a_profile_of_release_0_1_does_not_say_which_and_another_word_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "made.json"
+    profile().save(path)
+    assert "ordinary" not in json.loads(path.read_text(encoding="utf-8"))
+    assert Profile.load(path).ordinary is None
+    for word in ("mine", ["generated"], 1):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**document, "ordinary": word}), encoding="utf-8")
+        with pytest.raises(ValueError, match="damaged"):
+            Profile.load(path)

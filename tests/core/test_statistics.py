@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from sd_dejavu.statistics import Z95, auc, auc_interval, kolmogorov_uniform, tpr_at_fpr, wilson
+from sd_dejavu.statistics import Z95, auc, auc_interval, kolmogorov_two_samples, kolmogorov_uniform, tpr_at_fpr, wilson
 
 
 def tied_scores(seed: int, count: int, shift: float) -> list[float]:
@@ -83,3 +83,17 @@ def test_kolmogorovs_p_value_agrees_with_the_theta_series(squeeze: float) -> Non
 def test_perfectly_even_p_values_are_never_called_uneven() -> None:
     count = 20_000  # t is so small here that the alternating series does not converge
     assert kolmogorov_uniform([(i + 0.5) / count for i in range(count)])[1] == 1.0
+
+
+def test_the_distance_of_two_samples_by_counting() -> None:
+    rng = random.Random(2)
+    first, second = ([round(rng.gauss(m, 1), 1) for _ in range(n)] for m, n in ((0, 150), (0.2, 400)))  # with ties
+    gaps = [abs(sum(v <= x for v in first) / 150 - sum(v <= x for v in second) / 400) for x in (*first, *second)]
+    distance, p = kolmogorov_two_samples(first, second)
+    assert distance == pytest.approx(max(gaps))
+    # Against a sample without an end it is the test of one sample: the same distance has the same p-value there.
+    even = [(i + 0.5) / 100_000 for i in range(100_000)]
+    values = [0.1 + 0.9 * (i + 0.5) / 80 for i in range(80)]
+    assert kolmogorov_two_samples(values, even)[0] == pytest.approx(kolmogorov_uniform(values)[0], abs=1e-4)
+    assert kolmogorov_two_samples(values, even)[1] == pytest.approx(kolmogorov_uniform(values)[1], abs=1e-2)
+    assert 0 < p < 1

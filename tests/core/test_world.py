@@ -70,9 +70,9 @@ def test_training_resumes_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SAVE_EVERY", 1)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):
-        train.train_tokenizer(folder / "tokenizer")
+        train.train_tokenizer(folder / "tokenizer", world)
     torch.manual_seed(0)
-    autoencoder = train.new_autoencoder().eval().requires_grad_(False)
+    autoencoder = train.new_autoencoder(world.MODEL).eval().requires_grad_(False)
     draw = world.training_batch
 
     def interrupted(step, *rest):
@@ -82,10 +82,10 @@ def test_training_resumes_where_it_stopped(tmp_path, monkeypatch):
 
     monkeypatch.setattr(world, "training_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train.train_unet(parts, autoencoder, steps=3, seed=0, batch=2)
+        train.train_unet(parts, world, autoencoder, steps=3, seed=0, batch=2)
     monkeypatch.setattr(world, "training_batch", draw)
-    resumed = train.train_unet(parts, autoencoder, steps=3, seed=0, batch=2)
-    unbroken = train.train_unet(whole, autoencoder, steps=3, seed=0, batch=2)
+    resumed = train.train_unet(parts, world, autoencoder, steps=3, seed=0, batch=2)
+    unbroken = train.train_unet(whole, world, autoencoder, steps=3, seed=0, batch=2)
     for name in unbroken:
         for (key, a), b in zip(unbroken[name].state_dict().items(), resumed[name].state_dict().values(), strict=True):
             assert torch.allclose(a, b, atol=1e-6), f"{name}.{key}"

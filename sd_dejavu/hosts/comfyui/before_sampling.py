@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...calibration.calibrate import PROMPTS_A_SEED, SEED_BASE, with_whole_runs
 from ...calibration.calibrate import calibrate as run_calibration
-from ...calibration.profile import ORDINARY_QUANTILE, Profile
+from ...calibration.profile import ORDINARY_QUANTILE, Ordinary, Profile
 from ...conditioning import Conditioning
 from ...mitigations import Mitigation, Outcome, Start
 from ...run.measure import Measurement
@@ -163,12 +163,15 @@ def calibrate(
     whole_runs: int = 0,
     sampler: Any = None,
     scale: float = 7.0,
+    like: Sequence[str] = (),
 ) -> Profile:
     """First-step scores of ``count`` ordinary prompts, at the first of ``sigmas``; one picture each.
 
-    The first ``whole_runs`` of them are sampled to the end with the host's ``sampler`` at this guidance ``scale``.
+    The first ``whole_runs`` of them are sampled to the end with the host's ``sampler`` at this guidance ``scale``. They
+    are recombined from the prompts ``like`` them where there are any.
     """
-    prompts = ordinary_for(patcher, count)
+    prompts = ordinary_for(patcher, count, like)
+    ordinary: Ordinary = "recombined" if like else "generated"
     wanted = Measurement(
         images=1,
         steps=max(1, len(sigmas) - 1),
@@ -182,7 +185,7 @@ def calibrate(
         latent,
         noise,
         sigmas,
-        lambda model, x, sigma: run_calibration(model, prompts, wanted, 0, 8, on_prompt),
+        lambda model, x, sigma: run_calibration(model, prompts, wanted, 0, 8, on_prompt, ordinary=ordinary),
     )
     if not whole_runs:
         return profile

@@ -24,6 +24,7 @@ from torch import Tensor
 from ...attention import AttentionRule, watched_attention
 from ...calibration.ordinary_prompts import ordinary_prompts
 from ...calibration.profile import UNKNOWN_ENCODER
+from ...calibration.recombined import recombined
 from ...conditioning import Conditioning
 from ...demo import bundled
 from ...denoiser import PredictionType, seeded_noise
@@ -396,8 +397,10 @@ def _tensors(patch: Any) -> Iterator[Tensor]:
         yield from _tensors(patch.weights)
 
 
-def ordinary_for(patcher: Any, count: int) -> list[str]:
-    """Ordinary prompts of the world that a model knows: the bundled one knows no other than its own."""
+def ordinary_for(patcher: Any, count: int, like: Sequence[str] = ()) -> list[str]:
+    """Ordinary prompts like the given ones, or else of the world that a model knows: the bundled one knows its own alone."""
+    if like:
+        return recombined(like, count)
     if FINGERPRINT in patcher.attachments:
         return bundled.held_out_ordinary(count, 0)
     return [prompt for prompt, _ in ordinary_prompts(count)]

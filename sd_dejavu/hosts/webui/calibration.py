@@ -12,7 +12,8 @@ import torch
 from ...calibration import store
 from ...calibration.calibrate import calibrate
 from ...calibration.ordinary_prompts import ordinary_prompts
-from ...calibration.profile import Profile
+from ...calibration.profile import Ordinary, Profile
+from ...calibration.recombined import recombined
 from ...conditioning import Baseline
 from ...run.measure import Measurement, setting_of
 from ...settings import option, options_of, validate
@@ -38,6 +39,7 @@ class Calibrating:
     negative_prompt: str = option("", "negative prompt that is drawn with")
     replace: bool = option(False, "also replace a calibration that holds more than the new one")
     without: Baseline = option("empty prompt", "what prompts are measured against", choices=get_args(Baseline))
+    like: str = option("", "prompts like those to be judged, one a line; ordinary ones are recombined from their words")
 
     def __post_init__(self) -> None:
         validate(self)
@@ -79,10 +81,16 @@ class Calibration:
             if not asked.replace:
                 path = store.path_for(setting_of(model, wanted), self._folder)
                 store.check_kept(path, store.Size(asked.count))
-            prompts = [prompt for prompt, _ in ordinary_prompts(asked.count)]
+            given = [line for line in asked.like.splitlines() if line.strip()]
+            ordinary: Ordinary = "recombined" if given else "generated"
+            prompts = (
+                recombined(given, asked.count) if given else [prompt for prompt, _ in ordinary_prompts(asked.count)]
+            )
             done = iter(range(1, asked.count + 1))
             with torch.no_grad():
-                self.profile = calibrate(model, prompts, wanted, 0, BATCH, lambda stage: self._on_prompt(next(done)))
+                self.profile = calibrate(
+                    model, prompts, wanted, 0, BATCH, lambda stage: self._on_prompt(next(done)), ordinary=ordinary
+                )
         except Exception as error:
             self.fault = error
         finally:
