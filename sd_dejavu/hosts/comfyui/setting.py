@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,7 +14,8 @@ from ...calibration import store
 from ...calibration.profile import Profile, Setting
 from ...conditioning import Unconditional
 from ...monitor import Monitoring
-from .model import ComfyModel, sample_into
+from ...weights import digest, named, sampled
+from .model import ComfyModel
 from .text import SOURCE, encode
 
 
@@ -28,17 +28,18 @@ def setting_of(
     sampler: str = "",
 ) -> Setting:
     return Setting(
-        model.fingerprint,
-        model.prediction_type,
-        model.latent_shape,
-        len(model.sigmas(0)) - 1,
-        model.sigmas(0)[0],
-        scale,
-        without,
-        negative_name(negative) if without == "negative prompt" else "",
-        "a picture" if from_picture else "noise",
-        sampler,
-        model.patches,
+        model=model.fingerprint,
+        prediction_type=model.prediction_type,
+        latent_shape=model.latent_shape,
+        steps=len(model.sigmas(0)) - 1,
+        sigma=model.sigmas(0)[0],
+        guidance_scale=scale,
+        without=without,
+        negative_prompt=negative_name(negative) if without == "negative prompt" else "",
+        begins_with="a picture" if from_picture else "noise",
+        sampler=sampler,
+        patches=model.patches,
+        text_encoder=model.text_encoder,
     )
 
 
@@ -100,7 +101,5 @@ _row_names: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def _row_name(rows: Tensor) -> str:
     if rows not in _row_names:
-        digest = hashlib.sha256()
-        sample_into(digest, "rows", rows)
-        _row_names[rows] = f"conditioning {digest.hexdigest()[:12]}"
+        _row_names[rows] = f"conditioning {digest(named(sampled([('rows', rows, None)])))[:12]}"
     return str(_row_names[rows])
