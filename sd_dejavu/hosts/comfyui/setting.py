@@ -15,7 +15,7 @@ from ...calibration.profile import Profile, Setting
 from ...conditioning import Unconditional
 from ...monitor import Monitoring
 from ...weights import digest, named, sampled
-from .model import ComfyModel
+from .model import ComfyModel, text_encoder_of
 from .text import SOURCE, encode
 
 
@@ -50,8 +50,11 @@ def profile_for(setting: Setting, model: ComfyModel, monitoring: Monitoring, fol
 def kind_of(negative: Any, clip: Any = None) -> Unconditional:
     """The empty prompt where the host's negative conditioning comes from one, or equals what ``clip`` makes of it.
 
-    Conditionings that no text encodes to are told apart: those without rows, and those of zeros.
+    Conditionings that no text encodes to are told apart: those without rows, and those of zeros. Asked before the
+    sampling loop, it reads the encoder's digits too, for which the loop would have to wait for the device.
     """
+    if clip is not None:
+        text_encoder_of(clip)
     if negative and all(entry.get("cross_attn") is None for entry in negative):
         return "prompt left out"
     if negative and all(_is_zeroed(entry) for entry in negative):
