@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sd_dejavu.measure import Measurement, drawn_with, guidance_of, measure, measure_runs
 from torch import Tensor
 
 from sd_dejavu.calibration.calibrate import calibrate
@@ -30,6 +29,7 @@ from sd_dejavu.demo.evaluation import Share
 from sd_dejavu.denoiser import Model, PromptTooLong
 from sd_dejavu.hosts.diffusers import load
 from sd_dejavu.mitigations import Start, available
+from sd_dejavu.run.measure import Measurement, guidance_of, measure, measure_runs, sampled_with
 from sd_dejavu.similarity import COPY_THRESHOLD, grey_correlation
 from sd_dejavu.statistics import kolmogorov_two_samples
 
@@ -92,7 +92,7 @@ def after_mitigation(model: Model, profile: Profile) -> Share:
     hits, pairs = 0, second_world.training_pairs()[::4]
     for pair in pairs:
         outcome = method.apply(model, model.encode(pair.caption), start, method.settings())
-        latents = drawn_with(model, outcome, start.x, WANTED).latents
+        latents = sampled_with(model, outcome, start.x, WANTED).latents
         assert latents is not None
         own = pictures_of(second_world.draw_pair(pair)[None])
         hits += int(grey_correlation(model.decode(latents), own)[0, 0] >= COPY_THRESHOLD)

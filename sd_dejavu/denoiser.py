@@ -50,7 +50,12 @@ class Model(Denoiser, Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Tells weights apart: equal for equal weights."""
+        """Tells the denoising network's weights apart: equal for equal weights, in every host."""
+        ...
+
+    @property
+    def text_encoder(self) -> str:
+        """The same for the text encoder's; '' where it is not at hand."""
         ...
 
     @property

@@ -25,6 +25,7 @@ from ..detectors import scores
 from ..foreign import Unreadable, json_of
 from ..kept import write_text
 from ..verdict import BandStep
+from ..weights import Identity
 
 SCHEMA_VERSION = 1
 ALPHA_DEFAULT = 0.01
@@ -54,13 +55,21 @@ class Setting:
     begins_with: Literal["noise", "a picture"] = "noise"
     sampler: str = ""  # of a host; empty for this package's own DDIM
     patches: str = ""  # what a host adds to the checkpoint (clip skip, control nets, other packs' patches), in words
+    text_encoder: str = ""  # digits of its weights; empty where it is not known
 
     def mismatch(self, other: Setting, kind: str) -> str | None:
-        """A sentence naming the first difference that matters for this score, or None."""
+        """A sentence naming the first difference that matters for this score, or None.
+
+        ``other`` is that of the run: where its model says what release 0.1 called it, this may have that name.
+        """
         first_step = scores()[kind].of_first_step
         for name in (f.name for f in fields(self)):
             mine, theirs = getattr(self, name), getattr(other, name)
-            if name == "sigma":
+            if name == "model":
+                same = mine in names_of(theirs)
+            elif name == "text_encoder":
+                same = mine == theirs or not (mine and theirs)
+            elif name == "sigma":
                 same = math.isclose(mine, theirs, rel_tol=1e-3)
             elif name in ("steps", "guidance_scale", "sampler"):
                 # The first step sees neither guidance nor the later noise levels, nor how they are walked through.
@@ -76,6 +85,12 @@ class Setting:
                 verb = "are" if name == "patches" else "is"
                 return f"{name.replace('_', ' ')} {verb} {theirs!r} here but was {mine!r} when the profile was made"
         return None
+
+
+def names_of(model: str) -> tuple[str, ...]:
+    """What a model is called in profiles: its digits, and those that release 0.1 gave it, where they are known."""
+    former = model.former if isinstance(model, Identity) else ""
+    return (model, former) if former else (model,)
 
 
 def _same_patches(mine: str, theirs: str) -> bool:

@@ -7,10 +7,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from glob import escape
 from pathlib import Path
 
 from ..kept import digest_of
-from .profile import Profile, Setting
+from .profile import Profile, Setting, names_of
 
 log = logging.getLogger("dejavu")
 
@@ -24,7 +25,9 @@ def user_folder() -> Path:
 
 def path_for(setting: Setting, folder: Path | None = None) -> Path:
     """One file a setting: the model's fingerprint, and a digest of all the rest. Hosts have folders of their own."""
-    told = repr(setting).replace(", patches='')", ")")  # files of release 0.1 keep their names
+    told = repr(setting)
+    for unused in (", text_encoder='')", ", patches='')"):  # files of release 0.1 keep their names
+        told = told.replace(unused, ")")
     return (folder or user_folder() / "calibration") / f"{setting.model}-{digest_of([told], 8)}.json"
 
 
@@ -33,15 +36,25 @@ def find(
 ) -> Profile | None:
     """Of the profiles that fit this setting the one with the most nulls for this score, or None.
 
-    Among equals the one made for exactly this setting goes first, ``also`` last: more files to look at, such as
-    the profiles a model brings along. Files that are no sound profile are passed over, with a warning in the log.
+    They are looked for in ``folder``, a host's own, and in that of the command line. Among equals the one made for
+    exactly this setting goes first, ``also`` last: more files to look at, such as the profiles a model brings along.
+    Files that are no sound profile are passed over, with a warning in the log.
     """
-    exact = path_for(setting, folder)
-    others = sorted(exact.parent.glob(f"{setting.model}-*.json")) if exact.parent.is_dir() else []
-    paths = (path for path in (exact, *(p for p in others if p != exact), *also) if path.is_file())
+    known = [path_for(setting, folder), *_kept(setting.model, folder), *_kept(setting.model)]
+    paths = (path for path in dict.fromkeys([*known, *also]) if path.is_file())
     profiles = (profile for path in paths if (profile := _sound(path)) is not None)
     fitting = [p for p in profiles if p.setting.mismatch(setting, kind) is None and p.null_scores(kind, images)]
     return max(fitting, key=lambda p: len(p.null_scores(kind, images)), default=None)
+
+
+def _kept(model: str, folder: Path | None = None) -> list[Path]:
+    """The profiles of a model, under all its names, in a host's folder or in that of the command line."""
+    try:
+        within = folder or user_folder() / "calibration"
+        return sorted(path for name in names_of(model) for path in within.glob(f"{escape(name)}-*.json"))
+    except (OSError, RuntimeError) as error:  # a folder that may not be read, a user without a home
+        _warn(f"the folder of calibrations, which cannot be read: {error}")
+        return []
 
 
 def find_for_monitor(

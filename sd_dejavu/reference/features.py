@@ -13,7 +13,6 @@ All are differentiable in the pictures. Nothing here reaches the network but a h
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from abc import ABC, abstractmethod
@@ -30,6 +29,7 @@ from ..kept import file_digest
 from ..quiet import quiet
 from ..settings import option, validate
 from ..similarity import COPY_THRESHOLD, structure
+from ..weights import digest, named, of_module, sampled
 
 Metric = Literal["cosine", "normalised L2"]
 
@@ -241,7 +241,7 @@ class Transformers(_InTwoSteps):
     def __init__(self, kind: Literal["clip", "dinov2"], weights: str, device: str = "cpu") -> None:
         self._module, self.preprocessing = _transformers_model(kind, weights, device)
         self._output = "image_embeds" if kind == "clip" else "pooler_output"
-        self.name = f"{kind} {self.preprocessing.crop} {_weights_digest(self._module)}"
+        self.name = f"{kind} {self.preprocessing.crop} {weights_digest(self._module)}"
         _check_rows(self, weights, device)
 
     def prepare(self, pictures: Tensor) -> Tensor:
@@ -398,7 +398,12 @@ def _autoencoder(weights: str, side: int | None, device: str) -> Latents:
         return encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
 
     own = config.get("sample_size") or (64 if not weights else _LATENTS_SIDE)
-    return Latents(encode, _weights_digest(module), side or int(own))
+    return Latents(encode, weights_digest(module), side or int(own))
+
+
+def weights_digest(module: torch.nn.Module) -> str:
+    """8 hexadecimal digits of all weights under their names, which sets of release 0.1 go by too."""
+    return digest(named(sampled(of_module(module))))[:8]
 
 
 def _check_rows(features: Features, weights: str, device: str) -> None:
@@ -412,16 +417,6 @@ def _check_rows(features: Features, weights: str, device: str) -> None:
         raise FeatureError(
             f"{weights} does not give one row of finite numbers for one picture: it is not such a network"
         )
-
-
-def _weights_digest(module: torch.nn.Module) -> str:
-    """8 hexadecimal digits from names, shapes and sampled values of all weights."""
-    digest = hashlib.sha256()
-    for key, value in sorted(module.state_dict().items()):
-        flat = value.detach().reshape(-1)
-        chosen = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
-        digest.update(f"{key}{tuple(value.shape)}".encode() + chosen.numpy().tobytes())
-    return digest.hexdigest()[:8]
 
 
 def _first_line(error: Exception) -> str:

@@ -30,6 +30,7 @@ class LinearDenoiser:
 
     name = "hand-made"
     fingerprint = "hand-made"
+    text_encoder = ""
     patches = ""
     latent_shape = SHAPE
 

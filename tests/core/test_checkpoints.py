@@ -11,7 +11,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sd_dejavu.calibration import store
 from sd_dejavu.calibration.profile import Profile
 from sd_dejavu.conditioning import Conditioning
 from sd_dejavu.demo import bundled
@@ -33,6 +34,7 @@ from sd_dejavu.hosts.diffusers.clip import CHUNK, MAX_CHUNKS
 from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.sampling import Guidance, first_step, levels_of, predict, sample
 from sd_dejavu.trace import Trace
+from sd_dejavu.weights import digest, fingerprint, of_text_encoder, sampled
 
 PROMPTS = ("the red fox under an old oak", "lighthouse painting, dawn")
 STEPS = 8
@@ -835,7 +837,7 @@ def test_warnings_before_a_refusal_are_not_shown(
 
 
 def weights_alone(model: DiffusersModel) -> str:
-    """The fingerprint of version 0.1.0, which took no tokenizer in."""
+    """The fingerprint of version 0.1.0, before it took tokenizers in."""
     digest = hashlib.sha256(model.prediction_type.encode())
     for module in (model._unet, *(encoder for _, encoder in model._encoders)):
         for key, value in sorted(module.state_dict().items()):
@@ -844,39 +846,71 @@ def weights_alone(model: DiffusersModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def test_the_bundled_models_fingerprint_is_that_of_its_profiles() -> None:
+def test_the_bundled_model_is_still_known_by_the_name_in_its_profiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SD_DEJAVU_HOME", str(tmp_path))
     model = load()
-    found = {Profile.load(file).setting.model for file in bundled.CALIBRATIONS}
-    assert found == {model.fingerprint} == {weights_alone(model)}
+    profiles = [Profile.load(file) for file in bundled.CALIBRATIONS]
+    assert {p.setting.model for p in profiles} == {model.fingerprint.former} == {weights_alone(model)}
+    assert model.fingerprint != model.fingerprint.former
+    for profile in profiles:
+        run = replace(profile.setting, model=model.fingerprint, text_encoder=model.text_encoder)
+        assert profile.setting.mismatch(run, "first step") is None
+    found = store.find(setting_of(model, Measurement()), "first step", also=bundled.CALIBRATIONS)
+    assert found is not None and found.setting == profiles[0].setting
 
 
-def test_the_published_tokenizer_leaves_the_fingerprint_as_it_was(
+def test_the_published_tokenizer_leaves_the_text_encoder_as_it_is(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load(str(folders["xl"]))
     digests = [adapter.tokenizer_digest(tokenizer) for tokenizer, _ in model._encoders]
     assert len(set(digests)) == 2 and not {*digests} & {*adapter._KNOWN_TOKENIZERS}
-    assert model.fingerprint != weights_alone(model)
+    assert model.fingerprint.former != weights_alone(model)
     monkeypatch.setattr(adapter, "_KNOWN_TOKENIZERS", tuple(digests))
-    assert load(str(folders["xl"])).fingerprint == weights_alone(model)
+    published = load(str(folders["xl"]))
+    assert published.fingerprint.former == weights_alone(model)
+    assert published.fingerprint == model.fingerprint and published.text_encoder != model.text_encoder
 
 
-def test_the_fingerprint_takes_in_the_vocabulary_and_the_order_of_the_merges(
+def test_the_text_encoder_is_told_apart_by_the_vocabulary_and_the_order_of_the_merges(
     folders: dict[str, Path], models: dict[str, DiffusersModel], tmp_path: Path
 ) -> None:
     def swapped(vocabulary: dict[str, int]) -> None:
         vocabulary["fox</w>"], vocabulary["red</w>"] = vocabulary["red</w>"], vocabulary["fox</w>"]
 
-    found = {models["1.x"].fingerprint}
+    found, former = {models["1.x"].text_encoder}, {models["1.x"].fingerprint.former}
     folder = Path(shutil.copytree(folders["1.x"], tmp_path / "swapped"))
     edit(folder / "tokenizer" / "vocab.json", swapped)
-    found.add(load(str(folder)).fingerprint)
+    model = load(str(folder))
+    found.add(model.text_encoder)
+    former.add(model.fingerprint.former)
     folder = Path(shutil.copytree(folders["1.x"], tmp_path / "turned"))
     merges = folder / "tokenizer" / "merges.txt"
     head, first, second, *rest = merges.read_text().splitlines()
     merges.write_text("\n".join([head, second, first, *rest]) + "\n")
-    found.add(load(str(folder)).fingerprint)
-    assert len(found) == 3
+    model = load(str(folder))
+    found.add(model.text_encoder)
+    former.add(model.fingerprint.former)
+    assert len(found) == len(former) == 3 and model.fingerprint == models["1.x"].fingerprint
+
+
+@pytest.mark.parametrize("family", ["1.x", "2.x", "xl"])
+def test_a_checkpoint_file_is_the_same_model_as_its_folder_in_every_precision(
+    family: str, folders: dict[str, Path], models: dict[str, DiffusersModel]
+) -> None:
+    """The file's names are the hosts'; the folder's are diffusers'."""
+    file = miniatures.original_names(folders[family])
+    unet = [(n, t.half(), None) for n, t in file.items() if n.startswith("model.diffusion_model.")]
+    encoders = [(n, t, None) for n, t in file.items() if n.startswith(("cond_stage_model.", "conditioner."))]
+    model = models[family]
+    half = load(str(folders[family]), dtype="float16")
+    assert model.fingerprint == half.fingerprint == fingerprint(sampled(unet), model.prediction_type)
+    told = fingerprint(sampled(of_text_encoder(encoders)))
+    tokenizers = [adapter.tokenizer_digest(tokenizer).encode() for tokenizer, _ in model._encoders]
+    assert model.text_encoder == half.text_encoder == digest(told.encode(), *tokenizers)
+    assert load(str(folders[family]), dtype="bfloat16").fingerprint != model.fingerprint
 
 
 def test_dtypes_and_devices_that_are_not_there(folders: dict[str, Path]) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ import pytest
 from sd_dejavu.calibration.profile import Null, Ordinary, Profile, Setting, conformal_p
 from sd_dejavu.calibration.store import path_for
 from sd_dejavu.verdict import BandStep
+from sd_dejavu.weights import Identity
 
 SETTING = Setting(
     model="abc",
@@ -158,7 +159,7 @@ def test_another_setting_is_refused_with_the_difference(changed, kind, sentence:
         ("", "clip skip 2", False),
         ("control", "", False),
         ("attn2, control", "control, attn2", True),
-        ("clip skip 2, text encoder with ab", "text encoder unknown", True),
+        ("clip skip 2", "text encoder unknown", True),
         ("control, clip skip 2", "text encoder unknown", False),
         ("control, clip skip 2", "control, text encoder unknown", True),
     ],
@@ -174,10 +175,36 @@ def test_a_profile_of_release_0_1_still_opens(tmp_path: Path) -> None:
     path = tmp_path / "old.json"
     profile().save(path)
     document = json.loads(path.read_text())
-    del document["setting"]["patches"]
+    del document["setting"]["patches"], document["setting"]["text_encoder"]
     path.write_text(json.dumps(document))
     assert Profile.load(path) == profile()
     assert path_for(SETTING, tmp_path).name == "abc-" + hashlib.sha256(RELEASE_0_1.encode()).hexdigest()[:8] + ".json"
+
+
+def test_a_profile_under_the_models_former_name_serves_it_and_no_other() -> None:
+    old = replace(SETTING, model="e6e99610c4", text_encoder="")
+    assert old.mismatch(replace(SETTING, model=Identity("abc", "e6e99610c4")), "first step") is None
+    for other in (Identity("abc", "e6e99610c5"), Identity("abc"), "abc"):
+        assert "model is 'abc' here but was 'e6e99610c4'" in (
+            old.mismatch(replace(SETTING, model=other), "first step") or ""
+        )
+
+
+@pytest.mark.parametrize(
+    ("made", "run", "same"), [("ab", "", True), ("", "ab", True), ("ab", "ab", True), ("ab", "c", False)]
+)
+def test_text_encoders_are_compared_where_both_are_known(made: str, run: str, same: bool) -> None:
+    kept, here = replace(SETTING, text_encoder=made), replace(SETTING, text_encoder=run)
+    why = f"text encoder is {run!r} here but was {made!r} when the profile was made"
+    assert kept.mismatch(here, "first step") == (None if same else why)
+
+
+def test_the_identity_of_a_model_is_saved_as_its_digits(tmp_path: Path) -> None:
+    made = replace(profile(), setting=replace(SETTING, model=Identity("abc", "e6e99610c4")))
+    assert "e6e99610c4" not in json.dumps(asdict(made.setting)) and asdict(made.setting) == asdict(SETTING)
+    made.save(tmp_path / "profile.json")
+    assert Profile.load(tmp_path / "profile.json") == profile()
+    assert path_for(made.setting, tmp_path) == path_for(SETTING, tmp_path)
 
 
 def test_stray_blanks_of_a_negative_prompt_make_no_other_setting() -> None:

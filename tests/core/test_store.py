@@ -9,6 +9,7 @@ import pytest
 
 from sd_dejavu.calibration.profile import Null, Profile, Setting
 from sd_dejavu.calibration.store import HoldsMore, Size, check_kept, find, find_for_monitor, keep, path_for, user_folder
+from sd_dejavu.weights import Identity
 
 SETTING = Setting(
     model="abc",
@@ -92,6 +93,37 @@ def test_a_damaged_file_is_passed_over_with_one_warning_and_the_others_serve(
         assert find(SETTING, "all steps", 1, [tmp_path / "brought.json"]) == brought
     (told,) = caplog.messages
     assert str(path_for(SETTING)) in told and told.startswith("[Déjà Vu] passed over: ") and "\n" not in told
+
+
+def test_a_host_also_looks_where_the_command_line_keeps_its_own(tmp_path: Path) -> None:
+    host = tmp_path / "host"
+    told = kept(SETTING, 1.0)
+    run = replace(SETTING, steps=4, sampler="Euler", text_encoder="ab")
+    assert find(run, "first step", folder=host) == told
+    assert not host.exists() and path_for(run, host).parent == host
+    own = kept(SETTING, 2.0, path_for(SETTING, host))
+    assert find(run, "first step", folder=host) == own  # among equals
+    assert find(run, "first step") == told
+
+
+def test_profiles_under_a_models_former_name_are_found(tmp_path: Path) -> None:
+    old = kept(replace(SETTING, model="[old] e6"), 1.0, path_for(replace(SETTING, model="[old] e6"), tmp_path))
+    assert find(SETTING, "first step", folder=tmp_path) is None
+    assert find(replace(SETTING, model=Identity("abc", "[old] e6")), "first step", folder=tmp_path) == old
+
+
+def test_a_folder_that_cannot_be_read_costs_no_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    own = kept(SETTING, 1.0, path_for(SETTING, tmp_path / "host"))
+    monkeypatch.delenv("SD_DEJAVU_HOME")
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert find(SETTING, "first step", folder=tmp_path / "host") == own
+    assert "Could not determine home directory" in caplog.text
 
 
 def test_the_profile_that_can_serve_the_images_asked_for_is_taken(tmp_path: Path) -> None:

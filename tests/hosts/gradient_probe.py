@@ -24,6 +24,7 @@ import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
 
+import comfy.model_sampling  # noqa: E402
 import comfy.ops  # noqa: E402
 import torch  # noqa: E402
 
@@ -225,7 +226,9 @@ def fingerprints():
             layer.weight_comfy_model_dtype = value.dtype if name != "cast on the way" else torch.float8_e4m3fn
             model = torch.nn.Module()
             model.diffusion_model = torch.nn.ModuleDict({"layer": layer})
+            sampling = comfy.model_sampling.EPS()
             patcher = SimpleNamespace(model=model, patches={}, patches_uuid=name, backup={}, attachments={})
+            patcher.get_model_object = {"model_sampling": sampling}.get
             found[name] = fingerprint(patcher)
     return found
 

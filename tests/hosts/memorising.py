@@ -169,7 +169,8 @@ def unet(weights: dict[str, Tensor]) -> UNet2DConditionModel:
         block_out_channels=(320,),
         down_block_types=("CrossAttnDownBlock2D",),
         up_block_types=("UpBlock2D",),
-        mid_block_type=None,
+        mid_block_type="UNetMidBlock2DCrossAttn" if "middle_block.0.in_layers.0.weight" in weights else None,
+        sample_size=SIZE,
         layers_per_block=1,
         cross_attention_dim=768,
         attention_head_dim=8,
@@ -184,6 +185,9 @@ _PLACES = {
     "input_blocks.0.0": "conv_in",
     "input_blocks.1.0": "down_blocks.0.resnets.0",
     "input_blocks.1.1": "down_blocks.0.attentions.0",
+    "middle_block.0": "mid_block.resnets.0",
+    "middle_block.1": "mid_block.attentions.0",
+    "middle_block.2": "mid_block.resnets.1",
     "output_blocks.0.0": "up_blocks.0.resnets.0",
     "output_blocks.1.0": "up_blocks.0.resnets.1",
     "out.0": "conv_norm_out",
@@ -213,6 +217,17 @@ def _diffusers_name(name: str) -> str:
 
 def encode_prompts(prompts: Sequence[Sequence[int]], seed: int = 0) -> Tensor:
     """Conditionings [N, 77, 768] of these tokens, in full precision, as the hosts' text encoder makes them."""
+    encoder = text_encoder(seed)
+    rows = [[_START, *tokens, _END] for tokens in prompts]
+    ids = torch.tensor([row + [_END] * (77 - len(row)) for row in rows])
+    with torch.no_grad():
+        return torch.cat(
+            [encoder(part, position_ids=torch.arange(77)[None]).last_hidden_state for part in ids.split(8)]
+        )
+
+
+def text_encoder(seed: int = 0) -> CLIPTextModel:
+    """The hosts' text encoder, in full precision."""
     with torch.device("meta"):
         encoder = CLIPTextModel(
             CLIPTextConfig(
@@ -230,12 +245,7 @@ def encode_prompts(prompts: Sequence[Sequence[int]], seed: int = 0) -> Tensor:
         name = name.removeprefix("cond_stage_model.transformer.")
         tensors[name if name in names else name.removeprefix("text_model.")] = tensor.float()
     encoder.load_state_dict(tensors, assign=True)
-    rows = [[_START, *tokens, _END] for tokens in prompts]
-    ids = torch.tensor([row + [_END] * (77 - len(row)) for row in rows])
-    with torch.no_grad():
-        return torch.cat(
-            [encoder(part, position_ids=torch.arange(77)[None]).last_hidden_state for part in ids.split(8)]
-        )
+    return encoder
 
 
 def _other_prompts(count: int, seed: int) -> list[tuple[int, ...]]:

@@ -85,7 +85,7 @@ def write_sdxl_everywhere(path: Path, seed: int = 0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     encoders = clip_l(seed + 1, "conditioner.embedders.0.") | clip_g(seed + 2, "conditioner.embedders.1.model.")
     unet = {name: tensor.half() for name, tensor in sdxl_unet(seed).items()}
-    write_checkpoint(path, unet | _idle_middle_block(transformer=True), encoders, block_vae())
+    write_checkpoint(path, unet | _idle_middle_block(linear=True), encoders, block_vae())
     path.with_suffix(".yaml").write_text(json.dumps(_A1111_SDXL, indent=1), encoding="utf-8")
     return path
 
@@ -388,13 +388,18 @@ _A1111_SDXL = {
 }
 
 
-def _idle_middle_block(transformer: bool = False) -> dict[str, Tensor]:
-    """A residual block that adds zero, and SDXL's others too; takes hardly any room in the file."""
+def _idle_middle_block(linear: bool = False) -> dict[str, Tensor]:
+    """Two residual blocks and a transformer between them that add zero; takes hardly any room in the file.
+
+    Whole, as a host fills with random numbers what it builds and does not find.
+    """
     w = _Weights(0)
     _residual_block(w, "middle_block.0.", _CHANNELS)
-    if transformer:
+    if linear:
         _linear_transformer(w, "middle_block.1.", 1)
-        _residual_block(w, "middle_block.2.", _CHANNELS)
+    else:
+        _transformer(w, "middle_block.1.")
+    _residual_block(w, "middle_block.2.", _CHANNELS)
     return {name: torch.zeros(1).expand(tensor.shape) for name, tensor in w.tensors.items()}
 
 

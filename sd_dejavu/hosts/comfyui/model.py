@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,15 @@ from ...conditioning import Conditioning
 from ...demo import bundled
 from ...denoiser import PredictionType, seeded_noise
 from ...guidance import GuidedStep
+from ...weights import Identity, Named, digest, named, of_text_encoder, sampled, unpatched
+from ...weights import fingerprint as fingerprint_of
 from ..aliases import normal
 from .attention import attending
 from .gradients import checkpointed, differentiable, make_room, must_recompute, plain_attention
 from .run_options import uncached
 from .text import SOURCE, encode, options_with
 
-FINGERPRINT = "dejavu_fingerprint"  # attachment of a model whose fingerprint is known
+FINGERPRINT = "dejavu_fingerprint"  # attachment of the bundled model: its name in the profiles that come with it
 _CHANGING = ("model_function_wrapper", "sampler_pre_cfg_function")  # options that change a prediction
 BEGAN = "dejavu_began"  # key in a run's model options that holds what the host made its conditionings for
 
@@ -156,8 +158,13 @@ class ComfyModel:
         self._plain_attention = False
 
     @property
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> Identity:
         return fingerprint(self._patcher)
+
+    @property
+    def text_encoder(self) -> str:
+        """16 digits of the text encoder's weights, LoRAs included; empty where it is not at hand."""
+        return "" if self.clip is None else text_encoder_of(self.clip)
 
     @property
     def patches(self) -> str:
@@ -173,9 +180,8 @@ class ComfyModel:
     def _encoder_patches(self) -> list[str]:
         if self.clip is None:
             return [UNKNOWN_ENCODER]
-        skip = [] if self.clip.layer_idx is None else [f"clip skip {-self.clip.layer_idx}"]
-        patched = bool(self.clip.patcher.patches)
-        return [*skip, *([f"text encoder with {fingerprint(self.clip.patcher, '')}"] if patched else [])]
+        chosen = self.clip.layer_idx
+        return [] if chosen is None or chosen == _usual_layer(self.clip) else [f"clip skip {-chosen}"]
 
     @property
     def brought_along(self) -> tuple[Path, ...]:
@@ -342,49 +348,75 @@ def _normal(value: Any) -> Any:
     return value
 
 
-def fingerprint(patcher: Any, network: str = "diffusion_model") -> str:
-    """16 hexadecimal digits from names, shapes and sampled values of the network's weights, patches included.
+def _usual_layer(clip: Any) -> int | None:
+    """The layer that a CLIP is read at where nobody asks for another one, counted from its end; None for others."""
+    encoders = (getattr(clip.cond_stage_model, f"clip_{name}", None) for name in "lgh")
+    usual = {defaults[1] or -1 for encoder in encoders if (defaults := getattr(encoder, "options_default", None))}
+    return usual.pop() if len(usual) == 1 else None
+
+
+def fingerprint(patcher: Any, network: str = "diffusion_model") -> Identity:
+    """The network's identity, see :mod:`sd_dejavu.weights`; with patches (LoRAs) another one, the same in every run.
 
     ``network`` is its place in the patcher's model; empty for the whole of it, as with text encoders. Weights that a
-    patch has changed in place are read from the host's backup of them.
+    patch has changed in place are read from the host's backup of them. Read once for a model and its patches.
     """
-    found = _fingerprints.setdefault(patcher.model, {})
-    if patcher.patches_uuid not in found:
-        found[patcher.patches_uuid] = _fingerprint(patcher, network)
-    return found[patcher.patches_uuid]
+    prediction = prediction_type_of(patcher.get_model_object("model_sampling")) if network else ""
+    known = _identities.setdefault(patcher.model, {})
+    key = patcher.patches_uuid, prediction
+    if key not in known:
+        samples = sampled(_weights(patcher, network))
+        own, patches = fingerprint_of(samples, prediction), _told(patcher)
+        bundled_as = patcher.attachments.get(FINGERPRINT)
+        before = named(samples) if bundled_as is None else str(bundled_as).encode()
+        former = str(bundled_as) if bundled_as is not None and not patches else digest(before, patches)
+        known[key] = Identity(digest(own.encode(), patches) if patches else own, former)
+    return known[key]
 
 
-_fingerprints: WeakKeyDictionary[Any, dict[Any, str]] = WeakKeyDictionary()
+def text_encoder_of(clip: Any) -> str:
+    """16 digits of a text encoder's weights, see :mod:`sd_dejavu.weights`. Read once for an encoder and its patches."""
+    known = _text_encoders.setdefault(clip.patcher.model, {})
+    if clip.patcher.patches_uuid not in known:
+        own, patches = fingerprint_of(sampled(of_text_encoder(_weights(clip.patcher, "")))), _told(clip.patcher)
+        known[clip.patcher.patches_uuid] = digest(own.encode(), patches) if patches else own
+    return known[clip.patcher.patches_uuid]
 
 
-def _fingerprint(patcher: Any, network: str) -> str:
-    known = patcher.attachments.get(FINGERPRINT)
-    if known is not None and not patcher.patches:
-        return str(known)
-    digest = hashlib.sha256()
-    if known is not None:
-        digest.update(str(known).encode())
-    else:
-        held = patcher.model.get_submodule(network)
-        for key, value in sorted(held.state_dict().items()):
-            kept = patcher.backup.get(f"{network}.{key}" if network else key)
+_identities: WeakKeyDictionary[Any, dict[Any, Identity]] = WeakKeyDictionary()
+_text_encoders: WeakKeyDictionary[Any, dict[Any, str]] = WeakKeyDictionary()
+
+
+def _weights(patcher: Any, network: str) -> Iterator[Named]:
+    """A network's weights without patches, each with the precision it is used in where the host tells it."""
+    held = patcher.model.get_submodule(network)
+
+    def tensors() -> Iterator[Named]:
+        for key, value in held.state_dict().items():
             module, _, name = key.rpartition(".")
             # Under dynamic VRAM a weight lies there as in its file, and is cast to this dtype on its way to the card.
-            used_in = getattr(held.get_submodule(module), f"{name}_comfy_model_dtype", None)
-            sample_into(digest, key, kept.weight if kept is not None else value, used_in)
+            yield key, value, getattr(held.get_submodule(module), f"{name}_comfy_model_dtype", None)
+
+    def kept(key: str) -> Tensor | None:
+        backup = patcher.backup.get(f"{network}.{key}" if network else key)
+        return None if backup is None else backup.weight
+
+    return unpatched(tensors(), kept)
+
+
+def _told(patcher: Any) -> bytes:
+    """A model's patches: where they act, how strongly, and a few values of each; nothing where there are none."""
+    heads: list[tuple[str, int]] = []
+    tensors: list[Named] = []
     for key in sorted(patcher.patches, key=str):
         for strength, patch, on_model, *_ in patcher.patches[key]:
-            digest.update(f"{key}{strength}{on_model}".encode())
-            for tensor in _tensors(patch):
-                sample_into(digest, "", tensor)
-    return digest.hexdigest()[:16]
-
-
-def sample_into(digest: Any, key: str, value: Tensor, dtype: torch.dtype | None = None) -> None:
-    """Name, shape and sampled values, these rounded to ``dtype`` where it is given."""
-    flat = value.detach().reshape(-1)
-    chosen = flat[:: max(1, flat.numel() // 64)][:64].to(dtype or flat.dtype).float().cpu()
-    digest.update(f"{key}{tuple(value.shape)}".encode() + chosen.numpy().tobytes())
+            before = len(tensors)
+            tensors += [("", tensor, None) for tensor in _tensors(patch)]
+            heads.append((f"{key}{strength}{on_model}", len(tensors) - before))
+    samples = iter(sampled(tensors))
+    return b"".join(
+        head.encode() + b"".join(named([sample]) for sample in islice(samples, count)) for head, count in heads
+    )
 
 
 def _tensors(patch: Any) -> Iterator[Tensor]:

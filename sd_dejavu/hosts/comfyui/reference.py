@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,11 +28,11 @@ from ...reference.features import (
     centre,
     normalised,
     short_side,
+    weights_digest,
 )
 from ...reference.nearest import Answer, answer
 from ...reference.reference_set import ReferenceSet
 from .demo import load_demo_model
-from .model import sample_into
 
 CLIP_VISION = "the linked CLIP Vision model"
 _HOST_VISION = "host"  # first word of HostVision's names
@@ -126,7 +125,7 @@ def _clip_vision(clip_vision: Any) -> HostFeatures:
         found = network(pixel_values=prepared, intermediate_output=-2)[2]
         return found.float() if found.ndim == 2 else found.float().mean(1)  # SigLIP's gives all its tokens
 
-    name = f"{type(network).__name__} {side} {_digest(network)}"
+    name = f"{type(network).__name__} {side} {weights_digest(network)}"
     return HostFeatures(HostVision(encode, name), (clip_vision.patcher,))
 
 
@@ -138,7 +137,7 @@ def _latents() -> HostFeatures:
     def encode(pictures: Tensor) -> Tensor:
         return network.encode(vae.process_input(pictures).to(vae.device, vae.vae_dtype)).float()
 
-    return HostFeatures(Latents(encode, _digest(network), SIZE), (vae.patcher,))
+    return HostFeatures(Latents(encode, weights_digest(network), SIZE), (vae.patcher,))
 
 
 def _sscd(path: Path, size: Literal[288, 320]) -> HostFeatures:
@@ -153,14 +152,6 @@ def _sscd_named(name: str, files: Mapping[str, Path]) -> HostFeatures:
         if found.features.name == name:
             return found
     raise FeatureError(f"the set was made with an SSCD file ({name}) that is not in models/sscd: put it there")
-
-
-def _digest(network: torch.nn.Module) -> str:
-    """8 hexadecimal digits from names, shapes and sampled values of all weights, as the command line's."""
-    digest = hashlib.sha256()
-    for key, value in sorted(network.state_dict().items()):
-        sample_into(digest, key, value)
-    return digest.hexdigest()[:8]
 
 
 def picture_device() -> torch.device:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from ...calibration import store
 from ...calibration.profile import Profile, Setting
 from ...conditioning import Unconditional
 from ...run.monitoring import Monitoring
-from .model import ComfyModel, sample_into
+from ...weights import digest, named, sampled
+from .model import ComfyModel, text_encoder_of
 from .text import SOURCE, empty_prompt
 
 
@@ -38,6 +38,7 @@ def setting_of(
         begins_with="a picture" if from_picture else "noise",
         sampler=sampler,
         patches=model.patches,
+        text_encoder=model.text_encoder,
     )
 
 
@@ -48,8 +49,11 @@ def profile_for(setting: Setting, model: ComfyModel, monitoring: Monitoring, fol
 def kind_of(negative: Any, clip: Any = None) -> Unconditional:
     """The empty prompt where the host's negative conditioning comes from one, or equals what ``clip`` makes of it.
 
-    Conditionings that no text encodes to are told apart: those without rows, and those of zeros.
+    Conditionings that no text encodes to are told apart: those without rows, and those of zeros. Asked before the
+    sampling loop, it reads the encoder's digits too, for which the loop would have to wait for the device.
     """
+    if clip is not None:
+        text_encoder_of(clip)
     if negative and all(entry.get("cross_attn") is None for entry in negative):
         return "prompt left out"
     if negative and all(_is_zeroed(entry) for entry in negative):
@@ -93,7 +97,5 @@ _row_names: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def _row_name(rows: Tensor) -> str:
     if rows not in _row_names:
-        digest = hashlib.sha256()
-        sample_into(digest, "rows", rows)
-        _row_names[rows] = f"conditioning {digest.hexdigest()[:12]}"
+        _row_names[rows] = f"conditioning {digest(named(sampled([('rows', rows, None)])))[:12]}"
     return str(_row_names[rows])

@@ -18,6 +18,7 @@ from ...denoiser import denoised_from_output, seeded_noise
 from ...gradients import BYTES_A_LATENT_PIXEL, RECOMPUTED_FROM, recomputing
 from ...memory import free_memory, in_pieces
 from ...prompt_weights import encode_weighted
+from ...weights import Identity, digest, fingerprint, named, of_module, of_text_encoder, sampled
 from . import ModelError, clip
 from .families import family_of_pipeline
 
@@ -59,28 +60,34 @@ class DiffusersModel:
                     raise ModelError(f"the weights of {name} contain NaN or infinity: the file is broken, get it again")
         self.device = self._unet.device
         self.schedule = self.family.schedule(pipeline)
-        self._fingerprint: str | None = None
+        self._identity: tuple[Identity, str] | None = None
         self.patches = ""
 
     def _modules(self) -> list[torch.nn.Module]:
         return [self._unet, self._vae, *(encoder for _, encoder in self._encoders)]
 
     @property
-    def fingerprint(self) -> str:
-        """16 hexadecimal digits from what makes a score: names, shapes and sampled values of the weights, and the
-        vocabulary and merges of tokenizers other than the published one."""
-        if self._fingerprint is None:
-            digest = hashlib.sha256(self.prediction_type.encode())
-            for module in (self._unet, *(encoder for _, encoder in self._encoders)):
-                for key, value in sorted(module.state_dict().items()):
-                    flat = value.detach().reshape(-1)
-                    chosen = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
-                    digest.update(f"{key}{tuple(value.shape)}".encode() + chosen.numpy().tobytes())
-            for tokenizer, _ in self._encoders:
-                if (own := tokenizer_digest(tokenizer)) not in _KNOWN_TOKENIZERS:
-                    digest.update(own.encode())
-            self._fingerprint = digest.hexdigest()[:16]
-        return self._fingerprint
+    def fingerprint(self) -> Identity:
+        """Of the UNet; see :mod:`sd_dejavu.weights`. Its former name is of the text encoders and tokenizers too."""
+        return self._identities()[0]
+
+    @property
+    def text_encoder(self) -> str:
+        """16 digits of the text encoders' weights, and of the tokenizers where they are others than the published."""
+        return self._identities()[1]
+
+    def _identities(self) -> tuple[Identity, str]:
+        if self._identity is None:
+            unet = sampled(of_module(self._unet))
+            encoders = [encoder for _, encoder in self._encoders]
+            asked = (tokenizer_digest(tokenizer) for tokenizer, _ in self._encoders)
+            tokenizers = [own.encode() for own in asked if own not in _KNOWN_TOKENIZERS]
+            parts = (named(unet), *(named(sampled(of_module(encoder))) for encoder in encoders), *tokenizers)
+            former = digest(self.prediction_type.encode(), *parts)
+            read = fingerprint(sampled(part for encoder in encoders for part in of_text_encoder(of_module(encoder))))
+            known = digest(read.encode(), *tokenizers) if tokenizers else read
+            self._identity = Identity(fingerprint(unet, self.prediction_type), former), known
+        return self._identity
 
     # ------------------------------------------------------------------------------- denoising
 

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from ...conditioning import Conditioning
 from ...denoiser import PredictionType, over_pixels, seeded_noise
 from ...gradients import recomputing
 from ...schedule import Schedule
+from ...weights import Identity, Named, digest, fingerprint, of_module, of_text_encoder, sampled, unpatched
 from ..aliases import differentiable
 from .text import encode, engines_of, modules_of
 
@@ -224,6 +226,22 @@ class Automatic1111:
         found = [f"hypernetwork {one.name} {one.multiplier:g}" for one in getattr(shared, "loaded_hypernetworks", [])]
         return [*found, *(["patched network"] if "forward" in vars(self.network(step)) else [])]
 
+    def clip_skip(self, step: Step) -> str:
+        """Where the text encoder is not read at the layer that the model is meant for, in words."""
+        from modules import shared
+
+        model, chosen = step.sd_model, int(shared.opts.CLIP_stop_at_last_layers)
+        if getattr(model, "is_sdxl", False):
+            of_one = chosen != 2 and getattr(shared.opts, "sdxl_clip_l_skip", False)
+            return f"clip skip {chosen} of CLIP-L" if of_one else ""
+        heeded = not (getattr(model, "is_sd2", False) or getattr(model, "is_sd3", False))
+        return f"clip skip {chosen}" if heeded and chosen > 1 else ""
+
+    def weights(self, step: Step) -> tuple[list[Named], list[Named]]:
+        """The network's and the text encoders', as they were before LoRAs were added in place."""
+        encoders = [modules_of(engine) for engine in engines_of(step.sd_model)]
+        return list(_before_loras(self.network(step))), [part for one in encoders for part in _before_loras(one)]
+
     def _timesteps(self, step: Step) -> bool:
         return type(step.denoiser).__name__ == "CFGDenoiserTimesteps"
 
@@ -375,8 +393,36 @@ class Forge:
         ]
         return sorted([*found, *(["control"] if unet.controlnet_linked_list is not None else [])])
 
+    def clip_skip(self, step: Step) -> str:
+        """Where the text encoder is not read at the layer that the model is meant for, in words."""
+        skips = {e.clip_skip for e in engines_of(step.sd_model) if e.clip_skip > e.minimal_clip_skip}
+        return f"clip skip {max(skips)}" if skips else ""
+
+    def weights(self, step: Step) -> tuple[list[Named], list[Named]]:
+        """The network's and the text encoders', as they were before LoRAs were added in place."""
+        unet, clip = self._unet(step), step.sd_model.forge_objects.clip.patcher
+        kept = unet.lora_loader.backup
+        network = unpatched(of_module(self.network(step)), lambda key: kept.get(f"diffusion_model.{key}"))
+        return list(network), list(unpatched(of_module(clip.model), clip.lora_loader.backup.get))
+
     def _unet(self, step: Step) -> Any:
         return step.denoiser.inner_model.inner_model.forge_objects.unet
+
+
+def _before_loras(module: torch.nn.Module) -> Iterator[Named]:
+    """A module's weights in Automatic1111, which keeps them beside those that it adds LoRAs to."""
+
+    def kept(name: str) -> Tensor | None:
+        place, _, part = name.rpartition(".")
+        layer, which = module.get_submodule(place), 0
+        if place.endswith("out_proj"):
+            around = module.get_submodule(place.rpartition(".")[0])
+            layer, which = (around, 1) if isinstance(around, torch.nn.MultiheadAttention) else (layer, 0)
+        found = getattr(layer, "network_bias_backup" if part == "bias" else "network_weights_backup", None)
+        found = found[which] if isinstance(found, tuple) else found
+        return found if part in ("weight", "bias", "in_proj_weight") else None
+
+    return unpatched(of_module(module), kept)
 
 
 def _encoded(step: Step, pictures: Tensor) -> Tensor:
@@ -420,21 +466,34 @@ class GuidedModel:
         self.name = "the loaded checkpoint"
 
     @property
-    def fingerprint(self) -> str:
-        """The host's hash of the checkpoint, with the LoRAs that are in use."""
-        import hashlib
+    def fingerprint(self) -> Identity:
+        """Of the checkpoint's network, and of the LoRAs that are in use; formerly the host's hash of the file."""
+        network, _ = self._identities()
+        known, loras = checkpoint_of(self.step.sd_model), self.host.loras(self.step).encode()
+        if not loras:
+            return Identity(network, known)
+        return Identity(digest(network.encode(), loras), f"{known}-{digest(loras)[:8]}")
 
-        known = checkpoint_of(self.step.sd_model)
-        loras = self.host.loras(self.step)
-        return known if not loras else f"{known}-{hashlib.sha256(loras.encode()).hexdigest()[:8]}"
+    @property
+    def text_encoder(self) -> str:
+        """16 digits of the text encoders' weights without LoRAs; empty where they cannot be read."""
+        return self._identities()[1]
+
+    def _identities(self) -> tuple[str, str]:
+        """Of the network and of the text encoders, read once for a checkpoint: the hosts load others in its place."""
+        model = self.step.sd_model
+        known, found = _identities.get(model, ((), ("", "")))
+        loaded = checkpoint_of(model), self.prediction_type
+        if known != loaded:
+            network, encoders = self.host.weights(self.step)
+            found = fingerprint(sampled(network), self.prediction_type), _told(encoders)
+            _identities[model] = loaded, found
+        return found
 
     @property
     def patches(self) -> str:
         """What the run adds to the checkpoint, as far as the host tells: clip skip, control nets, patched networks."""
-        from modules import shared
-
-        skip = int(shared.opts.CLIP_stop_at_last_layers)
-        return ", ".join([*([f"clip skip {skip}"] if skip > 1 else []), *self.host.patches(self.step)])
+        return ", ".join(filter(None, [self.host.clip_skip(self.step), *self.host.patches(self.step)]))
 
     @property
     def brought_along(self) -> tuple[Path, ...]:
@@ -485,6 +544,14 @@ class GuidedModel:
         blocks = _blocks(self.host.network(self.step)) if checkpointing else []
         with self.host.differentiable(self.step), recomputing(blocks):
             yield
+
+
+_identities: WeakKeyDictionary[Any, tuple[tuple[str, ...], tuple[str, str]]] = WeakKeyDictionary()
+
+
+def _told(encoders: list[Named]) -> str:
+    """Empty where there are none that can be read."""
+    return fingerprint(sampled(of_text_encoder(encoders))) if encoders else ""
 
 
 def _blocks(network: torch.nn.Module) -> list[torch.nn.Module]:
