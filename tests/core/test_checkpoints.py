@@ -32,6 +32,7 @@ from sd_dejavu.hosts.diffusers import ModelError, adapter
 from sd_dejavu.hosts.diffusers.adapter import DiffusersModel
 from sd_dejavu.hosts.diffusers.clip import CHUNK, MAX_CHUNKS
 from sd_dejavu.hosts.diffusers.load import load
+from sd_dejavu.run.measure import Measurement, setting_of
 from sd_dejavu.sampling import Guidance, first_step, levels_of, predict, sample
 from sd_dejavu.trace import Trace
 from sd_dejavu.weights import digest, fingerprint, of_text_encoder, sampled
