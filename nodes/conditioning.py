@@ -13,7 +13,8 @@ from ..sd_dejavu.run.monitoring import OPTIMISE, Monitoring
 from . import sockets
 
 _NEGATIVE = io.Conditioning.Input(
-    "negative", tooltip="The sampler's negative prompt: what the prompt is measured against."
+    "negative",
+    tooltip="The sampler's negative prompt. The prompt is measured against it where no text encoder is at hand for the empty prompt.",
 )
 
 

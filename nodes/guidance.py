@@ -80,7 +80,8 @@ class InitialNoise(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model."),
                 io.Conditioning.Input("positive", tooltip="The prompt."),
                 io.Conditioning.Input(
-                    "negative", tooltip="The guider's negative prompt: what the prompt is measured against."
+                    "negative",
+                    tooltip="The guider's negative prompt. The prompt is measured against it where no text encoder is at hand for the empty prompt.",
                 ),
                 *sockets.run_inputs(),
                 sockets.Calibration.Input("calibration", optional=True, tooltip="Scores of ordinary prompts."),

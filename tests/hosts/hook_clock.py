@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 HOOKS = ("_outer_sample", "_sampler_sample", "_predict_noise")  # these call on to the host: executor first
 INNER = ("read", "guide")  # of its runs: these are called from within the host
-
-
-def _runs_of(monitor: Any) -> Any:
-    """The class of a monitor's runs."""
-    return sys.modules[type(monitor).__module__].Run
 
 
 class HookClock:
@@ -23,23 +17,19 @@ class HookClock:
         self.now = time.perf_counter if wall else time.thread_time
         self.hooks = self.step = 0.0
         self.steps: list[float] = []
-        self._inner: dict[str, Callable[..., Any]] = {}
 
     def watch(self, monitor: Any) -> None:
         """From now on this monitor's hooks are timed."""
         for name in HOOKS:
             setattr(monitor, name, self._outside(getattr(monitor, name), name == "_predict_noise"))
-        runs = _runs_of(monitor)
-        self._inner = {name: getattr(runs, name) for name in INNER}
-        for name, function in self._inner.items():
-            setattr(runs, name, self._inside(function))
+        runs = monitor.runs_as
+        monitor.runs_as = type("Timed", (runs,), {name: self._inside(getattr(runs, name)) for name in INNER})
 
-    def leave(self, monitor: Any) -> None:
+    @staticmethod
+    def leave(monitor: Any) -> None:
         """Its hooks are its own again."""
-        for name in HOOKS:
+        for name in (*HOOKS, "runs_as"):
             vars(monitor).pop(name, None)
-        for name, function in self._inner.items():
-            setattr(_runs_of(monitor), name, function)
 
     def _outside(self, hook: Callable[..., Any], is_step: bool) -> Callable[..., Any]:
         def timed(executor: Any, *given: Any, **named: Any) -> Any:

@@ -52,16 +52,14 @@ class Sabotage:
         def raising(*args, **kwargs):
             raise kinds[error]
 
-        if step == "remedy":  # in the midst of an optimisation
-            known = monitor._conditioning
+        known = monitor.runs_as.words
 
-            def broken(*args):
-                found = known(*args)
-                return dataclasses.replace(found, reencoding=dataclasses.replace(found.reencoding, encode=raising))
+        def broken(*args):  # in the midst of an optimisation
+            found = known(*args)
+            return dataclasses.replace(found, reencoding=dataclasses.replace(found.reencoding, encode=raising))
 
-            monitor._conditioning = broken
-        else:
-            setattr(monitor, step, raising)
+        changed = {"words": broken} if step == "remedy" else {step: raising}
+        monitor.runs_as = type("Sabotaged", (monitor.runs_as,), changed)
         return (model,)
 
 
@@ -260,20 +258,20 @@ def pixels(server: ComfyServer, outputs: dict) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(server.view(outputs["save"]["images"][0]))))
 
 
-STEPS = ("_read", "_after", "_identify", "_act", "_conditioning", "remedy")
+STEPS = ("read", "model", "identity", "words", "unconditional", "remedy")
 
 
 @pytest.mark.parametrize("step", STEPS)
 def test_a_raising_hook_costs_no_picture(faulty: ComfyServer, memorised: str, step: str) -> None:
     plain = pixels(faulty, faulty.run(demo(memorised, steps=2)))
     # Where the hook cannot read guidance, the step is measured apart, so a mitigation would go on as it should.
-    graph = watched(demo(memorised, steps=2), when_flagged="report" if step == "_read" else "mitigate", alpha=0.02)
+    graph = watched(demo(memorised, steps=2), when_flagged="report" if step == "read" else "mitigate", alpha=0.02)
     sabotage = node("Sabotage", monitor=["monitor", 1], step=step, error="fault")
     outputs = faulty.run(graphs.splice(graph, "sampler", "model", "sabotage", sabotage))
     assert (pixels(faulty, outputs) == plain).all()
     (document,) = outputs["verdict"]["dejavu"]
     assert "broken on purpose" in json.dumps(document["notes"])
-    if step in ("_after", "_identify"):
+    if step in ("model", "identity"):
         assert document["verdicts"][0]["sentence"].startswith("No verdict: ")
 
 

@@ -62,7 +62,7 @@ class BrokenReports:
 
     def do(self, model, broken):
         page = pack("hosts.comfyui.page")
-        page.Report = Broken if broken else pack("monitor").Report
+        page.Report = Broken if broken else pack("run.report").Report
         return (model,)
 
 

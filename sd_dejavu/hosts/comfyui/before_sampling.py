@@ -26,7 +26,7 @@ from .evaluation import covers
 from .model import ComfyModel, ordinary_for, with_model
 from .monitor import Monitor
 from .setting import kind_of, profile_for, setting_of
-from .text import SOURCE, Source, conditioning_of, encode_text, options_with
+from .text import SOURCE, Source, conditioning_of, empty_prompt, encode_text, options_with
 
 
 def examine(
@@ -135,8 +135,10 @@ def begin_of(
                 "that does"
             )
     without, kind = model.of_the_host(entries), kind_of(entries, model.clip)
+    if kind != "empty prompt" and model.clip is not None:  # as monitors do by default
+        without, kind = empty_prompt(model.clip), "empty prompt"
     with torch.no_grad():
-        base = model.calculate(entries, x, sigma)
+        base = model(x, sigma, without)
     goal, ordinary = target, None
     if not goal:
         setting = setting_of(model, kind, entries, 1.0)

@@ -275,6 +275,8 @@ class Run:
 class Monitor:
     """Watches every run of the models it is attached to; keeps the last few."""
 
+    runs_as: type[Run] = Run
+
     def __init__(
         self,
         monitoring: Monitoring,
@@ -351,7 +353,7 @@ class Monitor:
     ) -> Tensor:
         guider = executor.class_obj
         name = getattr(getattr(sampler, "sampler_function", None), "__name__", "")
-        run = Run(self, guider, noise, Readout(latent_image.any()), name)
+        run = self.runs_as(self, guider, noise, Readout(latent_image.any()), name)
         self._open.append(run)
         options, finished = guider.model_options, False
         try:
