@@ -67,6 +67,7 @@ def setting_of(model: Model, wanted: Measurement) -> Setting:
         without=wanted.without,
         negative_prompt=wanted.negative,
         patches=model.patches,
+        text_encoder=model.text_encoder,
     )
 
 

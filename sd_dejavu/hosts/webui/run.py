@@ -167,6 +167,7 @@ class Pass:
             begins_with="a picture" if self.from_picture else "noise",
             sampler=self.sampler,
             patches=model.patches,
+            text_encoder=model.text_encoder,
         )
         return setting, store.find_for_monitor(setting, self._monitoring.score, model.brought_along, self._folder)
 
