@@ -3,10 +3,10 @@
 A p-value is only as good as the likeness of its ordinary prompts to the prompt in question. Prompts that a model does
 not understand score higher than those it knows, and then no score of a known one stands out.
 
-Each prompt is made from a given one, whose length, punctuation and letter case it keeps, by drawing its words anew, one
-after the other, from those that stand between the same two neighbours in the given prompts; where that is one word only,
-by the Markov chain of their words (Gibbs sampling). Every word is a given one. A run of words that stands in one given
-prompt alone is broken up, since it may be what brings that prompt's picture back.
+Each prompt is a given one in which every run of words that stands in no other given prompt is broken up, since it may be
+what brings that prompt's picture back: words of it are drawn anew, one after the other, from those that stand between
+the same two neighbours in the given prompts; where that is one word only, by the Markov chain of their words. Length,
+punctuation and letter case are kept, and every word is a given one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from random import Random
 
 RUN = 4  # words in a row that tell one prompt from all others
-_SWEEPS = 2
 _MENDINGS = 40  # words drawn anew to break up runs, before a prompt is given up
 _MAX_FAILURES_IN_A_ROW = 200
 # Scripts written without blanks give a word a character; elsewhere letters, digits and what joins them.
@@ -51,7 +50,7 @@ def recombined(prompts: Sequence[str], count: int, seed: int = 0) -> list[str]:
     hold too few words in common for so many.
 
     >>> recombined(["red boat, calm lake", "blue boat, calm sea", "red hut, wild sea", "blue hut, wild lake"], 1)
-    ['blue hut, calm sea']
+    ['blue hut, calm lake']
     """
     if count < 0:
         raise ValueError(f"the number of prompts is {count}: give 0 or more")
@@ -102,9 +101,6 @@ class _Language:
         """A prompt like the given ones; None where it came out as one of them, or holds a run that tells one of them."""
         number = _below(len(self.given), rng)
         words = list(self.templates[number])
-        for _ in range(_SWEEPS):
-            for place in _shuffled((place for place, word in enumerate(words) if _is_word(word)), rng):
-                words[place] = self._drawn(words, place, rng)
         for mending in range(_MENDINGS):
             run = self._telling_run(words)
             if run is None:
@@ -164,10 +160,6 @@ def _in_the_case_of(shape: str, word: str) -> str:
 # Python promises the same stream for random() alone.
 def _below(count: int, rng: Random) -> int:
     return int(rng.random() * count)
-
-
-def _shuffled(places: Iterable[int], rng: Random) -> list[int]:
-    return [place for _, place in sorted((rng.random(), place) for place in places)]
 
 
 def _weighted(weights: dict[str, float], otherwise: str, rng: Random) -> str:

@@ -46,7 +46,7 @@ def test_no_run_tells_one_given_prompt():
 def test_style_is_kept():
     made = recombined(CAPTIONS, 600)
     for count in (lambda p: len(words(p)), lambda p: p.count(","), lambda p: p.istitle()):
-        assert np.mean([count(p) for p in made]) == pytest.approx(np.mean([count(c) for c in CAPTIONS]), rel=0.25)
+        assert np.mean([count(p) for p in made]) == pytest.approx(np.mean([count(c) for c in CAPTIONS]), rel=0.4)
 
 
 def test_scripts_without_blanks_are_recombined_by_character():
