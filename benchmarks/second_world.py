@@ -1,7 +1,7 @@
 """What ordinary prompts say of a model that the generator does not know: the second world, on which nothing is tuned.
 
-Its own ordinary captions that it never saw, each on a noise of its own, against nulls generated, recombined from other
-such captions, and recombined from captions of which a quarter are memorised; whether the misfit is noticed; how many of
+Its own ordinary captions that it never saw, each on a noise of its own, against nulls generated, other such captions,
+nulls recombined from some, and recombined from captions of which a quarter are memorised; whether the misfit is noticed; how many of
 the memorised are flagged; and how many of their pictures are copies when a mitigation goes to the nulls' median.
 
     python benchmarks/second_world.py [--json benchmarks/results/second_world.json]
@@ -124,6 +124,7 @@ def main() -> None:
     print(f"{found}; medians: held-out {np.median(fresh):.3f}, memorised {np.median(replayed):.3f}", flush=True)
     nulls = {
         "generated": readable(model, [prompt for prompt, _ in ordinary_prompts(NULLS)]),
+        "other captions of its world": second_world.held_out(GIVEN + FRESH + NULLS)[0][GIVEN + FRESH :],
         f"recombined from {GIVEN} captions": recombined(captions[:GIVEN], NULLS),
         f"recombined from {GIVEN} captions and the 40 memorised": recombined([*captions[:GIVEN], *memorised], NULLS),
     }

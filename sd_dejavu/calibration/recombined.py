@@ -3,11 +3,10 @@
 A p-value is only as good as the likeness of its ordinary prompts to the prompt in question. Prompts that a model does
 not understand score higher than those it knows, and then no score of a known one stands out.
 
-Each prompt is made from a given one, whose length, punctuation and letter case it keeps, by drawing its words anew, one
-after the other, from those that stand between the same two neighbours in the given prompts; where that is one word only,
-by the Markov chain of their words, of which this is Gibbs sampling. A run of words that stands in one given prompt alone is broken up, since it may be what brings that
-prompt's picture back. Where most words recur, as in a training set's captions, so may a word that stands in one prompt
-alone, a name mostly: in its place comes a new one, made of the halves of two such words, as rare as they are.
+Each prompt is a given one in which every run of words that stands in no other given prompt is broken up, since it may be
+what brings that prompt's picture back: words of it are drawn anew, one after the other, from those that stand between
+the same two neighbours in the given prompts; where that is one word only, by the Markov chain of their words. Length,
+punctuation and letter case are kept, and every word is a given one.
 """
 
 from __future__ import annotations
@@ -19,14 +18,11 @@ from dataclasses import dataclass
 from random import Random
 
 RUN = 4  # words in a row that tell one prompt from all others
-NAMES_UP_TO = 0.2  # share of the words that stand in one prompt alone, up to which these are names
-_SWEEPS = 2
 _MENDINGS = 40  # words drawn anew to break up runs, before a prompt is given up
 _MAX_FAILURES_IN_A_ROW = 200
 # Scripts written without blanks give a word a character; elsewhere letters, digits and what joins them.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+|[^\w\s]")
-_RARE, _RARE_NUMBER, _EDGE = "<rare>", "<rare number>", ""
-_MADE_ANEW = (_RARE, _RARE_NUMBER)
+_EDGE = ""
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,7 @@ def recombined(prompts: Sequence[str], count: int, seed: int = 0) -> list[str]:
     hold too few words in common for so many.
 
     >>> recombined(["red boat, calm lake", "blue boat, calm sea", "red hut, wild sea", "blue hut, wild lake"], 1)
-    ['blue hut, calm sea']
+    ['blue hut, calm lake']
     """
     if count < 0:
         raise ValueError(f"the number of prompts is {count}: give 0 or more")
@@ -83,11 +79,7 @@ class _Language:
         self.given = [one for one in split if any(map(_is_word, one.words))]
         if not self.given:
             raise ValueError("there are no words to recombine: give prompts of the kind that will be judged")
-        within = Counter(word for one in self.given for word in set(one.words))
-        self.known = set(within)
-        self.rare = self._names(within)
-        symbol = {word: _MADE_ANEW[number] for number, words in self.rare.items() for word in words}
-        self.templates = [tuple(symbol.get(word, word) for word in one.words) for one in self.given]
+        self.templates = [one.words for one in self.given]
         self.frequency = Counter(word for template in self.templates for word in template)
         self.after: dict[str, Counter[str]] = defaultdict(Counter)
         self.before: dict[str, Counter[str]] = defaultdict(Counter)
@@ -105,25 +97,14 @@ class _Language:
         self.telling = {run for run, number in prompt_of.items() if number is not None}
         self.whole = set(self.templates)
 
-    def _names(self, within: Counter[str]) -> dict[bool, list[str]]:
-        """Words that stand in one prompt alone, numbers apart from others; none where they are too many to be names."""
-        words = [word for one in self.given for word in one.words if word.isalnum()]
-        rare = [word for word in dict.fromkeys(words) if within[word] == 1]
-        if len(self.given) == 1 or sum(within[word] == 1 for word in words) > NAMES_UP_TO * len(words):
-            return {}
-        return {number: [word for word in rare if word.isdigit() == number] for number in (False, True)}
-
     def another(self, rng: Random) -> str | None:
         """A prompt like the given ones; None where it came out as one of them, or holds a run that tells one of them."""
         number = _below(len(self.given), rng)
         words = list(self.templates[number])
-        for _ in range(_SWEEPS):
-            for place in _shuffled((place for place, word in enumerate(words) if _is_word(word)), rng):
-                words[place] = self._drawn(words, place, rng)
         for mending in range(_MENDINGS):
             run = self._telling_run(words)
             if run is None:
-                return self._written(words, self.given[number], rng)
+                return _written(words, self.given[number])
             if not run:
                 break
             place = run[_below(len(run), rng)]
@@ -153,23 +134,6 @@ class _Language:
                     return [place for place in range(start, start + length) if _is_word(words[place])]
         return [place for place, word in enumerate(words) if _is_word(word)] if tuple(words) in self.whole else None
 
-    def _written(self, words: Sequence[str], template: _Split, rng: Random) -> str:
-        parts = [template.gaps[0]]
-        for word, shape, gap in zip(words, template.shapes, template.gaps[1:], strict=True):
-            new = self._made_anew(word == _RARE_NUMBER, rng) if word in _MADE_ANEW else word
-            parts += [_in_the_case_of(shape, new), gap]
-        return "".join(parts)
-
-    def _made_anew(self, number: bool, rng: Random) -> str:
-        """A word of the halves of two rare ones, unknown itself; a rare one as it is where there is no other."""
-        rare = self.rare[number]
-        for _ in range(_MENDINGS):
-            first, last = (rare[_below(len(rare), rng)] for _ in range(2))
-            made = first[: (len(first) + 1) // 2] + last[len(last) // 2 :]
-            if made not in self.known:
-                return made
-        return rare[_below(len(rare), rng)]
-
 
 def _runs(words: tuple[str, ...], length: int) -> set[tuple[str, ...]]:
     return {words[start : start + length] for start in range(len(words) - length + 1)}
@@ -177,7 +141,14 @@ def _runs(words: tuple[str, ...], length: int) -> set[tuple[str, ...]]:
 
 def _is_word(word: str) -> bool:
     """Not punctuation, which stays in its place, nor the edge of a prompt."""
-    return word in _MADE_ANEW or word.isalnum()
+    return word.isalnum()
+
+
+def _written(words: Sequence[str], template: _Split) -> str:
+    parts = [template.gaps[0]]
+    for word, shape, gap in zip(words, template.shapes, template.gaps[1:], strict=True):
+        parts += [_in_the_case_of(shape, word), gap]
+    return "".join(parts)
 
 
 def _in_the_case_of(shape: str, word: str) -> str:
@@ -189,10 +160,6 @@ def _in_the_case_of(shape: str, word: str) -> str:
 # Python promises the same stream for random() alone.
 def _below(count: int, rng: Random) -> int:
     return int(rng.random() * count)
-
-
-def _shuffled(places: Iterable[int], rng: Random) -> list[int]:
-    return [place for _, place in sorted((rng.random(), place) for place in places)]
 
 
 def _weighted(weights: dict[str, float], otherwise: str, rng: Random) -> str:
