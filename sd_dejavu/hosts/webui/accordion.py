@@ -57,8 +57,9 @@ class Accordion:
                 parts["calibrate"] = gr.Button("Calibrate", elem_id=f"dejavu_calibrate_{tab}")
                 components.stopping(tab)
             parts["told"] = gr.HTML(
-                "<p>Calibrate measures ordinary prompts once for the loaded checkpoint, the size, the sampler and the "
-                "negative prompt above; from then on runs like that get a p-value, and can be flagged.</p>",
+                "<p>Calibrate measures ordinary prompts once for the loaded checkpoint, the size and the sampler above, and "
+                "for the negative prompt where prompts are measured against it; from then on runs like that get a "
+                "p-value, and can be flagged.</p>",
                 elem_id=f"dejavu_told_{tab}",
             )
         self.infotext_fields = [

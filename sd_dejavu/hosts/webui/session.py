@@ -158,6 +158,7 @@ class Session:
         return self._open[-1]
 
     def _close_from(self, place: int) -> None:
-        for watched in reversed(self._open[place:]):
-            watched.end()
+        closed = self._open[place:]
         del self._open[place:]
+        for watched in reversed(closed):
+            watched.end()
