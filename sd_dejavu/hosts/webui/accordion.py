@@ -5,11 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import gradio as gr
-
 from ...settings import options_of
 from . import components, controls
 from .calibration import Calibrating
+from .components import gr
 from .here import Here
 from .work import calibrate_from_page
 

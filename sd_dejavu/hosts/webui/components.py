@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
-import gradio as gr
 from modules import shared, ui_components
 
 from ...settings import Option
 from .controls import TITLE, shown_as
+
+gr: Any = import_module("gradio")  # the host's: two major versions are in use
 
 
 @contextmanager

@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import gradio as gr
 from modules import scripts, shared
 
 from ...settings import of_text
 from . import controls
+from .components import gr
 from .here import Here
 
 
@@ -44,8 +44,8 @@ def add_axes(here: Here) -> None:
         known = {axis.label for axis in grid.axis_options}
         for option in controls.OPTIONS:
             label = f"[{controls.TITLE}] {option.name.replace('_', ' ')}"
-            choices = partial(list, option.choices) if option.choices else None
-            choices = here.sets if option.name == "references" else choices
+            choices: Any = here.sets if option.name == "references" else None
+            choices = partial(list, option.choices) if option.choices else choices
             if label not in known:
                 kind = partial(of_text, option) if option.kind is bool else option.kind  # numbers by ranges too
                 axis = grid.AxisOption(label, kind, partial(change, name=option.name), choices=choices)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import gradio as gr
 from modules import ui_common
 
 from . import audit, references
-from .components import component, stopping
+from .components import component, gr, stopping
 from .controls import TITLE
 from .here import Here
 from .work import audit_from_page
