@@ -68,7 +68,7 @@ class DejaVuScript(scripts.Script):
                 raise ValueError(f"this host has no {' and no '.join(lacking)}, so nothing can be measured: update it")
             chosen = wanted.references
             guard = None if chosen == controls.NO_REFERENCES else references.guard_of(HERE.references, chosen)
-            watched.watching = run.Run(HERE.host, wanted.monitoring, HERE.calibrations, guard)
+            watched.watching = run.Run(HERE.host, wanted.monitoring, HERE.calibrations, guard, watched.within)
             watched.wanted = wanted
             p.extra_generation_params[controls.INFOTEXT] = controls.as_infotext(wanted)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 
 from sd_dejavu.hosts.webui.run import Automatic1111, Forge, Pass, Run
 from sd_dejavu.hosts.webui.session import RUNS_SHOWN, Session, Watched
+from sd_dejavu.run.controller import Stop
 from sd_dejavu.run.monitoring import Monitoring
 
 
@@ -157,6 +160,25 @@ def test_the_panel_is_that_of_the_outer_run(session: Session, state: Any) -> Non
     for seed in (5, 7, 9):
         assert session.panel_of(info(state.job_timestamp, seed)) == "the outer's"
     assert session.shown is outer.shown
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_a_flagged_run_within_another_ends_itself_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, within: bool
+) -> None:
+    class Interrupted(BaseException):
+        pass
+
+    ended: list[bool] = []
+    shared = SimpleNamespace(state=SimpleNamespace(interrupt=lambda: ended.append(True)))
+    monkeypatch.setitem(sys.modules, "modules", SimpleNamespace(shared=shared))  # type: ignore[arg-type]
+    monkeypatch.setattr(Pass, "interruptions", (Interrupted,))
+    run = Run(Automatic1111(), Monitoring(), tmp_path, within=within)
+    run.begin(drawing(5), from_picture=False)
+    with pytest.raises(Interrupted) if within else nullcontext():
+        run.passes[0]._carried_out(Stop("it was flagged"))
+    assert ended == ([] if within else [True])
+    assert run.passes[0].states[0].notes == ["this run was ended at its first step, since it was flagged"]
 
 
 def test_a_run_that_a_fault_has_cut_short_is_closed(session: Session, state: Any, tmp_path: Path) -> None:

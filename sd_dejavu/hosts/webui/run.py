@@ -74,8 +74,9 @@ class Pass:
         folder: Path,
         from_picture: bool,
         rule: Callable[[GuidedModel], GuidanceRule] | None,
+        within: bool,
     ) -> None:
-        """``rule`` makes a guidance rule for every prompt."""
+        """``rule`` makes a guidance rule for every prompt; ``within`` another run this one ends itself alone."""
         hires = bool(getattr(p, "is_hr_pass", False))
         self.title = HIRES if hires else "first pass"
         self.prompts = list((getattr(p, "hr_prompts", None) if hires else None) or p.prompts)
@@ -96,7 +97,7 @@ class Pass:
             images.setdefault(prompt, []).append(image)
         self.states = [RunState(monitoring, prompt, images=tuple(places)) for prompt, places in images.items()]
         self.controller: RunController[GuidedModel] = RunController(self, monitoring, self.states, rule)
-        self._steered = rule is not None
+        self._steered, self._within = rule is not None, within
 
     # ----------------------------------------------------------------- as the controller's host
 
@@ -269,6 +270,8 @@ class Pass:
 
             for state in self.states:
                 state.note("this run was ended at its first step, since it was flagged")
+            if self._within:
+                raise self.interruptions[0]  # ends this sampling alone
             shared.state.interrupt()
         if isinstance(decision, Restart):
             raise OtherNoise(self._host.unscaled(self._step, decision.moved))
@@ -397,9 +400,14 @@ class Pass:
 class Run:
     """One run of the host's: its passes, and their reports."""
 
-    def __init__(self, host: Host, monitoring: Monitoring, folder: Path, guard: Guard | None = None) -> None:
-        """``folder`` holds the calibrations. With a ``guard`` every run is led away from its reference images."""
-        self.host, self.monitoring, self.guard = host, monitoring, guard
+    def __init__(
+        self, host: Host, monitoring: Monitoring, folder: Path, guard: Guard | None = None, within: bool = False
+    ) -> None:
+        """``folder`` holds the calibrations. With a ``guard`` every run is led away from its reference images.
+
+        ``within`` says that another run is around this one.
+        """
+        self.host, self.monitoring, self.guard, self.within = host, monitoring, guard, within
         self._folder = folder
         self.passes: list[Pass] = []
         self._open: Pass | None = None
@@ -410,7 +418,7 @@ class Run:
             # Forge announces the hires pass twice.
             self.passes = [known for known in self.passes if known is not self._open]
         rule = None if self.guard is None else partial(rule_of, self.guard)
-        self._open = Pass(self.host, p, self.monitoring, self._folder, from_picture, rule)
+        self._open = Pass(self.host, p, self.monitoring, self._folder, from_picture, rule, self.within)
         self.passes.append(self._open)
         if self.monitoring.changes_noise and not self._open.from_picture:
             let_begin_again(p, partial(setattr, self._open, "may_begin_again"))
