@@ -28,7 +28,7 @@ def routes(demo, app):
             setattr(owner, name, method)
         taken.clear()
         if known.get("method"):
-            owner = {"run": run.Run, "host": type(run.this_host()), "text": run.GuidedModel}[known["of"]]
+            owner = {"run": run.Run, "pass": run.Pass, "host": type(run.this_host()), "text": run.GuidedModel}[known["of"]]
             taken.append((owner, known["method"], getattr(owner, known["method"])))
 
             def raising(*args, **kwargs):
@@ -96,10 +96,13 @@ def test_a_raised_error_in_every_callback_leaves_the_picture_whole(faulty: WebUI
     plain = pixels(faulty.txt2img())
     for of, method in (
         ("run", "begin"),
-        ("run", "_parts"),
-        ("run", "_record"),
-        ("run", "_act"),
-        ("run", "_conditioning"),
+        ("pass", "before"),
+        ("pass", "_parts"),
+        ("pass", "model"),
+        ("pass", "unconditional"),
+        ("pass", "words"),
+        ("pass", "identity"),
+        ("pass", "progress"),
         ("run", "end"),
         ("run", "reports"),
         ("host", "step"),

@@ -52,7 +52,7 @@ def test_parameters_of_a_picture_are_pasted_back(webui: WebUIServer) -> None:
         page.paste(drawn.infotexts[0])
         shown = page.ours()
         assert shown == {"enabled": True, **{name: str(value) for name, value in settings.items()}} | {
-            "without": "negative prompt",
+            "without": "empty prompt",
             "remedy": "optimise",
             "score": "first step",
             "references": "none",

@@ -72,7 +72,7 @@ def test_words_of_a_style_are_words_of_the_prompt(webui: WebUIServer) -> None:
     assert (pixels(generated) == pixels(plain)).all()
     assert document["prompt"] == "a red fox, woodcut by Moxgaen"
     (verdict,) = document["verdicts"]
-    assert verdict["without"] == "negative prompt" and verdict["words"][-1]["text"] == "Moxgaen"
+    assert verdict["without"] == "empty prompt" and verdict["words"][-1]["text"] == "Moxgaen"
 
 
 def test_a_refiner_draws_unmeasured(webui: WebUIServer) -> None:

@@ -25,7 +25,7 @@ import modules.ui_components
 from modules import processing, script_callbacks, scripts
 
 known = {}  # what the test wants
-drawn = []  # prompts of the pictures of our own
+drawn = []  # parameters of the pictures of our own
 taken = {}
 for name in ("on_ui_tabs", "on_ui_settings", "on_before_ui"):
     delattr(script_callbacks, name)
@@ -73,7 +73,7 @@ class Neighbour(scripts.Script):
         if wanted["with all scripts"]:
             inner.scripts, inner.script_args = p.scripts, p.script_args
         result = processing.process_images(inner)
-        drawn.append(inner.prompt)
+        drawn.append(result.infotexts[0])
         known["draw"] = wanted
         return result.images[0]
 
@@ -93,9 +93,9 @@ def routes(demo, app):
         for name in given.get("take", ()):
             taken[name] = getattr(script_callbacks, name)
             delattr(script_callbacks, name)
-        number = len(drawn)
+        found = list(drawn)
         drawn.clear()
-        return {"drawn": number}
+        return {"drawn": found}
 
 
 script_callbacks.on_cfg_denoiser(evaluated)
@@ -119,10 +119,10 @@ def beside(
         yield server
 
 
-def want(server: WebUIServer, **wanted: Any) -> int:
-    """What the other extension shall do from now on; how many pictures it has drawn until now."""
-    number: int = server.post_json("/neighbour", wanted)["drawn"]
-    return number
+def want(server: WebUIServer, **wanted: Any) -> list[str]:
+    """What the other extension shall do from now on; the parameters of the pictures that it has drawn until now."""
+    drawn: list[str] = server.post_json("/neighbour", wanted)["drawn"]
+    return drawn
 
 
 def told(infotext: str, what: str) -> str | None:
@@ -192,7 +192,8 @@ def test_pictures_of_another_extension_in_the_midst_of_a_run(
 ) -> None:
     want(beside, draw={"in": where, "with all scripts": whole})
     generated, documents = watched(beside, "a red fox", {"explain": "never"}, n_iter=3)
-    assert want(beside) == 3
+    drawn = want(beside)
+    assert len(drawn) == 3
     assert [document["picture"] for document in documents] == [0, 1, 2]
     assert [document["prompt"] for document in documents] == ["a red fox"] * 3
     assert [len(document["verdicts"][0]["score_per_step"]) for document in documents] == [4] * 3
@@ -201,6 +202,17 @@ def test_pictures_of_another_extension_in_the_midst_of_a_run(
         assert told(text, NAME) == document["verdicts"][0]["label"]
         assert float(told(text, f"{NAME} score") or 0) == pytest.approx(score, rel=0.01)
         assert f"{NAME} settings: explain=never" in text
+    if whole:  # theirs are watched as well, each by itself, and tell it in their own parameters
+        for text in drawn:
+            assert told(text, NAME) and told(text, f"{NAME} score") and f"{NAME} settings: explain=never" in text
+        run = {
+            "seed": told(drawn[0], "Seed"),
+            "steps": told(drawn[0], "Steps"),
+            "sampler_name": told(drawn[0], "Sampler"),
+        }
+        _, (alone,) = watched(beside, "a blue boat", {"explain": "never"}, cfg_scale=5, **run)
+        score = alone["verdicts"][0]["score"]
+        assert float(told(drawn[0], f"{NAME} score") or 0) == pytest.approx(score, rel=0.01)
     # The next run is watched from its beginning, and one without us has nothing of ours.
     _, (after,) = watched(beside, "a red fox", {"explain": "never"})
     assert after["verdicts"][0]["score"] == pytest.approx(scores[0], rel=1e-5)

@@ -11,7 +11,7 @@ import base64
 import io
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from ...training.tasks import Task, Trained, Variant, Work, nothing_apart, top_w
 from . import references
 from .calibration import PIXELS_PER_LATENT, check_size
 from .guidance import GuidedModel, checkpoint_of
+from .hosted import Processing
 from .run import Host, drawn
 from .text import as_typed
 
@@ -110,10 +111,10 @@ def run_audit(
     asked: Asked,
     sets: Path,
     kept: Path,
-    watch: Callable[[Piece | None], None],
+    watch: Callable[[Processing, Piece], AbstractContextManager[None]],
     tell: Callable[[str, int, int], None],
 ) -> Finding:
-    """``sets`` holds the reference sets, ``kept`` what was measured; ``watch`` is told whom the callbacks are for.
+    """``sets`` holds the reference sets, ``kept`` what was measured; while ``watch`` is open a run is for its piece.
 
     Raises ValueError where there is nothing to measure, or the user stops it.
     """
@@ -221,14 +222,13 @@ class Piece:
         if self.fault is not None or not self.draws:
             raise sd_samplers_common.InterruptedException
 
-    def after_automatic1111(self, params: Any) -> None:
-        """What is drawn is the host's own."""
-
 
 class _Runs:
     """Makes a run of the host for each piece of work."""
 
-    def __init__(self, host: Host, asked: Asked, tag: str, watch: Callable[[Piece | None], None]) -> None:
+    def __init__(
+        self, host: Host, asked: Asked, tag: str, watch: Callable[[Processing, Piece], AbstractContextManager[None]]
+    ) -> None:
         self._host, self._asked, self._tag, self._watch = host, asked, tag, watch
 
     def engine(
@@ -279,12 +279,8 @@ class _Runs:
         p.cached_c, p.cached_uc = [None, None, None], [None, None, None]
         lora = what.lora if self._tag and self._tag in prompt else ""
         piece = Piece(self._host, measurement.steps, do, lora, draws)
-        self._watch(piece)
-        try:
-            with closing(p):
-                processed = drawn(p)
-        finally:
-            self._watch(None)
+        with self._watch(p, piece), closing(p):
+            processed = drawn(p)
         if piece.fault is not None:
             raise piece.fault
         state = shared.state

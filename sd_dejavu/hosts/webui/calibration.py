@@ -105,6 +105,3 @@ class Calibration:
         path = store.path_for(self.profile.setting, self._folder)
         store.keep(self.profile, path, self.asked.replace)
         return self.profile, path
-
-    def after_automatic1111(self, params: Any) -> None:
-        """The run ends by itself."""

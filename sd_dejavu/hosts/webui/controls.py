@@ -13,8 +13,9 @@ from ...run.monitoring import Monitoring
 from ...run.report import Report
 from ...settings import Option, check, named, of_text, options_of
 
-INFOTEXT = "Déjà Vu settings"
-LINES = ("Déjà Vu", "Déjà Vu score", "Déjà Vu p-value")
+TITLE = "Déjà Vu"
+INFOTEXT = f"{TITLE} settings"
+LINES = (TITLE, f"{TITLE} score", f"{TITLE} p-value")
 NOT_CHANGED = "none"
 NO_REFERENCES = "none"
 SLIDER_LIMIT = 5000  # of wider ranges a slider picks nothing

@@ -113,7 +113,7 @@ async def body_of(request: Any) -> dict[str, Any]:
     return values
 
 
-def sentence(error: Exception, folders: Iterable[str | Path]) -> str:
+def sentence(error: Exception | str, folders: Iterable[str | Path]) -> str:
     """An error in one line, without where on this machine things are: files below ``folders`` are named from there."""
     text = " ".join(str(error).split())
     for folder in sorted({os.path.abspath(folder) for folder in folders}, key=len, reverse=True):

@@ -81,6 +81,19 @@ def rows_of(cond: Cond, places: list[int]) -> Conditioning:
     return Conditioning(cond[places])
 
 
+def patched(network: torch.nn.Module) -> list[str]:
+    """Which kinds of parts have a forward that is not their class's: 'patched network', 'patched attn2'.
+
+    Who puts the class's own back leaves it with the part, which is none.
+    """
+    found = set()
+    for name, module in network.named_modules():
+        forward = vars(module).get("forward")
+        if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
+            found.add(f"patched {name.rpartition('.')[2] or 'network'}")
+    return sorted(found)
+
+
 def _denoiser_of(params: Any) -> Any:
     """The host's object that evaluates the model. Raises ValueError for a host that does not tell it."""
     denoiser = getattr(params, "denoiser", None)
@@ -220,11 +233,11 @@ class Automatic1111:
         return str([(n.name, n.te_multiplier, n.unet_multiplier) for n in loaded]) if loaded else ""
 
     def patches(self, step: Step) -> list[str]:
-        """Hypernetworks; and ControlNet and its like put a forward of their own into the network."""
+        """Hypernetworks; and what puts a forward of its own into the network (ControlNet) or its attention (IP-Adapter)."""
         from modules import shared
 
         found = [f"hypernetwork {one.name} {one.multiplier:g}" for one in getattr(shared, "loaded_hypernetworks", [])]
-        return [*found, *(["patched network"] if "forward" in vars(self.network(step)) else [])]
+        return [*found, *patched(self.network(step))]
 
     def clip_skip(self, step: Step) -> str:
         """Where the text encoder is not read at the layer that the model is meant for, in words."""

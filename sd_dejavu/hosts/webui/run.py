@@ -9,8 +9,8 @@ Each sampling of a batch is a :class:`Pass` with a controller of its own.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +30,7 @@ from ...run.monitoring import Monitoring
 from ...run.report import Report
 from ...run.state import RunState
 from .guidance import Automatic1111, Cond, Forge, GuidedModel, Step, attended_rows, checkpoint_of, rows_of
+from .hosted import Processing
 from .noise import OtherNoise, let_begin_again
 from .references import rule_of
 
@@ -48,7 +49,7 @@ def this_host() -> Host:
     return Forge() if importlib.util.find_spec("modules_forge") is not None else Automatic1111()
 
 
-def drawn(p: Any) -> Any:
+def drawn(p: Processing) -> Any:
     """What the host draws in a run that we have made. Raises ValueError in one line where it cannot."""
     from modules import processing
 
@@ -68,13 +69,14 @@ class Pass:
     def __init__(
         self,
         host: Host,
-        p: Any,
+        p: Processing,
         monitoring: Monitoring,
         folder: Path,
         from_picture: bool,
         rule: Callable[[GuidedModel], GuidanceRule] | None,
+        within: bool,
     ) -> None:
-        """``p`` is the host's processing object; ``rule`` makes a guidance rule for every prompt."""
+        """``rule`` makes a guidance rule for every prompt; ``within`` another run this one ends itself alone."""
         hires = bool(getattr(p, "is_hr_pass", False))
         self.title = HIRES if hires else "first pass"
         self.prompts = list((getattr(p, "hr_prompts", None) if hires else None) or p.prompts)
@@ -95,7 +97,7 @@ class Pass:
             images.setdefault(prompt, []).append(image)
         self.states = [RunState(monitoring, prompt, images=tuple(places)) for prompt, places in images.items()]
         self.controller: RunController[GuidedModel] = RunController(self, monitoring, self.states, rule)
-        self._steered = rule is not None
+        self._steered, self._within = rule is not None, within
 
     # ----------------------------------------------------------------- as the controller's host
 
@@ -269,6 +271,8 @@ class Pass:
 
             for state in self.states:
                 state.note("this run was ended at its first step, since it was flagged")
+            if self._within:
+                raise self.interruptions[0]  # ends this sampling alone
             shared.state.interrupt()
         if isinstance(decision, Restart):
             raise OtherNoise(self._host.unscaled(self._step, decision.moved))
@@ -395,43 +399,30 @@ class Pass:
 
 
 class Run:
-    """One press of the button: its passes, and their reports."""
+    """One run of the host's: its passes, and their reports."""
 
-    def __init__(self, host: Host, monitoring: Monitoring, folder: Path, guard: Guard | None = None) -> None:
-        """``folder`` holds the calibrations. With a ``guard`` every run is led away from its reference images."""
-        self.host, self.monitoring, self.guard = host, monitoring, guard
+    def __init__(
+        self, host: Host, monitoring: Monitoring, folder: Path, guard: Guard | None = None, within: bool = False
+    ) -> None:
+        """``folder`` holds the calibrations. With a ``guard`` every run is led away from its reference images.
+
+        ``within`` says that another run is around this one.
+        """
+        self.host, self.monitoring, self.guard, self.within = host, monitoring, guard, within
         self._folder = folder
         self.passes: list[Pass] = []
         self._open: Pass | None = None
-        self._p: Any = None  # the host's processing object, whose evaluations are ours to read
 
-    def begin(self, p: Any, from_picture: bool) -> None:
-        """A sampling begins; the hires fix begins a second one. ``p`` is the host's processing object."""
+    def begin(self, p: Processing, from_picture: bool) -> None:
+        """A sampling begins; the hires fix begins a second one."""
         if self._open is not None and not self._open.evaluations:
             # Forge announces the hires pass twice.
             self.passes = [known for known in self.passes if known is not self._open]
         rule = None if self.guard is None else partial(rule_of, self.guard)
-        self._p = p
-        self._open = Pass(self.host, p, self.monitoring, self._folder, from_picture, rule)
+        self._open = Pass(self.host, p, self.monitoring, self._folder, from_picture, rule, self.within)
         self.passes.append(self._open)
         if self.monitoring.changes_noise and not self._open.from_picture:
             let_begin_again(p, partial(setattr, self._open, "may_begin_again"))
-
-    def attach(self, p: Any) -> None:
-        """Forge: read guidance on a clone of the unet, which the host drops after the run. Once, however often called."""
-        unet = p.sd_model.forge_objects.unet
-        if any(hasattr(f, MARK) for f in unet.model_options.get("sampler_post_cfg_function", [])):
-            return
-        unet = unet.clone()
-
-        def read(
-            arguments: dict[str, Any],
-        ) -> Tensor:  # the host deep-copies what it finds: a method would bring us along
-            return self.after_forge(arguments)
-
-        setattr(read, MARK, True)
-        unet.set_model_sampler_post_cfg_function(read)
-        p.sd_model.forge_objects.unet = unet
 
     def end(self) -> None:
         """The batch is done."""
@@ -453,6 +444,11 @@ class Run:
         """Before the next batch."""
         self.passes = []
 
+    def evaluates(self, inner_model: Any = None) -> bool:
+        """Whether an evaluation of this run has begun and is not over; of this model of the host's, where it is given."""
+        step = None if self._open is None else self._open.step
+        return step is not None and (inner_model is None or step.denoiser.inner_model is inner_model)
+
     def before(self, params: Any) -> None:
         """Before an evaluation of the host."""
         known = self._open
@@ -460,35 +456,47 @@ class Run:
             return
         with known.controller.faults():
             known.step = None
-            step = self.host.step(params)
-            if (
-                step.denoiser.p is self._p
-            ):  # else another extension samples something of its own in the midst of this run
-                known.before(params, step)
+            known.before(params, self.host.step(params))
 
     def after_automatic1111(self, params: Any) -> None:
-        """After an evaluation of Automatic1111."""
-        known = self._open
-        if known is None:
-            return
-        known.release()
-        if known.step is not None:
-            with known.controller.faults():
-                known.after_automatic1111(params)
-            known.evaluations += 1
+        """After an evaluation of Automatic1111 that :meth:`evaluates`."""
+        with self._evaluated() as known:
+            known.after_automatic1111(params)
 
     def after_forge(self, arguments: dict[str, Any]) -> Tensor:
-        """After Forge's guidance; what it shall go on with."""
-        known = self._open
+        """After Forge's guidance, of an evaluation that :meth:`evaluates`; what it shall go on with."""
         denoised: Tensor = arguments["denoised"]
-        if known is None:
-            return denoised
-        known.release()
-        if known.step is not None:
-            with known.controller.faults():
-                denoised = known.after_forge(arguments)
-            known.evaluations += 1
+        with self._evaluated() as known:
+            denoised = known.after_forge(arguments)
         return denoised
+
+    @contextmanager
+    def _evaluated(self) -> Iterator[Pass]:
+        known = self._open
+        assert known is not None
+        known.release()
+        with known.controller.faults():
+            yield known
+        known.evaluations += 1
+        known.step = None
+
+
+def read_forge(p: Processing, after: Callable[[dict[str, Any]], Tensor]) -> None:
+    """Have Forge ask ``after`` what to go on with after guidance, on a clone of the unet that it drops after the run.
+
+    Once, however often called.
+    """
+    unet = p.sd_model.forge_objects.unet
+    if any(hasattr(f, MARK) for f in unet.model_options.get("sampler_post_cfg_function", [])):
+        return
+    unet = unet.clone()
+
+    def read(arguments: dict[str, Any]) -> Tensor:  # the host deep-copies what it finds: a method would bring us along
+        return after(arguments)
+
+    setattr(read, MARK, True)
+    unet.set_model_sampler_post_cfg_function(read)
+    p.sd_model.forge_objects.unet = unet
 
 
 def _images(state: RunState) -> list[int]:

@@ -1,15 +1,21 @@
-"""Which run of Automatic1111 or Forge is being watched, and what there is to see of those before."""
+"""Which runs of Automatic1111 or Forge are being watched, and what there is to see of those before."""
 
 from __future__ import annotations
 
 import json
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
+from ...report import panel
 from .audit import Piece
 from .calibration import Calibration
-from .controls import Wanted
+from .controls import TITLE, Wanted, infotexts
+from .hosted import Processing, State
 from .run import Run
 
 RUNS_SHOWN = 32  # of all pages
@@ -23,32 +29,84 @@ class Shown:
     documents: list[dict[str, Any]] = field(default_factory=list)
 
 
-class Session:
-    """The run that is being sampled, one at a time as the host does it, and what is shown of those before.
+@dataclass
+class Watched:
+    """A run of the host that is open, by its processing object; ``within`` another, where one draws in its midst."""
 
-    Pages ask for the panel of their own run: they know the host's mark of its job and its first seed.
+    p: Processing
+    job: float | None  # when the host's job began that the run is part of
+    within: bool
+    watching: Run | Calibration | Piece | None = None
+    wanted: Wanted | None = None
+    shown: Shown = field(default_factory=Shown)
+
+    @property
+    def run(self) -> Run | None:
+        """What watches it, where that is what the user asked for."""
+        return self.watching if isinstance(self.watching, Run) else None
+
+    def tell(self, before: int, in_infotext: bool) -> None:
+        """Shows what was found on the batch that is done, after ``before`` pictures."""
+        assert self.run is not None
+        reports = self.run.reports()
+        passes = {title for title, _, _ in reports}
+        named = []
+        for title, image, report in reports:
+            named.append((f"Picture {before + image + 1}" + (f", {title}" if len(passes) > 1 else ""), report))
+            self.shown.documents.append({"picture": before + image, "pass": title, **report.as_json()})
+        self.shown.panel += str(panel.panel(named))
+        for line in panel.plain_text(named).splitlines():
+            self.p.comment(f"{TITLE}: {line}")
+        if in_infotext:
+            self.p.extra_generation_params.update(infotexts([(image, report) for _, image, report in reports]))
+
+    def end(self) -> None:
+        if (run := self.run) is not None:
+            run.end()
+
+
+class Session:
+    """The runs that are open, each with what watches it, and what is shown of those before.
+
+    The host does one job at a time, but another extension may draw in the midst of a run: to repaint a face, say. Its
+    run stands apart, and is told in its own infotext; pages see the panel of the run that it is part of. They ask
+    by the host's mark of their job and their first seed.
     """
 
-    def __init__(self, state: Any) -> None:
+    def __init__(self, state: State) -> None:
         """``state`` is the host's, of the job that it is at."""
-        self.watching: Run | Calibration | Piece | None = None
-        self.wanted: Wanted | None = None
+        self.shown = Shown()  # of the last run that was not within another
         self._state = state
-        self.shown = Shown()
+        self._open: list[Watched] = []  # the innermost last
         self._runs: OrderedDict[tuple[str, str], Shown] = OrderedDict()
-        self._p: Any = None  # the host's processing object of that run
-        self._job: float | None = None  # when the host's job began that the run is part of
 
-    def begin(self, p: Any) -> None:
-        """A run of its own begins; what was known of the last one goes."""
-        if isinstance(self.watching, Run):
-            self.watching.end()  # a fault of the host's has cut it short
-        self.watching = self.wanted = None
-        self.shown = Shown()
-        self._p, self._job = p, self._began()
-        self._runs[str(self._state.job_timestamp), str(p.all_seeds[0])] = self.shown
-        while len(self._runs) > RUNS_SHOWN:
-            self._runs.popitem(last=False)
+    def begin(self, p: Processing) -> Watched:
+        """A run begins, perhaps within those of the same job that are open."""
+        watched = self._opened(p)
+        if not watched.within:
+            self.shown = watched.shown
+            self._runs[str(self._state.job_timestamp), str(p.all_seeds[0])] = self.shown
+            while len(self._runs) > RUNS_SHOWN:
+                self._runs.popitem(last=False)
+        return watched
+
+    def of(self, p: object) -> Watched | None:
+        """The open run of this processing object."""
+        return next((watched for watched in self._open if watched.p is p), None)
+
+    def close(self, p: Processing) -> None:
+        """The run is over, and those within it with it."""
+        if (watched := self.of(p)) is not None:
+            self._close_from(self._open.index(watched))
+
+    @contextmanager
+    def own(self, p: Processing, watching: Calibration | Piece) -> Iterator[None]:
+        """While open, the evaluations of ``p``, a run that we have made, are for ``watching``."""
+        self._opened(p).watching = watching
+        try:
+            yield
+        finally:
+            self.close(p)
 
     def panel_of(self, info: str) -> str:
         """The panel of the run that the host's own account of it, as JSON, is about; empty where none is known.
@@ -64,16 +122,43 @@ class Session:
         found = self._runs.get((job, seed)) or (of_job[-1] if of_job else Shown())
         return found.panel
 
-    def is_within(self, p: Any) -> bool:
-        """Whether ``p`` is drawn in the midst of the run that is watched: another extension repaints a face, say."""
-        is_same_job = self._job is not None and self._job == self._began()
-        return isinstance(self.watching, Run) and p is not self._p and is_same_job
+    # ------------------------------------------------------------------------ the host's callbacks
 
-    def run_of(self, p: Any) -> Run | None:
-        """The watched run, where ``p`` is what it draws."""
-        return self.watching if isinstance(self.watching, Run) and p is self._p else None
+    def before(self, params: Any) -> None:
+        """Before an evaluation: to what watches the run that it is of.
 
-    def _began(self) -> float | None:
-        """When the host's job began; a fault ends all of a job."""
-        began: float | None = getattr(self._state, "time_start", None)
-        return began
+        Where the host does not tell whose it is, the innermost run is told, which says that nothing can be measured.
+        """
+        denoiser = getattr(params, "denoiser", None)
+        of_it = [watched for watched in self._open if denoiser is None or watched.p is denoiser.p]
+        watched = of_it[-1] if of_it else None
+        if watched is not None and watched.watching is not None:
+            watched.watching.before(params)
+
+    def after_automatic1111(self, params: Any) -> None:
+        """After an evaluation of Automatic1111, which tells by its model which one that was."""
+        for watched in self._open:
+            if (run := watched.run) is not None and run.evaluates(params.inner_model):
+                run.after_automatic1111(params)
+
+    def after_forge(self, arguments: dict[str, Any]) -> Tensor:
+        """After Forge's guidance, of the innermost run that waits for it; what the host shall go on with."""
+        for watched in reversed(self._open):
+            if (run := watched.run) is not None and run.evaluates():
+                return run.after_forge(arguments)
+        denoised: Tensor = arguments["denoised"]
+        return denoised
+
+    def _opened(self, p: Processing) -> Watched:
+        """What is still open of another job, or of ``p`` itself, was cut short by a fault of the host's."""
+        job: float | None = getattr(self._state, "time_start", None)
+        left = (place for place, o in enumerate(self._open) if o.p is p or job is None or o.job != job)
+        self._close_from(next(left, len(self._open)))
+        self._open.append(Watched(p, job, within=bool(self._open)))
+        return self._open[-1]
+
+    def _close_from(self, place: int) -> None:
+        closed = self._open[place:]
+        del self._open[place:]
+        for watched in reversed(closed):
+            watched.end()

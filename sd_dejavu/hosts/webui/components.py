@@ -1,0 +1,49 @@
+"""Components of the host's page from the core's options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+from modules import shared, ui_components
+
+from ...settings import Option
+from .controls import TITLE, shown_as
+
+gr: Any = import_module("gradio")  # the host's: two major versions are in use
+
+
+@contextmanager
+def accordion(tab: str) -> Iterator[Any]:
+    """Holds our controls, and switches them on; a host without switches on its accordions gets a checkbox in it."""
+    kind = getattr(ui_components, "InputAccordion", None)
+    if kind is not None:
+        with kind(False, label=TITLE, elem_id=f"dejavu_{tab}") as enabled:
+            yield enabled
+        return
+    with gr.Accordion(TITLE, open=False, elem_id=f"dejavu_{tab}"):
+        yield gr.Checkbox(False, label="Enable", elem_id=f"dejavu_enabled_{tab}")
+
+
+def component(known: Option, tab: str, choices: Sequence[str]) -> Any:
+    """A component for one option of the core."""
+    default = shared.opts.data.get(f"dejavu_{known.name}", known.default)
+    shown = {"label": known.name.replace("_", " "), "info": known.help, "elem_id": f"dejavu_{known.name}_{tab}"}
+    kind = shown_as(known, choices)
+    if kind == "dropdown":
+        return gr.Dropdown(list(choices), value=default if default in choices else None, **shown)
+    if kind == "checkbox":
+        return gr.Checkbox(default, **shown)
+    if kind == "number":
+        return gr.Number(default, precision=0 if known.kind is int else None, **shown)
+    step = 0.001 if known.kind is float else 1
+    return gr.Slider(known.minimum or 0, known.maximum, value=default, step=step, **shown)
+
+
+def stopping(tab: str) -> Any:
+    """A button that ends what the host is at."""
+    stop = gr.Button("Stop", elem_id=f"dejavu_stop_{tab}")
+    stop.click(lambda: shared.state.interrupt(), inputs=[], outputs=[])
+    return stop

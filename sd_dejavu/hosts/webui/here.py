@@ -1,0 +1,69 @@
+"""Where we are in Automatic1111 or Forge: the host, the folders of ours, and the turn in its queue."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from . import door, references
+from .controls import NO_REFERENCES
+from .run import this_host
+from .session import Session
+
+Found = TypeVar("Found")
+
+
+class Here:
+    """The host that has loaded us, with what we keep in its data folder."""
+
+    def __init__(self) -> None:
+        from modules import paths, shared
+
+        self.host = this_host()
+        self.session = Session(shared.state)
+        folder = Path(paths.data_path) / "dejavu"
+        self.calibrations, self.references, self.audits = (
+            folder / name for name in ("calibration", "references", "audits")
+        )
+        self._hidden = (paths.data_path, paths.script_path, paths.models_path, Path.home())
+
+    def sentence(self, error: Exception | str) -> str:
+        """An error in one line, for clients: without where on this machine things are."""
+        return door.sentence(error, self._hidden)
+
+    def sets(self) -> list[str]:
+        """What can be chosen as reference pictures of a run."""
+        return [NO_REFERENCES, *references.names(self.references)]
+
+    def lacking(self) -> list[str]:
+        """What nothing can be measured without and this host has not."""
+        from modules import script_callbacks, scripts
+
+        needed = {"on_cfg_denoiser": script_callbacks, "process_before_every_sampling": scripts.Script}
+        if self.host.name != "Forge":
+            needed["on_cfg_denoised"] = script_callbacks
+        return [name for name, owner in needed.items() if not hasattr(owner, name)]
+
+    def in_turn(self, work: Callable[[], Found]) -> Found:
+        """What ``work`` gives when the host's other runs are done, and where it samples."""
+        from modules import call_queue
+
+        with call_queue.queue_lock:
+            if self.host.name != "Forge":
+                return work()
+            from modules_forge import main_thread
+
+            outcome: list[Found | Exception] = []
+
+            def kept() -> None:  # that thread keeps to itself what is raised there
+                try:
+                    outcome.append(work())
+                except Exception as error:
+                    outcome.append(error)
+
+            main_thread.run_and_wait_result(kept)
+        (found,) = outcome
+        if isinstance(found, Exception):
+            raise found
+        return found

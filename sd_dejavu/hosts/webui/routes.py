@@ -1,0 +1,74 @@
+"""Our routes. As the host's own they want its password where it has one, and their page no other site's."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from fastapi import HTTPException, Request
+from modules import shared
+
+from ...calibration import store
+from . import audit, door, work
+from .here import Here
+
+Asked = TypeVar("Asked")
+Found = TypeVar("Found")
+
+log = logging.getLogger("dejavu")
+
+
+def add_routes(here: Here, app: Any) -> None:
+    """``app`` is the host's, of FastAPI."""
+
+    @app.get("/dejavu/reports")
+    def reports(request: Request) -> list[dict[str, Any]]:
+        """The reports on the last run that was watched: one for each picture and pass."""
+        with _at_the_door(here):
+            door.check_user(request, app, shared.cmd_opts.api_auth)
+            return here.session.shown.documents
+
+    @app.post("/dejavu/calibrate")
+    async def calibrate(request: Request) -> dict[str, Any]:
+        """Calibrate for the loaded checkpoint; a JSON object of count, width, height, steps, and more by their names."""
+        profile, path = await _let_in(here, request, app, work.read_calibrating, work.calibrate)
+        return {"file": path.name, "prompts": len(profile.nulls), "text": work.calibrated(profile, path)}
+
+    @app.post("/dejavu/audit")
+    async def audit_named(request: Request) -> dict[str, Any]:
+        """Audit a training set; a JSON object of the tab's arguments by their names."""
+        found = await _let_in(here, request, app, audit.read, work.run_audit)
+        return found.as_json()
+
+
+async def _let_in(
+    here: Here,
+    request: Request,
+    app: Any,
+    read: Callable[[dict[str, Any]], Asked],
+    do: Callable[[Here, Asked, door.Turn], Found],
+) -> Found:
+    """What is done with what is ``read`` from the body, in the host's queue and while the client is there."""
+    with _at_the_door(here):
+        options = shared.cmd_opts
+        door.check_user(request, app, options.api_auth)
+        door.check_site(request, options.cors_allow_origins, options.cors_allow_origins_regex)
+        asked, turn = read(await door.body_of(request)), door.Turn(shared.state)
+        return await door.while_there(request, turn, lambda: here.in_turn(lambda: do(here, asked, turn)))
+
+
+@contextmanager
+def _at_the_door(here: Here) -> Iterator[None]:
+    """Our refusals and errors as HTTP answers of one sentence; what else goes wrong is told in the host's log only."""
+    try:
+        yield
+    except door.Refused as refused:
+        raise HTTPException(refused.status, str(refused), refused.headers) from None
+    except ValueError as error:
+        status = 409 if isinstance(error, store.HoldsMore) else 400
+        raise HTTPException(status, here.sentence(error)) from error
+    except Exception as error:
+        log.exception("[Déjà Vu] a request failed")
+        raise HTTPException(500, f"this failed ({type(error).__name__}); the host's log says why") from error
