@@ -212,7 +212,7 @@ class Pass:
         matters = self.states[0].measures_next() or self._steered or any(state.rule for state in self.states)
         # Where the negative prompt is skipped, the prompt's own result stands in its place.
         guided = not (matters and self._may_be_skipped() and torch.equal(first, without))
-        for image, found in self._carried_out(self._hand_over(joined, without if guided else None)).items():
+        for image, found in self._carried_out(self._hand_over(joined, without if guided else None), joined).items():
             params.x[parts[image][0][0]] = self._host.output(step.of([image]), found)[0].to(params.x)
         for image, wanted in self._ruled(joined, without).items() if guided else ():
             # The host guides on: it is given the result with the prompt from which it comes to what is wanted.
@@ -232,7 +232,7 @@ class Pass:
         if guided:
             strength = sum(entry.get("strength", 1) for entry in arguments["cond"])
             conditional = without + strength * (conditional - without)
-        if self._carried_out(self._hand_over(conditional, without if guided else None)):
+        if self._carried_out(self._hand_over(conditional, without if guided else None), conditional):
             denoised = self._guided_again(arguments)
         ruled = self._ruled(conditional, without) if guided else {}
         denoised = denoised.clone() if ruled else denoised
@@ -261,8 +261,9 @@ class Pass:
         seen = Evaluation(x, sigma, conditional, unconditional, self._negative_kind(), missing)
         return self.controller.evaluation(seen)
 
-    def _carried_out(self, decision: Decision) -> dict[int, Tensor]:
-        """The denoised prediction [1, C, H, W] of each image that goes on with another conditioning.
+    def _carried_out(self, decision: Decision, conditional: Tensor) -> dict[int, Tensor]:
+        """The denoised prediction [1, C, H, W] of each image that goes on with another conditioning than its own
+        ``conditional`` one.
 
         Raises OtherNoise where the run begins again.
         """
@@ -279,16 +280,19 @@ class Pass:
         found: dict[int, Tensor] = {}
         for state in decision.states if isinstance(decision, Again) else ():
             with self.controller.faults(state):
+                again = self._made_again(state, conditional)
                 if state.sampled is not None:
-                    found.update(zip(_images(state), self._made_again(state, state.sampled).split(1), strict=True))
+                    found.update(zip(_images(state), again.split(1), strict=True))
         return found
 
-    def _made_again(self, state: RunState, sampled: Conditioning) -> Tensor:
-        """The first evaluation with another conditioning: [B, C, H, W] denoised, of this prompt's images."""
+    def _made_again(self, state: RunState, conditional: Tensor) -> Tensor:
+        """The first evaluation since a mitigation, [B, C, H, W] denoised of this prompt's images: its first reading."""
         assert state.beginning is not None and state.before is not None
         begin = state.beginning
-        with torch.no_grad():
-            found = self.model(state)(begin.x, begin.sigma, sampled)
+        found = conditional[_images(state)]
+        if state.sampled is not None:
+            with torch.no_grad():
+                found = self.model(state)(begin.x, begin.sigma, state.sampled)
         kind = state.before.without or "empty prompt"
         self.controller.evaluation(Evaluation(begin.x, begin.sigma, found, begin.base, kind), (state,))
         return found
