@@ -30,17 +30,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sd_dejavu.core.denoiser import Model, initial_latent
+from sd_dejavu.core.guidance import GuidedStep
+from sd_dejavu.core.similarity import COPY_THRESHOLD
 from sd_dejavu.demo import bundled
 from sd_dejavu.demo.evaluation import Share, bundled_guard, copies
 from sd_dejavu.demo.world import Pair
-from sd_dejavu.denoiser import Model, initial_latent
-from sd_dejavu.guidance import GuidedStep
 from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.mitigations import Outcome
 from sd_dejavu.mitigations.anti_memorization_guidance import AntiMemorization, Settings, threshold_at, time_of
 from sd_dejavu.mitigations.guard import Guard
 from sd_dejavu.run.measure import Measurement, sampled_with
-from sd_dejavu.similarity import COPY_THRESHOLD
 
 STEERED, MARGIN, BELOW_A_COPY = 0.05, 0.01, 0.05
 # The curves: lambda at t = 1 and at t = 0, and rates. All fall towards the end: a threshold above lambda would turn

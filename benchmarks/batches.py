@@ -16,12 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from sd_dejavu.calibration.profile import Null, Profile
+from sd_dejavu.core.statistics import wilson
+from sd_dejavu.core.verdict import Verdict
 from sd_dejavu.demo import bundled
 from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.run.judge import judge
 from sd_dejavu.run.measure import Measurement, measure, setting_of
-from sd_dejavu.statistics import wilson
-from sd_dejavu.verdict import Verdict
 
 BATCHES = (1, 4, 8)
 ALPHAS = (0.01, 0.05)

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
-from sd_dejavu.conditioning import stack
+from sd_dejavu.core.conditioning import stack
+from sd_dejavu.core.denoiser import initial_latent
+from sd_dejavu.core.statistics import auc
 from sd_dejavu.demo import bundled
-from sd_dejavu.denoiser import initial_latent
 from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.run.measure import Measurement, measure
-from sd_dejavu.statistics import auc
 
 
 @torch.no_grad()

@@ -20,15 +20,15 @@ import numpy as np
 import torch
 
 from sd_dejavu.calibration.profile import Profile
-from sd_dejavu.conditioning import Conditioning
+from sd_dejavu.core.conditioning import Conditioning
+from sd_dejavu.core.denoiser import Predictions
+from sd_dejavu.core.sampling import predict
 from sd_dejavu.demo import bundled
-from sd_dejavu.denoiser import Predictions
 from sd_dejavu.detectors.magnitude import magnitude
 from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.mitigations import optimise_conditioning, optimise_tokens
 from sd_dejavu.mitigations.optimise_conditioning import Settings
 from sd_dejavu.run.measure import Measurement, start_of_run
-from sd_dejavu.sampling import predict
 
 ITERATIONS = 30
 

@@ -24,14 +24,14 @@ from sd_dejavu.calibration.misfit import stranger_nulls
 from sd_dejavu.calibration.ordinary_prompts import ordinary_prompts
 from sd_dejavu.calibration.profile import ORDINARY_QUANTILE, Profile
 from sd_dejavu.calibration.recombined import recombined
+from sd_dejavu.core.denoiser import Model, PromptTooLong
+from sd_dejavu.core.similarity import COPY_THRESHOLD, grey_correlation
+from sd_dejavu.core.statistics import kolmogorov_two_samples
 from sd_dejavu.demo import second_world
 from sd_dejavu.demo.evaluation import Share
-from sd_dejavu.denoiser import Model, PromptTooLong
 from sd_dejavu.hosts.diffusers import load
 from sd_dejavu.mitigations import Start, available
 from sd_dejavu.run.measure import Measurement, guidance_of, measure, measure_runs, sampled_with
-from sd_dejavu.similarity import COPY_THRESHOLD, grey_correlation
-from sd_dejavu.statistics import kolmogorov_two_samples
 
 NULLS, GIVEN, FRESH, DRAWN = 1000, 120, 200, 40
 WANTED = Measurement(images=1)

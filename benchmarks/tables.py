@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 from sd_dejavu.calibration.ordinary_prompts import style_of
 from sd_dejavu.calibration.profile import Profile
+from sd_dejavu.core.statistics import auc, kolmogorov_two_samples, tpr_at_fpr
+from sd_dejavu.core.verdict import View
 from sd_dejavu.demo import bundled
 from sd_dejavu.demo.evaluation import (
     Share,
@@ -31,8 +33,6 @@ from sd_dejavu.demo.evaluation import (
 from sd_dejavu.demo.world import STYLES
 from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.run.measure import Measurement, measure
-from sd_dejavu.statistics import auc, kolmogorov_two_samples, tpr_at_fpr
-from sd_dejavu.verdict import View
 
 
 def graded_table(model, profile, wanted) -> list[dict]:

@@ -38,15 +38,15 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
-from sd_dejavu.conditioning import Conditioning
+from sd_dejavu.core.conditioning import Conditioning
+from sd_dejavu.core.schedule import Schedule
+from sd_dejavu.core.similarity import COPY_THRESHOLD, grey_correlation
 from sd_dejavu.demo import world
 from sd_dejavu.demo.evaluation import Share, draw, ordinary_caption_score
 from sd_dejavu.hosts.diffusers.adapter import DiffusersModel
 from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.mitigations.perturb_prompt import perturb
 from sd_dejavu.run.measure import Measurement
-from sd_dejavu.schedule import Schedule
-from sd_dejavu.similarity import COPY_THRESHOLD, grey_correlation
 from sd_dejavu.training.filter import PUBLISHED_NUMEL, FilterSettings, TrainingFilter, predict_without
 from sd_dejavu.training.loss import Batch, filtered_loss, noised, stratified_timesteps
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 
+from ..sd_dejavu.core.settings import Option, options_of
 from ..sd_dejavu.mitigations import Mitigation, available
-from ..sd_dejavu.settings import Option, options_of
 
 CATEGORY = "Déjà Vu"
 Monitor = io.Custom("DEJAVU_MONITOR")

@@ -9,14 +9,14 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from ..denoiser import Model
+from ..core.denoiser import Model
+from ..core.memory import OutOfMemory, one_by_one
+from ..core.sampling import first_readings
+from ..core.trace import Trace
+from ..core.verdict import BandStep
 from ..detectors import scores
-from ..memory import OutOfMemory, one_by_one
 from ..run.measure import Measurement, baseline_of, guidance_of, setting_of
 from ..run.reference import sample_prompts
-from ..sampling import first_readings
-from ..trace import Trace
-from ..verdict import BandStep
 from .ordinary_prompts import style_of
 from .profile import Null, Ordinary, Profile
 

@@ -19,12 +19,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..conditioning import Unconditional
-from ..denoiser import PredictionType
+from ..core.conditioning import Unconditional
+from ..core.denoiser import PredictionType
+from ..core.verdict import BandStep
 from ..detectors import scores
-from ..foreign import Unreadable, json_of
 from ..kept import write_text
-from ..verdict import BandStep
+from ..kept.foreign import Unreadable, json_of
 from ..weights import Identity
 
 SCHEMA_VERSION = 1

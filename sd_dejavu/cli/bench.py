@@ -19,13 +19,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ..denoiser import Model
+from ..core.denoiser import Model
+from ..core.memory import OutOfMemory, one_by_one
+from ..core.sampling import first_readings
+from ..core.statistics import auc, auc_interval, tpr_at_fpr, wilson
 from ..detectors import Detector, Observed, available
-from ..memory import OutOfMemory, one_by_one
 from ..run.measure import Measurement, guidance_of
 from ..run.reference import sample_prompts
-from ..sampling import first_readings
-from ..statistics import auc, auc_interval, tpr_at_fpr, wilson
 from . import common
 from .prompt_files import read_prompts
 

@@ -16,10 +16,10 @@ from ..calibration import store
 from ..calibration.calibrate import calibrate
 from ..calibration.misfit import stranger_nulls
 from ..calibration.profile import Profile
-from ..denoiser import Model, PromptTooLong
+from ..core.denoiser import Model, PromptTooLong
+from ..core.statistics import spread
 from ..report.wording import calibrated, misfit
 from ..run.measure import Measurement, measure, setting_of
-from ..statistics import spread
 from . import common
 from .prompt_files import read_prompts
 

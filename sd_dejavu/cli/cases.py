@@ -11,13 +11,13 @@ from PIL import Image
 from torch import Tensor
 
 from ..calibration.profile import Profile
-from ..denoiser import Model
+from ..core.denoiser import Model
+from ..core.similarity import COPY_THRESHOLD, grey_correlation
+from ..core.verdict import Verdict
 from ..explain.views import explain
 from ..mitigations import Outcome, Start, available
 from ..report import html
 from ..run.measure import Measured, Measurement, measure_runs, sampled_with, setting_of, verdict_on
-from ..similarity import COPY_THRESHOLD, grey_correlation
-from ..verdict import Verdict
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ from ..calibration import store
 from ..calibration.ordinary_prompts import ordinary_prompts
 from ..calibration.profile import Ordinary, Profile
 from ..calibration.recombined import recombined
-from ..denoiser import Model, PromptTooLong
+from ..core.denoiser import Model, PromptTooLong
+from ..core.memory import OutOfMemory, release, telling
+from ..core.settings import Option, options_of
+from ..core.verdict import Explanation, Verdict, View
 from ..explain.views import explain
-from ..memory import OutOfMemory, release, telling
 from ..report.terminal import one_line, plain, verdict_panel
 from ..run.measure import Measured, Measurement, measure, setting_of
-from ..settings import Option, options_of
-from ..verdict import Explanation, Verdict, View
 from .prompt_files import read_prompts
 
 CHUNK = 64

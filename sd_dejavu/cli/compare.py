@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ..calibration.profile import Profile
+from ..core.statistics import spread
 from ..kept import write_text
 from ..report.scatter import Mark, scatter_chart
 from ..run.measure import Measurement
-from ..statistics import spread
 from . import common
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from typing import get_args
 from rich.console import Console
 from rich.table import Table
 
+from ..core.verdict import Verdict, View
 from ..report.terminal import plain
 from ..run.measure import Measurement, setting_of, verdict_on
-from ..verdict import Verdict, View
 from . import common
 
 

@@ -8,7 +8,7 @@ import logging
 import sys
 from typing import Any
 
-from ..memory import telling
+from ..core.memory import telling
 from ..report.terminal import safe
 from . import audit, bench, calibrate, check, common, compare, demo, explain, finetune, mitigate, refset
 

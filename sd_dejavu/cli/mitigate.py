@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..calibration.profile import ORDINARY_QUANTILE, Profile
-from ..denoiser import PromptTooLong
+from ..core.denoiser import PromptTooLong
+from ..core.memory import OutOfMemory, one_by_one
 from ..kept import write_text
-from ..memory import OutOfMemory, one_by_one
 from ..mitigations import Mitigation, Start, available
 from ..mitigations.guard import Guard
 from ..reference.nearest import same_features

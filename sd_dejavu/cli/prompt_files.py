@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..foreign import ROWS, TEXT_BYTES, Unreadable, check_caption, contents, one_line
+from ..kept.foreign import ROWS, TEXT_BYTES, Unreadable, check_caption, contents, one_line
 from ..reference.sources import column_of, parquet_file
 
 STDIN = "-"

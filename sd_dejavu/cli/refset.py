@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from ..foreign import PICTURE_BYTES, Unreadable, contents
+from ..kept.foreign import PICTURE_BYTES, Unreadable, contents
 from ..reference.build import BuildSettings, build, embed, only_writer
 from ..reference.features import KINDS, Features, FeatureSettings, load
 from ..reference.nearest import answer, same_features

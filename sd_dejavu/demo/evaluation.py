@@ -1,7 +1,7 @@
 """What the bundled model shows of the methods: the figures of the README, and of the tests that hold them.
 
 Whether a picture is a copy is decided by its likeness to the training picture alone
-(:mod:`sd_dejavu.similarity`), never by the detector that is being judged.
+(:mod:`sd_dejavu.core.similarity`), never by the detector that is being judged.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ import torch
 from torch import Tensor
 
 from ..calibration.profile import ORDINARY_QUANTILE, Profile
-from ..caption_following import caption_score
-from ..conditioning import Conditioning
-from ..denoiser import Model
+from ..core.caption_following import caption_score
+from ..core.conditioning import Conditioning
+from ..core.denoiser import Model
+from ..core.memory import OutOfMemory, one_by_one
+from ..core.similarity import COPY_THRESHOLD, grey_correlation
+from ..core.statistics import wilson
+from ..core.verdict import Verdict, View
 from ..explain.views import explain
-from ..memory import OutOfMemory, one_by_one
 from ..mitigations import Outcome, Start, available
 from ..mitigations.anti_memorization_guidance import GREY
 from ..mitigations.guard import Guard
@@ -37,9 +40,6 @@ from ..run.measure import (
     setting_of,
     verdict_on,
 )
-from ..similarity import COPY_THRESHOLD, grey_correlation
-from ..statistics import wilson
-from ..verdict import Verdict, View
 from . import bundled
 from .reference import bundled_reference
 from .world import GRADED_REPETITIONS, Pair, caption_of, random_scene, twin_caption

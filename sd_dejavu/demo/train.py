@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from ..schedule import Schedule
+from ..core.schedule import Schedule
 from ..training.loss import noised, stratified_timesteps
 from . import second_world, world
 from .bundled import make_sheet

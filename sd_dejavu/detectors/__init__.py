@@ -7,7 +7,7 @@ finished images is for ``bench``.
 
 Example, a whole new file ``detectors/widest.py``::
 
-    from ..denoiser import Predictions
+    from ..core.denoiser import Predictions
     from . import Detector
     from .magnitude import difference
 
@@ -28,7 +28,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..denoiser import Predictions
+from ..core.denoiser import Predictions
 
 Needs = Literal["prompt", "predictions", "images"]
 Read = Callable[[Predictions], Tensor]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..denoiser import Predictions, over_pixels
+from ..core.denoiser import Predictions, over_pixels
 from . import Detector
 
 HIGHEST_OF_EPSILON = 15.0  # Stable Diffusion's schedules end at sigma 14.6

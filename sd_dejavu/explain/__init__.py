@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..conditioning import Word
-from ..verdict import Explanation, View, WordSignificance
+from ..core.conditioning import Word
+from ..core.verdict import Explanation, View, WordSignificance
 
 
 def explanation(

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..conditioning import Conditioning
-from ..denoiser import Denoiser, Predictions
+from ..core.conditioning import Conditioning
+from ..core.denoiser import Denoiser, Predictions
+from ..core.sampling import predict
+from ..core.verdict import Explanation
 from ..detectors.magnitude import magnitude
-from ..sampling import predict
-from ..verdict import Explanation
 from . import explanation, input_gradient
 
 

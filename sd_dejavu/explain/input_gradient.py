@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..conditioning import Conditioning, merge_by_word
-from ..denoiser import Denoiser
-from ..gradients import value_and_gradients
-from ..verdict import Explanation
+from ..core.conditioning import Conditioning, merge_by_word
+from ..core.denoiser import Denoiser
+from ..core.gradients import value_and_gradients
+from ..core.verdict import Explanation
 from . import explanation
 
 

@@ -13,12 +13,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..conditioning import Conditioning, Word
-from ..denoiser import Denoiser, Predictions
+from ..core.conditioning import Conditioning, Word
+from ..core.denoiser import Denoiser, Predictions
+from ..core.prompt_weights import drop_empty_groups
+from ..core.sampling import first_step, predict
+from ..core.verdict import Explanation
 from ..detectors.magnitude import magnitude
-from ..prompt_weights import drop_empty_groups
-from ..sampling import first_step, predict
-from ..verdict import Explanation
 from . import explanation
 
 

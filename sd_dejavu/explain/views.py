@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ..conditioning import Conditioning
-from ..denoiser import Model
-from ..gradients import with_gradients
+from ..core.conditioning import Conditioning
+from ..core.denoiser import Model
+from ..core.gradients import with_gradients
+from ..core.sampling import predict
+from ..core.verdict import Explanation, View
 from ..run.measure import Measurement, baseline_of, start_of_run
-from ..sampling import predict
-from ..verdict import Explanation, View
 from . import confirmed_gradient, input_gradient, leave_one_out, output_gradient
 
 

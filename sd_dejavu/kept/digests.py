@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from ..foreign import opened
+from .foreign import opened
 
 _AT_ONCE = 1 << 20
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..foreign import one_line
+from .foreign import one_line
 
 PARTIAL = ".partial"
 _AT_ONCE = 1 << 24  # values looked at together

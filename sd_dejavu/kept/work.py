@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..foreign import Unreadable, json_of
 from .files import PARTIAL, write_text
+from .foreign import Unreadable, json_of
 from .lock import LOCK, locked
 
 _OVER = ".over"

@@ -19,12 +19,12 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from ..attention import AttentionRule
-from ..conditioning import Conditioning
-from ..denoiser import Denoiser, Model, Predictions, PredictionType, initial_latent
+from ..core.attention import AttentionRule
+from ..core.conditioning import Conditioning
+from ..core.denoiser import Denoiser, Model, Predictions, PredictionType, initial_latent
+from ..core.guidance import GuidanceRule
+from ..core.sampling import levels_of, predict
 from ..detectors.magnitude import magnitude
-from ..guidance import GuidanceRule
-from ..sampling import levels_of, predict
 from .guard import Guard
 
 NEXT_RELEASE = (99, 0)  # of a method that no release has brought yet

@@ -45,14 +45,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..conditioning import Conditioning, stack
-from ..denoiser import Model, PredictionType, noise_to_signal, over_pixels
-from ..gradients import LossScale, scaled_gradients
-from ..guidance import GuidedStep
-from ..memory import in_pieces
+from ..core.conditioning import Conditioning, stack
+from ..core.denoiser import Model, PredictionType, noise_to_signal, over_pixels
+from ..core.gradients import LossScale, scaled_gradients
+from ..core.guidance import GuidedStep
+from ..core.memory import in_pieces
+from ..core.schedule import Schedule
+from ..core.settings import option, validate
 from ..reference.features import Features
-from ..schedule import Schedule
-from ..settings import option, validate
 from . import Mitigation, Outcome, Start
 from .guard import Guard
 

@@ -22,10 +22,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..attention import AttentionRule
-from ..conditioning import Conditioning
-from ..denoiser import Model
-from ..settings import option, validate
+from ..core.attention import AttentionRule
+from ..core.conditioning import Conditioning
+from ..core.denoiser import Model
+from ..core.settings import option, validate
 from . import Mitigation, Outcome, Start
 from .start_token import is_padding
 

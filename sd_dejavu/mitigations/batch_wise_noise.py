@@ -22,12 +22,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..conditioning import Conditioning
-from ..denoiser import Model, Predictions, PredictionType, initial_latent
+from ..core.conditioning import Conditioning
+from ..core.denoiser import Model, Predictions, PredictionType, initial_latent
+from ..core.guidance import GuidedStep, OfImages
+from ..core.sampling import predict
+from ..core.settings import option, validate
 from ..detectors.magnitude import difference
-from ..guidance import GuidedStep, OfImages
-from ..sampling import predict
-from ..settings import option, validate
 from . import Mitigation, Outcome, Start
 from .anti_memorization_guidance import level_of
 

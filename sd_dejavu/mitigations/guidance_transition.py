@@ -18,11 +18,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..conditioning import Conditioning
-from ..denoiser import Model
+from ..core.conditioning import Conditioning
+from ..core.denoiser import Model
+from ..core.guidance import GuidedStep, OfImages, guided
+from ..core.settings import option, validate
 from ..detectors.magnitude import magnitude
-from ..guidance import GuidedStep, OfImages, guided
-from ..settings import option, validate
 from . import Mitigation, Outcome, Start
 
 Before = Literal["off", "opposite"]

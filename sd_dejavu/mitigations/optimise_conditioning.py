@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..conditioning import Conditioning
-from ..denoiser import Denoiser, Model
-from ..gradients import LossScale, value_and_gradients, with_gradients
-from ..settings import option, validate
+from ..core.conditioning import Conditioning
+from ..core.denoiser import Denoiser, Model
+from ..core.gradients import LossScale, value_and_gradients, with_gradients
+from ..core.settings import option, validate
 from . import Mitigation, Outcome, Start
 
 LEARNING_RATE = 0.05  # the paper's

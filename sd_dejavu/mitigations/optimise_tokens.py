@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..conditioning import Conditioning
-from ..denoiser import Denoiser, Model
-from ..gradients import with_gradients
+from ..core.conditioning import Conditioning
+from ..core.denoiser import Denoiser, Model
+from ..core.gradients import with_gradients
 from . import Mitigation, Outcome, Start
 from .optimise_conditioning import Leaf, Optimised, Settings, descend, outcome_of
 

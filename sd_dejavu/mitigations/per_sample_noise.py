@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..conditioning import Conditioning
-from ..denoiser import Denoiser, Model, Predictions, initial_latent
+from ..core.conditioning import Conditioning
+from ..core.denoiser import Denoiser, Model, Predictions, initial_latent
+from ..core.gradients import LossScale, scaled_gradients, together, with_gradients
+from ..core.memory import in_pieces
+from ..core.settings import option, validate
 from ..detectors.magnitude import magnitude
-from ..gradients import LossScale, scaled_gradients, together, with_gradients
-from ..memory import in_pieces
-from ..settings import option, validate
 from . import Mitigation, Outcome, Start
 
 

@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
-from ..conditioning import Conditioning
-from ..denoiser import Model
-from ..settings import option, validate
+from ..core.conditioning import Conditioning
+from ..core.denoiser import Model
+from ..core.settings import option, validate
 from . import Mitigation, Outcome, Start
 
 Perturbation = Literal["random-word", "random-number", "repeat-word"]

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from .. import prompt_weights
-from ..conditioning import Conditioning
-from ..denoiser import Denoiser, Model
+from ..core import prompt_weights
+from ..core.conditioning import Conditioning
+from ..core.denoiser import Denoiser, Model
+from ..core.gradients import with_gradients
+from ..core.settings import option, validate
 from ..explain import input_gradient, output_gradient
 from ..explain.leave_one_out import drop_word
-from ..gradients import with_gradients
-from ..settings import option, validate
 from . import Mitigation, Outcome, Start
 
 

@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..attention import AttentionRule
-from ..conditioning import Conditioning, TokenRow
-from ..denoiser import Model
-from ..settings import option, validate
+from ..core.attention import AttentionRule
+from ..core.conditioning import Conditioning, TokenRow
+from ..core.denoiser import Model
+from ..core.settings import option, validate
 from . import Mitigation, Outcome, Start
 
 

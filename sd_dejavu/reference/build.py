@@ -19,8 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..core.settings import option, validate
 from ..kept import Resumable, is_finite, locked, write_tensors
-from ..settings import option, validate
 from .features import KINDS, Features, Staged
 from .pictures import PictureError, digest, open_picture, thumbnail, to_tensor
 from .reference_set import (

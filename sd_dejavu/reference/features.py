@@ -5,7 +5,7 @@
 * ``clip``, ``dinov2``: a vision model through transformers, a local folder or a hub id named by the user.
 * ``pixels``, ``latents``: no network; the pixels, or an autoencoder's latents, of pictures reduced to one side, with
   the normalised L2 distance of Carlini et al. (USENIX Security 2023).
-* ``grey``: the structural metric by which copies of the bundled model are judged (:mod:`sd_dejavu.similarity`).
+* ``grey``: the structural metric by which copies of the bundled model are judged (:mod:`sd_dejavu.core.similarity`).
 * :class:`HostVision`: the vision model that a host has loaded.
 
 All are differentiable in the pictures. Nothing here reaches the network but a hub id given by the user.
@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.settings import option, validate
+from ..core.similarity import COPY_THRESHOLD, structure
 from ..kept import file_digest
 from ..quiet import quiet
-from ..settings import option, validate
-from ..similarity import COPY_THRESHOLD, structure
 from ..weights import digest, named, of_module, sampled
 
 Metric = Literal["cosine", "normalised L2"]
@@ -170,7 +170,7 @@ class Latents(_InTwoSteps):
 
 
 class Grey(_InTwoSteps):
-    """Centred grey values at 32 x 32 as unit rows: their cosine is :func:`sd_dejavu.similarity.grey_correlation`."""
+    """Centred grey values at 32 x 32 as unit rows: their cosine is :func:`sd_dejavu.core.similarity.grey_correlation`."""
 
     metric: Metric = "cosine"
     name = "grey 32"

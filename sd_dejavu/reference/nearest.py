@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..foreign import is_number
+from ..kept.foreign import is_number
 from .features import KINDS, Features, FeatureSettings, load
 from .reference_set import NEIGHBOURHOOD, Neighbours, ReferenceSet
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..foreign import PIXELS, Unreadable, one_line
 from ..kept import digest_of
+from ..kept.foreign import PIXELS, Unreadable, one_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image

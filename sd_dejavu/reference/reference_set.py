@@ -25,8 +25,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..foreign import Unreadable, check_caption, is_number, json_of, one_line, opened
 from ..kept import digest_of, is_finite, json_text, write_tensors, write_text
+from ..kept.foreign import Unreadable, check_caption, is_number, json_of, one_line, opened
 from .features import Features, Metric
 
 SCHEMA_VERSION = 1

@@ -5,7 +5,7 @@ build that was stopped goes on where it stood. What cannot be read is a record t
 
 Tars are read with the standard library: members are never unpacked to disk, and nothing in a name is obeyed (the
 webdataset package would run a name that begins with ``pipe:``). What is read at most of a file, a member and a row is
-said in :mod:`sd_dejavu.foreign`.
+said in :mod:`sd_dejavu.kept.foreign`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol
 
-from ..foreign import (
+from ..kept import digest_of
+from ..kept.foreign import (
     CAPTION_BYTES,
     HEADER_BYTES,
     PICTURE_BYTES,
@@ -35,7 +36,6 @@ from ..foreign import (
     one_line,
     opened,
 )
-from ..kept import digest_of
 
 PICTURE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp")
 CAPTION_ENDINGS = ("txt", "caption")  # the order in which they are looked for

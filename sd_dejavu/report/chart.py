@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from markupsafe import Markup
 
-from ..verdict import BandStep
+from ..core.verdict import BandStep
 from . import svg
 from .svg import AFTER, LEFT, MEASURED, Plot, Point
 from .wording import number

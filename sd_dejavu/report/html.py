@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..verdict import BandStep, Verdict
+from ..core.verdict import BandStep, Verdict
 from .chart import loss_sparkline, magnitude_chart
 from .picture import Pixels, png_uri, where_overlay
 from .templating import rendered, writable

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from markupsafe import Markup
 
+from ..core.trace import NotMeasured
+from ..core.verdict import Verdict
 from ..run.report import Report
-from ..trace import NotMeasured
-from ..verdict import Verdict
 from .chart import loss_sparkline, magnitude_chart
 from .picture import colours, png_uri
 from .templating import macro, rendered

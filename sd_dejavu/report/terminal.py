@@ -15,7 +15,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ..verdict import Verdict
+from ..core.verdict import Verdict
 from .wording import facts, label, sentence, top_words_text
 
 BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"

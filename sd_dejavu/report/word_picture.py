@@ -8,8 +8,8 @@ from functools import cache, lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..conditioning import split_words
-from ..verdict import Explanation, Verdict
+from ..core.conditioning import split_words
+from ..core.verdict import Explanation, Verdict
 from .picture import Pixels
 from .wording import sentence, top_words_text
 

@@ -6,9 +6,9 @@ from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Context, Decimal
 from typing import TYPE_CHECKING
 
 from ..calibration.profile import ALPHA_DEFAULT, Ordinary, Profile
+from ..core.verdict import Explanation, Verdict, WordSignificance
 from ..detectors import scores
 from ..run.judge import needed_nulls
-from ..verdict import Explanation, Verdict, WordSignificance
 
 if TYPE_CHECKING:
     from ..mitigations import Outcome

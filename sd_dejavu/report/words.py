@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
-from ..verdict import Explanation, WordSignificance
+from ..core.verdict import Explanation, WordSignificance
 from .templating import macro
 from .wording import number, top_words_text
 

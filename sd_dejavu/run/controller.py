@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from ..calibration.profile import Profile, Setting
-from ..conditioning import Conditioning, Unconditional
-from ..denoiser import Evaluation, Model, Predictions
-from ..guidance import GuidanceRule, GuidedStep
+from ..core.conditioning import Conditioning, Unconditional
+from ..core.denoiser import Evaluation, Model, Predictions
+from ..core.guidance import GuidanceRule, GuidedStep
+from ..core.sampling import predict
 from ..mitigations import Outcome
-from ..sampling import predict
 from .faults import caught
 from .monitoring import Monitoring
 from .state import Beginning, RunState

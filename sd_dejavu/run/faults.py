@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from ..memory import ran_out, release
+from ..core.memory import ran_out, release
 
 NO_MEMORY = "there was not enough memory: choose 'remove-trigger', or a smaller batch"
 

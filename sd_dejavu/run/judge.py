@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from ..calibration.ordinary_prompts import style_of
 from ..calibration.profile import Profile, Setting
-from ..verdict import Verdict
+from ..core.verdict import Verdict
 
 
 def judge(verdict: Verdict, setting: Setting, profile: Profile) -> Verdict:

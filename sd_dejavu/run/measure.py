@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from ..calibration.profile import ALPHA_DEFAULT, Profile, Setting
-from ..conditioning import Baseline, Conditioning
-from ..denoiser import Model, initial_latent
+from ..core.conditioning import Baseline, Conditioning
+from ..core.denoiser import Model, initial_latent
+from ..core.memory import one_by_one
+from ..core.sampling import Guidance, first_readings
+from ..core.settings import option, validate
+from ..core.trace import NotMeasured
+from ..core.verdict import Explanation, Verdict
 from ..detectors import scores
 from ..detectors.magnitude import magnitude, rounding
-from ..memory import one_by_one
 from ..mitigations import Outcome
-from ..sampling import Guidance, first_readings
-from ..settings import option, validate
-from ..trace import NotMeasured
-from ..verdict import Explanation, Verdict
 from .judge import judge
 from .reference import Run, sample_prompt, sample_prompts
 

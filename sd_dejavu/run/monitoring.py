@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ..calibration.profile import ALPHA_DEFAULT
-from ..conditioning import Baseline, Conditioning
+from ..core.conditioning import Baseline, Conditioning
+from ..core.settings import option, validate
 from ..detectors import scores
 from ..mitigations import Mitigation, available
-from ..settings import option, validate
 
 WhenFlagged = Literal["report", "stop", "mitigate"]
 When = Literal["never", "flagged", "always"]

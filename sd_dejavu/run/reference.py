@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from ..calibration.profile import Profile, Setting
-from ..conditioning import Baseline, Conditioning, Unconditional, sharing, stack
-from ..denoiser import Denoiser, initial_latent
-from ..guidance import GuidanceRule
-from ..sampling import Guidance, batches, sample
-from ..trace import Trace
+from ..core.conditioning import Baseline, Conditioning, Unconditional, sharing, stack
+from ..core.denoiser import Denoiser, initial_latent
+from ..core.guidance import GuidanceRule
+from ..core.sampling import Guidance, batches, sample
+from ..core.trace import Trace
 from .controller import RunController
 from .monitoring import Monitoring
 from .state import RunState

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..calibration.profile import ALPHA_DEFAULT, ORDINARY_QUANTILE
-from ..trace import NotMeasured
-from ..verdict import BandStep, Verdict
+from ..core.trace import NotMeasured
+from ..core.verdict import BandStep, Verdict
 from .monitoring import Monitoring
 from .state import RunState
 

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from ..calibration.profile import ORDINARY_QUANTILE, Profile, Setting
-from ..conditioning import Conditioning, Unconditional, by_position
-from ..denoiser import Model
+from ..core.conditioning import Conditioning, Unconditional, by_position
+from ..core.denoiser import Model
+from ..core.gradients import with_gradients
+from ..core.guidance import GuidanceRule
+from ..core.trace import NotMeasured, Trace
+from ..core.verdict import Explanation, Verdict
 from ..detectors import reads, scores
 from ..explain import confirmed_gradient, leave_one_out, output_gradient
-from ..gradients import with_gradients
-from ..guidance import GuidanceRule
 from ..mitigations import Outcome, Start
-from ..trace import NotMeasured, Trace
-from ..verdict import Explanation, Verdict
 from .judge import judge
 from .monitoring import Monitoring, method_for
 

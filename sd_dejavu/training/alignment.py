@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..denoiser import Predictions
+from ..core.denoiser import Predictions
 from ..reference.features import resized
 from ..reference.pictures import PictureError, open_picture, to_tensor
 

@@ -34,6 +34,8 @@ from torch import Tensor
 
 from ..calibration.calibrate import PROMPTS_A_SEED
 from ..calibration.misfit import stranger_nulls
+from ..core.settings import option, validate
+from ..core.statistics import benjamini_hochberg, spread
 from ..kept import digest_of, json_digest
 from ..reference.build import embed
 from ..reference.features import Features
@@ -41,8 +43,6 @@ from ..reference.nearest import copy_threshold
 from ..reference.pictures import open_picture, to_tensor
 from ..reference.reference_set import NEIGHBOURHOOD, ReferenceSet
 from ..run.measure import Measurement
-from ..settings import option, validate
-from ..statistics import benjamini_hochberg, spread
 from .alignment import COMPARED, NEAREST_OF, contrast
 from .ledger import Ledger
 from .tasks import Engine, Task, Trained, Variant, Work, one_process

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..settings import option, validate
+from ..core.settings import option, validate
 from .tasks import Bench, Engine, Task, Trained, Variant, Work
 
 

@@ -28,9 +28,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.schedule import Schedule
+from ..core.settings import option, validate
 from ..detectors.magnitude import magnitude_of_noise_predictions
-from ..schedule import Schedule
-from ..settings import option, validate
 
 PUBLISHED_NUMEL = 4 * 64 * 64
 DIFFUSION_STEPS = 1000

@@ -26,8 +26,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..conditioning import Conditioning, stack
-from ..foreign import one_line
+from ..core.conditioning import Conditioning, stack
+from ..core.schedule import Schedule
+from ..core.settings import option, validate
 from ..kept import (
     PARTIAL,
     Resumable,
@@ -38,10 +39,9 @@ from ..kept import (
     write_tensors,
     write_text,
 )
+from ..kept.foreign import one_line
 from ..quiet import quiet
 from ..reference.sources import Source
-from ..schedule import Schedule
-from ..settings import option, validate
 from .dataset import LatentSet, latents_of
 from .filter import FilterSettings, TrainingFilter
 from .loss import Batch, filtered_loss, stratified_timesteps

@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from ..foreign import Unreadable, json_of
 from ..kept import Resumable, digest_of, json_digest, json_text, write_text
+from ..kept.foreign import Unreadable, json_of
 from .tasks import Task, Variant, check_values
 
 _ADVICE = "remove that folder, or give --restart, to begin anew"

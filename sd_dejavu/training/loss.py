@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..conditioning import Conditioning
-from ..denoiser import PredictionType, over_pixels
-from ..schedule import Schedule
+from ..core.conditioning import Conditioning
+from ..core.denoiser import PredictionType, over_pixels
+from ..core.schedule import Schedule
 from .filter import TrainingFilter, predict_without
 
 

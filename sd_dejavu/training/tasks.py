@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from ..calibration.calibrate import PROMPTS_A_SEED, SEED_BASE
-from ..conditioning import Conditioning
-from ..denoiser import Model
+from ..core.conditioning import Conditioning
+from ..core.denoiser import Model
+from ..core.memory import OutOfMemory, one_by_one
+from ..core.sampling import first_predictions
 from ..detectors.magnitude import magnitude, rounding
 from ..explain.views import explain
-from ..foreign import is_number
-from ..memory import OutOfMemory, one_by_one
+from ..kept.foreign import is_number
 from ..report.wording import top_words
 from ..run.measure import Measurement, baseline_of, measure_runs
-from ..sampling import first_predictions
 from .alignment import alignment, as_trained
 
 Kind = Literal["nulls", "captions", "pictures"]

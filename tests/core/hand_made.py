@@ -19,8 +19,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from sd_dejavu.conditioning import Conditioning, EncoderInput, Reencoding, TokenRow, Word, split_words
-from sd_dejavu.denoiser import PredictionType, denoised_from_output, seeded_noise
+from sd_dejavu.core.conditioning import Conditioning, EncoderInput, Reencoding, TokenRow, Word, split_words
+from sd_dejavu.core.denoiser import PredictionType, denoised_from_output, seeded_noise
 
 SHAPE = (1, 2, 2)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sd_dejavu.denoiser import seeded_noise
+from sd_dejavu.core.denoiser import seeded_noise
 
 SHAPE = (3, 4, 4)
 NARROW, BROAD = 0.02, 0.5  # standard deviations

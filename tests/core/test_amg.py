@@ -13,9 +13,9 @@ from memoriser import SHAPE as PIXELS
 from memoriser import Memoriser
 from torch import Tensor
 
-from sd_dejavu.conditioning import Conditioning
-from sd_dejavu.denoiser import seeded_noise
-from sd_dejavu.guidance import GuidedStep
+from sd_dejavu.core.conditioning import Conditioning
+from sd_dejavu.core.denoiser import seeded_noise
+from sd_dejavu.core.guidance import GuidedStep
 from sd_dejavu.mitigations.anti_memorization_guidance import (
     DDPM,
     AntiMemorization,

@@ -8,8 +8,8 @@ from hand_made import encoder
 from miniatures import write_sd1
 from torch import nn
 
-from sd_dejavu.attention import AttentionRule, scaled_keys
-from sd_dejavu.conditioning import Conditioning, TokenRow, stack
+from sd_dejavu.core.attention import AttentionRule, scaled_keys
+from sd_dejavu.core.conditioning import Conditioning, TokenRow, stack
 from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.mitigations.attenuate_tokens import outlying
 from sd_dejavu.mitigations.start_token import Settings, attention_rule

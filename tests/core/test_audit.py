@@ -24,8 +24,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sd_dejavu.cli.main import main
+from sd_dejavu.core.denoiser import Predictions
+from sd_dejavu.core.similarity import COPY_THRESHOLD, grey_correlation
+from sd_dejavu.core.statistics import benjamini_hochberg, spread
 from sd_dejavu.demo import bundled, world
-from sd_dejavu.denoiser import Predictions
 from sd_dejavu.hosts.diffusers import ModelError
 from sd_dejavu.hosts.diffusers.audit import Load
 from sd_dejavu.hosts.diffusers.load import load
@@ -34,8 +36,6 @@ from sd_dejavu.reference.features import Grey
 from sd_dejavu.report.audit_html import AuditPage, render_audit
 from sd_dejavu.report.audit_rows import as_json, notes, sentence
 from sd_dejavu.run.measure import Measurement
-from sd_dejavu.similarity import COPY_THRESHOLD, grey_correlation
-from sd_dejavu.statistics import benjamini_hochberg, spread
 from sd_dejavu.training.alignment import alignment, as_trained, contrast
 from sd_dejavu.training.audit import (
     Audit,

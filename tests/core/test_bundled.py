@@ -13,6 +13,7 @@ from scipy_free import binomial_upper  # a second implementation, in this folder
 
 from sd_dejavu.calibration.ordinary_prompts import style_of
 from sd_dejavu.calibration.profile import Profile
+from sd_dejavu.core.statistics import auc, kolmogorov_uniform, tpr_at_fpr
 from sd_dejavu.demo import bundled, evaluation
 from sd_dejavu.demo.evaluation import (
     every_mitigation,
@@ -29,7 +30,6 @@ from sd_dejavu.demo.world import GRADED_REPETITIONS, STYLES, draw_pair, training
 from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.mitigations import optimise_conditioning, perturb_prompt, remove_trigger
 from sd_dejavu.run.measure import Measurement, measure
-from sd_dejavu.statistics import auc, kolmogorov_uniform, tpr_at_fpr
 
 WANTED = Measurement()
 

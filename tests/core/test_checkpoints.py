@@ -24,17 +24,17 @@ from torch import Tensor
 
 from sd_dejavu.calibration import store
 from sd_dejavu.calibration.profile import Profile
-from sd_dejavu.conditioning import Conditioning
+from sd_dejavu.core.conditioning import Conditioning
+from sd_dejavu.core.denoiser import PromptTooLong, initial_latent
+from sd_dejavu.core.sampling import Guidance, first_step, levels_of, predict, sample
+from sd_dejavu.core.trace import Trace
 from sd_dejavu.demo import bundled
-from sd_dejavu.denoiser import PromptTooLong, initial_latent
 from sd_dejavu.explain import input_gradient, output_gradient
 from sd_dejavu.hosts.diffusers import ModelError, adapter
 from sd_dejavu.hosts.diffusers.adapter import DiffusersModel
 from sd_dejavu.hosts.diffusers.clip import CHUNK, MAX_CHUNKS
 from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.run.measure import Measurement, setting_of
-from sd_dejavu.sampling import Guidance, first_step, levels_of, predict, sample
-from sd_dejavu.trace import Trace
 from sd_dejavu.weights import digest, fingerprint, of_text_encoder, sampled
 
 PROMPTS = ("the red fox under an old oak", "lighthouse painting, dawn")

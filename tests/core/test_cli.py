@@ -24,12 +24,12 @@ from sd_dejavu.calibration.profile import Profile
 from sd_dejavu.cli import demo, mitigate
 from sd_dejavu.cli.common import from_arguments
 from sd_dejavu.cli.main import main, parser
+from sd_dejavu.core.settings import option, validate
+from sd_dejavu.core.verdict import Verdict
 from sd_dejavu.demo import bundled
 from sd_dejavu.demo.evaluation import held_out_pairs
 from sd_dejavu.hosts.diffusers.adapter import DiffusersModel
 from sd_dejavu.mitigations import Outcome
-from sd_dejavu.settings import option, validate
-from sd_dejavu.verdict import Verdict
 
 MEMORISED = held_out_pairs("hard")[0].caption
 ORDINARY = bundled.held_out_ordinary(3, seed=8)[1]

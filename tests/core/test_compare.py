@@ -13,12 +13,12 @@ import torch
 
 from sd_dejavu.cli.compare import plot, record_of
 from sd_dejavu.cli.main import main
+from sd_dejavu.core.statistics import spread
 from sd_dejavu.demo import evaluation
 from sd_dejavu.demo.evaluation import MitigationRow, Share, _row, _Tally, every_mitigation
 from sd_dejavu.mitigations import available
 from sd_dejavu.peak_memory import peak_memory
 from sd_dejavu.report.scatter import LINE, Mark, _places, scatter_chart
-from sd_dejavu.statistics import spread
 
 
 def row(method: str, copied: int = 3, caption: float = 0.9) -> MitigationRow:

@@ -7,7 +7,16 @@ import torch
 from tokenizers.normalizers import NFC, Lowercase, Sequence
 from tokenizers.pre_tokenizers import ByteLevel
 
-from sd_dejavu.conditioning import Conditioning, TokenRow, Word, align, merge_by_word, split_words, stack, token_bytes
+from sd_dejavu.core.conditioning import (
+    Conditioning,
+    TokenRow,
+    Word,
+    align,
+    merge_by_word,
+    split_words,
+    stack,
+    token_bytes,
+)
 
 NORMALISE = Sequence([NFC(), Lowercase()])
 

@@ -10,9 +10,9 @@ import torch
 from hand_made import SHAPE, LinearDenoiser, encoder
 
 from sd_dejavu.calibration.profile import Null, Profile, Setting
-from sd_dejavu.conditioning import Conditioning
-from sd_dejavu.denoiser import Evaluation
-from sd_dejavu.guidance import GuidedStep
+from sd_dejavu.core.conditioning import Conditioning
+from sd_dejavu.core.denoiser import Evaluation
+from sd_dejavu.core.guidance import GuidedStep
 from sd_dejavu.run.controller import GO, Again, Restart, RunController, Stop
 from sd_dejavu.run.monitoring import Monitoring
 from sd_dejavu.run.report import Report

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sd_dejavu.denoiser import denoised_from_output, initial_latent, model_input, over_pixels, seeded_noise
+from sd_dejavu.core.denoiser import denoised_from_output, initial_latent, model_input, over_pixels, seeded_noise
 
 SIGMAS = torch.tensor([0.05, 1.0, 14.6])
 

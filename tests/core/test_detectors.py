@@ -14,12 +14,12 @@ import torch
 
 import sd_dejavu
 from sd_dejavu import detectors
-from sd_dejavu.denoiser import seeded_noise
+from sd_dejavu.core.denoiser import seeded_noise
 from sd_dejavu.detectors import Observed, available, scores
 from sd_dejavu.detectors.tiled_l2 import tiled_distance
 
 WIDEST = """
-from ..denoiser import Predictions
+from ..core.denoiser import Predictions
 from . import Detector
 from .magnitude import difference
 
@@ -53,7 +53,7 @@ def test_a_new_file_is_choosable_everywhere_and_has_p_values_of_its_own(tmp_path
 import torch
 from sd_dejavu.calibration.calibrate import calibrate
 from sd_dejavu.cli.main import parser
-from sd_dejavu.denoiser import Evaluation
+from sd_dejavu.core.denoiser import Evaluation
 from sd_dejavu.hosts.webui.controls import OPTIONS
 from sd_dejavu.run.measure import Measurement, measure, setting_of, verdict_on
 from sd_dejavu.run.monitoring import Monitoring

@@ -7,14 +7,14 @@ import torch
 from hand_made import LinearDenoiser, encoder, v_scale, word_rows
 from torch import Tensor
 
-from sd_dejavu.conditioning import Conditioning, EncoderInput, Reencoding, TokenRow, split_words
-from sd_dejavu.denoiser import initial_latent, seeded_noise
+from sd_dejavu.core.conditioning import Conditioning, EncoderInput, Reencoding, TokenRow, split_words
+from sd_dejavu.core.denoiser import initial_latent, seeded_noise
+from sd_dejavu.core.sampling import levels_of
 from sd_dejavu.explain import confirmed_gradient, explanation, input_gradient, leave_one_out, output_gradient
 from sd_dejavu.explain.leave_one_out import drop_word
 from sd_dejavu.explain.views import default_view
 from sd_dejavu.explain.views import explain as explain_by_view
 from sd_dejavu.run.measure import Measurement
-from sd_dejavu.sampling import levels_of
 
 SIGMA = 2.0
 WEIGHTS = (4.0, 1.0, -2.0, 0.5, 3.0, 5.0)

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 from test_reference_build import data, write
 
+from sd_dejavu.core.sampling import first_step
 from sd_dejavu.hosts.diffusers import ModelError, families
 from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.reference.sources import open_source
-from sd_dejavu.sampling import first_step
 from sd_dejavu.training.filter import FilterSettings
 from sd_dejavu.training.finetune import finetune
 

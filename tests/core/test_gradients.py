@@ -11,10 +11,9 @@ import torch
 from hand_made import LinearDenoiser, encoder
 from torch import Tensor, nn
 
-from sd_dejavu.conditioning import Conditioning
-from sd_dejavu.denoiser import Predictions, denoised_from_output, seeded_noise
-from sd_dejavu.detectors.magnitude import magnitude
-from sd_dejavu.gradients import (
+from sd_dejavu.core.conditioning import Conditioning
+from sd_dejavu.core.denoiser import Predictions, denoised_from_output, seeded_noise
+from sd_dejavu.core.gradients import (
     LossScale,
     recomputing,
     scaled_gradients,
@@ -22,7 +21,8 @@ from sd_dejavu.gradients import (
     value_and_gradients,
     with_gradients,
 )
-from sd_dejavu.memory import OutOfMemory
+from sd_dejavu.core.memory import OutOfMemory
+from sd_dejavu.detectors.magnitude import magnitude
 from sd_dejavu.mitigations import per_sample_noise
 
 SHAPE = (2, 6, 6)

@@ -9,15 +9,15 @@ import torch
 from hand_made import LinearDenoiser, encoder, v_scale
 from torch import Tensor
 
-from sd_dejavu.attention import AttentionRule
-from sd_dejavu.conditioning import Conditioning
-from sd_dejavu.denoiser import seeded_noise
-from sd_dejavu.guidance import GuidedStep, guided
+from sd_dejavu.core.attention import AttentionRule
+from sd_dejavu.core.conditioning import Conditioning
+from sd_dejavu.core.denoiser import seeded_noise
+from sd_dejavu.core.guidance import GuidedStep, guided
+from sd_dejavu.core.sampling import Guidance, sample
 from sd_dejavu.mitigations import Outcome, Start, batch_wise_noise, per_sample_noise
 from sd_dejavu.mitigations.batch_wise_noise import LateGuidance
 from sd_dejavu.mitigations.guidance_transition import Transition
 from sd_dejavu.run.measure import Measurement, sampled_with
-from sd_dejavu.sampling import Guidance, sample
 
 SIGMA = 2.0
 STRENGTHS = {"red": 0.5, "fox": 1.0}  # together a magnitude of 2 * 1.5 at gain 0

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from sd_dejavu.calibration.profile import Null, Profile, Setting
+from sd_dejavu.core.verdict import Verdict
 from sd_dejavu.run.judge import judge, needed_nulls
-from sd_dejavu.verdict import Verdict
 
 SETTING = Setting(
     model="abc",

@@ -15,7 +15,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from sd_dejavu.foreign import Unreadable
 from sd_dejavu.kept import (
     InUse,
     NotKept,
@@ -30,6 +29,7 @@ from sd_dejavu.kept import (
     write_text,
 )
 from sd_dejavu.kept import lock as locking
+from sd_dejavu.kept.foreign import Unreadable
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLDER = """

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hand_made import LinearDenoiser, v_scale
 
-from sd_dejavu.conditioning import Conditioning
-from sd_dejavu.denoiser import Predictions, seeded_noise
+from sd_dejavu.core.conditioning import Conditioning
+from sd_dejavu.core.denoiser import Predictions, seeded_noise
 from sd_dejavu.detectors.magnitude import magnitude, magnitude_of_noise_predictions, squared_difference_map
 
 

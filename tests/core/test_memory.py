@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sd_dejavu.memory import OutOfMemory, free_memory, in_pieces, one_by_one, ran_out, telling
+from sd_dejavu.core.memory import OutOfMemory, free_memory, in_pieces, one_by_one, ran_out, telling
 
 CPU = "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
 

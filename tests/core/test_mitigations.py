@@ -15,10 +15,11 @@ import torch
 from hand_made import LinearDenoiser, encoder, v_scale
 
 from sd_dejavu import mitigations
-from sd_dejavu.conditioning import Conditioning, EncoderInput, Reencoding, TokenRow
+from sd_dejavu.core.conditioning import Conditioning, EncoderInput, Reencoding, TokenRow
+from sd_dejavu.core.denoiser import seeded_noise
+from sd_dejavu.core.guidance import GuidedStep
+from sd_dejavu.core.settings import options_of
 from sd_dejavu.demo.reference import bundled_reference
-from sd_dejavu.denoiser import seeded_noise
-from sd_dejavu.guidance import GuidedStep
 from sd_dejavu.hosts.webui import controls
 from sd_dejavu.mitigations import NEXT_RELEASE, Start, available, optimise_tokens, table
 from sd_dejavu.mitigations.guard import Guard
@@ -28,7 +29,6 @@ from sd_dejavu.mitigations.remove_trigger import Removed, remove_trigger
 from sd_dejavu.mitigations.remove_trigger import Settings as RemoveSettings
 from sd_dejavu.reference.features import Pixels
 from sd_dejavu.run.monitoring import Monitoring
-from sd_dejavu.settings import options_of
 
 SIGMA = 2.0
 TOKENS = (TokenRow("<s>", "start"), TokenRow("fox", "word", 0), TokenRow("</s>", "end"), TokenRow("pad", "end"))

@@ -11,16 +11,16 @@ import torch
 
 from sd_dejavu.calibration.calibrate import with_whole_runs
 from sd_dejavu.calibration.profile import Null, Profile, Setting
-from sd_dejavu.conditioning import Conditioning
-from sd_dejavu.denoiser import Predictions
+from sd_dejavu.core.conditioning import Conditioning
+from sd_dejavu.core.denoiser import Predictions
+from sd_dejavu.core.trace import Trace
+from sd_dejavu.core.verdict import BandStep, Explanation, Verdict, WordSignificance
 from sd_dejavu.mitigations import Outcome
 from sd_dejavu.report.word_picture import word_picture
 from sd_dejavu.report.words import word_spans
 from sd_dejavu.run.monitoring import Monitoring
 from sd_dejavu.run.report import Report, flagged
 from sd_dejavu.run.state import RunState
-from sd_dejavu.trace import Trace
-from sd_dejavu.verdict import BandStep, Explanation, Verdict, WordSignificance
 
 SETTING = Setting(
     model="abc",

@@ -8,15 +8,15 @@ import pytest
 import torch
 from test_monitor import PROFILE, SETTING, predictions
 
-from sd_dejavu.conditioning import Conditioning
+from sd_dejavu.core.conditioning import Conditioning
+from sd_dejavu.core.settings import Option
+from sd_dejavu.core.verdict import Explanation, WordSignificance
 from sd_dejavu.hosts.webui import controls
 from sd_dejavu.mitigations import Outcome
 from sd_dejavu.report.panel import framed, panel, paragraph, plain_text
 from sd_dejavu.run.monitoring import Monitoring
 from sd_dejavu.run.report import Report
 from sd_dejavu.run.state import RunState
-from sd_dejavu.settings import Option
-from sd_dejavu.verdict import Explanation, WordSignificance
 
 
 def watch(prompt: str = "a red fox", gap: float = 3.0) -> RunState:

@@ -13,7 +13,7 @@ import pytest
 
 from sd_dejavu.calibration.profile import Null, Ordinary, Profile, Setting, conformal_p
 from sd_dejavu.calibration.store import path_for
-from sd_dejavu.verdict import BandStep
+from sd_dejavu.core.verdict import BandStep
 from sd_dejavu.weights import Identity
 
 SETTING = Setting(

@@ -12,7 +12,7 @@ import pytest
 
 from sd_dejavu.cli import prompt_files
 from sd_dejavu.cli.prompt_files import InputError, read_prompts
-from sd_dejavu.foreign import CAPTION_CHARACTERS
+from sd_dejavu.kept.foreign import CAPTION_CHARACTERS
 
 WANTED = ["a red fox, asleep", "Blue Vase; With Handle", 'the "old" mill']
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sd_dejavu.conditioning import Conditioning, EncoderInput, Reencoding, TokenRow, align
+from sd_dejavu.core.conditioning import Conditioning, EncoderInput, Reencoding, TokenRow, align
+from sd_dejavu.core.prompt_weights import encode_weighted, parse
 from sd_dejavu.explain.leave_one_out import drop_word
-from sd_dejavu.prompt_weights import encode_weighted, parse
 
 
 def weight_of(prompt, word):

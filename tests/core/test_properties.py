@@ -20,14 +20,14 @@ from PIL import Image
 
 from sd_dejavu.calibration.profile import Null, Profile, Setting, conformal_p
 from sd_dejavu.cli.prompt_files import InputError, read_prompts
-from sd_dejavu.conditioning import split_words
-from sd_dejavu.foreign import Unreadable, contents, json_of, one_line
+from sd_dejavu.core.conditioning import split_words
+from sd_dejavu.core.prompt_weights import parse, words_as_typed
+from sd_dejavu.core.settings import LEAST_ABOVE, Option
+from sd_dejavu.core.verdict import BandStep
 from sd_dejavu.hosts.webui import controls
-from sd_dejavu.prompt_weights import parse, words_as_typed
+from sd_dejavu.kept.foreign import Unreadable, contents, json_of, one_line
 from sd_dejavu.reference.pictures import open_picture
 from sd_dejavu.reference.sources import open_source
-from sd_dejavu.settings import LEAST_ABOVE, Option
-from sd_dejavu.verdict import BandStep
 
 quick = settings(
     max_examples=80,

@@ -11,13 +11,13 @@ import torch
 from device_reads import DeviceReads
 from hand_made import LinearDenoiser
 
-from sd_dejavu.conditioning import Conditioning
-from sd_dejavu.denoiser import Predictions
-from sd_dejavu.readout import Readout
+from sd_dejavu.core.conditioning import Conditioning
+from sd_dejavu.core.denoiser import Predictions
+from sd_dejavu.core.readout import Readout
+from sd_dejavu.core.sampling import first_step
+from sd_dejavu.core.trace import Trace
 from sd_dejavu.run.monitoring import Monitoring
 from sd_dejavu.run.state import RunState
-from sd_dejavu.sampling import first_step
-from sd_dejavu.trace import Trace
 
 
 def test_it_holds_what_was_there_when_it_was_made() -> None:
@@ -141,7 +141,7 @@ def test_the_first_step_is_judged_without_waiting_for_the_others(monkeypatch: py
     watch = RunState(Monitoring())
     # Numbers that are still on a card: what the loop has recorded of two steps.
     trace, steps = watch.trace, [predictions(3.0, 4.0), predictions(2.0, 2.0)]
-    monkeypatch.setattr("sd_dejavu.trace.Readout", lambda tensor: Readout(card.tensor(tensor.tolist())))
+    monkeypatch.setattr("sd_dejavu.core.trace.Readout", lambda tensor: Readout(card.tensor(tensor.tolist())))
     trace.record(steps[0])
     assert not trace.ready(1)
     card.catch_up()

@@ -26,10 +26,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from sd_dejavu.core.similarity import grey_correlation
 from sd_dejavu.demo import bundled
 from sd_dejavu.demo.reference import bundled_reference
-from sd_dejavu.foreign import CAPTION_CHARACTERS, PIXELS, REPEATS
 from sd_dejavu.kept import files as kept_files
+from sd_dejavu.kept.foreign import CAPTION_CHARACTERS, PIXELS, REPEATS
 from sd_dejavu.reference import build as building
 from sd_dejavu.reference import sources
 from sd_dejavu.reference.build import BuildSettings, build, embed, from_pictures, near_duplicates
@@ -37,7 +38,6 @@ from sd_dejavu.reference.features import Grey, HostVision, Pixels
 from sd_dejavu.reference.pictures import PictureError, open_picture, to_tensor
 from sd_dejavu.reference.reference_set import ReferenceSet
 from sd_dejavu.reference.sources import Columns, open_source, safe_name
-from sd_dejavu.similarity import grey_correlation
 
 
 def image(seed: int, width: int = 48, height: int = 40) -> Image.Image:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sd_dejavu.core.similarity import grey_correlation
 from sd_dejavu.reference.features import (
     IMAGENET,
     KINDS,
@@ -28,7 +29,6 @@ from sd_dejavu.reference.features import (
     Transformers,
     load,
 )
-from sd_dejavu.similarity import grey_correlation
 
 
 def pictures(seed: int, count: int, height: int = 60, width: int = 90) -> Tensor:

@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from sd_dejavu.attention import AttentionRule
 from sd_dejavu.calibration.profile import Null, Profile, Setting
-from sd_dejavu.conditioning import Conditioning, split_words
+from sd_dejavu.core.attention import AttentionRule
+from sd_dejavu.core.conditioning import Conditioning, split_words
+from sd_dejavu.core.verdict import BandStep, Explanation, Verdict, WordSignificance
 from sd_dejavu.mitigations import Outcome
 from sd_dejavu.report.chart import loss_sparkline, magnitude_chart
 from sd_dejavu.report.html import Case, Mitigated, Report, render, similarity_text
@@ -26,7 +27,6 @@ from sd_dejavu.report.share_chart import share_chart
 from sd_dejavu.report.terminal import step_sparkline, verdict_panel
 from sd_dejavu.report.wording import beside_label, calibrated, changed, facts, label, number, sentence
 from sd_dejavu.report.words import word_legend, word_spans
-from sd_dejavu.verdict import BandStep, Explanation, Verdict, WordSignificance
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -9,11 +9,18 @@ import torch
 from hand_made import LinearDenoiser, v_scale
 from torch import Tensor
 
-from sd_dejavu.conditioning import Conditioning
-from sd_dejavu.denoiser import Evaluation, denoised_from_output, initial_latent, model_input, over_pixels, seeded_noise
+from sd_dejavu.core.conditioning import Conditioning
+from sd_dejavu.core.denoiser import (
+    Evaluation,
+    denoised_from_output,
+    initial_latent,
+    model_input,
+    over_pixels,
+    seeded_noise,
+)
+from sd_dejavu.core.sampling import Guidance, batches, first_step, predict, sample
+from sd_dejavu.core.trace import Trace
 from sd_dejavu.run.reference import sample_prompt, sample_prompts
-from sd_dejavu.sampling import Guidance, batches, first_step, predict, sample
-from sd_dejavu.trace import Trace
 
 ABAR = [0.05, 0.3, 0.7, 0.95, 1.0]
 SIGMAS = [((1 - a) / a) ** 0.5 for a in ABAR]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from sd_dejavu.schedule import Schedule
+from sd_dejavu.core.schedule import Schedule
 
 # abar 0.8, 0.5, 0.2 and 1/17: sigma^2 = (1 - abar) / abar is 1/4, 1, 4 and 16.
 FOUR = Schedule(torch.tensor([0.8, 0.5, 0.2, 1 / 17], dtype=torch.float64))

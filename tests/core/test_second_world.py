@@ -9,12 +9,12 @@ import torch
 from sd_dejavu.calibration.calibrate import calibrate
 from sd_dejavu.calibration.misfit import stranger_nulls
 from sd_dejavu.calibration.recombined import recombined
+from sd_dejavu.core.similarity import COPY_THRESHOLD, grey_correlation
+from sd_dejavu.core.statistics import kolmogorov_two_samples
 from sd_dejavu.demo import bundled, second_world
 from sd_dejavu.demo.world import ordinary_captions
 from sd_dejavu.hosts.diffusers import load
 from sd_dejavu.run.measure import Measurement, measure, measure_runs
-from sd_dejavu.similarity import COPY_THRESHOLD, grey_correlation
-from sd_dejavu.statistics import kolmogorov_two_samples
 
 GIVEN, FRESH, NULLS = 120, 150, 400
 ONE = Measurement(images=1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from sd_dejavu.settings import Option, named, of_page, of_text, option, options_of, validate
+from sd_dejavu.core.settings import Option, named, of_page, of_text, option, options_of, validate
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from hand_made import LinearDenoiser
 
-from sd_dejavu.caption_following import NOISES, SIGMAS, caption_score, denoising_errors
-from sd_dejavu.conditioning import Conditioning
-from sd_dejavu.denoiser import denoised_from_output
-from sd_dejavu.similarity import grey_correlation
+from sd_dejavu.core.caption_following import NOISES, SIGMAS, caption_score, denoising_errors
+from sd_dejavu.core.conditioning import Conditioning
+from sd_dejavu.core.denoiser import denoised_from_output
+from sd_dejavu.core.similarity import grey_correlation
 
 
 def pictures(seed: int, count: int, side: int = 64) -> torch.Tensor:

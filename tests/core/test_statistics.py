@@ -7,7 +7,15 @@ import random
 
 import pytest
 
-from sd_dejavu.statistics import Z95, auc, auc_interval, kolmogorov_two_samples, kolmogorov_uniform, tpr_at_fpr, wilson
+from sd_dejavu.core.statistics import (
+    Z95,
+    auc,
+    auc_interval,
+    kolmogorov_two_samples,
+    kolmogorov_uniform,
+    tpr_at_fpr,
+    wilson,
+)
 
 
 def tied_scores(seed: int, count: int, shift: float) -> list[float]:

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from sd_dejavu.denoiser import Predictions
-from sd_dejavu.trace import NotMeasured, Trace
+from sd_dejavu.core.denoiser import Predictions
+from sd_dejavu.core.trace import NotMeasured, Trace
 
 SHAPE = (2, 3, 3)
 

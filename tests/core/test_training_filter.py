@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sd_dejavu.conditioning import Conditioning
-from sd_dejavu.denoiser import denoised_from_output
-from sd_dejavu.schedule import Schedule
+from sd_dejavu.core.conditioning import Conditioning
+from sd_dejavu.core.denoiser import denoised_from_output
+from sd_dejavu.core.schedule import Schedule
 from sd_dejavu.training.filter import FilterSettings, TrainingFilter, weights_of
 from sd_dejavu.training.loss import Batch, filtered_loss, noised, stratified_timesteps
 

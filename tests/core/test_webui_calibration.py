@@ -10,11 +10,11 @@ import pytest
 
 from sd_dejavu.calibration import store
 from sd_dejavu.calibration.profile import Null, Profile, Setting
+from sd_dejavu.core.settings import named, options_of
 from sd_dejavu.hosts.webui.audit import read
 from sd_dejavu.hosts.webui.calibration import Calibrating, Calibration
 from sd_dejavu.hosts.webui.run import Automatic1111
 from sd_dejavu.run.measure import Measurement
-from sd_dejavu.settings import named, options_of
 
 SETTING = Setting(
     model="abc",

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from node_schemas import Node, declared, pack
 
+from sd_dejavu.core.settings import option, options_of
 from sd_dejavu.mitigations import NEXT_RELEASE, available
-from sd_dejavu.settings import option, options_of
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))

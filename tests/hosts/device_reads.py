@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from sd_dejavu.readout import Readout
+from sd_dejavu.core.readout import Readout
 
 CORE = Path(sys.modules[Readout.__module__].__file__ or "").parent
 READS = {

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from sd_dejavu.denoiser import seeded_noise
+from sd_dejavu.core.denoiser import seeded_noise
+from sd_dejavu.core.sampling import Guidance, sample
 from sd_dejavu.hosts.diffusers.adapter import DiffusersModel
 from sd_dejavu.hosts.diffusers.load import load
-from sd_dejavu.sampling import Guidance, sample
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = [

@@ -17,9 +17,9 @@ from graphs import Graph, node
 from PIL import Image
 from watched import demo, scores, watched
 
+from sd_dejavu.core.settings import options_of
 from sd_dejavu.demo import bundled
 from sd_dejavu.mitigations import anti_memorization_guidance
-from sd_dejavu.settings import options_of
 
 HERE = Path(__file__).parent
 

@@ -20,12 +20,12 @@ from graphs import Graph, node
 from PIL import Image
 from watched import demo, report, scores, watched
 
+from sd_dejavu.core.settings import options_of
 from sd_dejavu.demo import bundled
 from sd_dejavu.mitigations import available
 from sd_dejavu.mitigations.anti_memorization_guidance import Settings
 from sd_dejavu.reference.features import FeatureSettings, load
 from sd_dejavu.reference.reference_set import ReferenceSet
-from sd_dejavu.settings import options_of
 
 BUNDLED = "the bundled model's training pictures"
 COPY = 0.8  # of the grey metric

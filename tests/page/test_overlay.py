@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from comfyui_page import Page
 
-from sd_dejavu.conditioning import split_words
+from sd_dejavu.core.conditioning import split_words
 from sd_dejavu.explain.leave_one_out import drop_word
 
 WORKFLOWS = Path(__file__).parents[2] / "example_workflows"

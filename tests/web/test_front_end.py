@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sd_dejavu.conditioning import Word, split_words
+from sd_dejavu.core.conditioning import Word, split_words
 from sd_dejavu.explain.leave_one_out import drop_word
 
 HERE = Path(__file__).parent

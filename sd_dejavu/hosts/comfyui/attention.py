@@ -9,7 +9,7 @@ import comfy.patcher_extension
 import torch
 from torch import Tensor
 
-from ...attention import AttentionRule
+from ...core.attention import AttentionRule
 
 POSITIVE = 0  # the host's number for the prompt among the conditionings of a batch
 RULE = "dejavu_attention"  # key in a conditioning's dict that holds the rule by which it is attended to

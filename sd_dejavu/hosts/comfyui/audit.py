@@ -16,7 +16,7 @@ import comfy.model_management
 import comfy.utils
 from torch import Tensor
 
-from ...conditioning import Conditioning
+from ...core.conditioning import Conditioning
 from ...reference.features import Metric
 from ...run.measure import Measurement
 from ...training.audit import Audit, AuditSettings, Subject, audit, entries_of, identity, sampled

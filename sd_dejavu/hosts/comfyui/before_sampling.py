@@ -15,7 +15,7 @@ from torch import Tensor
 from ...calibration.calibrate import PROMPTS_A_SEED, SEED_BASE, with_whole_runs
 from ...calibration.calibrate import calibrate as run_calibration
 from ...calibration.profile import ORDINARY_QUANTILE, Ordinary, Profile
-from ...conditioning import Conditioning
+from ...core.conditioning import Conditioning
 from ...mitigations import Mitigation, Outcome, Start
 from ...run.measure import Measurement
 from ...run.monitoring import Monitoring, method_for

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...conditioning import Conditioning
+from ...core.conditioning import Conditioning
 from .model import ComfyModel, HostStep, as_pictures
 
 

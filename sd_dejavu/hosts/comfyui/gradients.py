@@ -33,7 +33,7 @@ from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor
 from torch.nn import grad
 
-from ...gradients import BYTES_A_LATENT_PIXEL, RECOMPUTED_FROM, TOGETHER, recomputing
+from ...core.gradients import BYTES_A_LATENT_PIXEL, RECOMPUTED_FROM, TOGETHER, recomputing
 from ..aliases import aliased, as_normal, refuse_unusual
 
 _HAND_BACK = "offloadable" in inspect.signature(comfy.ops.cast_bias_weight).parameters  # 0.3.64 needs nothing back

@@ -17,7 +17,7 @@ import comfy.patcher_extension
 import torch
 from torch import Tensor
 
-from ...guidance import GuidanceRule
+from ...core.guidance import GuidanceRule
 from ...mitigations import anti_memorization_guidance as amg
 from ...mitigations import guidance_transition
 from ...run.faults import caught

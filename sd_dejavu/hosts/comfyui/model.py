@@ -21,14 +21,14 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import Tensor
 
-from ...attention import AttentionRule, watched_attention
 from ...calibration.ordinary_prompts import ordinary_prompts
 from ...calibration.profile import UNKNOWN_ENCODER
 from ...calibration.recombined import recombined
-from ...conditioning import Conditioning
+from ...core.attention import AttentionRule, watched_attention
+from ...core.conditioning import Conditioning
+from ...core.denoiser import PredictionType, seeded_noise
+from ...core.guidance import GuidedStep
 from ...demo import bundled
-from ...denoiser import PredictionType, seeded_noise
-from ...guidance import GuidedStep
 from ...weights import Identity, Named, digest, named, of_text_encoder, sampled, unpatched
 from ...weights import fingerprint as fingerprint_of
 from ..aliases import normal

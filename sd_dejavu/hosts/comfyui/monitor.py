@@ -22,10 +22,10 @@ import comfy.patcher_extension
 import torch
 from torch import Tensor
 
-from ...attention import AttentionRule
 from ...calibration.profile import Profile, Setting
-from ...conditioning import Conditioning, Unconditional
-from ...readout import Readout
+from ...core.attention import AttentionRule
+from ...core.conditioning import Conditioning, Unconditional
+from ...core.readout import Readout
 from ...run.controller import GO, Again, Decision, Evaluation, Restart, RunController, Stop
 from ...run.monitoring import Monitoring
 from ...run.report import Report

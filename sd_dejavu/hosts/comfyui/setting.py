@@ -11,7 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...calibration import store
 from ...calibration.profile import Profile, Setting
-from ...conditioning import Unconditional
+from ...core.conditioning import Unconditional
 from ...run.monitoring import Monitoring
 from ...weights import digest, named, sampled
 from .model import ComfyModel, text_encoder_of

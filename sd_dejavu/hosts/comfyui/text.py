@@ -14,8 +14,8 @@ import folder_paths
 import torch
 from torch import Tensor
 
-from ...conditioning import Conditioning, EncoderInput, Reencoding, TokenRow, Word, rows_of_chunks
-from ...prompt_weights import parse, words_as_typed
+from ...core.conditioning import Conditioning, EncoderInput, Reencoding, TokenRow, Word, rows_of_chunks
+from ...core.prompt_weights import parse, words_as_typed
 
 SOURCE = "dejavu_source"  # key in a conditioning's dict that holds its Source
 # What the host's text encoders give with the rows, some of them for one prompt and not for the next. Everything else

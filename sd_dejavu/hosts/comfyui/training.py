@@ -15,7 +15,7 @@ import comfy.patcher_extension
 import torch
 from torch import Tensor
 
-from ...denoiser import over_pixels
+from ...core.denoiser import over_pixels
 from ...training.filter import FilterSettings, TrainingFilter, weights_of
 from .model import ComfyModel, prediction_type_of, remember_beginning
 from .monitor import KEY

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...attention import AttentionRule, scaled_keys, watched_attention
-from ...conditioning import Conditioning
-from ...denoiser import denoised_from_output, seeded_noise
-from ...gradients import BYTES_A_LATENT_PIXEL, RECOMPUTED_FROM, recomputing
-from ...memory import free_memory, in_pieces
-from ...prompt_weights import encode_weighted
+from ...core.attention import AttentionRule, scaled_keys, watched_attention
+from ...core.conditioning import Conditioning
+from ...core.denoiser import denoised_from_output, seeded_noise
+from ...core.gradients import BYTES_A_LATENT_PIXEL, RECOMPUTED_FROM, recomputing
+from ...core.memory import free_memory, in_pieces
+from ...core.prompt_weights import encode_weighted
 from ...weights import Identity, digest, fingerprint, named, of_module, of_text_encoder, sampled
 from . import ModelError, clip
 from .families import family_of_pipeline
@@ -32,7 +32,7 @@ _KNOWN_TOKENIZERS = ("e33fa5d1d14a388e", "baad3e40aed93a66")
 class DiffusersModel:
     """A loaded pipeline: encodes prompts, denoises, decodes.
 
-    As a denoiser it takes x [B, C, H, W] and sigma [B] in the scale of :mod:`sd_dejavu.denoiser` and returns the
+    As a denoiser it takes x [B, C, H, W] and sigma [B] in the scale of :mod:`sd_dejavu.core.denoiser` and returns the
     denoised prediction in fp32. Raises ModelError for a pipeline that cannot be measured.
     """
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...conditioning import Conditioning, EncoderInput, Reencoding, TokenRow, align
-from ...denoiser import PromptTooLong
+from ...core.conditioning import Conditioning, EncoderInput, Reencoding, TokenRow, align
+from ...core.denoiser import PromptTooLong
 
 CHUNK = 75
 MAX_CHUNKS = 8

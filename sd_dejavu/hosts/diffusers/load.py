@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.memory import OutOfMemory, ran_out, too_large
 from ...demo.bundled import FOLDER as BUNDLED
-from ...memory import OutOfMemory, ran_out, too_large
 from ...quiet import quiet
 from . import ModelError
 from .adapter import DiffusersModel

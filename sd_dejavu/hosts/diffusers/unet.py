@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ...conditioning import Conditioning
-from ...denoiser import PredictionType, model_input
-from ...schedule import Schedule
+from ...core.conditioning import Conditioning
+from ...core.denoiser import PredictionType, model_input
+from ...core.schedule import Schedule
 from . import ModelError, clip
 from .families import Family, Shapes, takes_pictures
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from ...settings import options_of
+from ...core.settings import options_of
 from . import components, controls
 from .calibration import Calibrating
 from .components import gr

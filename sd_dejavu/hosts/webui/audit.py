@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from ...calibration.ordinary_prompts import ordinary_prompts
-from ...conditioning import Conditioning
+from ...core.conditioning import Conditioning
+from ...core.settings import Option, named, option, options_of, validate
 from ...kept import file_digest
 from ...report.audit_html import AuditPage, render_audit
 from ...report.audit_rows import as_json, settings_shown, thumbnails_of
 from ...run.measure import Measurement
-from ...settings import Option, named, option, options_of, validate
 from ...training.audit import Audit, AuditSettings, Subject, audit, entries_of, identity, sampled
 from ...training.ledger import Ledger
 from ...training.tasks import Task, Trained, Variant, Work, nothing_apart, top_word

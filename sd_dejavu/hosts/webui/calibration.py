@@ -14,9 +14,9 @@ from ...calibration.calibrate import calibrate
 from ...calibration.ordinary_prompts import ordinary_prompts
 from ...calibration.profile import Ordinary, Profile
 from ...calibration.recombined import recombined
-from ...conditioning import Baseline
+from ...core.conditioning import Baseline
+from ...core.settings import option, options_of, validate
 from ...run.measure import Measurement, setting_of
-from ...settings import option, options_of, validate
 from .guidance import GuidedModel
 from .run import Host
 

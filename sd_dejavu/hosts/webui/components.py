@@ -9,7 +9,7 @@ from typing import Any
 
 from modules import shared, ui_components
 
-from ...settings import Option
+from ...core.settings import Option
 from .controls import TITLE, shown_as
 
 gr: Any = import_module("gradio")  # the host's: two major versions are in use

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 from urllib.parse import quote, unquote
 
+from ...core.settings import Option, check, named, of_text, options_of
 from ...mitigations import perturb_prompt
 from ...report.wording import label, number, p_text
 from ...run.monitoring import Monitoring
 from ...run.report import Report
-from ...settings import Option, check, named, of_text, options_of
 
 TITLE = "Déjà Vu"
 INFOTEXT = f"{TITLE} settings"

@@ -18,11 +18,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ...attention import AttentionRule, scaled_keys, watched_attention
-from ...conditioning import Conditioning
-from ...denoiser import PredictionType, over_pixels, seeded_noise
-from ...gradients import recomputing
-from ...schedule import Schedule
+from ...core.attention import AttentionRule, scaled_keys, watched_attention
+from ...core.conditioning import Conditioning
+from ...core.denoiser import PredictionType, over_pixels, seeded_noise
+from ...core.gradients import recomputing
+from ...core.schedule import Schedule
 from ...weights import Identity, Named, digest, fingerprint, of_module, of_text_encoder, sampled, unpatched
 from ..aliases import differentiable
 from .text import encode, engines_of, modules_of

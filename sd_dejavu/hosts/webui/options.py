@@ -7,7 +7,7 @@ from typing import Any
 
 from modules import scripts, shared
 
-from ...settings import of_text
+from ...core.settings import of_text
 from . import controls
 from .components import gr
 from .here import Here

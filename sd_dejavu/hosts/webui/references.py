@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from ...guidance import GuidanceRule
+from ...core.guidance import GuidanceRule
 from ...mitigations import anti_memorization_guidance as amg
 from ...mitigations.guard import Guard
 from ...reference.nearest import same_features

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from ...calibration import store
 from ...calibration.profile import Profile, Setting
-from ...conditioning import Conditioning, Unconditional
-from ...guidance import GuidanceRule, GuidedStep
-from ...memory import ran_out, release
+from ...core.conditioning import Conditioning, Unconditional
+from ...core.guidance import GuidanceRule, GuidedStep
+from ...core.memory import ran_out, release
 from ...mitigations.guard import Guard
 from ...run.controller import Again, Decision, Evaluation, Restart, RunController, Stop
 from ...run.monitoring import Monitoring

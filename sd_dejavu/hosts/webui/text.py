@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...conditioning import Conditioning, EncoderInput, Reencoding, rows_of_chunks
-from ...prompt_weights import parse, words_as_typed
+from ...core.conditioning import Conditioning, EncoderInput, Reencoding, rows_of_chunks
+from ...core.prompt_weights import parse, words_as_typed
 
 
 def as_typed(caption: str) -> str:

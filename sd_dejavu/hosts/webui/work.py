@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ...calibration.profile import Profile
+from ...core.settings import named, options_of
 from ...report import panel, wording
-from ...settings import named, options_of
 from . import audit
 from .calibration import Calibrating, Calibration
 from .controls import TITLE

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ....conditioning import Conditioning
-from ....denoiser import PredictionType
+from ....core.conditioning import Conditioning
+from ....core.denoiser import PredictionType
 from .. import ModelError
 
 Shapes = Mapping[str, tuple[int, ...]]  # of a checkpoint's tensors, by name

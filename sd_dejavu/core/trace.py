@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..detectors import Read
+from ..detectors.magnitude import difference, length, over_channels, rounding
 from .conditioning import Unconditional
 from .denoiser import Predictions
-from .detectors import Read
-from .detectors.magnitude import difference, length, over_channels, rounding
 from .readout import Readout
 
 ALL = slice(None)

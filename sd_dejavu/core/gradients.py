@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..detectors.magnitude import magnitude
 from .conditioning import Conditioning
 from .denoiser import Denoiser, Model, Predictions
-from .detectors.magnitude import magnitude
 from .memory import OutOfMemory, in_pieces, release, telling
 
 R = TypeVar("R")

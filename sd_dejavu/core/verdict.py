@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from ..detectors import scores
 from .conditioning import Unconditional
-from .detectors import scores
 
 View = Literal["confirmed gradient", "input gradient", "output gradient", "leave one out"]
 

@@ -1,7 +1,7 @@
 """The reference sampler: DDIM with classifier-free guidance, over any denoiser.
 
 In the scale x = x0 + sigma * noise a deterministic DDIM step (Song et al., 2021) is
-x' = D + (sigma' / sigma) (x - D), with the guided D of :mod:`sd_dejavu.guidance`.
+x' = D + (sigma' / sigma) (x - D), with the guided D of :mod:`sd_dejavu.core.guidance`.
 For rectified flow the same formula is Euler's step. Hosts bring their own samplers; this one serves
 the command line, calibration and the benchmarks.
 """
@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..detectors import Read
+from ..detectors.magnitude import magnitude
 from .conditioning import Baseline, Conditioning, sharing, stack
 from .denoiser import Denoiser, Evaluation, Predictions, initial_latent
-from .detectors import Read
-from .detectors.magnitude import magnitude
 from .guidance import GuidanceRule, GuidedStep, guided
 from .memory import in_pieces
 
@@ -70,7 +70,7 @@ def sample(
 
 
 def batches(keys: Sequence[Any], images: int, batch_size: int) -> Iterator[list[tuple[int, int]]]:
-    """(prompt, image) pairs in batches of prompts with one key; see :func:`sd_dejavu.conditioning.sharing`."""
+    """(prompt, image) pairs in batches of prompts with one key; see :func:`sd_dejavu.core.conditioning.sharing`."""
     for key in sorted(set(keys)):
         jobs = [(p, i) for p, known in enumerate(keys) if known == key for i in range(images)]
         for start in range(0, len(jobs), batch_size):
