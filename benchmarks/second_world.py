@@ -29,7 +29,7 @@ from sd_dejavu.core.similarity import COPY_THRESHOLD, grey_correlation
 from sd_dejavu.core.statistics import kolmogorov_two_samples
 from sd_dejavu.demo import second_world
 from sd_dejavu.demo.evaluation import Share
-from sd_dejavu.hosts.diffusers import load
+from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.mitigations import Start, available
 from sd_dejavu.run.measure import Measurement, guidance_of, measure, measure_runs, sampled_with
 

@@ -13,7 +13,7 @@ from sd_dejavu.core.similarity import COPY_THRESHOLD, grey_correlation
 from sd_dejavu.core.statistics import kolmogorov_two_samples
 from sd_dejavu.demo import bundled, second_world
 from sd_dejavu.demo.world import ordinary_captions
-from sd_dejavu.hosts.diffusers import load
+from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.run.measure import Measurement, measure, measure_runs
 
 GIVEN, FRESH, NULLS = 120, 150, 400

@@ -24,7 +24,7 @@ from webui_server import WebUIServer
 from webui_watched import KNOWN, errors_of_ours, watched
 
 from sd_dejavu.cli.main import main
-from sd_dejavu.hosts.diffusers import load
+from sd_dejavu.hosts.diffusers.load import load
 
 PACK = Path(__file__).parents[2]
 STEPS = 4
