@@ -166,14 +166,18 @@ def test_only_the_flagged_prompt_goes_on_with_another_conditioning() -> None:
 
 
 def test_one_flagged_image_among_seven_is_really_mitigated() -> None:
-    host = Hand()
-    controller = run_of(host, images=8, when_flagged="mitigate", remedy="guidance-transition", alpha=0.05)
-    decision = controller.evaluation(seen(5.0, *[0.5] * 7))
+    network = LinearDenoiser(gain=1.0)
+    controller = run_of(Hand(network), images=8, when_flagged="mitigate", remedy="guidance-transition", alpha=0.05)
+    # Magnitudes |1 + mean of x| * 2.2, as the strengths of the words sum up to 1.1: 5.0 and seven of 0.5.
+    means = torch.tensor([5.0, *[0.5] * 7]) / 2.2 - 1
+    x, sigma = means[:, None, None, None].expand(8, *SHAPE), torch.full((8,), 2.0)
+    both = network(x, sigma, ENCODE("red fox")), network(x, sigma, ENCODE(""))
+    decision = controller.evaluation(Evaluation(x, sigma, *both))
+    assert scores(controller) == [pytest.approx([5.0, *[0.5] * 7])]
     assert isinstance(decision, Again)
     (state,) = decision.states
     assert state.rule is not None and state.sampled is None
-    first = seen(5.0, *[0.5] * 7)
-    step = GuidedStep(first.x, first.sigma, first.conditional, first.unconditional, 7.0, 0, lambda c: first.x)
+    step = GuidedStep(x, sigma, *both, 7.0, 0, lambda conditioning: x)
     guided = controller.guided(state, step)
     same = [torch.equal(ours, plain) for ours, plain in zip(guided, step.plain, strict=True)]
     assert same == [False] + [True] * 7

@@ -176,7 +176,7 @@ def test_a_flagged_run_within_another_ends_itself_alone(
     run = Run(Automatic1111(), Monitoring(), tmp_path, within=within)
     run.begin(drawing(5), from_picture=False)
     with pytest.raises(Interrupted) if within else nullcontext():
-        run.passes[0]._carried_out(Stop("it was flagged"))
+        run.passes[0]._carried_out(Stop("it was flagged"), torch.zeros(1, 4, 8, 8))
     assert ended == ([] if within else [True])
     assert run.passes[0].states[0].notes == ["this run was ended at its first step, since it was flagged"]
 
