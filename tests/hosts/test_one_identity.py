@@ -70,7 +70,9 @@ def _as_diffusers(checkpoint: Path, folder: Path) -> Path:
         text_encoder=memorising.text_encoder(),
         tokenizer=CLIPTokenizer.from_pretrained(hosts[0] / "comfy" / "sd1_tokenizer"),
         unet=memorising.unet(unet),
-        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
