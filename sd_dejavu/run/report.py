@@ -97,6 +97,10 @@ class Report:
         high = profile.quantile(ORDINARY_QUANTILE, "first step", 1)
         return band, {"median": profile.quantile(0.5, "first step", 1), "high": high}
 
+    def _setting(self) -> dict[str, Any] | None:
+        setting = self.state.setting
+        return None if setting is None else {**asdict(setting), "model": str(setting.model)}
+
     def as_json(self) -> dict[str, Any]:
         """Plain values: verdicts with their words and maps, what is ordinary, mitigation, setting, notes."""
         from ..report.wording import facts, label, sentence
@@ -127,6 +131,6 @@ class Report:
             "band": [asdict(step) for step in band],
             "ordinary": ordinary,
             "mitigation": mitigation,
-            "setting": None if self.state.setting is None else asdict(self.state.setting),
+            "setting": self._setting(),
             "notes": list(self.state.notes),
         }

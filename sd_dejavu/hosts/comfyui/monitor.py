@@ -222,31 +222,27 @@ class Run:
         self._guider = self._x = self._cond = self._uncond = self.sigmas = None
         self._options = {}
 
-    def read(self, arguments: dict[str, Any]) -> Tensor:
+    def read(self, arguments: dict[str, Any]) -> None:
         """The last function after guidance: both predictions, where it tells them."""
-        denoised: Tensor = arguments["denoised"]
-        with self.controller.faults():
-            negative = negative_of(self._guider)
-            if arguments.get("cond") is self._positive and not self._no_pictures:
-                self._cond = as_pictures(arguments["cond_denoised"])
-                found = without_of(arguments, negative)
-                if found is not None and covers(negative, self._level):
-                    self._uncond = as_pictures(found)
-        return denoised
+        negative = negative_of(self._guider)
+        if arguments.get("cond") is self._positive and not self._no_pictures:
+            self._cond = as_pictures(arguments["cond_denoised"])
+            found = without_of(arguments, negative)
+            if found is not None and covers(negative, self._level):
+                self._uncond = as_pictures(found)
 
     def guide(self, arguments: dict[str, Any]) -> Tensor:
         """The first function after guidance: the host's guided prediction, or what a mitigation's rule makes of it."""
         denoised: Tensor = arguments["denoised"]
         if self.state.rule is None:
             return denoised
-        with self.controller.faults():
-            number = len(self.state.trace)
-            step = guided_step(arguments, self._guider, self._level, number, lambda: self.model(self.state))
-            if step is not None and step.unconditional is not step.conditional:
-                return as_host(self.controller.guided(self.state, step).to(denoised.dtype), denoised.ndim)
-            if arguments.get("cond") is self._positive:
-                remedy = self._monitor.monitoring.remedy
-                self.state.note(f"guidance is off or of another kind, so {remedy} has nothing to change")
+        number = len(self.state.trace)
+        step = guided_step(arguments, self._guider, self._level, number, lambda: self.model(self.state))
+        if step is not None and step.unconditional is not step.conditional:
+            return as_host(self.controller.guided(self.state, step).to(denoised.dtype), denoised.ndim)
+        if arguments.get("cond") is self._positive:
+            remedy = self._monitor.monitoring.remedy
+            self.state.note(f"guidance is off or of another kind, so {remedy} has nothing to change")
         return denoised
 
     @property
@@ -358,7 +354,18 @@ class Monitor:
         options, finished = guider.model_options, False
         try:
             # Plain functions: the host deep-copies what it finds, and a method would bring its object along.
-            guide, read = (lambda arguments: run.guide(arguments)), (lambda arguments: run.read(arguments))
+            def guide(arguments: dict[str, Any]) -> Tensor:
+                denoised: Tensor = arguments["denoised"]
+                with run.controller.faults():
+                    denoised = run.guide(arguments)
+                return denoised
+
+            def read(arguments: dict[str, Any]) -> Tensor:
+                with run.controller.faults():
+                    run.read(arguments)
+                denoised: Tensor = arguments["denoised"]
+                return denoised
+
             with in_guidance(options, first=[guide], last=[read]):
                 try:
                     samples = executor(noise, latent_image, sampler, sigmas, *a, **k)
