@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from sd_dejavu.core.readout import Readout
 
-CORE = Path(sys.modules[Readout.__module__].__file__ or "").parent
+CORE = Path(sys.modules[Readout.__module__].__file__ or "").parents[1]
 READS = {
     *("item", "tolist", "numpy", "cpu", "equal", "allclose", "nonzero", "argwhere", "unique", "masked_select"),
     *("__bool__", "__float__", "__int__", "__index__", "__iter__", "__contains__", "__array__", "is_nonzero"),

@@ -39,7 +39,7 @@ class LateReadings:
         return {"required": {"model": ("MODEL",), "times": ("INT", {"min": -1, "max": 10000})}}
 
     def do(self, model, times):
-        Readout = pack("readout").Readout
+        Readout = pack("core.readout").Readout
         LateReadings.plain = LateReadings.plain or Readout.ready
         asked = []
 

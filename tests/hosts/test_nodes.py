@@ -302,8 +302,8 @@ def flagging_the_highest(comfy: ComfyServer, document: dict[str, Any]) -> Iterat
     known = {**document["setting"], "without": document["verdicts"][0]["without"]}
     setting = Setting(**{**known, "latent_shape": tuple(known["latent_shape"])})
     path = path_for(setting, comfy.home / "user" / "dejavu" / "calibration")
-    # 399 made-up ordinary prompts score between the two: of three images at once the highest has p = 3 / 400.
-    nulls = tuple(Null("plain", {"first step": ((second + highest) / 2,)}) for _ in range(399))
+    # 1,199 made-up ordinary prompts, more than come with the model, score between the two: the highest has p = 3 / 1,200.
+    nulls = tuple(Null("plain", {"first step": ((second + highest) / 2,)}) for _ in range(1199))
     path.parent.mkdir(parents=True, exist_ok=True)
     Profile(setting, nulls).save(path)
     try:

@@ -552,7 +552,7 @@ def test_the_initial_noise_is_what_the_sampler_starts_from(
     assert document["score_after"] < document["score_before"]
     # The monitor measures the run itself: its first step is the one that the method left behind.
     measured = scores(outputs["verdict"]["dejavu"][0])
-    assert sum(measured) / 2 == pytest.approx(document["score_after"], rel=1e-3)
+    assert max(measured) == pytest.approx(document["score_after"], rel=1e-3)  # of the worst image
 
 
 def test_an_ordinary_prompt_keeps_its_noise(server: ComfyServer) -> None:

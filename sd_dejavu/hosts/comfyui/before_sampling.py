@@ -15,7 +15,7 @@ from torch import Tensor
 from ...calibration.calibrate import PROMPTS_A_SEED, SEED_BASE, with_whole_runs
 from ...calibration.calibrate import calibrate as run_calibration
 from ...calibration.profile import ORDINARY_QUANTILE, Ordinary, Profile
-from ...core.conditioning import Conditioning
+from ...core.conditioning import Conditioning, Unconditional
 from ...mitigations import Mitigation, Outcome, Start
 from ...run.measure import Measurement
 from ...run.monitoring import Monitoring, method_for
@@ -135,22 +135,33 @@ def begin_of(
                 "that does"
             )
     without, kind = model.of_the_host(entries), kind_of(entries, model.clip)
-    if kind != "empty prompt" and model.clip is not None:  # as monitors do by default
-        without, kind = empty_prompt(model.clip), "empty prompt"
-    with torch.no_grad():
-        base = model(x, sigma, without)
     goal, ordinary = target, None
     if not goal:
-        setting = setting_of(model, kind, entries, 1.0)
-        known = profile or profile_for(setting, model, Monitoring(), folder)
-        if known is None:
-            raise ValueError("there is no calibration to take the target from: calibrate, or give a target")
-        if why := known.setting.mismatch(setting, "first step"):
-            raise ValueError(f"the calibration is for another setting: {why}")
+        known, why = _calibration_for(model, kind, entries, profile, folder)
+        if why and kind != "empty prompt" and model.clip is not None:  # one for the empty prompt serves every negative
+            known, other = _calibration_for(model, "empty prompt", entries, profile, folder)
+            if not other:
+                without, why = empty_prompt(model.clip), ""
+        if known is None or why:
+            raise ValueError(why)
         goal = known.quantile(0.5, "first step", 1)
         ordinary = known.quantile(ORDINARY_QUANTILE, "first step", 1)
+    with torch.no_grad():
+        base = model(x, sigma, without)
     with torch.inference_mode(False):
         return conditioning, Start(x.clone(), sigma.clone(), x, without, base.clone(), goal, ordinary=ordinary)
+
+
+def _calibration_for(
+    model: ComfyModel, kind: Unconditional, entries: Any, profile: Profile | None, folder: Path | None
+) -> tuple[Profile | None, str]:
+    """The calibration to take a target from, and why it is of no use."""
+    setting = setting_of(model, kind, entries, 1.0)
+    known = profile or profile_for(setting, model, Monitoring(), folder)
+    if known is None:
+        return None, "there is no calibration to take the target from: calibrate, or give a target"
+    why = known.setting.mismatch(setting, "first step")
+    return known, f"the calibration is for another setting: {why}" if why else ""
 
 
 def calibrate(
