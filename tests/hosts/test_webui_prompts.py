@@ -59,7 +59,6 @@ def test_a_lora_is_part_of_the_model(webui: WebUIServer) -> None:
     assert [word["text"] for word in own["words"]] == prompt.split()
     # A calibration of the bare checkpoint does not speak for it.
     assert document["setting"]["model"] != base["setting"]["model"]
-    assert document["setting"]["model"].startswith(base["setting"]["model"])
     # And afterwards the checkpoint is the bare one again.
     _, (again,) = watched(webui, prompt, {"explain": "never"})
     assert again["setting"] == base["setting"] and again["verdicts"][0]["score"] == bare["score"]
