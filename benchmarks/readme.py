@@ -159,11 +159,13 @@ def second_world() -> str:
         "memorised, p <= 0.01",
         "copies left",
     )
-    return f"""**Another world**: a second small model (shields on walls, described in words of heraldry; 48 x 48) on which
-nothing was tuned. It copies {shared(found["copies"])} of its 40 memorised captions, and {shared(found["copies of held-out captions"])} of its own ordinary
-ones, which it never saw. Of these, {found["rows"][0]["ordinary at 0.05"]["count"]} against ordinary prompts of each kind (the nulls' median beside that of the captions,
+    return f"""**Another world**: a second small model (shields on walls, described in words of heraldry; 48 x 48). Nothing was
+tuned on it but the rule of recombining, which was chosen of three after a look at this table. It copies
+{shared(found["copies"])} of its 40 memorised captions, and {shared(found["copies of held-out captions"])} of its own ordinary ones, which it never saw.
+Of these, {found["rows"][0]["ordinary at 0.05"]["count"]} against ordinary prompts of each kind (the nulls' median beside that of the captions,
 {found["median of held-out captions"]:.2f}; the KS test is that of two samples), the memorised ones, and the copies of
-every fourth that `{found["mitigation"]}` leaves when it goes to the nulls' median, its default.
+every fourth that `{found["mitigation"]}` leaves when it goes to the nulls' median, its default. Recombined prompts
+are no such strangers to the model as generated ones, and not quite its own: p-values stay a little too large.
 
 {table(head, rows)}"""
 
