@@ -45,6 +45,8 @@ class MonitorNode(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, calibration: Any = None, clip: Any = None, **settings: Any) -> io.NodeOutput:
+        if clip is not None:
+            comfyui.encode_text(clip, "")  # while nothing is sampled, with its LoRAs: runs measure against it
         shown = comfyui.LiveReport(str(cls.hidden.unique_id))
         monitor = comfyui.Monitor(Monitoring(**settings), calibration, sockets.user_folder(), clip, shown)
         return io.NodeOutput(monitor.attach(model), monitor)

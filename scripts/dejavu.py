@@ -79,7 +79,12 @@ class DejaVuScript(scripts.Script):
             return
         with _guarded(watched):
             begin = kwargs.get("batch_number", 0) * p.batch_size
-            p.prompts = controls.perturbed(p.prompts, p.seeds, watched.wanted)
+            typed, hires = p.prompts, getattr(p, "all_hr_prompts", None)
+            p.prompts = controls.perturbed(typed, p.seeds, watched.wanted)
+            if hires:
+                own = hires[begin : begin + len(typed)]
+                own = p.prompts if own == typed else controls.perturbed(own, p.seeds, watched.wanted)
+                p.all_hr_prompts = [*hires[:begin], *own, *hires[begin + len(own) :]]
             p.all_prompts = [*p.all_prompts[:begin], *p.prompts, *p.all_prompts[begin + len(p.prompts) :]]
 
     def process_batch(self, p: Processing, *arguments: Any, **kwargs: Any) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -174,6 +174,9 @@ class RunController(Generic[AnyModel]):
         for state in self.states:
             state.finished = state.finished or finished
             state.beginning = state.sampled = state.rule = None
+            if state.outcome is not None:  # the way back through a text encoder would hold it
+                conditioning = replace(state.outcome.conditioning, reencoding=None)
+                state.outcome = replace(state.outcome, conditioning=conditioning)
             with self.faults(state):
                 state.settle()
 

@@ -392,10 +392,13 @@ def _weights(patcher: Any, network: str) -> Iterator[Named]:
     held = patcher.model.get_submodule(network)
 
     def tensors() -> Iterator[Named]:
+        modules = dict(held.named_modules())
         for key, value in held.state_dict().items():
             module, _, name = key.rpartition(".")
+            if value.is_meta:
+                continue  # it stands for what another pack holds in a way of its own
             # Under dynamic VRAM a weight lies there as in its file, and is cast to this dtype on its way to the card.
-            yield key, value, getattr(held.get_submodule(module), f"{name}_comfy_model_dtype", None)
+            yield key, value, getattr(modules.get(module), f"{name}_comfy_model_dtype", None)
 
     def kept(key: str) -> Tensor | None:
         backup = patcher.backup.get(f"{network}.{key}" if network else key)

@@ -189,7 +189,9 @@ class Run:
             with self.controller.faults():
                 self._name_source()
         denoised: Tensor = executor(x, sigma, attending(options, self._attention), seed)
-        decision = self._handed_over(x, sigma)
+        decision: Decision = GO
+        with self.controller.faults():
+            decision = self._handed_over(x, sigma)
         self.evaluations += 1
         if isinstance(decision, Stop):
             raise Stopped(decision.sentence)
@@ -202,7 +204,8 @@ class Run:
                 self._guider.conds["positive"], self._attention = [entry], changed.attention
             forget_steps(options)
             denoised = executor(x, sigma, attending(options, self._attention), seed)
-            self._handed_over(x, sigma)
+            with self.controller.faults():
+                self._handed_over(x, sigma)
         return denoised
 
     def _handed_over(self, x: Tensor, sigma: Tensor) -> Decision:
@@ -219,7 +222,7 @@ class Run:
     def end(self, finished: bool) -> None:
         """Lets go of all that is the host's: the run is kept for its report."""
         self.controller.end(finished)
-        self._guider = self._x = self._cond = self._uncond = self.sigmas = None
+        self._guider = self._x = self._cond = self._uncond = self.sigmas = self._attention = None
         self._options = {}
 
     def read(self, arguments: dict[str, Any]) -> None:
@@ -417,5 +420,6 @@ def _noise_unit(guider: Any, sampler: Any, sigmas: Tensor) -> Tensor:
     """What one unit of noise is in the x that a run of these sigmas begins with."""
     sampling = guider.inner_model.model_sampling
     all_noise = sampler.max_denoise(guider, sigmas)
-    unit: Tensor = sampling.noise_scaling(sigmas[0], torch.ones(1), torch.zeros(1), all_noise)
+    one = torch.ones((), device=sigmas.device)  # a number alone goes with tensors of any device
+    unit: Tensor = sampling.noise_scaling(sigmas[0], one, torch.zeros_like(one), all_noise)
     return unit
