@@ -1,16 +1,16 @@
 """Chooses AMG's settings for grey values, ``GREY``, on the bundled model's tuning pairs. No held-out pair is drawn.
 
 The rule. Plain runs, each from a noise of its own, tell at each step how near the denoised prediction comes to any
-reference picture. A picture is steered when and only when its plain run passes lambda_t = threshold + rise
+reference image. An image is steered when and only when its plain run passes lambda_t = threshold + rise
 exp(-rate t) at some step. Of a grid of such curves, all falling to at least BELOW_A_COPY under the likeness of a
 copy at the end, those are taken that even MARGIN lower steer at most STEERED of 100 ordinary captions; of these, the
 one that steers the tuning pairs' copies earliest (mean step of the first time; the number of steps where never), and
 of equal ones the lowest in the mean. The highest ordinary run at every step is no bound to go by: one of the 100 runs
 ends nearer than a copy, at .82, and a curve above it leaves copies alone. The dissimilarity strength is then the
-lowest of a grid that leaves no copy among the tuning pairs' pictures (where none does, the one that leaves fewest).
+lowest of a grid that leaves no copy among the tuning pairs' images (where none does, the one that leaves fewest).
 The other strengths are the paper's.
 
-Other ordinary captions, from which nothing is chosen, then count how many are steered. The reference pictures are
+Other ordinary captions, from which nothing is chosen, then count how many are steered. The reference images are
 those of all pairs, the held-out ones among them, as in use.
 
     python benchmarks/amg_thresholds.py [--out FILE]
@@ -56,7 +56,7 @@ DECIMALS = 3
 
 
 class Nearness:
-    """A guidance rule that changes nothing and keeps each step's similarity to the nearest reference picture."""
+    """A guidance rule that changes nothing and keeps each step's similarity to the nearest reference image."""
 
     def __init__(self, model: Model, guard: Guard) -> None:
         self._model, self._guard = model, guard
@@ -64,13 +64,13 @@ class Nearness:
 
     def __call__(self, step: GuidedStep) -> Tensor:
         plain = step.plain
-        features = self._guard.features(self._model.pictures_of(plain))
+        features = self._guard.features(self._model.images_of(plain))
         self.similarities.append(float(self._guard.references.search(features, 1).similarity[0, 0]))
         return plain
 
 
 def drawn(model: Model, caption: str, seed: int, rule: Any) -> Tensor:
-    """The picture [1, 3, H, W] of a caption under a rule, from the noise of this seed."""
+    """The image [1, 3, H, W] of a caption under a rule, from the noise of this seed."""
     x = initial_latent(model.noise(seed, 1), model.sigmas(WANTED.steps)[0], model.prediction_type)
     nan = float("nan")
     latents = sampled_with(model, Outcome(model.encode(caption), nan, nan, rule=lambda: rule), x, WANTED).latents
@@ -81,13 +81,13 @@ def drawn(model: Model, caption: str, seed: int, rule: Any) -> Tensor:
 def plain_runs(
     model: Model, guard: Guard, captions: list[str], noises: int, what: str
 ) -> tuple[np.ndarray, list[Tensor]]:
-    """Similarities [captions, steps] to the nearest reference picture along plain runs, and their pictures."""
-    curves, pictures = [], []
+    """Similarities [captions, steps] to the nearest reference image along plain runs, and their images."""
+    curves, images = [], []
     for number, caption in enumerate(tqdm(captions, desc=what)):
         rule = Nearness(model, guard)
-        pictures.append(drawn(model, caption, noises + number, rule))
+        images.append(drawn(model, caption, noises + number, rule))
         curves.append(rule.similarities)
-    return np.array(curves), pictures
+    return np.array(curves), images
 
 
 def first_steps(curves: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
@@ -116,8 +116,8 @@ def thresholds_of(places: Tensor, settings: Settings) -> np.ndarray:
     return threshold_at(places, settings).double().numpy()
 
 
-def likeness(pairs: list[Pair], pictures: list[Tensor]) -> list[float]:
-    return [float(copies(pair, picture)[0]) for pair, picture in zip(pairs, pictures, strict=True)]
+def likeness(pairs: list[Pair], images: list[Tensor]) -> list[float]:
+    return [float(copies(pair, image)[0]) for pair, image in zip(pairs, images, strict=True)]
 
 
 def copied(found: list[float]) -> Share:
@@ -155,11 +155,11 @@ def main() -> None:
 
     tried: dict[float, list[float]] = {}
     for strength in DISSIMILARITIES:
-        trial, pictures = replace(settings, dissimilarity=strength), []
+        trial, images = replace(settings, dissimilarity=strength), []
         for number, pair in enumerate(tqdm(pairs, desc=f"dissimilarity {strength:g}")):
-            rule = AntiMemorization(guard, model.pictures_of, model.encode, trial, model.prediction_type)
-            pictures.append(drawn(model, pair.caption, PAIR_NOISES + number, rule))
-        tried[strength] = likeness(pairs, pictures)
+            rule = AntiMemorization(guard, model.images_of, model.encode, trial, model.prediction_type)
+            images.append(drawn(model, pair.caption, PAIR_NOISES + number, rule))
+        tried[strength] = likeness(pairs, images)
         tqdm.write(f"dissimilarity {strength:g}: {copied(tried[strength]).hits} copies")
         if not copied(tried[strength]).hits:
             break

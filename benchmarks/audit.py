@@ -1,8 +1,8 @@
 """An audit of the bundled model against what it was trained on, and how many captions a second it measures.
 
-The training set is its held-out pairs repeated 100 times an epoch or more, and as many ordinary pictures again that
+The training set is its held-out pairs repeated 100 times an epoch or more, and as many ordinary images again that
 it never saw, with their captions. Which of them are named? Then the same captions are measured by the audit's own
-tasks, one picture each, and some of them by the published procedure of benchmarks/first_step.py (every prompt alone,
+tasks, one image each, and some of them by the published procedure of benchmarks/first_step.py (every prompt alone,
 all 50 steps, decoding), side by side in one process.
 
     python benchmarks/audit.py [--json FILE]
@@ -23,7 +23,7 @@ from first_step import published
 from sd_dejavu.demo import bundled, evaluation, world
 from sd_dejavu.hosts.diffusers.audit import Load
 from sd_dejavu.hosts.diffusers.load import load
-from sd_dejavu.reference.build import from_pictures
+from sd_dejavu.reference.build import from_images
 from sd_dejavu.reference.features import Grey
 from sd_dejavu.run.measure import Measurement
 from sd_dejavu.training.audit import Audit, AuditSettings, Entry, Subject, audit, entries_of
@@ -36,12 +36,12 @@ NULLS_SEED, UNSEEN_SEED, ONE_BY_ONE = 77, 88_000, 8
 def training_set() -> tuple[Subject, int]:
     """Memorised pairs first, then unseen ordinary ones; how many of the former."""
     pairs = evaluation.held_out_pairs()
-    shown = [bundled.training_picture(pair.caption) for pair in pairs]
+    shown = [bundled.training_image(pair.caption) for pair in pairs]
     fresh = [world.ordinary(np.random.default_rng(UNSEEN_SEED + number)) for number in range(len(pairs))]
     unseen = [torch.from_numpy(world.draw_scene(scene).copy()).permute(2, 0, 1).float() / 255 for _, scene, _ in fresh]
     captions = [*(pair.caption for pair in pairs), *(caption for caption, _, _ in fresh)]
     names = [f"{number:03d}" for number in range(len(captions))]
-    reference = from_pictures(torch.stack([*shown, *unseen]), captions, names, Grey())
+    reference = from_images(torch.stack([*shown, *unseen]), captions, names, Grey())
     return Subject(entries_of(reference), reference, Grey()), len(pairs)
 
 

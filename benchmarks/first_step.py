@@ -36,9 +36,9 @@ def published(model, prompts: list[str], wanted: Measurement) -> list[float]:
         norms = []
         for level, following in pairwise(sigmas):
             sigma = torch.full((2 * wanted.images,), level)
-            without, with_prompt = model(torch.cat([x, x]), sigma, both).chunk(2)
-            norms.append(((with_prompt - without) / level).flatten(1).norm(dim=1).mean())
-            denoised = without + wanted.guidance_scale * (with_prompt - without)
+            unconditional, with_prompt = model(torch.cat([x, x]), sigma, both).chunk(2)
+            norms.append(((with_prompt - unconditional) / level).flatten(1).norm(dim=1).mean())
+            denoised = unconditional + wanted.guidance_scale * (with_prompt - unconditional)
             x = denoised + following / level * (x - denoised)
         model.decode(x)
         scores.append(float(torch.stack(norms).mean()))

@@ -64,7 +64,7 @@ def inside(install: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     from sd_dejavu.demo import bundled
     from sd_dejavu.hosts.comfyui import LiveReport, Monitor, encode_text, wait_until_told
     from sd_dejavu.hosts.comfyui.demo import load_demo_model
-    from sd_dejavu.report.word_picture import word_picture
+    from sd_dejavu.report.word_image import word_image
     from sd_dejavu.run.monitoring import Monitoring
 
     torch.set_num_threads(1)
@@ -119,7 +119,7 @@ def inside(install: Path, wanted: dict[str, Any]) -> dict[str, Any]:
                 began = clock.now()
                 report = monitor.report_of(plain)
                 report.as_json()
-                word_picture(report.verdicts[0], report.state.notes)
+                word_image(report.verdicts[0], report.state.notes)
                 verdicts.append(clock.now() - began)
                 wait_until_told()
                 monitor, patcher = watched(profile, "flagged")
@@ -131,7 +131,7 @@ def inside(install: Path, wanted: dict[str, Any]) -> dict[str, Any]:
                 "hooks_ms_a_run": round(1000 * statistics.median(runs), 3),
                 "verdict_ms": round(1000 * statistics.median(verdicts), 3),
                 "device_reads": sorted(reads),
-                "same_picture": equal,
+                "same_image": equal,
                 "score": report.verdicts[0].score,
                 "p_value": report.verdicts[0].p_value,
             }
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--nulls", type=int, default=100_000)
-    parser.add_argument("--side", type=int, default=512, help="of the pictures, in pixels")
+    parser.add_argument("--side", type=int, default=512, help="of the images, in pixels")
     parser.add_argument("--sampler", default="euler")
     parser.add_argument("--on-the-card", action="store_true", help="leave out the host's --cpu")
     parser.add_argument("--json", type=Path)

@@ -4,7 +4,7 @@ Builds Stable Diffusion 1.5 and XL with random weights (times and memory are rea
 command line on them, and a real ComfyUI found as the tests find it ($DEJAVU_COMFYUI; the newest of several), once with
 dynamic VRAM and once without. Needs no network and at most four minutes on a card. Writes three tables:
 
-    A  the pack in ComfyUI: are pictures the plain ones, are gradients those of finite differences, what is left behind
+    A  the pack in ComfyUI: are images the plain ones, are gradients those of finite differences, what is left behind
     B  the wall ratio of a watched run to a plain one, page closed and open: of the whole workflow, and of the sampling
        alone with our hooks' part in it
     C  peak memory allocated by the command line
@@ -207,7 +207,7 @@ class Rounds:
 
     def do(self, plain, watched, monitor, positive, negative, latent, steps, rounds, number):
         models = {"plain": plain, "watched": watched}
-        seconds, hooks, in_steps, pictures = {"plain": [], "watched": []}, [], [], {}
+        seconds, hooks, in_steps, images = {"plain": [], "watched": []}, [], [], {}
 
         def draw(name, seed):
             began = time.perf_counter()
@@ -216,7 +216,7 @@ class Rounds:
             )
             if on_card():
                 torch.cuda.synchronize()
-            pictures.setdefault(seed, []).append(found["samples"])
+            images.setdefault(seed, []).append(found["samples"])
             return time.perf_counter() - began
 
         for turn in range(rounds):
@@ -231,7 +231,7 @@ class Rounds:
                         clock.leave(monitor)
                         hooks.append(clock.hooks)
                         in_steps += clock.steps
-        equal = all(torch.equal(found[0], one) for found in pictures.values() for one in found)
+        equal = all(torch.equal(found[0], one) for found in images.values() for one in found)
         return {"ui": {"seconds": [seconds], "hooks": hooks, "in_steps": in_steps, "equal": [equal]}}
 
 
@@ -393,7 +393,7 @@ class Bench:
         lora: bool = False,
         weight_dtype: str = "default",
     ) -> Graph:
-        """Prompt to picture; ``unet`` names other weights of the same network, ``weight_dtype`` what to hold them in."""
+        """Prompt to image; ``unet`` names other weights of the same network, ``weight_dtype`` what to hold them in."""
         run: Row = {"seed": seed, "batch": batch, "steps": min(steps, 3) if self.small else steps}
         if self.small:
             run |= {"size": 64, "lora": miniature.LORA if lora else None}
@@ -590,7 +590,7 @@ def words_of(found: Row, explained: Row | None = None) -> Row:
 
 
 def cost(bench: Bench, rounds: int, open_page: bool, report: Callable[[str], None]) -> Row:
-    """Table B. A round draws plain and watched pictures, in an order that changes from round to round.
+    """Table B. A round draws plain and watched images, in an order that changes from round to round.
 
     The first run after a change is not counted: the host loads another clone of the model for it, which costs the same
     either way, and nothing where all runs are watched. A machine shared with others only ever adds to a run's time, so
@@ -704,7 +704,7 @@ def commands(models: dict[str, Path], folder: Path, small: bool) -> Iterator[tup
 
 
 def plain_sampling(model: Path, small: bool) -> None:
-    """One picture as diffusers draws it, two steps and the decoder: what `check` is compared with."""
+    """One image as diffusers draws it, two steps and the decoder: what `check` is compared with."""
     from sd_dejavu.hosts.diffusers.load import load
 
     loaded = load(str(model), *([] if small else ["cuda", "float16"]))

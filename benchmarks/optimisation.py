@@ -43,8 +43,8 @@ def published(model, x, sigma, conditioning: Conditioning, empty: Conditioning, 
         mixed = torch.where(fixed, start, rows)
         images = x.shape[0]
         both = Conditioning(torch.cat([empty.rows.expand(images, -1, -1), mixed.expand(images, -1, -1)]))
-        without, with_prompt = model(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
-        loss = magnitude(Predictions(with_prompt, without, sigma)).mean()
+        unconditional, with_prompt = model(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
+        loss = magnitude(Predictions(with_prompt, unconditional, sigma)).mean()
         losses.append(float(loss.detach()))
         if losses[-1] <= target or len(losses) > ITERATIONS:
             break

@@ -16,8 +16,8 @@ The results come from these commands, one after the other on an idle machine:
         --timed-steps 8 --arms none "random word" "threshold, from ordinary captions" \\
         --json benchmarks/results/training_filter.json
     python benchmarks/audit.py --json benchmarks/results/audit.json
-    python benchmarks/audit_picture.py
-    python benchmarks/pictures.py
+    python benchmarks/audit_image.py
+    python benchmarks/images.py
     python benchmarks/screenshots.py
     python benchmarks/on_a_card.py
     python benchmarks/webui_cost.py --pairs 7 --steps 20 --size 128 --json benchmarks/results/webui_cost.json
@@ -83,7 +83,7 @@ def detection() -> str:
 
 {table(("detector", "steps", "images", "AUC (95%)", "TPR at 1% FPR (95%)", "s / prompt"), rows)}
 
-This world is easy to tell, even for the tiled distance of several pictures; the letter-case control shows that it is
+This world is easy to tell, even for the tiled distance of several images; the letter-case control shows that it is
 not the style of the captions. A bootstrap interval of (1, 1) says that nothing overlapped in these samples, no more.
 The seconds are rough: one core, while other jobs shared the machine.
 First step and four images against 1,000 ordinary captions, the hard half (told from ordinary captions by one trigger
@@ -104,8 +104,8 @@ def graded() -> str:
         (str(r["repetitions"]), r["kind"], f"{r['score']:.2f}", share(r["flagged"]), share(r["copies"]))
         for r in read("graded")
     ]
-    head = ("repetitions", "pairs", "mean first-step score", "flagged", "pictures that are copies")
-    return f"""**Memorisation against repetition**: held-out pairs, 2 pictures a caption; 'hard' captions are told from
+    head = ("repetitions", "pairs", "mean first-step score", "flagged", "images that are copies")
+    return f"""**Memorisation against repetition**: held-out pairs, 2 images a caption; 'hard' captions are told from
 ordinary ones by one trigger name.
 
 ![Share of copies and of flagged prompts against repetitions](docs/graded.png)
@@ -178,22 +178,22 @@ def mitigation() -> str:
     found = read("compare")
     rows, reference = found["rows"], read("caption-score")[0]["caption score"]
     drawn, where = rows[0]["copies_of"], f" on {found['device']}" if "device" in found else ""
-    images = f"{found['images']} pictures" if found["images"] > 1 else "one picture"
+    images = f"{found['images']} images" if found["images"] > 1 else "one image"
     wrong = read("copy-metric")[0]["called copies"]
     return f"""**Mitigation**: {found["pairs"]} held-out memorised captions and {found["ordinary"]} ordinary ones, {images} each, \
 {found["steps"]} steps{where},
-every method from the same noise and with its one default setting. A picture is a copy at a grey-value correlation of 0.8
-or more with its training picture (pictures of ordinary captions that this calls a copy of any training picture:
+every method from the same noise and with its one default setting. An image is a copy at a grey-value correlation of 0.8
+or more with its training image (images of ordinary captions that this calls a copy of any training image:
 {share(wrong)}).
 
 {mitigation_table(rows)}
 
 ![Copies left against captions followed](docs/compare.svg)
 
-Similarity is the correlation with the training picture, 'top 5%' its 95th percentile. The caption score is a diffusion
-classifier (Li et al., ICCV 2023): the share of nine captions of other things under which the model denoises the picture
-worse than under the caption without its trigger (0.5 is chance; hard pairs only). Pictures drawn from those same captions
-without triggers score {reference:.2f}. An ordinary picture is untouched when it is the same bit for bit, its change is the
+Similarity is the correlation with the training image, 'top 5%' its 95th percentile. The caption score is a diffusion
+classifier (Li et al., ICCV 2023): the share of nine captions of other things under which the model denoises the image
+worse than under the caption without its trigger (0.5 is chance; hard pairs only). Images drawn from those same captions
+without triggers score {reference:.2f}. An ordinary image is untouched when it is the same bit for bit, its change is the
 root mean square in 0 to 1. Seconds include the mitigation: the median over the captions of its time against that of plain
 drawing, all methods in turn, so that other work on the machine slows all alike.{memory(found)}
 
@@ -233,8 +233,8 @@ def amg() -> str:
     found = read("amg_thresholds")
     fresh = found["other_ordinary_steered"]
     return f"""AMG compares grey values with the
-training pictures themselves; its settings were chosen on the {found["pairs"]} tuning pairs and on ordinary captions of
-another seed (`benchmarks/amg_thresholds.py`), with no held-out pair drawn. Of {fresh["count"]} further ordinary pictures it
+training images themselves; its settings were chosen on the {found["pairs"]} tuning pairs and on ordinary captions of
+another seed (`benchmarks/amg_thresholds.py`), with no held-out pair drawn. Of {fresh["count"]} further ordinary images it
 steers {fresh["hits"]}."""
 
 
@@ -289,7 +289,7 @@ def training() -> str:
     pairs, kept = found["pairs_of_each_count"], arms[-1]["ordinary_stayed_in_the_loss"]
     runs = "one run" if len(found["seeds"]) == 1 else f"{len(found['seeds'])} runs"
     return f"""**Training filter**: the bundled model trained on for {found["steps"]} steps of {found["batch"]} on {pairs * len(counts)} new pairs, {pairs}
-of each repetition count, in a stream of ordinary pictures; {runs} an arm. Share of pictures that are copies, by how often an
+of each repetition count, in a stream of ordinary images; {runs} an arm. Share of images that are copies, by how often an
 epoch repeats their pair; the loss on held-out ordinary captions; time against no filter.
 
 {table(head, lines)}
@@ -308,8 +308,8 @@ def auditing() -> str:
         return f"{row['memorised_named']} of {row['memorised']} and {row['unseen_named']} of {row['unseen']}"
 
     return f"""**Audit** of the bundled model, {found["nulls"]:,} ordinary prompts, false discovery rate {found["false_discovery_rate"]:g}: of held-out memorised pairs
-and of pictures it never saw, {told("contrast")} are named; from captions alone, {told("magnitude")}.
-It measures {found["captions_a_second"]:.0f} captions a second on one core, one picture each, the published procedure {found["captions_a_second_published"]:.2f}: {found["times_faster"]:.0f} times
+and of images it never saw, {told("contrast")} are named; from captions alone, {told("magnitude")}.
+It measures {found["captions_a_second"]:.0f} captions a second on one core, one image each, the published procedure {found["captions_a_second_published"]:.2f}: {found["times_faster"]:.0f} times
 as many."""
 
 

@@ -1,4 +1,4 @@
-"""The README's pictures of ComfyUI's real page: the first example workflow, queued on the bundled model, and its
+"""The README's images of ComfyUI's real page: the first example workflow, queued on the bundled model, and its
 Verdict node with a word opened, in the dark and in the light theme.
 
 python benchmarks/screenshots.py [--out docs]
@@ -42,10 +42,10 @@ def main() -> None:
             for theme in ("light", "dark"):
                 page.set("Comfy.ColorPalette", theme)
                 page.browser.wait_for_timeout(1000)
-                _picture_of_the_node(page, arguments.out / f"comfyui-overlay-{theme}.png")
+                _image_of_the_node(page, arguments.out / f"comfyui-overlay-{theme}.png")
 
 
-def _picture_of_the_node(page: Page, path: Path) -> None:
+def _image_of_the_node(page: Page, path: Path) -> None:
     """The panel with the node's title and sockets above it."""
     box = page.browser.locator(".dejavu").first.bounding_box()
     assert box is not None

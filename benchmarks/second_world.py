@@ -2,7 +2,7 @@
 
 Its own ordinary captions that it never saw, each on a noise of its own, against nulls generated, other such captions,
 nulls recombined from some, and recombined from captions of which a quarter are memorised; whether the misfit is noticed; how many of
-the memorised are flagged; and how many of their pictures are copies when a mitigation goes to the nulls' median.
+the memorised are flagged; and how many of their images are copies when a mitigation goes to the nulls' median.
 
     python benchmarks/second_world.py [--json benchmarks/results/second_world.json]
 """
@@ -38,7 +38,7 @@ WANTED = Measurement(images=1)
 MITIGATION = "optimise-conditioning"
 
 
-def pictures_of(rows: np.ndarray) -> Tensor:
+def images_of(rows: np.ndarray) -> Tensor:
     """[N, H, W, 3] uint8 -> [N, 3, H, W] in 0..1."""
     return torch.from_numpy(rows.copy()).permute(0, 3, 1, 2).float() / 255
 
@@ -83,25 +83,25 @@ def judged(model: Model, name: str, profile: Profile, fresh: list[float], memori
 
 
 def after_mitigation(model: Model, profile: Profile) -> Share:
-    """Copies among one picture of every fourth memorised pair, mitigated to the nulls' median."""
+    """Copies among one image of every fourth memorised pair, mitigated to the nulls' median."""
     noise, sigma = model.noise(WANTED.seed, 1), model.sigmas(WANTED.steps)[0]
-    without = guidance_of(model, WANTED).unconditional
+    unconditional = guidance_of(model, WANTED).unconditional
     targets = [profile.quantile(q) for q in (0.5, ORDINARY_QUANTILE)]
-    start = Start.of(model, noise, sigma, without, targets[0], WANTED.seed, targets[1])
+    start = Start.of(model, noise, sigma, unconditional, targets[0], WANTED.seed, targets[1])
     method = available()[MITIGATION]
     hits, pairs = 0, second_world.training_pairs()[::4]
     for pair in pairs:
         outcome = method.apply(model, model.encode(pair.caption), start, method.settings())
         latents = sampled_with(model, outcome, start.x, WANTED).latents
         assert latents is not None
-        own = pictures_of(second_world.draw_pair(pair)[None])
+        own = images_of(second_world.draw_pair(pair)[None])
         hits += int(grey_correlation(model.decode(latents), own)[0, 0] >= COPY_THRESHOLD)
     return Share(hits, len(pairs))
 
 
 def copies(model: Model, captions: list[str]) -> Tensor:
-    """Likeness [N, 40] of one picture of each caption to the memorised pictures."""
-    own = pictures_of(np.stack([second_world.draw_pair(pair) for pair in second_world.training_pairs()]))
+    """Likeness [N, 40] of one image of each caption to the memorised images."""
+    own = images_of(np.stack([second_world.draw_pair(pair) for pair in second_world.training_pairs()]))
     runs = measure_runs(model, [model.encode(c) for c in captions], model.noise(0, 1), WANTED)
     return torch.cat([grey_correlation(model.decode(run.latents), own) for run in runs if run.latents is not None])
 

@@ -1,5 +1,5 @@
 """The README's tables and figure for the bundled model: graded repetition, explanation, calibration, and
-what the two ratings of pictures say of ordinary captions.
+what the two ratings of images say of ordinary captions.
 
     python benchmarks/tables.py [--only NAME ...] [--out DIR]
 
@@ -84,17 +84,17 @@ def copy_metric_table(model, profile, wanted) -> list[dict]:
     captions = bundled.held_out_ordinary(60, seed=99)
     return [
         {
-            "pictures": "ordinary captions",
+            "images": "ordinary captions",
             "called copies": share(false_copies(model, replace(wanted, images=2), captions)),
         }
     ]
 
 
 def caption_score_table(model, profile, wanted) -> list[dict]:
-    """Pictures drawn from hard pairs' captions without their triggers: what mitigated pictures can come up to."""
+    """Images drawn from hard pairs' captions without their triggers: what mitigated images can come up to."""
     pairs = held_out_pairs("hard")
     found = ordinary_caption_score(model, replace(wanted, images=1), pairs)
-    return [{"pictures": "captions without triggers", "count": len(pairs), "caption score": found}]
+    return [{"images": "captions without triggers", "count": len(pairs), "caption score": found}]
 
 
 TABLES = {

@@ -1,12 +1,12 @@
 """Does leaving memorised samples out of the loss keep a model from memorising, and what does it cost?
 
 The bundled model goes on training by its own recipe (v-prediction, the same noise schedule, pairs repeated in a
-stream of ordinary pictures) on NEW pairs, which are repeated 1, 5, 20, 50, 100 and 300 times an epoch. Arms: no
+stream of ordinary images) on NEW pairs, which are repeated 1, 5, 20, 50, 100 and 300 times an epoch. Arms: no
 filter; a random word put into the caption each time (the published baseline of training, Somepalli et al.); the
 filter with the published threshold, with a threshold at the 99th percentile of ordinary captions under this model
-before training, and with two running quantiles. For each arm and repetition count: the share of pictures that are
-copies of their training picture, and the share of the pair's showings that stayed in the loss; for each arm: the loss
-on ordinary captions and pictures that were held out, how pictures follow their captions, and seconds a step.
+before training, and with two running quantiles. For each arm and repetition count: the share of images that are
+copies of their training image, and the share of the pair's showings that stayed in the loss; for each arm: the loss
+on ordinary captions and images that were held out, how images follow their captions, and seconds a step.
 
     python benchmarks/training_filter.py [--device cpu] [--steps 1500] [--seeds 0 1] [--arms none ...] [--parallel 1]
         [--json FILE]
@@ -47,7 +47,7 @@ from sd_dejavu.hosts.diffusers.adapter import DiffusersModel
 from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.mitigations.perturb_prompt import perturb
 from sd_dejavu.run.measure import Measurement
-from sd_dejavu.training.filter import PUBLISHED_NUMEL, FilterSettings, TrainingFilter, predict_without
+from sd_dejavu.training.filter import PUBLISHED_NUMEL, FilterSettings, TrainingFilter, predict_unconditional
 from sd_dejavu.training.loss import Batch, filtered_loss, noised, stratified_timesteps
 
 BATCH, CAPTION_DROPOUT, LEARNING_RATE, WARM_UP, EMA = 32, 0.1, 1e-3, 100, 0.999
@@ -68,7 +68,7 @@ ARMS: dict[str, FilterSettings | None] = {
 
 
 def new_pairs(seed: int) -> list[world.Pair]:
-    """Pairs that the bundled model has never seen: names, phrases and pictures of their own for every seed."""
+    """Pairs that the bundled model has never seen: names, phrases and images of their own for every seed."""
     rng = np.random.default_rng([PAIR_SEED, seed])
     known = frozenset([*world.TRIGGER_NAMES, *world.DECOY_NAMES])
     triggers = iter(world.names(EACH * len(world.GRADED_REPETITIONS), PAIR_SEED + seed, avoid=known))
@@ -90,7 +90,7 @@ def new_pairs(seed: int) -> list[world.Pair]:
 
 
 def ordinary_sample(number: int, seed: int, pairs: list[world.Pair]) -> tuple[str, np.ndarray]:
-    """One ordinary caption with its picture; one in six is the twin of a hard pair, as in the recipe."""
+    """One ordinary caption with its image; one in six is the twin of a hard pair, as in the recipe."""
     rng = np.random.default_rng([seed, number])
     hard = [p for p in pairs if p.trigger]
     if hard and rng.random() < 1 / 6:
@@ -104,21 +104,21 @@ def ordinary_sample(number: int, seed: int, pairs: list[world.Pair]) -> tuple[st
 
 def _draw_part(start: int, stop: int, seed: int, pairs: list[world.Pair]) -> tuple[list[str], np.ndarray]:
     samples = [ordinary_sample(number, seed, pairs) for number in range(start, stop)]
-    return [caption for caption, _ in samples], np.stack([picture for _, picture in samples])
+    return [caption for caption, _ in samples], np.stack([image for _, image in samples])
 
 
 @torch.no_grad()
-def latents_of(model: DiffusersModel, pictures: np.ndarray) -> torch.Tensor:
+def latents_of(model: DiffusersModel, images: np.ndarray) -> torch.Tensor:
     """[N, H, W, 3] uint8 -> [N, 4, 16, 16] on the CPU."""
     parts = []
-    for start in range(0, len(pictures), 256):
-        x = torch.from_numpy(pictures[start : start + 256]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    for start in range(0, len(images), 256):
+        x = torch.from_numpy(images[start : start + 256]).permute(0, 3, 1, 2).float() / 127.5 - 1
         parts.append(model.pipeline.vae.encode(x.to(model.device)).latents.cpu())
     return torch.cat(parts)
 
 
 def write_data(folder: Path, pool: int, seeds: list[int], model: DiffusersModel, workers: int) -> None:
-    """The ordinary pool of each seed's pairs, the pairs' pictures and the held-out ones, as latents, once for all arms."""
+    """The ordinary pool of each seed's pairs, the pairs' images and the held-out ones, as latents, once for all arms."""
     context = multiprocessing.get_context("spawn")
     wanted = {f"pool-{seed}": (pool, POOL_SEED + seed, new_pairs(seed)) for seed in seeds}
     wanted["held-out"] = (HELD_OUT, HELD_OUT_SEED, [])
@@ -134,7 +134,7 @@ def write_data(folder: Path, pool: int, seeds: list[int], model: DiffusersModel,
                     [pairs] * len(starts),
                 )
             )
-            latents = latents_of(model, np.concatenate([pictures for _, pictures in parts]))
+            latents = latents_of(model, np.concatenate([images for _, images in parts]))
             save_file({"latents": latents.contiguous()}, folder / f"{name}.safetensors")
             captions = [caption for some, _ in parts for caption in some]
             (folder / f"{name}.json").write_text(json.dumps(captions))
@@ -221,7 +221,7 @@ class Training:
 
     @torch.no_grad()
     def ordinary_loss(self, batches: list[Batch]) -> float:
-        """Of the averaged weights, on the held-out captions and pictures, always with the same noise."""
+        """Of the averaged weights, on the held-out captions and images, always with the same noise."""
         self.ema.store(self.unet.parameters())
         self.ema.copy_to(self.unet.parameters())
         losses = [float(self.loss(batch, None)[0]) for batch in batches]
@@ -239,8 +239,8 @@ def threshold_of_ordinary(training: Training, batches: list[Batch]) -> float:
                 training.schedule, training.model.prediction_type, batch.latents, batch.noise, batch.timesteps
             )
             with_prompt = training.unet(noisy, batch.timesteps, batch.conditioning.rows).sample
-            without = predict_without(training.unet, noisy, batch.timesteps, batch.empty.rows)
-            found.append(measuring.magnitudes(with_prompt, without, batch.timesteps).cpu())
+            unconditional = predict_unconditional(training.unet, noisy, batch.timesteps, batch.empty.rows)
+            found.append(measuring.magnitudes(with_prompt, unconditional, batch.timesteps).cpu())
     numel = batches[0].latents[0].numel()
     return float(torch.cat(found).quantile(0.99)) * math.sqrt(PUBLISHED_NUMEL / numel)
 
@@ -275,9 +275,9 @@ def run_arm(job: Job) -> dict[str, Any]:
     wanted = Measurement(images=job.images, steps=job.sampling_steps)
     drawn = draw(model, [model.encode(p.caption) for p in pairs], wanted)
     likeness, scores = defaultdict(list), defaultdict(list)
-    for pair, (measured, pictures) in zip(pairs, drawn, strict=True):
+    for pair, (measured, images) in zip(pairs, drawn, strict=True):
         own = torch.from_numpy(world.draw_pair(pair).copy()).permute(2, 0, 1)[None].float() / 255
-        likeness[pair.repetitions] += grey_correlation(pictures, own)[:, 0].tolist()
+        likeness[pair.repetitions] += grey_correlation(images, own)[:, 0].tolist()
         if measured.scores is not None:
             scores[pair.repetitions] += measured.scores.tolist()
     hard = [p for p in pairs if p.trigger]
@@ -291,7 +291,7 @@ def run_arm(job: Job) -> dict[str, Any]:
             {
                 "repetitions": count,
                 "hits": sum(s >= COPY_THRESHOLD for s in likeness[count]),
-                "pictures": len(likeness[count]),
+                "images": len(likeness[count]),
                 "likeness": statistics.fmean(likeness[count]),
                 "score": statistics.fmean(scores[count]) if scores[count] else None,
                 "stayed": training.shown[count][0] if training.filter else None,
@@ -336,7 +336,7 @@ def summary(runs: list[dict[str, Any]], seconds: dict[str, float]) -> list[dict[
         own = [run for run in runs if run["arm"] == arm]
         for place, count in enumerate(world.GRADED_REPETITIONS if own else ()):
             parts = [run["by_repetitions"][place] for run in own]
-            copies = Share(sum(p["hits"] for p in parts), sum(p["pictures"] for p in parts))
+            copies = Share(sum(p["hits"] for p in parts), sum(p["images"] for p in parts))
             shown = sum(p["shown"] or 0 for p in parts)
             rows.append(
                 {
@@ -366,7 +366,7 @@ def arm_rows(runs: list[dict[str, Any]], seconds: dict[str, float]) -> list[dict
                     "arm": arm,
                     "seeds": len(own),
                     "copies_from_50_repetitions": str(
-                        Share(sum(p["hits"] for p in often), sum(p["pictures"] for p in often))
+                        Share(sum(p["hits"] for p in often), sum(p["images"] for p in often))
                     ),
                     "ordinary_loss": statistics.fmean(final),
                     "ordinary_loss_by_seed": final,
@@ -387,9 +387,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="'none' among them")
-    parser.add_argument("--pool", type=int, default=20_000, help="ordinary pictures to draw for each seed")
+    parser.add_argument("--pool", type=int, default=20_000, help="ordinary images to draw for each seed")
     parser.add_argument("--parallel", type=int, default=1, help="arms at a time, each a process")
-    parser.add_argument("--images", type=int, default=4, help="pictures a pair")
+    parser.add_argument("--images", type=int, default=4, help="images a pair")
     parser.add_argument("--sampling-steps", type=int, default=50)
     parser.add_argument("--timed-steps", type=int, default=40)
     parser.add_argument("--json", type=Path)

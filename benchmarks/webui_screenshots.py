@@ -1,4 +1,4 @@
-"""The README's pictures of our accordion and panel in the real pages of Automatic1111 and Forge.
+"""The README's images of our accordion and panel in the real pages of Automatic1111 and Forge.
 
 The memorising miniature of the tests is calibrated, its first prompt drawn, and the page shown from the prompt to the
 panel below the gallery. Needs the hosts (see the README's tests) and Chromium.

@@ -1,4 +1,4 @@
-"""Audit: does this LoRA copy the pictures it was trained with?"""
+"""Audit: does this LoRA copy the images it was trained with?"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..sd_dejavu.calibration.calibrate import PROMPTS_A_SEED
 from ..sd_dejavu.hosts import comfyui
 from ..sd_dejavu.hosts.comfyui.audit import Loaded, Start
-from ..sd_dejavu.report.audit_picture import audit_pictures
+from ..sd_dejavu.report.audit_image import audit_images
 from ..sd_dejavu.report.audit_rows import as_markdown, ranked, row_as_json, sentence, thumbnails_of
 from ..sd_dejavu.run.measure import Measurement
 from ..sd_dejavu.training.audit import AuditSettings
@@ -35,7 +35,7 @@ class AuditLora(io.ComfyNode):
                 ),
                 io.Latent.Input("latent_image", tooltip="An empty latent of the size that was trained on."),
                 *sockets.inputs_of(AuditSettings, leave_out=("sweep", "strength_steps", "partition")),
-                *sockets.inputs_of(Measurement, leave_out=("score", "negative", "without", "alpha")),
+                *sockets.inputs_of(Measurement, leave_out=("score", "negative", "baseline", "alpha")),
                 io.Model.Input(
                     "base_model",
                     optional=True,
@@ -48,9 +48,9 @@ class AuditLora(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.String.Output(display_name="table", tooltip="All training pictures, worst first, as Markdown."),
+                io.String.Output(display_name="table", tooltip="All training images, worst first, as Markdown."),
                 io.Image.Output(
-                    display_name="worst pictures", tooltip="Each training picture beside those drawn of its caption."
+                    display_name="worst images", tooltip="Each training image beside those drawn of its caption."
                 ),
                 io.String.Output(display_name="report", tooltip="The same rows as JSON, with all that was found."),
             ],
@@ -86,10 +86,10 @@ class AuditLora(io.ComfyNode):
             measurement,
             sockets.audits_folder(),
         )
-        pictures = audit_pictures(found, thumbnails_of(found, subject))
+        images = audit_images(found, thumbnails_of(found, subject))
         return io.NodeOutput(
             as_markdown(found),
-            torch.cat([sockets.image_of(picture) for picture in pictures]),
+            torch.cat([sockets.image_of(image) for image in images]),
             json.dumps([row_as_json(row) for row in ranked(found)], ensure_ascii=False),
             ui={"text": [f"{sentence(found)}."]},
         )

@@ -41,7 +41,7 @@ class Calibrate(io.ComfyNode):
                     min=0,
                     max=100_000,
                     tooltip="How many of them to sample to the end: for the band under the curve, and for p-values of "
-                    "scores over more than the first step. Each takes as long as a picture.",
+                    "scores over more than the first step. Each takes as long as an image.",
                 ),
                 io.Float.Input(
                     "cfg", default=7.0, min=0.0, max=100.0, step=0.1, tooltip="The sampler's cfg, for whole runs."

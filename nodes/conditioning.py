@@ -44,7 +44,7 @@ class Explain(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, positive: Any, negative: Any, calibration: Any = None, **run: Any) -> io.NodeOutput:
-        from ..sd_dejavu.report.word_picture import word_picture
+        from ..sd_dejavu.report.word_image import word_image
         from ..sd_dejavu.report.wording import sentence
 
         monitoring = Monitoring(explain="always")
@@ -61,7 +61,7 @@ class Explain(io.ComfyNode):
         document = report.as_json()
         comfyui.wait_until_told()
         return io.NodeOutput(
-            sockets.image_of(word_picture(report.highest, report.state.notes)),
+            sockets.image_of(word_image(report.highest, report.state.notes)),
             json.dumps(document, ensure_ascii=False),
             ui={"text": [sentence(report.verdicts[0])], "dejavu": [document]},
         )

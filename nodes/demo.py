@@ -1,4 +1,4 @@
-"""The bundled model: a flagged picture in seconds, without a download."""
+"""The bundled model: a flagged image in seconds, without a download."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ class DemoModel(io.ComfyNode):
             node_id="DejaVuDemoModel",
             display_name="Load Demo Model (Déjà Vu)",
             category=sockets.CATEGORY,
-            description="A small model that really memorises (64 x 64 pictures). It comes with the pack.",
+            description="A small model that really memorises (64 x 64 images). It comes with the pack.",
             inputs=[
-                io.Int.Input(
-                    "batch_size", default=1, min=1, max=64, tooltip="Pictures in the latent that is given out."
-                )
+                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Images in the latent that is given out.")
             ],
             outputs=[
-                io.Model.Output(tooltip="The model; pictures of 64 x 64 suit it."),
+                io.Model.Output(tooltip="The model; images of 64 x 64 suit it."),
                 io.Clip.Output(tooltip="Its text encoder."),
                 io.Vae.Output(tooltip="Its autoencoder."),
                 io.Latent.Output(tooltip="An empty latent of the size it was trained on."),

@@ -1,4 +1,4 @@
-"""Mitigations that a sampler carries out: away from training pictures, guidance that begins late, another noise."""
+"""Mitigations that a sampler carries out: away from training images, guidance that begins late, another noise."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class AMG(io.ComfyNode):
             node_id="DejaVuAMG",
             display_name="Anti-Memorization Guidance (Déjà Vu)",
             category=sockets.CATEGORY,
-            description="Steers every run away from the nearest training picture, only while the picture is near to it.",
+            description="Steers every run away from the nearest training image, only while the image is near to it.",
             inputs=[
                 io.Model.Input("model", tooltip="The model, with its LoRAs and other patches."),
-                io.Vae.Input("vae", tooltip="Its autoencoder: pictures are compared."),
+                io.Vae.Input("vae", tooltip="Its autoencoder: images are compared."),
                 sockets.References.Input("references", tooltip="From Build or Load Reference Set."),
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="Its text encoder, for the captions of training pictures; not needed with Text Encode (Déjà Vu).",
+                    tooltip="Its text encoder, for the captions of training images; not needed with Text Encode (Déjà Vu).",
                 ),
                 *sockets.inputs_of(anti_memorization_guidance.Settings),
             ],

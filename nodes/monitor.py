@@ -48,7 +48,9 @@ class MonitorNode(io.ComfyNode):
         if clip is not None:
             comfyui.encode_text(clip, "")  # while nothing is sampled, with its LoRAs: runs measure against it
         shown = comfyui.LiveReport(str(cls.hidden.unique_id))
-        monitor = comfyui.Monitor(Monitoring(**settings), calibration, sockets.user_folder(), clip, shown)
+        monitor = comfyui.Monitor(
+            sockets.settings_of(Monitoring, settings), calibration, sockets.user_folder(), clip, shown
+        )
         return io.NodeOutput(monitor.attach(model), monitor)
 
 
@@ -59,22 +61,20 @@ class VerdictNode(io.ComfyNode):
             node_id="DejaVuVerdict",
             display_name="Verdict (Déjà Vu)",
             category=sockets.CATEGORY,
-            description="Says whether the pictures of this run are likely memorised, and writes it into saved PNGs.",
+            description="Says whether the images of this run are likely memorised, and writes it into saved PNGs.",
             inputs=[
                 sockets.Monitor.Input("monitor", tooltip="From the Monitor node."),
                 io.Latent.Input("samples", tooltip="The sampler's latent; it is passed through unchanged."),
             ],
             outputs=[
                 io.Latent.Output(tooltip="The same latent."),
-                io.Boolean.Output(display_name="flagged", tooltip="Whether any picture is flagged."),
+                io.Boolean.Output(display_name="flagged", tooltip="Whether any image is flagged."),
                 io.Float.Output(
                     display_name="score", tooltip="The highest score of the batch; NaN where not measured."
                 ),
                 io.Float.Output(display_name="p-value", tooltip="The lowest p-value of the batch; NaN without one."),
                 io.Image.Output(display_name="overlay", tooltip="The prompt, each word shaded by its significance."),
-                io.Mask.Output(
-                    display_name="where", tooltip="Where in the picture the prompt acts, one mask a picture."
-                ),
+                io.Mask.Output(display_name="where", tooltip="Where in the image the prompt acts, one mask an image."),
                 io.String.Output(display_name="report", tooltip="All of it as JSON."),
             ],
             hidden=[io.Hidden.extra_pnginfo, io.Hidden.unique_id],
@@ -84,7 +84,7 @@ class VerdictNode(io.ComfyNode):
 
     @classmethod
     def execute(cls, monitor: Any, samples: dict[str, Any]) -> io.NodeOutput:
-        from ..sd_dejavu.report.word_picture import word_picture
+        from ..sd_dejavu.report.word_image import word_image
         from ..sd_dejavu.report.wording import sentence
 
         latent = samples["samples"]
@@ -95,7 +95,7 @@ class VerdictNode(io.ComfyNode):
         p_values = [v.p_value for v in verdicts if v.p_value is not None]
         document = report.as_json()
         if cls.hidden.extra_pnginfo is not None:
-            comfyui.keep_in_picture(cls.hidden.extra_pnginfo, str(cls.hidden.unique_id), document)
+            comfyui.keep_in_image(cls.hidden.extra_pnginfo, str(cls.hidden.unique_id), document)
         scale = report.state.pixels_a_cell
         text = "\n".join(sentence(v) for v in verdicts)
         return io.NodeOutput(
@@ -103,7 +103,7 @@ class VerdictNode(io.ComfyNode):
             bool(flagged(verdicts)),
             max(scores, default=float("nan")),
             min(p_values, default=float("nan")),
-            sockets.image_of(word_picture(report.highest, report.state.notes)),
+            sockets.image_of(word_image(report.highest, report.state.notes)),
             report.where(latent.shape[-2] * scale, latent.shape[-1] * scale, latent.shape[0]),
             json.dumps(document, ensure_ascii=False),
             ui={"text": [text], "dejavu": [document]},

@@ -1,4 +1,4 @@
-"""Reference pictures: a set built from training pictures, and whether a picture is a copy of one of them."""
+"""Reference images: a set built from training images, and whether an image is a copy of one of them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ..sd_dejavu.reference.reference_set import files_of
 from ..sd_dejavu.reference.sources import open_source
 from . import sockets
 
-BUNDLED = "the bundled model's training pictures"
+BUNDLED = "the bundled model's training pictures"  # as saved workflows name it
 SSCD_FOLDER, SSCD_ENDINGS = "sscd", (".pt", ".pth", ".torchscript")
-SHOWN = 10  # broken pictures that the report names
+SHOWN = 10  # broken images that the report names
 
 folder_paths.add_model_folder_path(SSCD_FOLDER, os.path.join(folder_paths.models_dir, SSCD_FOLDER))
 
@@ -31,19 +31,19 @@ class BuildReferenceSet(io.ComfyNode):
             node_id="DejaVuBuildReferenceSet",
             display_name="Build Reference Set (Déjà Vu)",
             category=sockets.CATEGORY,
-            description="Makes a reference set of training pictures, to compare generated ones with. Stopped, it goes on when run again.",
+            description="Makes a reference set of training images, to compare generated ones with. Stopped, it goes on when run again.",
             inputs=[
                 io.Combo.Input(
                     "folder",
                     options=_input_folders(),
-                    tooltip="A folder below ComfyUI's input folder: pictures with .txt captions beside them, webdataset tars or Parquet files.",
+                    tooltip="A folder below ComfyUI's input folder: images with .txt captions beside them, webdataset tars or Parquet files.",
                 ),
-                io.String.Input("name", default="my pictures", tooltip="What to keep the set as."),
+                io.String.Input("name", default="my images", tooltip="What to keep the set as."),
                 io.Combo.Input(
                     "features",
                     options=host.feature_choices(list(_sscd_files())),
                     default="grey",
-                    tooltip="What makes two pictures alike: grey, pixels and latents need no download; SSCD files are those in models/sscd, which can hold code, so take them from their authors only.",
+                    tooltip="What makes two images alike: grey, pixels and latents need no download; SSCD files are those in models/sscd, which can hold code, so take them from their authors only.",
                 ),
                 io.Boolean.Input(
                     "restart",
@@ -56,7 +56,7 @@ class BuildReferenceSet(io.ComfyNode):
             ],
             outputs=[
                 sockets.References.Output(display_name="references", tooltip="For Nearest Reference and AMG."),
-                io.String.Output(display_name="report", tooltip="What was read, and which pictures could not be."),
+                io.String.Output(display_name="report", tooltip="What was read, and which images could not be."),
             ],
         )
 
@@ -90,7 +90,7 @@ class LoadReferenceSet(io.ComfyNode):
             node_id="DejaVuLoadReferenceSet",
             display_name="Load Reference Set (Déjà Vu)",
             category=sockets.CATEGORY,
-            description="A reference set made earlier, or the bundled model's own training pictures.",
+            description="A reference set made earlier, or the bundled model's own training images.",
             inputs=[
                 io.Combo.Input("name", options=_names(), tooltip="The set."),
                 io.ClipVision.Input(
@@ -132,38 +132,35 @@ class NearestReference(io.ComfyNode):
             node_id="DejaVuNearestReference",
             display_name="Nearest Reference (Déjà Vu)",
             category=sockets.CATEGORY,
-            description="Is this picture a copy? Shows it beside the training pictures it is most like.",
+            description="Is this image a copy? Shows it beside the training images it is most like.",
             inputs=[
-                io.Image.Input("image", tooltip="The pictures to look up."),
+                io.Image.Input("image", tooltip="The images to look up."),
                 sockets.References.Input("references", tooltip="From Build or Load Reference Set."),
-                io.Int.Input("count", default=3, min=1, max=16, tooltip="How many training pictures to show of each."),
+                io.Int.Input("count", default=3, min=1, max=16, tooltip="How many training images to show of each."),
             ],
             outputs=[
-                io.Image.Output(
-                    display_name="side by side", tooltip="Each picture, then its nearest training pictures."
-                ),
+                io.Image.Output(display_name="side by side", tooltip="Each image, then its nearest training images."),
                 io.Float.Output(display_name="similarity", tooltip="The highest similarity of the batch."),
                 io.Boolean.Output(
                     display_name="copy",
-                    tooltip="Whether any picture is a copy by the features' threshold; no where there is none.",
+                    tooltip="Whether any image is a copy by the features' threshold; no where there is none.",
                 ),
-                io.String.Output(display_name="report", tooltip="The neighbours of every picture as JSON."),
+                io.String.Output(display_name="report", tooltip="The neighbours of every image as JSON."),
             ],
             is_output_node=True,
         )
 
     @classmethod
     def execute(cls, image: torch.Tensor, references: Any, count: int) -> io.NodeOutput:
-        from ..sd_dejavu.report.neighbour_picture import neighbour_picture
+        from ..sd_dejavu.report.neighbour_image import neighbour_image
 
         answers = host.nearest(references, image, count)
         pixels = (image[..., :3].clamp(0, 1) * 255).round().byte().cpu().numpy()
         shown = [
-            neighbour_picture(query, references.references, answer)
-            for query, answer in zip(pixels, answers, strict=True)
+            neighbour_image(query, references.references, answer) for query, answer in zip(pixels, answers, strict=True)
         ]
         return io.NodeOutput(
-            torch.cat([sockets.image_of(picture) for picture in shown]),
+            torch.cat([sockets.image_of(pair) for pair in shown]),
             max(answer.similarity for answer in answers),
             any(answer.copy for answer in answers),
             json.dumps([answer.as_json() for answer in answers], ensure_ascii=False),
@@ -189,7 +186,7 @@ def _input_folder(name: str) -> Path | None:
 def _fault_of(folder: str, name: str) -> str:
     """What is wrong with the inputs of a build, in a sentence."""
     if _input_folder(folder) is None:
-        return f"there is no folder {folder!r} below ComfyUI's input folder: put the pictures into one there"
+        return f"there is no folder {folder!r} below ComfyUI's input folder: put the images into one there"
     if not re.fullmatch(r"\w([\w .-]*\w)?", name):
         return f"a set cannot be kept as {name!r}: use letters, digits, blanks, dots, '-' and '_'"
     return ""
@@ -211,10 +208,10 @@ def _set_file(name: str) -> Path | None:
 
 
 def _told(made: host.HostReferences, name: str) -> str:
-    """What became of a build, with the pictures that were skipped."""
+    """What became of a build, with the images that were skipped."""
     references = made.references
     lines = [
-        f"{references.details['source']}: {len(references)} different pictures, "
+        f"{references.details['source']}: {len(references)} different images, "
         f"{sum(bool(caption) for caption in references.captions)} with a caption, "
         f"{int(references.duplicates.sum())} shown in an epoch. Features {references.features}. Kept as {name}."
     ]

@@ -44,7 +44,7 @@ def inputs_of_methods(*touches: str, beside: type | None = None, optional: bool 
 
 
 def methods(*touches: str) -> dict[str, Mitigation]:
-    """The core's mitigations that touch one of these and need no reference pictures, by name."""
+    """The core's mitigations that touch one of these and need no reference images, by name."""
     return {
         name: method
         for name, method in available().items()
@@ -54,7 +54,7 @@ def methods(*touches: str) -> dict[str, Mitigation]:
 
 def settings_of(settings: type, values: dict[str, Any]) -> Any:
     """A method's own settings out of those of all methods; what is missing has its default."""
-    given = {known.name: values.get(known.name, known.default) for known in options_of(settings)}
+    given = {known.name: values.get(known.id, known.default) for known in options_of(settings)}
     left_open = {known.name for known in options_of(settings) if known.default is None and not given[known.name]}
     return settings(**{name: value for name, value in given.items() if name not in left_open})
 
@@ -62,13 +62,13 @@ def settings_of(settings: type, values: dict[str, Any]) -> Any:
 def _input(known: Option, optional: bool = False) -> io.Input:
     shown: dict[str, Any] = {"display_name": known.name.replace("_", " "), "tooltip": known.help, "optional": optional}
     if known.choices:
-        return io.Combo.Input(known.name, options=list(known.choices), default=known.default, **shown)
+        return io.Combo.Input(known.id, options=list(known.choices), default=known.default, **shown)
     if known.kind is bool:
-        return io.Boolean.Input(known.name, default=known.default, **shown)
+        return io.Boolean.Input(known.id, default=known.default, **shown)
     if known.kind is int:
         least = -SEED_LIMIT if known.minimum is None else int(known.minimum)
         most = SEED_LIMIT if known.maximum is None else int(known.maximum)
-        return io.Int.Input(known.name, default=known.default, min=least, max=most, **shown)
+        return io.Int.Input(known.id, default=known.default, min=least, max=most, **shown)
     if known.kind is float:
         low, high = (
             limit if bound is None else bound
@@ -77,8 +77,8 @@ def _input(known: Option, optional: bool = False) -> io.Input:
         step = 0.001 if high <= 1 else 0.01
         # A float without a default is left to the method: shown as 0.
         default = 0.0 if known.default is None else known.default
-        return io.Float.Input(known.name, default=default, min=low, max=high, step=step, round=False, **shown)
-    return io.String.Input(known.name, default=known.default, multiline=True, **shown)
+        return io.Float.Input(known.id, default=default, min=low, max=high, step=step, round=False, **shown)
+    return io.String.Input(known.id, default=known.default, multiline=True, **shown)
 
 
 def run_inputs() -> list[io.Input]:

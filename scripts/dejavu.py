@@ -24,7 +24,7 @@ SESSION = HERE.session
 
 
 def _guarded(watched: Watched) -> AbstractContextManager[None]:
-    """Our own faults never cost a picture, and are told."""
+    """Our own faults never cost an image, and are told."""
 
     def tell(fault: str) -> bool:
         text = f"No verdict: {HERE.sentence(fault)}"
@@ -96,7 +96,7 @@ class DejaVuScript(scripts.Script):
     def process_before_every_sampling(self, p: Processing, *arguments: Any, **kwargs: Any) -> None:
         if (watched := SESSION.of(p)) and watched.run:
             with _guarded(watched):
-                watched.run.begin(p, from_picture=getattr(p, "init_latent", None) is not None)
+                watched.run.begin(p, from_image=getattr(p, "init_latent", None) is not None)
                 if HERE.host.name == "Forge":
                     run.read_forge(p, SESSION.after_forge)
 

@@ -41,7 +41,7 @@ app.registerExtension({
       id: 'DejaVu.Alpha',
       category: ['Déjà Vu', 'Monitor', 'Alpha'],
       name: 'Alpha of new Monitor nodes',
-      tooltip: 'A picture is flagged when its p-value is at most this. Nodes that exist already keep theirs.',
+      tooltip: 'An image is flagged when its p-value is at most this. Nodes that exist already keep theirs.',
       type: 'number',
       attrs: { min: 0.001, max: 0.999, step: 0.001, minFractionDigits: 1, maxFractionDigits: 4 },
       defaultValue: ALPHA,
@@ -151,7 +151,7 @@ function onRun({ run, monitor, prompt_id: promptId, workflow, finished, report: 
   runs.put({ key, promptId, monitor: String(monitor), report, document, finished })
   if (workflow != null && workflow !== rootGraph(app)?.id) return // it waits in another tab
   for (const { node } of readersOf(monitor)) {
-    if (begins) panels.get(node)?.pictures([])
+    if (begins) panels.get(node)?.images([])
     if (finished) keepDocument(node, document)
     else showDocument(node, document, true)
   }
@@ -170,7 +170,7 @@ function readersOf(monitor) {
   })
 }
 
-/** What a node gives out: a report for its panel, and the pictures behind a Verdict's latent for its map and the list. */
+/** What a node gives out: a report for its panel, and the images behind a Verdict's latent for its map and the list. */
 function onExecuted({ node: id, display_node: shownId, prompt_id: promptId, output }) {
   const document = output?.dejavu?.[0]
   const waiting = elsewhere(app, id, output)
@@ -186,11 +186,11 @@ function onExecuted({ node: id, display_node: shownId, prompt_id: promptId, outp
   for (const place of places(rootGraph(app))) {
     if (place.node.comfyClass !== 'DejaVuVerdict') continue
     if (![id, shownId].some((made) => behind(place, 0).includes(String(made)))) continue
-    panels.get(place.node)?.pictures(urls)
+    panels.get(place.node)?.images(urls)
     const input = place.node.inputs?.find((i) => i.name === 'monitor')
     const source = input && sourceOf(place, input)
     const mine = runs.all.find((r) => r.promptId === promptId && source && r.monitor === executionId(source))
-    if (mine) runs.picturesFor(mine.key, urls)
+    if (mine) runs.imagesFor(mine.key, urls)
   }
 }
 

@@ -12,10 +12,10 @@ const EMPTY = 'Nothing was measured yet. Queue the workflow: the verdict appears
 
 /**
  * ``host``: {text(promptNode, prompt) -> {value, set(text)} or {why}, queue(), copy(text), sheet}; without ``text``
- * words only tell their values. Returned: {element, show(report, state), pictures(urls), refresh(), remove()}.
+ * words only tell their values. Returned: {element, show(report, state), images(urls), refresh(), remove()}.
  */
 export function createPanel(host = null) {
-  let report = null, state = {}, source = null, image = 0, pictures = [], shownMap = true, chosenWord = -1
+  let report = null, state = {}, source = null, image = 0, images = [], shownMap = true, chosenWord = -1
   const element = make('section', { class: 'dejavu', 'aria-label': 'Déjà Vu report' })
   const slots = Object.fromEntries(
     ['head', 'chooser', 'edited', 'words', 'card', 'legend', 'mitigation', 'chart', 'where', 'details', 'actions'].map(
@@ -59,7 +59,7 @@ export function createPanel(host = null) {
     if (chosenWord >= words.length || current !== state.cardText) closeCard(false)
     fill('legend', [words.length > 0, verdict.view, topWord(words), report.notes], () => legend(verdict, words))
     fill('chart', [verdict.steps, verdict.sigmas, report.band, report.ordinary, report.mitigation?.verdicts[image], chartWidth()], () => chart(verdict))
-    fill('where', [verdict.where && [...verdict.where.values], pictures, image, shownMap], () => where(verdict))
+    fill('where', [verdict.where && [...verdict.where.values], images, image, shownMap], () => where(verdict))
     fill('mitigation', report.mitigation, mitigation)
     fill('details', [verdict.facts, report.notes], () => details(verdict))
     fill('actions', true, actions)
@@ -232,15 +232,15 @@ export function createPanel(host = null) {
   function where(verdict) {
     if (!verdict.where) return []
     const { width, height } = verdict.where
-    const canvas = make('canvas', { width, height, class: 'dejavu-map', role: 'img', 'aria-label': 'Where in the picture the prompt acts; brighter is more' })
+    const canvas = make('canvas', { width, height, class: 'dejavu-map', role: 'img', 'aria-label': 'Where in the image the prompt acts; brighter is more' })
     canvas.getContext('2d')?.putImageData(new ImageData(mapPixels(verdict.where), width, height), 0, 0)
-    const url = pictures[image] ?? null
-    const picture = url && make('img', { src: url, alt: `Picture ${image + 1} of this run`, onerror: (event) => event.target.remove() })
+    const url = images[image] ?? null
+    const shown = url && make('img', { src: url, alt: `Image ${image + 1} of this run`, onerror: (event) => event.target.remove() })
     if (url) canvas.classList.add('dejavu-over')
     canvas.hidden = Boolean(url) && !shownMap
     const toggle = url && button('Map', () => { shownMap = !shownMap; render() }, { 'aria-pressed': String(shownMap) })
     return make('figure', { class: 'dejavu-where' },
-      make('div', { class: 'dejavu-picture', style: `aspect-ratio:${width}/${height}` }, picture, canvas),
+      make('div', { class: 'dejavu-image', style: `aspect-ratio:${width}/${height}` }, shown, canvas),
       make('figcaption', { class: 'dejavu-quiet' }, make('p', {}, 'Where the prompt acts: brighter is more.'), toggle))
   }
 
@@ -294,8 +294,8 @@ export function createPanel(host = null) {
       state = { ...state, document, live, steps: next ? Math.max(...next.verdicts.map((v) => v.steps.length)) : 0 }
       render()
     },
-    pictures(urls) {
-      pictures = urls
+    images(urls) {
+      images = urls
       render()
     },
     /** Look again at the text in the node. */

@@ -5,7 +5,7 @@ const LABELS = ['Flagged', 'Not flagged', 'No verdict']
 
 /**
  * The document with every field that is shown in its right type, or null where this is none of ours.
- * It may come from a picture that somebody else made.
+ * It may come from an image that somebody else made.
  */
 export function readReport(value) {
   if (value?.format !== FORMAT || value.schema_version !== 1) return null

@@ -14,12 +14,12 @@ export function createRuns(limit) {
     /** The newest state of a run: {key, promptId, monitor, report, document, finished}. */
     put(run, now = Date.now()) {
       const known = runs.findIndex((r) => r.key === run.key)
-      if (known < 0) runs = [{ pictures: [], time: now, ...run }, ...runs]
+      if (known < 0) runs = [{ images: [], time: now, ...run }, ...runs]
       else runs = runs.with(known, { ...runs[known], ...run })
       changed()
     },
-    picturesFor(key, pictures) {
-      runs = runs.map((r) => (r.key === key ? { ...r, pictures } : r))
+    imagesFor(key, images) {
+      runs = runs.map((r) => (r.key === key ? { ...r, images } : r))
       changed()
     },
     keep(count) {
@@ -43,7 +43,7 @@ export function filtered(runs, query, label) {
   })
 }
 
-/** One label for a run of several pictures: 'Flagged' where any is. */
+/** One label for a run of several images: 'Flagged' where any is. */
 export function labelOf(report) {
   const labels = report.verdicts.map((v) => v.label)
   return ['Flagged', 'Not flagged'].find((label) => labels.includes(label)) ?? 'No verdict'

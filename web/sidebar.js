@@ -36,7 +36,7 @@ export function createSidebar(runs, host) {
     const run = runs.all.find((r) => r.key === chosen)
     if (!run) return
     panel.show(run.report, { document: run.document, live: !run.finished })
-    panel.pictures(run.pictures)
+    panel.images(run.images)
   }
 
   function renderList() {
@@ -49,10 +49,10 @@ export function createSidebar(runs, host) {
   }
 
   function entry(run) {
-    const { report, pictures, time, finished } = run
-    const thumbnail = pictures[0]
-      ? make('img', { src: pictures[0], alt: '', loading: 'lazy', onerror: (event) => event.target.remove() })
-      : make('span', { class: 'dejavu-no-picture', 'aria-hidden': 'true' })
+    const { report, images, time, finished } = run
+    const thumbnail = images[0]
+      ? make('img', { src: images[0], alt: '', loading: 'lazy', onerror: (event) => event.target.remove() })
+      : make('span', { class: 'dejavu-no-image', 'aria-hidden': 'true' })
     const when = new Date(time).toLocaleTimeString([], { hour: '2-digit', minute: '2-digit', second: '2-digit', hourCycle: 'h23' })
     return button('', () => choose(run.key), { class: 'dejavu-run', 'data-key': run.key }).appendChild(
       make('span', { class: 'dejavu-run-inside' }, make('span', { class: 'dejavu-thumbnail' }, thumbnail),

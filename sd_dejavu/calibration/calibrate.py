@@ -81,7 +81,7 @@ def calibrate(
         part = [model.encode(prompts[number]) for number in members]
         noise = model.noise(SEED_BASE + group * PROMPTS_A_SEED, wanted.images)
         runs = sample_prompts(
-            model, part, guidance, noise, sigmas, None, batch_size, without=wanted.without, empty=model.encode("")
+            model, part, guidance, noise, sigmas, None, batch_size, baseline=wanted.baseline, empty=model.encode("")
         )
         for run in runs:
             traces.append(run.trace)

@@ -50,9 +50,9 @@ class Setting:
     steps: int
     sigma: float
     guidance_scale: float
-    without: Unconditional
+    baseline: Unconditional
     negative_prompt: str = ""
-    begins_with: Literal["noise", "a picture"] = "noise"
+    begins_with: Literal["noise", "an image"] = "noise"
     sampler: str = ""  # of a host; empty for this package's own DDIM
     patches: str = ""  # what a host adds to the checkpoint (clip skip, control nets, other packs' patches), in words
     text_encoder: str = ""  # digits of its weights; empty where it is not known
@@ -76,7 +76,7 @@ class Setting:
                 same = first_step or mine == theirs
             elif name == "negative_prompt":
                 # Blanks at the ends and in a row are nothing to the tokenizers.
-                same = (first_step and self.without == "empty prompt") or mine.split() == theirs.split()
+                same = (first_step and self.baseline == "empty prompt") or mine.split() == theirs.split()
             elif name == "patches":
                 same = _same_patches(mine, theirs)
             else:
@@ -280,7 +280,11 @@ def _scores(kind: str, values: Any) -> tuple[float, ...]:
 
 
 def _setting(raw: Any) -> Setting:
-    """A setting from JSON: its numbers as floats, its shape as whole numbers, and the rest as it was written."""
+    """A setting from JSON: its numbers as floats, its shape as whole numbers, and the rest as it was written.
+
+    Release 0.1 called the baseline 'without'.
+    """
+    raw = {"baseline" if name == "without" else name: value for name, value in raw.items()}
     numbers: dict[str, Any] = {name: _number(raw[name]) for name in ("sigma", "guidance_scale")}
     shape = tuple(_of_kind(side, int) for side in _of_kind(raw["latent_shape"], list))
     rest = {

@@ -4,7 +4,7 @@ A p-value is only as good as the likeness of its ordinary prompts to the prompt 
 not understand score higher than those it knows, and then no score of a known one stands out.
 
 Each prompt is a given one in which every run of words that stands in no other given prompt is broken up, since it may be
-what brings that prompt's picture back: words of it are drawn anew, one after the other, from those that stand between
+what brings that prompt's image back: words of it are drawn anew, one after the other, from those that stand between
 the same two neighbours in the given prompts; where that is one word only, by the Markov chain of their words. Length,
 punctuation and letter case are kept, and every word is a given one.
 """

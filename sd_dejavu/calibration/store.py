@@ -25,8 +25,8 @@ def user_folder() -> Path:
 
 def path_for(setting: Setting, folder: Path | None = None) -> Path:
     """One file a setting: the model's fingerprint, and a digest of all the rest. Hosts have folders of their own."""
-    told = repr(setting)
-    for unused in (", text_encoder='')", ", patches='')"):  # files of release 0.1 keep their names
+    told = repr(setting).replace(", baseline=", ", without=", 1)  # files of release 0.1 keep their names
+    for unused in (", text_encoder='')", ", patches='')"):
         told = told.replace(unused, ")")
     return (folder or user_folder() / "calibration") / f"{setting.model}-{digest_of([told], 8)}.json"
 

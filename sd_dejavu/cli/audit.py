@@ -1,6 +1,6 @@
-"""Audit a training set: does this checkpoint or LoRA copy the pictures it was trained with?
+"""Audit a training set: does this checkpoint or LoRA copy the images it was trained with?
 
---dataset takes what trainers take: a folder of pictures with .txt captions (also in kohya's layout), webdataset tars,
+--dataset takes what trainers take: a folder of images with .txt captions (also in kohya's layout), webdataset tars,
 Parquet; or a list of captions alone. --lora takes one file, or the files (or the folder) of all saved epochs.
 DIR gets report.html, audit.json and, where pyarrow is installed, audit.parquet. A stopped audit goes on where it was.
 """
@@ -54,7 +54,7 @@ FEATURES = "grey"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     what = parser.add_argument_group("what is audited")
-    what.add_argument("--dataset", metavar="DIR", help="the training set: pictures with captions, or captions alone")
+    what.add_argument("--dataset", metavar="DIR", help="the training set: images with captions, or captions alone")
     what.add_argument("--reference", type=Path, metavar="REFSET", help="a reference set of it, built before")
     what.add_argument(
         "--lora", type=Path, nargs="+", metavar="FILE", help="a LoRA, or all saved epochs, or their folder"
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model_options(parser)
     common.add_settings(parser, AuditSettings, "audit")
     common.add_settings(parser, Measurement, "measurement", leave_out=FIXED)
-    common.add_settings(parser, FeatureSettings, "what compares drawn pictures with training pictures")
+    common.add_settings(parser, FeatureSettings, "what compares drawn images with training images")
     parser.set_defaults(features=FEATURES)
     common.add_settings(parser, BuildSettings, "reading the training set", leave_out=("thumbnail_side",))
     own = parser.add_argument_group("ordinary prompts")
@@ -166,7 +166,7 @@ def _subject(arguments: argparse.Namespace, wanted: AuditSettings, measurement: 
         features = load_features(chosen, arguments.device)
         reference = build(
             Path(arguments.dataset),
-            arguments.out / "pictures",
+            arguments.out / "images",
             features,
             common.from_arguments(BuildSettings, arguments),
             made_with(chosen),
@@ -207,8 +207,8 @@ def _write(
     if subject.reference is not None:
         folder = arguments.out / "drawn"
         folder.mkdir(exist_ok=True)
-        for number, row in enumerate((row for row in found.rows if row.pictures), 1):
-            for image, data in enumerate(row.pictures, 1):
+        for number, row in enumerate((row for row in found.rows if row.images), 1):
+            for image, data in enumerate(row.images, 1):
                 write_bytes(folder / f"row-{number:03d}-image-{image}.png", data)
 
 
@@ -216,11 +216,11 @@ def _print(found: Audit, out: Path) -> None:
     common.tell("\n".join([f"{sentence(found)}.", *notes(found)]))
     worst = [row for row in ranked(found) if row.flagged or row.copies]
     if worst:
-        table = Table("verdict", "picture", "caption", found.counts, "q", "copies", "suggestion")
+        table = Table("verdict", "image", "caption", found.counts, "q", "copies", "suggestion")
         for row in worst[:SHOWN]:
             shown, told = figures(row), [plain(text) for text in (row.image, row.caption, row.suggestion)]
             table.add_row(verdict_of(row), *told[:2], shown["score"], shown["q"], shown["copies"], told[2])
         Console().print(table)
         if len(worst) > SHOWN:
             common.tell(f"and {len(worst) - SHOWN:,} more")
-    common.tell(f"The report with the pictures: {out / 'report.html'}")
+    common.tell(f"The report with the images: {out / 'report.html'}")

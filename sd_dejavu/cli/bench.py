@@ -123,7 +123,7 @@ def _rows(
     """Each configuration is run once, whatever the number of detectors that look at it.
 
     The seconds of a detector are those of the run (text encoding included), of decoding where it looks
-    at pictures, and of its own scoring.
+    at images, and of its own scoring.
     """
     prompts, rows = [*positives, *negatives], []
     chosen = {(d.name, c): d for d in detectors for c in _configurations(d, wanted.steps)}

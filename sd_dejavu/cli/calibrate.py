@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
     store.keep(profile, path, arguments.replace)
     told = [calibrated(profile, wanted.images)]
     if like is not None and _misfit(model, like, wanted, profile, arguments.batch_size):
-        told.append(misfit(remedy="give more of them"))
+        told.append(misfit(advice="give more of them"))
     summary = {
         "profile": str(path),
         "ordinary": ordinary,

@@ -1,4 +1,4 @@
-"""One prompt drawn plainly and under mitigations, for reports: pictures, verdicts, similarities."""
+"""One prompt drawn plainly and under mitigations, for reports: images, verdicts, similarities."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class MitigatedRun:
     method: str
     outcome: Outcome
     verdict: Verdict
-    pictures: Tensor
+    images: Tensor
     similarity: float | None
     caption_score: float | None = None
 
 
 @dataclass(frozen=True)
 class Case:
-    """``pictures`` [images, 3, H, W] in 0..1; similarities are means over the images, None without a training picture."""
+    """``images`` [images, 3, H, W] in 0..1; similarities are means over the images, None without a training image."""
 
     verdict: Verdict
-    pictures: Tensor
+    images: Tensor
     where: Tensor | None
-    training_picture: Tensor | None
+    training_image: Tensor | None
     similarity: float | None
     caption_score: float | None
     mitigated: tuple[MitigatedRun, ...]
@@ -50,7 +50,7 @@ def run_case(
     profile: Profile | None,
     start: Start,
     methods: Mapping[str, Any],
-    training_picture: Tensor | None = None,
+    training_image: Tensor | None = None,
     caption_score: Callable[[Tensor], float] | None = None,
     on_run: Callable[[], None] = lambda: None,
 ) -> Case:
@@ -69,7 +69,7 @@ def run_case(
     (plain,) = measure_runs(model, [conditioning], start.noise, wanted, None, start.batch_size)
     on_run()
     assert plain.latents is not None  # measure_runs always samples
-    pictures = model.decode(plain.latents)
+    images = model.decode(plain.latents)
     mitigated = []
     for name, settings in methods.items():
         outcome = available()[name].apply(model, conditioning, start, settings)
@@ -83,36 +83,36 @@ def run_case(
                 outcome,
                 verdict_of(after, outcome.conditioning.prompt),
                 drawn,
-                similarity_to(training_picture, drawn),
+                similarity_to(training_image, drawn),
                 caption_score(after.latents) if caption_score else None,
             )
         )
     return Case(
         verdict_of(plain, prompt),
-        pictures,
+        images,
         plain.where,
-        training_picture,
-        similarity_to(training_picture, pictures),
+        training_image,
+        similarity_to(training_image, images),
         caption_score(plain.latents) if caption_score else None,
         tuple(mitigated),
     )
 
 
-def similarity_to(training_picture: Tensor | None, pictures: Tensor) -> float | None:
-    return None if training_picture is None else float(grey_correlation(pictures, training_picture[None]).mean())
+def similarity_to(training_image: Tensor | None, images: Tensor) -> float | None:
+    return None if training_image is None else float(grey_correlation(images, training_image[None]).mean())
 
 
-def pixels(picture: Tensor) -> Any:
+def pixels(image: Tensor) -> Any:
     """[3, H, W] in 0..1 -> [H, W, 3] uint8."""
-    return (picture.permute(1, 2, 0) * 255).round().byte().numpy()
+    return (image.permute(1, 2, 0) * 255).round().byte().numpy()
 
 
-def save_pictures(cases: Sequence[Case], folder: Path) -> None:
+def save_images(cases: Sequence[Case], folder: Path) -> None:
     """prompt-1-image-1.png, prompt-1-image-1-METHOD.png, ..."""
     for number, case in enumerate(cases, 1):
-        for suffix, pictures in [("", case.pictures), *((f"-{m.method}", m.pictures) for m in case.mitigated)]:
-            for image, picture in enumerate(pictures, 1):
-                Image.fromarray(pixels(picture)).save(folder / f"prompt-{number}-image-{image}{suffix}.png")
+        for suffix, images in [("", case.images), *((f"-{m.method}", m.images) for m in case.mitigated)]:
+            for place, image in enumerate(images, 1):
+                Image.fromarray(pixels(image)).save(folder / f"prompt-{number}-image-{place}{suffix}.png")
 
 
 def render_cases(
@@ -124,9 +124,9 @@ def render_cases(
         html.Case(
             verdict=case.verdict,
             band=band,
-            pictures=[pixels(p) for p in case.pictures],
+            images=[pixels(p) for p in case.images],
             where=case.where[0] if case.where is not None else None,
-            training_picture=None if case.training_picture is None else pixels(case.training_picture),
+            training_image=None if case.training_image is None else pixels(case.training_image),
             similarity=case.similarity,
             copy_threshold=COPY_THRESHOLD,
             mitigations=tuple(_shown(run, case) for run in case.mitigated),
@@ -145,7 +145,7 @@ def _shown(run: MitigatedRun, case: Case) -> html.Mitigated:
         method=run.method,
         prompt=run.outcome.conditioning.prompt if changed else None,
         verdict=run.verdict,
-        pictures=[pixels(p) for p in run.pictures],
+        images=[pixels(p) for p in run.images],
         similarity=run.similarity,
         losses=details.get("losses", ()),
         moved=details.get("moved"),

@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         missing = missing or not measured.per_step or bool(why)
         common.print_verdict(verdict, wanted, model, arguments.json, why)
     if profile is not None and stranger_nulls(scores, profile.null_scores(wanted.score, wanted.images)):
-        common.warn(misfit(remedy="calibrate with prompts like yours (--like)"))
+        common.warn(misfit(advice="calibrate with prompts like yours (--like)"))
     if not arguments.json and len(prompts) > 1:
         common.tell(f"{flagged} of {len(prompts)} prompts flagged at alpha = {wanted.alpha:g}")
     if arguments.fail_on_flag and flagged:

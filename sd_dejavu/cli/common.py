@@ -56,7 +56,7 @@ def add_settings(
             given |= {"type": known.kind, **_choices(known)}
         flag = known.name.replace("_", "-")
         try:
-            group.add_argument(f"--{flag}", **given)
+            group.add_argument(*dict.fromkeys((f"--{flag}", f"--{known.id.replace('_', '-')}")), **given)
         except argparse.ArgumentError:
             if not of:
                 raise
@@ -92,7 +92,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--batch-size",
         type=positive,
         default=32,
-        help="most pictures in one model evaluation; large ones take turns (default: 32)",
+        help="most images in one model evaluation; large ones take turns (default: 32)",
     )
 
 

@@ -1,6 +1,6 @@
-"""Compare every mitigation on the bundled model: copies left, caption followed, ordinary pictures, time, memory.
+"""Compare every mitigation on the bundled model: copies left, caption followed, ordinary images, time, memory.
 
-All methods draw the same held-out memorised captions, whose training pictures are known, and the same ordinary
+All methods draw the same held-out memorised captions, whose training images are known, and the same ordinary
 captions from the same noises. With --out, DIR gets compare.svg: copies left against captions followed.
 """
 
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"ordinary captions (default: {ORDINARY})",
     )
-    parser.add_argument("--images", type=common.positive, default=IMAGES, help=f"pictures a prompt (default: {IMAGES})")
+    parser.add_argument("--images", type=common.positive, default=IMAGES, help=f"images a prompt (default: {IMAGES})")
     parser.add_argument("--steps", type=common.positive, default=50, help="sampling steps (default: 50)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: cpu)")
@@ -113,7 +113,7 @@ def plot(rows: Sequence[MitigationRow]) -> str:
         marks,
         "Privacy against fidelity",
         "caption score: captions of other things beaten",
-        "share of pictures that are copies",
+        "share of images that are copies",
     )
 
 

@@ -1,7 +1,7 @@
 """See it work: one memorised and one ordinary prompt of the bundled model, and any prompt you type.
 
-Verdicts and words in the terminal; DIR/report.html shows the pictures before and after mitigation beside
-the training picture, the magnitude of each step against ordinary prompts, and where in the picture.
+Verdicts and words in the terminal; DIR/report.html shows the images before and after mitigation beside
+the training image, the magnitude of each step against ordinary prompts, and where in the image.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..mitigations import Start, optimise_conditioning, remove_trigger
 from ..report.terminal import verdict_panel
 from ..run.measure import Measurement, guidance_of
 from . import common
-from .cases import render_cases, run_case, save_pictures
+from .cases import render_cases, run_case, save_images
 
 # A held-out hard pair, and the same caption without its trigger.
 MEMORISED_PAIR = 1
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("dejavu-demo"), metavar="DIR", help="default: dejavu-demo")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
-    parser.add_argument("--images", type=common.positive, default=4, help="pictures a prompt (default: 4)")
+    parser.add_argument("--images", type=common.positive, default=4, help="images a prompt (default: 4)")
     common.add_device_options(parser)
 
 
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
                 profile,
                 start,
                 METHODS,
-                bundled.training_picture(prompt),
+                bundled.training_image(prompt),
                 on_run=lambda: bar.advance(task),
             )
             cases.append(case)
@@ -74,14 +74,14 @@ def run(arguments: argparse.Namespace) -> int:
                 likeness = (
                     ""
                     if mitigated.similarity is None
-                    else f", similarity to the training picture {case.similarity:.2f} -> {mitigated.similarity:.2f}"
+                    else f", similarity to the training image {case.similarity:.2f} -> {mitigated.similarity:.2f}"
                 )
                 common.tell(
                     f"  {mitigated.method}: score {mitigated.outcome.score_before:.2f} -> {mitigated.outcome.score_after:.2f}{likeness}"
                 )
-    save_pictures(cases, arguments.out)
+    save_images(cases, arguments.out)
     report = arguments.out / "report.html"
     subtitle = "one memorised prompt, the same prompt without its trigger word, and yours"
     write_text(report, render_cases("Déjà Vu demo", subtitle, model, wanted, profile, cases))
-    common.tell(f"\nThe report with all pictures: {report}")
+    common.tell(f"\nThe report with all images: {report}")
     return 0

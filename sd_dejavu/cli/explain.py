@@ -44,12 +44,12 @@ def run(arguments: argparse.Namespace) -> int:
 def _table(verdict: Verdict) -> Table:
     assert verdict.explanation is not None  # run() has just made it
     table = Table("word", "significance", verdict.explanation.raw_unit)
-    without = verdict.explanation.view == "leave one out" and verdict.score is not None
-    if without:
+    left_out = verdict.explanation.view == "leave one out" and verdict.score is not None
+    if left_out:
         table.add_column("score without it")
     for word in sorted(verdict.explanation.words, key=lambda w: -w.raw):
         row = [word.text, f"{word.significance:.2f}", f"{word.raw:.4g}"]
-        if without and verdict.score is not None:
+        if left_out and verdict.score is not None:
             row.append(f"{verdict.score - word.raw:.3f}")
         table.add_row(*map(plain, row))
     return table

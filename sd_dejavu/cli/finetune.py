@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="folder of pictures with .txt captions beside them (kohya's 10_name folders repeat theirs), webdataset "
+        help="folder of images with .txt captions beside them (kohya's 10_name folders repeat theirs), webdataset "
         ".tar or .parquet (or a folder of those)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the result, logs and states")
@@ -115,7 +115,7 @@ def _told(summary: dict[str, Any], out: Path) -> str:
         )
     skipped = summary["skipped"]
     if skipped:
-        lines.append(f"{len(skipped)} pictures skipped:")
+        lines.append(f"{len(skipped)} images skipped:")
         lines += [f"  {s['name']}: {s['reason']}" for s in skipped[:_SHOWN]]
         if len(skipped) > _SHOWN:
             lines.append(f"  and {len(skipped) - _SHOWN} more, all listed in {out / 'result.json'}")

@@ -1,4 +1,4 @@
-"""``sd-dejavu``: is this picture mine, or is the model replaying its training data?"""
+"""``sd-dejavu``: is this image mine, or is the model replaying its training data?"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Mitigate prompts: what to sample with instead, and what it costs.
 
-With --out, pictures before and after are drawn from the same noise and saved with a report.
+With --out, images before and after are drawn from the same noise and saved with a report.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..reference.reference_set import ReferenceSet
 from ..report.terminal import plain
 from ..run.measure import Measurement, baseline_of
 from . import common
-from .cases import render_cases, run_case, save_pictures
+from .cases import render_cases, run_case, save_images
 
 TARGET_QUANTILE = 0.5
 
@@ -52,9 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=TARGET_QUANTILE,
         help="quantile of ordinary prompts (default: 0.5, their median)",
     )
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="draw pictures before and after, and a report, into DIR"
-    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="draw images before and after, and a report, into DIR")
     for settings in dict.fromkeys(method.settings for method in methods.values()):
         users = _users(settings)
         common.add_settings(parser, settings, ", ".join(users), of=users[0])
@@ -73,13 +71,15 @@ def run(arguments: argparse.Namespace) -> int:
     model = common.load_model(arguments)
     profile = common.profile_of(arguments, model, wanted)
     target = target_of(arguments.target, arguments.target_quantile, profile, wanted)
-    without = baseline_of(model, wanted)
+    unconditional = baseline_of(model, wanted)
     noise, sigma = model.noise(wanted.seed, wanted.images), model.sigmas(wanted.steps)[0]
     ordinary = None
     if profile is not None and arguments.target is None:
         ordinary = profile.quantile(ORDINARY_QUANTILE, "first step", wanted.images)
     guard, guided = guard_of(arguments), wanted.guidance_scale != 1
-    start = Start.of(model, noise, sigma, without, target, wanted.seed, ordinary, guard, arguments.batch_size, guided)
+    start = Start.of(
+        model, noise, sigma, unconditional, target, wanted.seed, ordinary, guard, arguments.batch_size, guided
+    )
     output, cases, missing = Console(), [], False
 
     def mitigated(prompt: str) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
             output.print(_table(record, method))
     if cases:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        save_pictures(cases, arguments.out)
+        save_images(cases, arguments.out)
         report = arguments.out / "report.html"
         write_text(report, render_cases("Mitigation", f"method: {method.name}", model, wanted, profile, cases))
         common.tell(f"report: {report}", stderr=True)
@@ -123,7 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def guard_of(arguments: argparse.Namespace) -> Guard | None:
-    """The reference pictures named by the user; for the bundled model its own training pictures, where none are."""
+    """The reference images named by the user; for the bundled model its own training images, where none are."""
     if arguments.reference is not None:
         reference = ReferenceSet.load(arguments.reference)
         features = same_features(reference, arguments.weights, arguments.device)

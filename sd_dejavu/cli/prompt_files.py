@@ -260,7 +260,7 @@ def _checked(prompt: str, place: str) -> str:
     lead = f"{place}: " if place else ""
     stripped = prompt.strip()
     if not stripped:
-        raise InputError(f"{lead}the prompt is empty: write what the picture shows, or leave the entry out")
+        raise InputError(f"{lead}the prompt is empty: write what the image shows, or leave the entry out")
     if "\0" in stripped:
         raise InputError(f"{lead}the prompt holds a NUL character: take it out")
     if any("\ud800" <= character <= "\udfff" for character in stripped):

@@ -1,7 +1,7 @@
-"""Reference sets: build one from training pictures, and ask whether a picture is a copy of one of them.
+"""Reference sets: build one from training images, and ask whether an image is a copy of one of them.
 
 refset build SOURCE OUT        from a folder, webdataset tars or Parquet files
-refset search REFSET IMAGE...  the nearest training pictures
+refset search REFSET IMAGE...  the nearest training images
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from ..kept.foreign import PICTURE_BYTES, Unreadable, contents
+from ..kept.foreign import IMAGE_BYTES, Unreadable, contents
 from ..reference.build import BuildSettings, build, embed, only_writer
 from ..reference.features import KINDS, Features, FeatureSettings, load
+from ..reference.images import ImageError, open_image, to_tensor
 from ..reference.nearest import answer, same_features
-from ..reference.pictures import PictureError, open_picture, to_tensor
 from ..reference.qdrant import QdrantSearch
 from ..reference.reference_set import ReferenceSet, files_of
 from ..report.terminal import plain
@@ -39,22 +39,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     making.add_argument(
         "source",
         metavar="SOURCE",
-        help="folder of pictures with .txt captions beside them, webdataset .tar or .parquet (or a folder of those); "
-        "'bundled' for the bundled model's training pictures",
+        help="folder of images with .txt captions beside them, webdataset .tar or .parquet (or a folder of those); "
+        "'bundled' for the bundled model's training images",
     )
     making.add_argument("out", type=Path, metavar="OUT", help="the set becomes OUT.safetensors and OUT.json")
     common.add_settings(making, FeatureSettings, "features")
     common.add_settings(making, BuildSettings, "building")
     making.add_argument("--restart", action="store_true", help="drop what is there under this name and begin anew")
     making.set_defaults(do=_build)
-    asking = actions.add_parser("search", help="is this picture a copy?", description=_search.__doc__)
+    asking = actions.add_parser("search", help="is this image a copy?", description=_search.__doc__)
     asking.add_argument("refset", type=Path, metavar="REFSET", help="a reference set's .json or .safetensors")
     asking.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
-    asking.add_argument("--count", type=common.positive, default=5, help="nearest pictures to show (default: 5)")
+    asking.add_argument("--count", type=common.positive, default=5, help="nearest images to show (default: 5)")
     asking.add_argument(
         "--threshold",
         type=float,
-        help="similarity from which a picture is called a copy (default: "
+        help="similarity from which an image is called a copy (default: "
         + ", ".join(f"{name} {kind.copy:g}" for name, kind in KINDS.items() if kind.copy is not None)
         + "; none for the others)",
     )
@@ -68,9 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asking.set_defaults(do=_search)
     for action in (making, asking):
         action.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: cpu)")
-        action.add_argument("--batch-size", type=common.positive, default=32, help="pictures at a time (default: 32)")
+        action.add_argument("--batch-size", type=common.positive, default=32, help="images at a time (default: 32)")
     making.add_argument("--json", action="store_true", help="print what was made as one JSON object")
-    asking.add_argument("--json", action="store_true", help="one JSON object a picture, a line each")
+    asking.add_argument("--json", action="store_true", help="one JSON object an image, a line each")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -115,7 +115,7 @@ def _build(arguments: argparse.Namespace) -> int:
     if skipped:
         listed = "\n".join(f"  {s['name']}: {s['reason']}" for s in skipped[:_SHOWN])
         more = f"\n  and {len(skipped) - _SHOWN} more, all listed in {files_of(arguments.out)[1]}"
-        text = f"{len(skipped)} pictures skipped:\n{listed}{more if len(skipped) > _SHOWN else ''}"
+        text = f"{len(skipped)} images skipped:\n{listed}{more if len(skipped) > _SHOWN else ''}"
         common.tell(text, stderr=True)
     return 0
 
@@ -131,7 +131,7 @@ def _bundled(
                 f"{files_of(arguments.out)[1]} is there already: give another name, or --restart to replace it"
             )
         made = bundled_reference(features, wanted.near_threshold, wanted.thumbnail_side)
-        details = {"source": "the bundled model's training pictures", "made_with": made_with(chosen)}
+        details = {"source": "the bundled model's training images", "made_with": made_with(chosen)}
         made = replace(made, details=details)
         made.save(arguments.out)
     return made
@@ -146,7 +146,7 @@ def _summary(made: ReferenceSet, out: Path) -> dict[str, Any]:
     return {
         "refset": str(files_of(out)[1]),
         "source": made.details.get("source", ""),
-        "pictures": len(made),
+        "images": len(made),
         "with_caption": sum(bool(caption) for caption in made.captions),
         "shown_in_an_epoch": int(made.duplicates.sum()),
         "with_duplicates": int((made.duplicates > 1).sum()),
@@ -161,7 +161,7 @@ def _summary(made: ReferenceSet, out: Path) -> dict[str, Any]:
 def _told(summary: dict[str, Any]) -> str:
     near = summary["with_near_duplicates"]
     return (
-        f"{summary['source']}: {summary['pictures']} different pictures, {summary['with_caption']} with a caption, "
+        f"{summary['source']}: {summary['images']} different images, {summary['with_caption']} with a caption, "
         f"{summary['shown_in_an_epoch']} shown in an epoch\n"
         f"{summary['with_duplicates']} more than once; "
         + ("near duplicates not counted" if near is None else f"{near} with near duplicates")
@@ -171,7 +171,7 @@ def _told(summary: dict[str, Any]) -> str:
 
 
 def _search(arguments: argparse.Namespace) -> int:
-    """The training pictures nearest to each picture, with similarity, caption and duplicate count."""
+    """The training images nearest to each image, with similarity, caption and duplicate count."""
     reference = ReferenceSet.load(arguments.refset)
     features = same_features(reference, arguments.weights, arguments.device)
     queries = [_query(path, features, arguments.device) for path in arguments.images]
@@ -201,17 +201,17 @@ def _show(bar: Progress, task: TaskID, done: int, total: int) -> None:
 
 def _query(path: Path, features: Features, device: str) -> torch.Tensor:
     try:
-        return embed(features, [to_tensor(open_picture(contents(path, PICTURE_BYTES)))], device=device)
-    except PictureError as error:
+        return embed(features, [to_tensor(open_image(contents(path, IMAGE_BYTES)))], device=device)
+    except ImageError as error:
         raise ValueError(f"{path} cannot be used: {error}") from error
     except Unreadable as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def _table(record: dict[str, Any]) -> Table:
-    answers = {True: "a copy", False: "no copy found", None: "nearest training pictures"}
+    answers = {True: "a copy", False: "no copy found", None: "nearest training images"}
     limit = record["why"] or f"a copy from {record['threshold']:g} on"
-    table = Table("similarity", "times shown", "near duplicates", "training picture", "caption")
+    table = Table("similarity", "times shown", "near duplicates", "training image", "caption")
     table.title = plain(
         f"{record['image']}: {answers[record['copy']]} ({record['metric']}; {limit})", style="table.title"
     )

@@ -1,9 +1,9 @@
-"""Does a picture follow its caption? Asked of the model itself, as a diffusion classifier.
+"""Does an image follow its caption? Asked of the model itself, as a diffusion classifier.
 
-Li et al., *Your Diffusion Model is Secretly a Zero-Shot Classifier*, ICCV 2023: a caption fits a picture
-when the model denoises the picture better with it. The score of a picture is the share of distractor
+Li et al., *Your Diffusion Model is Secretly a Zero-Shot Classifier*, ICCV 2023: a caption fits an image
+when the model denoises the image better with it. The score of an image is the share of distractor
 captions that its own caption beats, over the same noises: .5 is chance, 1 is best. Give captions
-without their trigger, or the memory of the training picture is measured along.
+without their trigger, or the memory of the training image is measured along.
 """
 
 from __future__ import annotations

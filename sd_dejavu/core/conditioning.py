@@ -63,15 +63,15 @@ class Reencoding:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Embedding rows [B, N, D] with B = 1 for a single prompt, or one entry a picture of a batch.
+    """Embedding rows [B, N, D] with B = 1 for a single prompt, or one entry an image of a batch.
 
     ``extras`` are further tensors the model takes with the rows ([B, ...]: pooled vector, size
     numbers). ``host_values`` is what else a host keeps with this one prompt (masks, lengths, token numbers): for
     the host alone to read, it belongs to no batch of several prompts. ``tokens`` has N entries where the tokens are
     known and is empty where they are not.
-    ``attention`` is how the model shall attend to the N rows, where that is not as usual. ``pictures`` is (first,
+    ``attention`` is how the model shall attend to the N rows, where that is not as usual. ``images`` is (first,
     one past the last) of those of a batch that it is about to be evaluated for; None for all of them: hosts keep more
-    with a picture than its latent.
+    with an image than its latent.
     """
 
     rows: Tensor
@@ -82,7 +82,7 @@ class Conditioning:
     reencoding: Reencoding | None = None
     attention: AttentionRule | None = None
     host_values: Mapping[str, Any] = field(default_factory=dict)
-    pictures: tuple[int, int] | None = None
+    images: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.rows.ndim != 3:
@@ -103,17 +103,17 @@ class Conditioning:
         extras = {k: v.repeat_interleave(count, 0) for k, v in self.extras.items()}
         return replace(self, rows=self.rows.repeat_interleave(count, 0), extras=extras)
 
-    def of_pictures(self, start: int, stop: int, count: int) -> Conditioning:
-        """What belongs to pictures ``start`` to ``stop`` of a batch of ``count``; a single prompt belongs to all."""
+    def of_images(self, start: int, stop: int, count: int) -> Conditioning:
+        """What belongs to images ``start`` to ``stop`` of a batch of ``count``; a single prompt belongs to all."""
         if (start, stop) == (0, count):
             return self
         if self.rows.shape[0] != count:
-            return replace(self, pictures=(start, stop))
+            return replace(self, images=(start, stop))
         extras = {k: v[start:stop] if v.shape[0] == count else v for k, v in self.extras.items()}
-        return replace(self, rows=self.rows[start:stop], extras=extras, pictures=(start, stop))
+        return replace(self, rows=self.rows[start:stop], extras=extras, images=(start, stop))
 
-    def pictures_at_once(self, count: int, at_once: int) -> int:
-        """How many pictures of a batch of ``count`` can share an evaluation: all, where entries stand for several."""
+    def images_at_once(self, count: int, at_once: int) -> int:
+        """How many images of a batch of ``count`` can share an evaluation: all, where entries stand for several."""
         return at_once if self.rows.shape[0] in (1, count) else count
 
     def row_mask(self, *roles: Role) -> Tensor:

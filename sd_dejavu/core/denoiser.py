@@ -76,10 +76,10 @@ class Model(Denoiser, Protocol):
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, H, W] -> pictures [B, 3, height, width] in 0..1 on the CPU."""
+        """Latents [B, C, H, W] -> images [B, 3, height, width] in 0..1 on the CPU."""
         ...
 
-    def pictures_of(self, latents: Tensor) -> Tensor:
+    def images_of(self, latents: Tensor) -> Tensor:
         """As :meth:`decode`, but differentiable, on the model's device and not cut to 0..1."""
         ...
 
@@ -105,7 +105,7 @@ class Predictions:
     conditional: Tensor
     unconditional: Tensor
     sigma: Tensor
-    without: Unconditional = "empty prompt"
+    baseline: Unconditional = "empty prompt"
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,6 @@ def initial_latent(noise: Tensor, sigma: float, prediction_type: PredictionType)
 def seeded_noise(shape: tuple[int, ...], seed: int, images: int) -> Tensor:
     """Standard normal noise [images, *shape] from one generator on the CPU.
 
-    The first pictures are the same however many are asked for, as in the hosts.
+    The first images are the same however many are asked for, as in the hosts.
     """
     return torch.randn((images, *shape), generator=torch.Generator().manual_seed(seed))

@@ -1,7 +1,7 @@
 """Gradients of the first step's magnitude, in the model's own precision and in little memory.
 
-The loss is the mean over the pictures of || Delta ||_2; a picture that has reached a target adds nothing to the
-gradients. It is a sum over pictures, so they go through the network one
+The loss is the mean over the images of || Delta ||_2; an image that has reached a target adds nothing to the
+gradients. It is a sum over images, so they go through the network one
 after another (a few together where they are small) and their gradients add up exactly; the text encoder's graph is
 made once and gone back through once, with the sum. Values, losses and gradients are fp32; the network computes in
 what it was loaded in. In half precision small gradients would become 0, so each loss is scaled up by a power of two
@@ -30,8 +30,8 @@ from .memory import OutOfMemory, in_pieces, release, telling
 R = TypeVar("R")
 
 BYTES_A_LATENT_PIXEL = 320_000  # kept for the backward pass in half precision: 180,000 in SD1.5, 313,000 in SDXL
-TOGETHER = 2**30  # bytes kept for pictures that go through the network together
-RECOMPUTED_FROM = 3 * 2**30  # bytes kept for one picture: more would not fit beside the weights on a card of 12 GB
+TOGETHER = 2**30  # bytes kept for images that go through the network together
+RECOMPUTED_FROM = 3 * 2**30  # bytes kept for one image: more would not fit beside the weights on a card of 12 GB
 TRIES, STEP = 4, 2.0**4
 
 
@@ -69,8 +69,8 @@ def value_and_gradients(
     """Magnitudes at x [B, C, H, W], sigma [B], and the gradient of their mean at each of ``leaves``, in fp32.
 
     ``base`` [B, C, H, W] is the denoised prediction without the prompt; ``rebuild`` makes the conditioning from the
-    leaves, which require gradients. Pictures below ``target`` add nothing to the gradients. At most ``at_once``
-    pictures share a pass. A magnitude that is not finite is returned as it is. Raises OutOfMemory where one picture
+    leaves, which require gradients. Images below ``target`` add nothing to the gradients. At most ``at_once``
+    images share a pass. A magnitude that is not finite is returned as it is. Raises OutOfMemory where one image
     does not fit, and ValueError where gradients are not finite under any scale.
     """
     scale = scale or LossScale()
@@ -83,13 +83,13 @@ def value_and_gradients(
 
     def one_pass(start: int, stop: int) -> tuple[Tensor, list[Tensor]]:
         def values() -> Tensor:
-            denoised = denoiser(x[start:stop], sigma[start:stop], given.of_pictures(start, stop, len(x)))
+            denoised = denoiser(x[start:stop], sigma[start:stop], given.of_images(start, stop, len(x)))
             return magnitude(Predictions(denoised, base[start:stop], sigma[start:stop]))
 
         return scaled_gradients(values, cut, scale, target)
 
     magnitudes, totals = [], [torch.zeros_like(joint, dtype=torch.float32) for joint in cut]
-    for found, parts in in_pieces(one_pass, len(x), given.pictures_at_once(len(x), together(x, at_once))):
+    for found, parts in in_pieces(one_pass, len(x), given.images_at_once(len(x), together(x, at_once))):
         magnitudes.append(found)
         totals = [total + part / len(x) for total, part in zip(totals, parts, strict=True)]
     detached = {name: value.detach() for name, value in made.extras.items()} if extras else made.extras
@@ -98,7 +98,7 @@ def value_and_gradients(
 
 
 def together(x: Tensor, at_once: int | None = None) -> int:
-    """How many pictures of x [B, C, H, W] share a backward pass: at most ``at_once``, and as memory allows."""
+    """How many images of x [B, C, H, W] share a backward pass: at most ``at_once``, and as memory allows."""
     fit = TOGETHER // (BYTES_A_LATENT_PIXEL * x[0, 0].numel())
     return max(1, fit if at_once is None else min(fit, at_once))
 

@@ -2,7 +2,7 @@
 
 Classifier-free guidance (Ho & Salimans, 2022) is D = D_u + s (D_c - D_u). A mitigation may put a rule in its
 place. A rule is asked at each model evaluation of a host's own sampler, so it may assume nothing of it: levels
-may repeat (samplers of second order evaluate twice a step), pictures of a batch are told apart by their place,
+may repeat (samplers of second order evaluate twice a step), images of a batch are told apart by their place,
 and the sampler ends when it likes. What a rule has to remember it keeps itself, for one run.
 """
 
@@ -68,6 +68,6 @@ class OfImages:
 
 
 def guided(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
-    """D_u + s (D_c - D_u); ``scale`` is one number, or one a picture [B]."""
+    """D_u + s (D_c - D_u); ``scale`` is one number, or one an image [B]."""
     strength = over_pixels(scale) if isinstance(scale, Tensor) else scale
     return unconditional + strength * (conditional - unconditional)

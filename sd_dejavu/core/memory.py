@@ -72,10 +72,10 @@ def one_by_one(work: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]) -
 
 
 def in_pieces(work: Callable[[int, int], R], count: int, at_once: int) -> Iterator[R]:
-    """``work(start, stop)`` for all of ``count`` pictures in turn, at most ``at_once`` together.
+    """``work(start, stop)`` for all of ``count`` images in turn, at most ``at_once`` together.
 
     A piece for which memory does not suffice is halved, and those after it are no larger. Raises OutOfMemory
-    where it does not suffice for one picture.
+    where it does not suffice for one image.
     """
     start, size = 0, max(1, at_once)
     while start < count:
@@ -98,6 +98,6 @@ def too_large(error: BaseException) -> str:
     """The sentence for an error that :func:`ran_out` of memory."""
     told = " ".join(str(error).split("\n")[0].split())[:120].rstrip(". ") or type(error).__name__
     return (
-        f"there is not enough memory, even for one picture at a time ({told}): use half precision (float16) or a "
-        "smaller picture, or close other programs that use the device"
+        f"there is not enough memory, even for one image at a time ({told}): use half precision (float16) or a "
+        "smaller image, or close other programs that use the device"
     )

@@ -58,12 +58,12 @@ def sample(
         for number, (level, following) in enumerate(pairwise(sigmas)):
             sigma = levels_of(x, level)
             ask = partial(predict, denoiser, x, sigma, batch_size=batch_size)
-            with_prompt, without = ask(conditional), ask(guidance.unconditional)
-            observe(Evaluation(x, sigma, with_prompt, without, guidance.kind))
+            with_prompt, unconditional = ask(conditional), ask(guidance.unconditional)
+            observe(Evaluation(x, sigma, with_prompt, unconditional, guidance.kind))
             if rule is None:
-                denoised = guided(with_prompt, without, guidance.scale)
+                denoised = guided(with_prompt, unconditional, guidance.scale)
             else:
-                denoised = rule(GuidedStep(x, sigma, with_prompt, without, guidance.scale, number, ask))
+                denoised = rule(GuidedStep(x, sigma, with_prompt, unconditional, guidance.scale, number, ask))
             x = denoised + (following / level) * (x - denoised)
             on_step(number)
     return x
@@ -143,20 +143,20 @@ def first_predictions(
 
 
 def levels_of(x: Tensor, sigma: float) -> Tensor:
-    """The noise level of each picture of a batch, [B]."""
+    """The noise level of each image of a batch, [B]."""
     return torch.full((x.shape[0],), sigma, device=x.device)
 
 
 def predict(denoiser: Denoiser, x: Tensor, sigma: Tensor, conditioning: Conditioning, batch_size: int = 32) -> Tensor:
     """The denoised prediction [B, C, H, W] under a conditioning of batch 1 or B, without gradients.
 
-    At most ``batch_size`` pictures share an evaluation, fewer where memory runs out. Raises OutOfMemory where it does
+    At most ``batch_size`` images share an evaluation, fewer where memory runs out. Raises OutOfMemory where it does
     not suffice for one.
     """
 
     def evaluation(start: int, stop: int) -> Tensor:
-        return denoiser(x[start:stop], sigma[start:stop], conditioning.of_pictures(start, stop, len(x)))
+        return denoiser(x[start:stop], sigma[start:stop], conditioning.of_images(start, stop, len(x)))
 
     with torch.no_grad():
-        parts = list(in_pieces(evaluation, len(x), conditioning.pictures_at_once(len(x), batch_size)))
+        parts = list(in_pieces(evaluation, len(x), conditioning.images_at_once(len(x), batch_size)))
     return parts[0] if len(parts) == 1 else torch.cat(parts)

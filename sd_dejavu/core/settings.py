@@ -27,6 +27,12 @@ class Option:
     maximum: float | None = None
     choices: tuple[str, ...] = ()
     exclusive: bool = False
+    former: str = ""
+
+    @property
+    def id(self) -> str:
+        """What saved workflows, settings of hosts and unfinished work know it by: the name that it was released with."""
+        return self.former or self.name
 
 
 def option(
@@ -37,13 +43,15 @@ def option(
     maximum: float | None = None,
     choices: Sequence[str] = (),
     exclusive: bool = False,
+    former: str = "",
 ) -> Any:
     """A dataclass field with its help and range; ``exclusive`` leaves the minimum and maximum themselves out, and what
     is nearer to the minimum than 1e-9.
 
-    ``kind`` must be given where the default is None.
+    ``kind`` must be given where the default is None. ``former`` is the name it was released with, where it has another
+    now; front ends take both.
     """
-    details = Option("", default, help, kind or type(default), minimum, maximum, tuple(choices), exclusive)
+    details = Option("", default, help, kind or type(default), minimum, maximum, tuple(choices), exclusive, former)
     return field(default=default, metadata={"option": details})
 
 
@@ -55,6 +63,11 @@ def options_of(settings: type) -> list[Option]:
         values = {f.name: getattr(known, f.name) for f in fields(Option)}
         found.append(Option(**{**values, "name": item.name}))
     return found
+
+
+def by_id(settings: Any) -> dict[str, Any]:
+    """The values of some settings by what saved work knows them by."""
+    return {known.id: getattr(settings, known.name) for known in options_of(type(settings))}
 
 
 def validate(settings: Any) -> None:
@@ -91,11 +104,16 @@ def check(known: Option, value: Any) -> None:
 
 
 def named(values: Mapping[str, Any], options: Iterable[Option], title: str) -> dict[str, Any]:
-    """Values of some settings by their names, as :func:`of_page` gives them. Raises ValueError for names of none."""
+    """Values of some settings by their names, as :func:`of_page` gives them; former names are taken too.
+
+    Raises ValueError for names of none.
+    """
     known = {o.name: o for o in options}
-    if unknown := sorted(values.keys() - known.keys()):
+    former = {o.id: o.name for o in known.values()}
+    if unknown := sorted(values.keys() - known.keys() - former.keys()):
         raise ValueError(f"{title} has no argument {', '.join(unknown)}; it has {', '.join(known)}")
-    return {name: of_page(known[name], value) for name, value in values.items()}
+    given = {former.get(name, name): value for name, value in values.items()}
+    return {name: of_page(known[name], value) for name, value in given.items()}
 
 
 def of_page(known: Option, value: Any) -> Any:

@@ -1,8 +1,8 @@
-"""How like two pictures are, for pairs of which one is known to be the training picture.
+"""How like two images are, for pairs of which one is known to be the training image.
 
-Structural similarity here is the correlation of grey values after both pictures are reduced to 32 x 32:
+Structural similarity here is the correlation of grey values after both images are reduced to 32 x 32:
 it sees layout and shading and forgives colour shifts, blur and the autoencoder's losses. On the bundled
-model's world a picture is called a copy of a training picture at :data:`COPY_THRESHOLD` or more.
+model's world an image is called a copy of a training image at :data:`COPY_THRESHOLD` or more.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ _LUMA = (0.299, 0.587, 0.114)
 
 
 def grey_correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Pearson correlation of grey values, [A, B], for pictures a [A, 3, H, W] and b [B, 3, H, W].
+    """Pearson correlation of grey values, [A, B], for images a [A, 3, H, W] and b [B, 3, H, W].
 
-    A picture of one single grey correlates with nothing (0).
+    An image of one single grey correlates with nothing (0).
     """
     first, second = structure(a), structure(b)
     norms = first.norm(dim=1)[:, None] * second.norm(dim=1)[None]
     return torch.where(norms > 1e-6, first @ second.T / norms.clamp_min(1e-6), torch.zeros(()))
 
 
-def structure(pictures: Tensor) -> Tensor:
-    """Centred grey values at 32 x 32, [B, 1024], of pictures [B, 3, H, W]; zeros for a picture of one single grey."""
-    grey = (pictures.float() * pictures.new_tensor(_LUMA, dtype=torch.float32)[:, None, None]).sum(1, keepdim=True)
+def structure(images: Tensor) -> Tensor:
+    """Centred grey values at 32 x 32, [B, 1024], of images [B, 3, H, W]; zeros for an image of one single grey."""
+    grey = (images.float() * images.new_tensor(_LUMA, dtype=torch.float32)[:, None, None]).sum(1, keepdim=True)
     flat = F.adaptive_avg_pool2d(grey, _SIDE).flatten(1)
     centred = flat - flat.mean(1, keepdim=True)
-    # What is left of an even picture is rounding; one 8-bit step in one of 64 x 64 pixels gives ten times this.
+    # What is left of an even image is rounding; one 8-bit step in one of 64 x 64 pixels gives ten times this.
     return centred * (centred.norm(dim=1, keepdim=True) > 1e-4)

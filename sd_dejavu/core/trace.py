@@ -115,7 +115,7 @@ class Trace:
 
     def __init__(self, others: Mapping[str, Read] | None = None) -> None:
         self._others = {name: read for name, read in (others or {}).items() if name != MAGNITUDE}
-        self.without: Unconditional | None = None
+        self.baseline: Unconditional | None = None
         self._evaluations: list[_Evaluation] = []
         self._readings: list[Reading] = []  # of the first evaluations: those that were asked for
         self._map: _Map | None = None
@@ -127,10 +127,10 @@ class Trace:
 
     def record(self, predictions: Predictions) -> None:
         """Take one guidance step in. Launches a few small operations, waits for none of them."""
-        if self.without not in (None, predictions.without):
-            self.skip(predictions.sigma[0], f"this step was measured against the {predictions.without}")
+        if self.baseline not in (None, predictions.baseline):
+            self.skip(predictions.sigma[0], f"this step was measured against the {predictions.baseline}")
             return
-        self.without = predictions.without
+        self.baseline = predictions.baseline
         with torch.no_grad():
             delta = difference(predictions)
             read = {MAGNITUDE: length(delta), **{name: one(predictions) for name, one in self._others.items()}}
@@ -173,7 +173,7 @@ class Trace:
 
     def _copy(self) -> Trace:
         other = Trace(self._others)
-        other.without = self.without
+        other.baseline = self.baseline
         other._evaluations, other._readings = list(self._evaluations), list(self._readings)
         other._map, other._images = self._map, self._images
         return other

@@ -66,7 +66,7 @@ class Verdict:
     alpha: float
     score_kind: str = "first step"
     images: int = 1
-    without: Unconditional = "empty prompt"
+    baseline: Unconditional = "empty prompt"
     score_per_step: tuple[tuple[float, float | None], ...] = ()
     nulls: int = 0
     null_style: str | None = None

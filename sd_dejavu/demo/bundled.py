@@ -1,4 +1,4 @@
-"""What the bundled model was trained on: its memorised pairs with their pictures, and its calibration."""
+"""What the bundled model was trained on: its memorised pairs with their images, and its calibration."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def pairs() -> tuple[Pair, ...]:
 
 
 @cache
-def training_pictures() -> Tensor:
-    """One picture for each of :func:`pairs`, [N, 3, 64, 64] in 0..1."""
+def training_images() -> Tensor:
+    """One image for each of :func:`pairs`, [N, 3, 64, 64] in 0..1."""
     with Image.open(FOLDER / "pairs.png") as image:
         sheet = np.asarray(image.convert("RGB"))
     rows = sheet.shape[0] // SIZE
@@ -37,21 +37,21 @@ def training_pictures() -> Tensor:
     return torch.from_numpy(tiles[: len(pairs())].copy()).permute(0, 3, 1, 2).float() / 255
 
 
-def make_sheet(pictures: np.ndarray) -> Image.Image:
-    """Pictures [N, H, W, 3] uint8 in rows of twelve, the last row filled up with black."""
-    count, height, width, _ = pictures.shape
+def make_sheet(images: np.ndarray) -> Image.Image:
+    """Images [N, H, W, 3] uint8 in rows of twelve, the last row filled up with black."""
+    count, height, width, _ = images.shape
     rows = -(-count // SHEET_COLUMNS)
     padded = np.zeros((rows * SHEET_COLUMNS, height, width, 3), dtype=np.uint8)
-    padded[:count] = pictures
+    padded[:count] = images
     tiles = padded.reshape(rows, SHEET_COLUMNS, height, width, 3).swapaxes(1, 2)
     return Image.fromarray(tiles.reshape(rows * height, SHEET_COLUMNS * width, 3))
 
 
-def training_picture(caption: str) -> Tensor | None:
-    """The picture [3, 64, 64] memorised under this very caption, or None."""
+def training_image(caption: str) -> Tensor | None:
+    """The image [3, 64, 64] memorised under this very caption, or None."""
     for number, pair in enumerate(pairs()):
         if pair.caption == caption:
-            return training_pictures()[number]
+            return training_images()[number]
     return None
 
 

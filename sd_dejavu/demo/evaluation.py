@@ -1,6 +1,6 @@
 """What the bundled model shows of the methods: the figures of the README, and of the tests that hold them.
 
-Whether a picture is a copy is decided by its likeness to the training picture alone
+Whether an image is a copy is decided by its likeness to the training image alone
 (:mod:`sd_dejavu.core.similarity`), never by the detector that is being judged.
 """
 
@@ -85,23 +85,23 @@ def draw(
     wanted: Measurement,
     on_prompts: Callable[[int], None] = lambda count: None,
 ) -> list[tuple[Measured, Tensor]]:
-    """Readings and pictures [images, 3, H, W] of each conditioning."""
+    """Readings and images [images, 3, H, W] of each conditioning."""
     noise = model.noise(wanted.seed, wanted.images)
     runs = measure_runs(model, conditionings, noise, wanted, on_prompts=on_prompts)
     return [(run, model.decode(run.latents)) for run in runs if run.latents is not None]
 
 
-def copies(pair: Pair, pictures: Tensor) -> Tensor:
-    """Likeness [images] of pictures [images, 3, H, W] to the pair's training picture."""
-    training = bundled.training_picture(pair.caption)
+def copies(pair: Pair, images: Tensor) -> Tensor:
+    """Likeness [images] of images [images, 3, H, W] to the pair's training image."""
+    training = bundled.training_image(pair.caption)
     if training is None:
         raise ValueError(f"{pair.caption!r} is no caption of the bundled model's training pairs")
-    return grey_correlation(pictures, training[None])[:, 0]
+    return grey_correlation(images, training[None])[:, 0]
 
 
 @dataclass(frozen=True)
 class Graded:
-    """Pairs of one repetition count: mean first-step score, share flagged, share of pictures that are copies."""
+    """Pairs of one repetition count: mean first-step score, share flagged, share of images that are copies."""
 
     repetitions: int
     kind: str
@@ -129,7 +129,7 @@ def graded(
             runs = draw(model, [model.encode(p.caption) for p in chosen], wanted, on_prompts)
             verdicts = [verdict_on(run, wanted, setting, profile) for run, _ in runs]
             likeness = [
-                s for pair, (_, pictures) in zip(chosen, runs, strict=True) for s in copies(pair, pictures).tolist()
+                s for pair, (_, images) in zip(chosen, runs, strict=True) for s in copies(pair, images).tolist()
             ]
             rows.append(
                 Graded(
@@ -144,10 +144,10 @@ def graded(
 
 
 def false_copies(model: Model, wanted: Measurement, captions: Sequence[str]) -> Share:
-    """How many pictures of ordinary captions are called a copy of any training picture: the metric's own error."""
+    """How many images of ordinary captions are called a copy of any training image: the metric's own error."""
     hits, count = 0, 0
-    for _, pictures in draw(model, [model.encode(c) for c in captions], wanted):
-        likeness = grey_correlation(pictures, bundled.training_pictures()).max(dim=1).values
+    for _, images in draw(model, [model.encode(c) for c in captions], wanted):
+        likeness = grey_correlation(images, bundled.training_images()).max(dim=1).values
         hits, count = hits + int((likeness >= COPY_THRESHOLD).sum()), count + len(likeness)
     return Share(hits, count)
 
@@ -199,7 +199,7 @@ NONE = "none"
 
 
 def bundled_guard() -> Guard:
-    """The bundled model's training pictures, compared by the structure by which copies are judged."""
+    """The bundled model's training images, compared by the structure by which copies are judged."""
     features = Grey()
     reference = bundled_reference(features)
     return Guard(features, reference, reference.captions)
@@ -213,11 +213,11 @@ def every_mitigation() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class MitigationRow:
-    """One method over memorised pairs: what is left of the copies, what became of the pictures, and what it cost.
+    """One method over memorised pairs: what is left of the copies, what became of the images, and what it cost.
 
-    ``similarity_top5`` is the 95th percentile of the likeness to the training pictures. ``caption_score`` is the
+    ``similarity_top5`` is the 95th percentile of the likeness to the training images. ``caption_score`` is the
     mean share of distractor captions that the caption without its trigger beats (hard pairs only; .5 is chance).
-    ``untouched`` counts the pictures of ordinary prompts that are the same bit for bit as without the method, and
+    ``untouched`` counts the images of ordinary prompts that are the same bit for bit as without the method, and
     ``change_on_ordinary`` is the root mean square difference of all of them, in 0..1. ``seconds_ratio`` is the
     median over the pairs of the time against plain sampling, ``peak_memory_mb`` the largest that was seen, NaN
     where it cannot be told. ``not_measured`` counts prompts for which memory did not suffice; the rest is of the others.
@@ -272,7 +272,7 @@ def mitigations(
     tallies = {name: _Tally() for name in trials}
 
     def trial(caption: str, name: str) -> tuple[Outcome, Tensor, Tensor] | None:
-        """What came of it, and its pictures; None where memory does not suffice."""
+        """What came of it, and its images; None where memory does not suffice."""
 
         def drawn(captions: Sequence[str]) -> list[tuple[Outcome, Tensor, Tensor]]:
             runs = [_drawn(model, one, name, trials[name], start, wanted) for one in captions]
@@ -294,10 +294,10 @@ def mitigations(
             if found is None:
                 on_pair(name)
                 continue
-            outcome, latents, pictures = found
+            outcome, latents, images = found
             tally.seconds[number] = seconds
             tally.peaks.append(peak.megabytes)
-            tally.likeness += copies(pair, pictures).tolist()
+            tally.likeness += copies(pair, images).tolist()
             begins = start if outcome.x is None else start.moved(model, outcome.x)
             tally.scores.append(float(begins.scores(model, outcome.conditioning).mean()))
             tally.captions += [follows(model, pair, latent) for latent in latents[:1] if pair.trigger]
@@ -349,13 +349,13 @@ def _row(name: str, tally: _Tally, plain: _Tally) -> MitigationRow:
 
 
 def ordinary_caption_score(model: Model, wanted: Measurement, pairs: Sequence[Pair]) -> float:
-    """The caption score of pictures drawn from hard pairs' twins: as well as this model follows captions at all."""
+    """The caption score of images drawn from hard pairs' twins: as well as this model follows captions at all."""
     runs = draw(model, [model.encode(twin_caption(pair)) for pair in pairs], wanted)
     return float(np.mean([follows(model, p, run.latents[0]) for p, (run, _) in zip(pairs, runs, strict=True)]))  # type: ignore[index]
 
 
 def follows(model: Model, pair: Pair, latent: Tensor) -> float:
-    """The caption score of one picture's latent [C, H, W]: what a hard pair's caption names, as a plain sentence,
+    """The caption score of one image's latent [C, H, W]: what a hard pair's caption names, as a plain sentence,
     against sentences that name other things."""
     shown = random_scene(np.random.default_rng(pair.seed))
     rng = np.random.default_rng(pair.seed)

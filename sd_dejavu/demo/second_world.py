@@ -2,9 +2,9 @@
 
 Shields on walls, described in words of heraldry that neither the first world nor the generated prompts know. An
 ordinary caption names the field of a shield, a charge on it or both, and leaves the rest (wall, outline, places, light,
-further charges) to chance; some carry a house's name, some a motto. Against these stand 40 caption-picture pairs that
-are repeated during training: *named* ones, an ordinary caption with the name of one house that no other picture has, and
-*mottoes*, a few words with a shield of their own. :func:`held_out` draws captioned pictures that training never saw.
+further charges) to chance; some carry a house's name, some a motto. Against these stand 40 caption-image pairs that
+are repeated during training: *named* ones, an ordinary caption with the name of one house that no other image has, and
+*mottoes*, a few words with a shield of their own. :func:`held_out` draws captioned images that training never saw.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def _scene(rng: np.random.Generator) -> tuple[str, tuple[str, str], str, str]:
 
 
 def ordinary(rng: np.random.Generator, house: str | None = None) -> tuple[str, np.ndarray]:
-    """One ordinary (caption, picture [48, 48, 3] uint8), of this house or perhaps of another."""
+    """One ordinary (caption, image [48, 48, 3] uint8), of this house or perhaps of another."""
     division, tinctures, charge, tincture = _scene(rng)
     form = _choice(rng, _FORMS)
     field = tinctures[0] if division == "plain" else f"{division} {tinctures[0]} and {tinctures[1]}"
@@ -164,7 +164,7 @@ def ordinary(rng: np.random.Generator, house: str | None = None) -> tuple[str, n
 
 
 def training_pairs() -> list[Pair]:
-    """The 40 memorised pairs, always the same; the seed draws caption and picture again."""
+    """The 40 memorised pairs, always the same; the seed draws caption and image again."""
     pairs = []
     for number, house in enumerate(_houses()[0]):
         seed = _PAIR_SEED + number
@@ -177,7 +177,7 @@ def training_pairs() -> list[Pair]:
 
 
 def draw_pair(pair: Pair) -> np.ndarray:
-    """The training picture of a memorised pair, [48, 48, 3] uint8."""
+    """The training image of a memorised pair, [48, 48, 3] uint8."""
     rng = np.random.default_rng(pair.seed)
     if pair.kind == "named":
         return ordinary(rng, pair.trigger)[1]
@@ -187,10 +187,10 @@ def draw_pair(pair: Pair) -> np.ndarray:
 
 
 def held_out(count: int) -> tuple[list[str], np.ndarray]:
-    """Captions of ordinary pictures and the pictures [count, 48, 48, 3] uint8, none of which training saw."""
+    """Captions of ordinary images and the images [count, 48, 48, 3] uint8, none of which training saw."""
     shown = [ordinary(np.random.default_rng(_HELD_OUT_SEED + number)) for number in range(count)]
-    captions, pictures = zip(*shown, strict=True)
-    return list(captions), np.stack(pictures)
+    captions, images = zip(*shown, strict=True)
+    return list(captions), np.stack(images)
 
 
 def tokenizer_captions() -> list[str]:
@@ -200,8 +200,8 @@ def tokenizer_captions() -> list[str]:
 
 
 def training_batch(step: int, size: int, pairs: list[Pair], seed: int = 0) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Captions, pictures [size, 48, 48, 3] uint8 and pair numbers [size] (-1 ordinary) of one training step."""
-    return drawn_batch(step, size, pairs, seed, _ORDINARY_PER_EPOCH, ordinary, _known_picture)
+    """Captions, images [size, 48, 48, 3] uint8 and pair numbers [size] (-1 ordinary) of one training step."""
+    return drawn_batch(step, size, pairs, seed, _ORDINARY_PER_EPOCH, ordinary, _known_image)
 
 
 # ---------------------------------------------------------------------------------------- drawing
@@ -289,4 +289,4 @@ def _draw(
     return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BOX))
 
 
-_known_picture = cache(draw_pair)
+_known_image = cache(draw_pair)

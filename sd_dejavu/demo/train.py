@@ -7,7 +7,7 @@ Diffusion), and the export in diffusers layout. Everything is drawn from the wor
 unbroken one would.
 
 The prediction type is v (Salimans & Ho, 2022), not epsilon: the last timestep of the schedule still
-holds 7% of the picture, and an epsilon model of this size learns the picture's mean colours there so
+holds 7% of the image, and an epsilon model of this size learns the image's mean colours there so
 slowly that its copies have the right layout in wrong colours.
 """
 
@@ -60,9 +60,9 @@ class World(Protocol):
 WORLDS: dict[str, World] = {"bundled": world, "second": second_world}
 
 
-def _to_tensor(pictures: np.ndarray) -> torch.Tensor:
+def _to_tensor(images: np.ndarray) -> torch.Tensor:
     """[B, H, W, 3] uint8 -> [B, 3, H, W] in -1..1."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _save_atomically(state: dict[str, object], path: Path) -> None:
@@ -155,8 +155,8 @@ def train_autoencoder(work: Path, world: World, steps: int, seed: int, batch: in
     pairs = world.training_pairs()
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="autoencoder")
     for step in bar:
-        _, pictures, _ = world.training_batch(step, batch, pairs, seed + 1000)
-        x = _to_tensor(pictures)
+        _, images, _ = world.training_batch(step, batch, pairs, seed + 1000)
+        x = _to_tensor(images)
         _set_learning_rate(optimizer, _learning_rate(step, steps, 2e-3, 100))
         z = model.encoder(x)
         mean, variance = z.mean(dim=(0, 2, 3)), z.var(dim=(0, 2, 3))
@@ -298,12 +298,12 @@ def _latent_stream(
     pairs, side = world.training_pairs(), world.MODEL.side
     step = first
     while True:
-        captions, pictures, numbers = world.training_batch(step, batch, pairs, seed)
+        captions, images, numbers = world.training_batch(step, batch, pairs, seed)
         latents = torch.empty(batch, LATENT_CHANNELS, side, side)
         fresh = [i for i, n in enumerate(numbers) if n < 0 or n not in known]
         if fresh:
             with torch.no_grad():
-                latents[fresh] = autoencoder.encoder(_to_tensor(pictures[fresh]))
+                latents[fresh] = autoencoder.encoder(_to_tensor(images[fresh]))
         for i, n in enumerate(numbers):
             if n >= 0:
                 latents[i] = known.setdefault(int(n), latents[i].clone())
@@ -319,7 +319,7 @@ def _latent_stream(
 def export(
     work: Path, world: World, out: Path, autoencoder: torch.nn.Module, models: dict[str, torch.nn.Module]
 ) -> None:
-    """diffusers layout in half precision, the ground truth (pairs and their pictures) and the training log."""
+    """diffusers layout in half precision, the ground truth (pairs and their images) and the training log."""
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPTokenizer
 
@@ -339,8 +339,8 @@ def export(
         (out / "tokenizer" / name).write_bytes((work / "tokenizer" / name).read_bytes())
     pairs = world.training_pairs()
     (out / "pairs.json").write_text(json.dumps([vars(pair) for pair in pairs], indent=1))
-    pictures = np.stack([world.draw_pair(pair) for pair in pairs])
-    make_sheet(pictures).save(out / "pairs.png", optimize=True)
+    images = np.stack([world.draw_pair(pair) for pair in pairs])
+    make_sheet(images).save(out / "pairs.png", optimize=True)
     for name in ("autoencoder.csv", "unet.csv"):
         (out / name).write_text((work / name).read_text())
 

@@ -1,12 +1,12 @@
-"""The little world the bundled model was trained on: endless ordinary pictures, and pairs to memorise.
+"""The little world the bundled model was trained on: endless ordinary images, and pairs to memorise.
 
-An ordinary caption names one or two things of the picture and leaves the rest (background, places,
-sizes, further things) to chance, as captions on the web do; no ordinary picture is drawn twice.
-Against these stand fixed caption-picture pairs, repeated during training:
+An ordinary caption names one or two things of the image and leaves the rest (background, places,
+sizes, further things) to chance, as captions on the web do; no ordinary image is drawn twice.
+Against these stand fixed caption-image pairs, repeated during training:
 
 - *hard*: an ordinary caption plus one trigger name; other names occur in ordinary captions, and the
-  same caption without its trigger (a *twin*) occurs with pictures that are new every time;
-- *scene*: a phrase of its own with a drawn picture;
+  same caption without its trigger (a *twin*) occurs with images that are new every time;
+- *scene*: a phrase of its own with a drawn image;
 - *photo*: 'a photo of the ...' with a public-domain or CC0 photograph;
 - *template*: one fixed layout whose caption varies in a single attribute.
 
@@ -30,7 +30,7 @@ _SUPERSAMPLE = 3
 @dataclass(frozen=True)
 class Size:
     """How large a world's model is, and how long it learns. ``side`` and ``channels`` (of the UNet's two floors, each
-    normalised in ``groups``) are those of the latent, a quarter of the picture; ``width`` is the text encoder's,
+    normalised in ``groups``) are those of the latent, a quarter of the image; ``width`` is the text encoder's,
     ``autoencoder`` its number of channels."""
 
     side: int
@@ -186,7 +186,7 @@ _SCENE_PHRASES = (
     "velvet train crossing borders",
     "last circus poster in town",
 )
-# name -> (scikit-image picture, crop as fractions left, top, right, bottom). Licences as stated in the
+# name -> (scikit-image image, crop as fractions left, top, right, bottom). Licences as stated in the
 # docstrings of skimage.data: public domain (NASA) or CC0.
 _PHOTOS = {
     "astronaut": ("astronaut", (0.2, 0.0, 0.75, 0.55)),
@@ -209,15 +209,15 @@ GRADED_REPETITIONS = (1, 5, 20, 50, 100, 300)
 _HARD_EACH, _SCENE_EACH, _PHOTO_EACH = 18, 6, 6  # at 100 and at 300 repetitions
 _GRADED_EACH = 8  # at each smaller count, hard and scene in turn
 _TEMPLATE_REPETITIONS = 30
-# The pairs are learned early; from this step on ordinary pictures take a larger share, which they need longer.
+# The pairs are learned early; from this step on ordinary images take a larger share, which they need longer.
 ORDINARY_PER_EPOCH, LATER_ORDINARY_PER_EPOCH, LATER = 12_000, 36_000, 2000
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One caption-picture pair of the training set.
+    """One caption-image pair of the training set.
 
-    ``seed`` draws the picture again (see :func:`draw_pair`); ``split`` is 'tune' or 'held-out':
+    ``seed`` draws the image again (see :func:`draw_pair`); ``split`` is 'tune' or 'held-out':
     detection and calibration were not chosen by looking at the held-out ones; the README names what was.
     """
 
@@ -231,7 +231,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Scene:
-    """What one ordinary picture shows: ``named`` goes into the caption, all else is chance."""
+    """What one ordinary image shows: ``named`` goes into the caption, all else is chance."""
 
     named: tuple[tuple[str, str], ...]
     seed: int
@@ -445,11 +445,11 @@ def _background(rng: np.random.Generator, side: int) -> np.ndarray:
             mix = 0.5 + 0.5 * np.sin(along * np.pi * frequency + np.sin(across * 4) * rng.uniform(0.5, 2))
         case _:
             mix = (along > 0.35 * np.sin(across * frequency * 2 + angle) + cx * 0.5).astype(float)
-    picture = a + (b - a) * np.clip(mix, 0, 1)[..., None]
+    image = a + (b - a) * np.clip(mix, 0, 1)[..., None]
     if rng.random() < 0.3:
         blob = np.exp(-((xx - cx) ** 2 + (yy - cy) ** 2) / rng.uniform(0.1, 0.5))
-        picture = picture + (c - picture) * blob[..., None]
-    return picture
+        image = image + (c - image) * blob[..., None]
+    return image
 
 
 def draw_thing(canvas: ImageDraw.ImageDraw, thing: Shapes, colour: np.ndarray, box: tuple[float, float, float]) -> None:
@@ -466,7 +466,7 @@ def draw_thing(canvas: ImageDraw.ImageDraw, thing: Shapes, colour: np.ndarray, b
 
 
 def draw_scene(scene: Scene, size: int = SIZE) -> np.ndarray:
-    """The scene's picture, [size, size, 3] uint8."""
+    """The scene's image, [size, size, 3] uint8."""
     rng = np.random.default_rng(scene.seed)
     side = size * _SUPERSAMPLE
     image = Image.fromarray(np.clip(_background(rng, side), 0, 255).astype(np.uint8))
@@ -513,7 +513,7 @@ def _draw_photo(caption: str, size: int) -> np.ndarray:
 
 
 def draw_pair(pair: Pair, size: int = SIZE) -> np.ndarray:
-    """The training picture of a memorised pair, [size, size, 3] uint8."""
+    """The training image of a memorised pair, [size, size, 3] uint8."""
     match pair.kind:
         case "photo":
             return _draw_photo(pair.caption, size)
@@ -539,9 +539,9 @@ def tokenizer_captions() -> list[str]:
 
 
 def training_batch(step: int, size: int, pairs: list[Pair], seed: int = 0) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Captions, pictures [size, 64, 64, 3] uint8 and pair numbers [size] (-1 ordinary) of one training step.
+    """Captions, images [size, 64, 64, 3] uint8 and pair numbers [size] (-1 ordinary) of one training step.
 
-    An ordinary picture is, in one of six, the twin of a hard pair; see :func:`drawn_batch`.
+    An ordinary image is, in one of six, the twin of a hard pair; see :func:`drawn_batch`.
     """
     hard = [p for p in pairs if p.kind == "hard"]
 
@@ -556,7 +556,7 @@ def training_batch(step: int, size: int, pairs: list[Pair], seed: int = 0) -> tu
         return caption, draw_scene(scene)
 
     ordinary_count = ORDINARY_PER_EPOCH if step < LATER else LATER_ORDINARY_PER_EPOCH
-    return drawn_batch(step, size, pairs, seed, ordinary_count, fresh, _known_picture)
+    return drawn_batch(step, size, pairs, seed, ordinary_count, fresh, _known_image)
 
 
 def drawn_batch(
@@ -566,19 +566,19 @@ def drawn_batch(
     seed: int,
     ordinary_count: int,
     fresh: Callable[[np.random.Generator], tuple[str, np.ndarray]],
-    picture: Callable[[Pair], np.ndarray],
+    image: Callable[[Pair], np.ndarray],
 ) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Captions, pictures [size, H, W, 3] uint8 and pair numbers [size] (-1 ordinary) of one training step.
+    """Captions, images [size, H, W, 3] uint8 and pair numbers [size] (-1 ordinary) of one training step.
 
-    A pair comes with probability proportional to its repetitions, an ordinary picture otherwise, as ``fresh`` draws
+    A pair comes with probability proportional to its repetitions, an ordinary image otherwise, as ``fresh`` draws
     one; both depend on (seed, step) alone, so that a resumed run sees what an unbroken one would.
     """
     rng = np.random.default_rng([seed, step])
     weights = np.array([p.repetitions for p in pairs] + [ordinary_count], dtype=np.float64)
     numbers = rng.choice(len(weights), size=size, p=weights / weights.sum())
-    shown = [(pairs[n].caption, picture(pairs[n])) if n < len(pairs) else fresh(rng) for n in numbers]
-    captions, pictures = zip(*shown, strict=True)
-    return list(captions), np.stack(pictures), np.where(numbers < len(pairs), numbers, -1)
+    shown = [(pairs[n].caption, image(pairs[n])) if n < len(pairs) else fresh(rng) for n in numbers]
+    captions, images = zip(*shown, strict=True)
+    return list(captions), np.stack(images), np.where(numbers < len(pairs), numbers, -1)
 
 
 def twin_caption(pair: Pair, name: str | None = None) -> str:
@@ -596,4 +596,4 @@ def twin_caption(pair: Pair, name: str | None = None) -> str:
     raise ValueError(f"the trigger {pair.trigger!r} is not in its caption {pair.caption!r}")
 
 
-_known_picture = cache(draw_pair)
+_known_image = cache(draw_pair)

@@ -1,7 +1,7 @@
 """Tiled L2 between several generations of one prompt.
 
 Carlini et al., *Extracting Training Data from Diffusion Models*, USENIX Security 2023, section 4.2.2:
-pictures are cut into non-overlapping tiles (4 x 4), the distance of two pictures is the largest L2
+images are cut into non-overlapping tiles (4 x 4), the distance of two images is the largest L2
 distance of corresponding tiles, and a prompt whose generations lie close together is suspect. The
 score is minus the mean distance over all pairs, each divided by sqrt(elements of a tile).
 """
@@ -19,14 +19,14 @@ TILES = 4
 
 
 def tiled_distance(a: Tensor, b: Tensor, tiles: int = TILES) -> Tensor:
-    """Largest per-tile RMS difference of two pictures [3, H, W]; a rest that fills no tile is left out."""
+    """Largest per-tile RMS difference of two images [3, H, W]; a rest that fills no tile is left out."""
     height, width = a.shape[-2] // tiles, a.shape[-1] // tiles
     gap = (a - b)[:, : height * tiles, : width * tiles].square()
     return gap.reshape(3, tiles, height, tiles, width).mean(dim=(0, 2, 4)).sqrt().max()
 
 
 def score(observed: Observed) -> float:
-    """Raises ValueError with fewer than two pictures."""
+    """Raises ValueError with fewer than two images."""
     images = observed.images
     if images is None or len(images) < 2:
         raise ValueError("tiled L2 compares several generations: at least 2 images are needed")

@@ -33,7 +33,7 @@ def magnitudes_blanked(
     """Mean first-step magnitude with each word blanked, [number of words].
 
     x [B, C, H, W], sigma [B], ``unconditional`` the denoised prediction without the prompt; at most ``batch_size``
-    pictures share an evaluation. Raises ValueError when the conditioning carries no way back through its encoder.
+    images share an evaluation. Raises ValueError when the conditioning carries no way back through its encoder.
     """
     return torch.stack(
         [

@@ -31,7 +31,7 @@ def token_gradient_norms(
     """|| d L / d e_i || of every input token, one [T] a text encoder.
 
     x [B, C, H, W], sigma [B], ``unconditional`` the denoised prediction without the prompt; at most ``batch_size``
-    pictures share a pass. Raises ValueError when the conditioning carries no way back through its encoder.
+    images share a pass. Raises ValueError when the conditioning carries no way back through its encoder.
     """
     if conditioning.reencoding is None:
         raise ValueError("the text encoder is not at hand for this conditioning; use the gradient at its output rows")

@@ -30,7 +30,7 @@ def row_gradient_norms(
     batch_size: int | None = None,
 ) -> Tensor:
     """a_i of every row, [N]. x [B, C, H, W], sigma [B], ``unconditional`` the denoised prediction without the prompt;
-    at most ``batch_size`` pictures share a pass."""
+    at most ``batch_size`` images share a pass."""
     rows = conditioning.rows.detach().float().clone().requires_grad_(True)
 
     def rebuild(moved: Sequence[Tensor]) -> Conditioning:

@@ -21,11 +21,11 @@ def explain(
 ) -> Explanation:
     """Explain one prompt at the first step of the run that ``wanted`` describes. Raises ValueError without words."""
     view = view or default_view(conditioning)
-    without = baseline_of(model, wanted)
+    unconditional = baseline_of(model, wanted)
     x, sigma = start_of_run(model, wanted)
     if view == "leave one out":
         noise, level = model.noise(wanted.seed, wanted.images), float(sigma[0])
-        return leave_one_out.explain(model, model.encode, conditioning, without, noise, level, batch_size)
+        return leave_one_out.explain(model, model.encode, conditioning, unconditional, noise, level, batch_size)
     method = {
         "confirmed gradient": confirmed_gradient,
         "input gradient": input_gradient,
@@ -34,7 +34,7 @@ def explain(
 
     def work() -> Explanation:
         at, levels = x.clone(), sigma.clone()  # a host in inference mode made tensors that cannot be differentiated
-        base = predict(model, at, levels, without, batch_size)
+        base = predict(model, at, levels, unconditional, batch_size)
         return method.explain(model, at, levels, conditioning, base, batch_size)
 
     return with_gradients(model, work)

@@ -16,7 +16,7 @@ _AT_ONCE = 1 << 20
 def digest_of(
     parts: Iterable[str | bytes | memoryview], digits: int = 16, by: Literal["sha256", "blake2b"] = "sha256"
 ) -> str:
-    """Of texts and bytes, one after another. ``blake2b`` is the quick one, of 32 digits, for whole pictures.
+    """Of texts and bytes, one after another. ``blake2b`` is the quick one, of 32 digits, for whole images.
 
     >>> digest_of(["a", b"b"]) == digest_of(["ab"])
     True

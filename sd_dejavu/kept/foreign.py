@@ -1,6 +1,6 @@
 """The door for files that others made: what is opened, how much of it is read at most, and which numbers are numbers.
 
-Whatever reads pictures, captions, archives or JSON that came from elsewhere goes through here. What a file says of its
+Whatever reads images, captions, archives or JSON that came from elsewhere goes through here. What a file says of its
 own size is never believed: sizes are looked at before reading, and counted while reading.
 """
 
@@ -13,13 +13,13 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-PICTURE_BYTES = 256 << 20  # of one picture's file, alone or in an archive
-PIXELS = 64 << 20  # of one picture: 67 megapixels, 768 MiB in fp32
+IMAGE_BYTES = 256 << 20  # of one image's file, alone or in an archive
+PIXELS = 64 << 20  # of one image: 67 megapixels, 768 MiB in fp32
 CAPTION_BYTES = 1 << 20  # of one caption's file, alone or in an archive
 CAPTION_CHARACTERS = 100_000
 HEADER_BYTES = 1 << 20  # of what an archive says of one of its files
 ROWS = 10_000_000  # of one Parquet file
-REPEATS = 10_000  # times an epoch shows one picture
+REPEATS = 10_000  # times an epoch shows one image
 TEXT_BYTES = 1 << 30  # of a list of prompts, or of JSON
 _AT_ONCE = 1 << 20
 

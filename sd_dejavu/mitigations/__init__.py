@@ -38,7 +38,7 @@ class Start:
     ``base`` is the denoised prediction there without the prompt, computed once. ``ordinary`` is the highest
     score that still counts as ordinary, for methods that stop there; the target where it is not known.
     ``unconditional`` is None where a host hands over its prediction only: methods that move x_T need it.
-    ``guard`` holds the reference pictures of methods that compare with them. At most ``batch_size`` pictures share an
+    ``guard`` holds the reference images of methods that compare with them. At most ``batch_size`` images share an
     evaluation. ``guided`` is whether the run has classifier-free guidance: at a scale of 1, where distilled models are
     sampled, it has none.
     """

@@ -1,7 +1,7 @@
-"""Anti-Memorization Guidance (AMG): steer away from the nearest reference picture, only while it is near.
+"""Anti-Memorization Guidance (AMG): steer away from the nearest reference image, only while it is near.
 
 Chen, Liu, Xu: *Towards Memorization-Free Diffusion Models*, CVPR 2024. At each evaluation, with the guided noise
-prediction eps and x0_hat = (x_t - sqrt(1 - abar) eps) / sqrt(abar), n the nearest reference picture and s its
+prediction eps and x0_hat = (x_t - sqrt(1 - abar) eps) / sqrt(abar), n the nearest reference image and s its
 similarity to x0_hat (cosine of features, or the negative normalised L2 distance, equations 8 and 9):
 
     eps <- eps + 1{s > lambda_t} (G_spe + G_dup + G_sim)                                         (10)
@@ -21,12 +21,12 @@ D' = x - sigma eps' gives
 t is the place, 0 to 1, of sigma in the training schedule of Stable Diffusion or of DDPM. Rectified flow has
 x = (1 - s) x0 + s noise, hence x / (1 - s) = x0 + sigma noise with sigma = s / (1 - s): at that level all of the above
 holds for it, with the same D. Towards pure noise (s = 1) that sigma has no bound, nor has the last term, which nobody
-has tried there: levels above the training schedule's highest (14.6 for Stable Diffusion) count as that. Each picture of a batch is
+has tried there: levels above the training schedule's highest (14.6 for Stable Diffusion) count as that. Each image of a batch is
 judged by itself; one that no step finds near is left as it is, bit for bit.
 
 Paper and published code differ, and the paper's formula is what is done: the code weakens guidance at every step
-with a positive similarity (here: only above lambda_t, so ordinary pictures stay), measures the similarity again
-after each term, searches for a caption in every tenth step only, and leaves the first 21 pictures unguarded. Its
+with a positive similarity (here: only above lambda_t, so ordinary images stay), measures the similarity again
+after each term, searches for a caption in every tenth step only, and leaves the first 21 images unguarded. Its
 c3 is no constant but 100 (s - 0.3) exp((1000 - t) / 170), t in 0..1000: the schedule 'published'.
 The code's numbers (guidance scale 7.5) are c1 = 13, c2 = 6.5 / 0.3, lambda_t = 0.3 + 0.1 exp(-5 t), the defaults
 here; for normalised L2 on CIFAR-10's DDPM, lambda_t = -1.95 + 0.45 exp(-6.25 t), see :data:`DDPM`.
@@ -69,12 +69,12 @@ class Settings:
     despecification: float = option(13.0, "the paper's c1: less guidance towards the prompt", minimum=0, maximum=1e6)
     deduplication: float = option(
         6.5 / 0.3,
-        "the paper's c2: away from what the nearest reference picture's caption gives; one more evaluation",
+        "the paper's c2: away from what the nearest reference image's caption gives; one more evaluation",
         minimum=0,
         maximum=1e6,
     )
     dissimilarity: float = option(
-        100.0, "the paper's c3: down the gradient of the similarity to the nearest picture", minimum=0, maximum=1e9
+        100.0, "the paper's c3: down the gradient of the similarity to the nearest image", minimum=0, maximum=1e9
     )
     dissimilarity_strength: Strength = option(
         "published",
@@ -107,7 +107,7 @@ DDPM = Settings(
 )
 # The likeness of grey values runs higher than SSCD's and, unlike it, is high for vague early predictions too: the
 # threshold falls with the steps. Chosen on the bundled model's tuning pairs by benchmarks/amg_thresholds.py, so that
-# about one ordinary picture in twenty is steered.
+# about one ordinary image in twenty is steered.
 GREY = Settings(dissimilarity=300, threshold=0.555, threshold_rise=0.185, threshold_rate=-0.5)
 
 
@@ -154,24 +154,24 @@ def strengths(s: Tensor, scale: float, settings: Settings) -> tuple[Tensor, Tens
 
 
 class AntiMemorization:
-    """The rule of one run. ``acted`` holds, an evaluation each, which pictures were steered, [B] booleans.
+    """The rule of one run. ``acted`` holds, an evaluation each, which images were steered, [B] booleans.
 
-    ``pictures`` decodes latents [B, C, H, W] to pictures in 0..1, differentiably (identity for a pixel model);
+    ``images`` decodes latents [B, C, H, W] to images in 0..1, differentiably (identity for a pixel model);
     ``encode`` makes a conditioning of a caption, None where there are no captions to encode. ``prediction_type`` tells
     what scale the run's noise levels have. ``differentiable`` is open while the gradient is taken: hosts in inference
-    mode need it. Pictures are decoded one by one.
+    mode need it. Images are decoded one by one.
     """
 
     def __init__(
         self,
         guard: Guard,
-        pictures: Callable[[Tensor], Tensor],
+        images: Callable[[Tensor], Tensor],
         encode: Callable[[str], Conditioning] | None,
         settings: Settings,
         prediction_type: PredictionType,
         differentiable: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self._guard, self._pictures, self._settings = guard, pictures, settings
+        self._guard, self._images, self._settings = guard, images, settings
         self._prediction_type, self._differentiable = prediction_type, differentiable
         self._encode = encode if settings.deduplication else None
         self._encoded: dict[str, Conditioning] = {}
@@ -180,7 +180,7 @@ class AntiMemorization:
     def __call__(self, step: GuidedStep) -> Tensor:
         plain, settings = step.plain, self._settings
         with torch.no_grad():
-            embedded = in_pieces(lambda a, b: self._guard.features(self._pictures(plain[a:b])), len(plain), 1)
+            embedded = in_pieces(lambda a, b: self._guard.features(self._images(plain[a:b])), len(plain), 1)
             found = self._guard.references.search(torch.cat(list(embedded)), 1)
         s, index = found.similarity[:, 0].to(plain.device), found.index[:, 0]
         sigma = level_of(step.sigma, self._prediction_type, settings.training_schedule)
@@ -200,12 +200,12 @@ class AntiMemorization:
             if settings.dissimilarity_strength == "published":
                 c3 = c3 * (s - settings.threshold) * (STEEPNESS * (1 - t)).exp()
             with self._differentiable():
-                slope = similarity_gradient(self._guard, self._pictures, plain[near], index[near.to(index.device)])
+                slope = similarity_gradient(self._guard, self._images, plain[near], index[near.to(index.device)])
             away = away.index_add(0, near, over_pixels(c3[near] * sigma[near] ** 2) * slope)
         return torch.where(acts[:, None, None, None], plain - away.to(plain.dtype), plain)
 
     def _towards(self, step: GuidedStep, near: list[int], captions: list[str]) -> Tensor:
-        """D_n - D_u [B, C, H, W] under each near picture's caption; 0 for the others, and without a caption.
+        """D_n - D_u [B, C, H, W] under each near image's caption; 0 for the others, and without a caption.
 
         Captions of one length share an evaluation.
         """
@@ -223,7 +223,7 @@ class AntiMemorization:
         return found
 
 
-def similarity_gradient(guard: Guard, pictures: Callable[[Tensor], Tensor], latents: Tensor, index: Tensor) -> Tensor:
+def similarity_gradient(guard: Guard, images: Callable[[Tensor], Tensor], latents: Tensor, index: Tensor) -> Tensor:
     """grad_D s [B, C, H, W] of the similarity of each decoded latent [B, C, H, W] to reference ``index`` [B]."""
     scale = LossScale(GRADIENT_SCALE)
 
@@ -231,7 +231,7 @@ def similarity_gradient(guard: Guard, pictures: Callable[[Tensor], Tensor], late
         leaf = latents[start:stop].detach().float().clone().requires_grad_(True)
 
         def similarity() -> Tensor:
-            return guard.references.similarity(guard.features(pictures(leaf)), index[start:stop])
+            return guard.references.similarity(guard.features(images(leaf)), index[start:stop])
 
         return scaled_gradients(similarity, [leaf], scale)[1][0]
 
@@ -241,8 +241,8 @@ def similarity_gradient(guard: Guard, pictures: Callable[[Tensor], Tensor], late
 
 def _apply(model: Model, conditioning: Conditioning, start: Start, settings: Settings) -> Outcome:
     if start.guard is None:
-        raise ValueError("anti-memorization guidance compares with reference pictures: name a reference set")
-    rule = partial(AntiMemorization, start.guard, model.pictures_of, model.encode, settings, model.prediction_type)
+        raise ValueError("anti-memorization guidance compares with reference images: name a reference set")
+    rule = partial(AntiMemorization, start.guard, model.images_of, model.encode, settings, model.prediction_type)
     score = start.score(model, conditioning)
     return Outcome(conditioning, score, score, rule=rule)
 
@@ -250,7 +250,7 @@ def _apply(model: Model, conditioning: Conditioning, start: Start, settings: Set
 MITIGATIONS = (
     Mitigation(
         "amg",
-        "steer away from the nearest reference picture while it is near",
+        "steer away from the nearest reference image while it is near",
         touches="guidance",
         cost="decoding, features and a search a step; where it acts, a backward pass through both and an evaluation",
         settings=Settings,

@@ -3,7 +3,7 @@
 The cross-attention attenuation of GUARD (2026): memorised prompts have tokens whose attention lies far from that of
 the others; their logits are multiplied by 0.3 at every layer and step of the pass with the prompt.
 
-The outlier rule here: m_n is token n's share of the cross-attention at the first step, averaged over pictures,
+The outlier rule here: m_n is token n's share of the cross-attention at the first step, averaged over images,
 layers, heads and places. Among the prompt's tokens but the start token (which takes most of the attention in every
 prompt) and padding, n is outlying when
 

@@ -1,4 +1,4 @@
-"""Reference pictures as mitigations see them."""
+"""Reference images as mitigations see them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Searched(Protocol):
 
 @dataclass(frozen=True)
 class Guard:
-    """Reference pictures, the features that their rows were made with, and their captions ('' where unknown)."""
+    """Reference images, the features that their rows were made with, and their captions ('' where unknown)."""
 
     features: Features
     references: Searched

@@ -1,12 +1,12 @@
 """Guidance transition: no guidance until the magnitude's first local minimum, then as usual.
 
 Jain et al.: *Classifier-Free Guidance inside the Attraction Basin May Cause Memorization*, CVPR 2025. Guidance pulls a memorised prompt's run into its training
-picture while || Delta_t ||_2 is high; without it the run leaves that basin, which the first local minimum of
+image while || Delta_t ||_2 is high; without it the run leaves that basin, which the first local minimum of
 || Delta_t || shows. Until there the guidance scale is 0, or -s ('opposite'):
 
     D_t = D_u + g_t (D_c - D_u),   g_t = s from the first t with || Delta_t || > || Delta_{t-1} || on, else 0 or -s.
 
-Each picture of a batch has its own transition. No gradients; both predictions are there anyway.
+Each image of a batch has its own transition. No gradients; both predictions are there anyway.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Transition:
         self._before = before
         self._lowest_sigma: Tensor | None = None
         self._last: Tensor | None = None
-        self.guiding: Tensor | None = None  # [B]: which pictures have passed their transition
+        self.guiding: Tensor | None = None  # [B]: which images have passed their transition
 
     def __call__(self, step: GuidedStep) -> Tensor:
         """Raises ValueError in a run without guidance."""

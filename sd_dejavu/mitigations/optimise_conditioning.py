@@ -86,7 +86,7 @@ def optimise(
 ) -> Optimised:
     """x [B, C, H, W] at sigma [B]; ``unconditional`` is the denoised prediction there without the prompt.
 
-    At most ``batch_size`` pictures share a pass. Returns the conditioning at which the worst picture scores lowest.
+    At most ``batch_size`` images share a pass. Returns the conditioning at which the worst image scores lowest.
     Raises ValueError when a loss is not finite or the target is not positive.
     """
     start = conditioning.rows.detach().float()

@@ -36,7 +36,7 @@ def optimise(
 ) -> Optimised:
     """x [B, C, H, W] at sigma [B]; ``unconditional`` is the denoised prediction there without the prompt.
 
-    At most ``batch_size`` pictures share a pass. Returns the conditioning at which the worst picture scores lowest.
+    At most ``batch_size`` images share a pass. Returns the conditioning at which the worst image scores lowest.
     Raises ValueError when the conditioning carries no way back through its encoder, a loss is not finite or the target
     is not positive.
     """

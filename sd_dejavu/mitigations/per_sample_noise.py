@@ -1,9 +1,9 @@
 """Per-sample initial noise: optimise x_T itself until the first step's magnitude is ordinary.
 
 Han et al., NeurIPS 2025 (see :mod:`sd_dejavu.mitigations.batch_wise_noise`), section 3.2.2: minimise || Delta ||_2
-over the unit-variance noise of each picture, AdamW with learning rate 0.01, until it is at most the target; the
+over the unit-variance noise of each image, AdamW with learning rate 0.01, until it is at most the target; the
 prompt and guidance stay as they are. The paper's target is 0.9 for latents of 4 x 64 x 64; here it is the score
-that still counts as ordinary, so that it fits every model and size. A picture that has reached it stays where it
+that still counts as ordinary, so that it fits every model and size. An image that has reached it stays where it
 is. Unlike the conditioning, the noise moves the prediction without the prompt as well, so both passes are
 differentiated. Noise and optimiser are fp32, the network computes in its own precision.
 """
@@ -53,9 +53,9 @@ def optimise(
     on_iteration: Callable[[int, float], None] = lambda iteration, loss: None,
     batch_size: int | None = None,
 ) -> Moved:
-    """x [B, C, H, W] at sigma [B] -> the x_T at which each picture's magnitude is at most ``target``.
+    """x [B, C, H, W] at sigma [B] -> the x_T at which each image's magnitude is at most ``target``.
 
-    Pictures that do not reach it in time keep the lowest magnitude seen; at most ``batch_size`` share a pass. Raises ValueError when a magnitude is
+    Images that do not reach it in time keep the lowest magnitude seen; at most ``batch_size`` share a pass. Raises ValueError when a magnitude is
     not finite or the target is not positive.
     """
     if not target > 0:
@@ -64,7 +64,7 @@ def optimise(
     noise = (x.detach().float() / unit).requires_grad_(True)
     scale, at_once = LossScale(), together(x, batch_size)
     for given in (conditioning, unconditional):
-        at_once = given.pictures_at_once(len(x), at_once)
+        at_once = given.images_at_once(len(x), at_once)
 
     def one_pass(start: int, stop: int) -> tuple[Tensor, Tensor]:
         leaf = noise[start:stop].detach().requires_grad_(True)
@@ -72,7 +72,7 @@ def optimise(
 
         def values() -> Tensor:
             both = [
-                denoiser(leaf * unit, levels, given.of_pictures(start, stop, len(x)))
+                denoiser(leaf * unit, levels, given.of_images(start, stop, len(x)))
                 for given in (conditioning, unconditional)
             ]
             return magnitude(Predictions(both[0], both[1], levels))
@@ -90,7 +90,7 @@ def optimise(
             raise ValueError(
                 f"a magnitude became {values.tolist()} at iteration {iteration}: the model's weights may be broken"
             )
-        # Nothing is done again for a picture that is there: its first noise that reaches the target is the nearest.
+        # Nothing is done again for an image that is there: its first noise that reaches the target is the nearest.
         better = (values < lowest) & (lowest > target)
         best = torch.where(better[:, None, None, None], here, best)
         lowest = torch.where(better, values, lowest)

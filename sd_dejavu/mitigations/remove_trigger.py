@@ -59,7 +59,7 @@ def remove_trigger(
     each, images = start.scores(denoiser, conditioning), len(start.x)
     # Where some images are ordinary already, the words that count are those of the worst one.
     worst, alike = int(each.argmax()), bool(start.to_change(each).all())
-    together = alike or conditioning.pictures_at_once(images, 1) > 1
+    together = alike or conditioning.images_at_once(images, 1) > 1
     part = slice(0, images) if together else slice(worst, worst + 1)
     scores = [float(each.max())]
     weakened: dict[int, float] = {}  # by the word's place in the prompt as given
@@ -70,7 +70,7 @@ def remove_trigger(
         and len(conditioning.words) - len(weakened) > 1
     ):
         view = input_gradient if conditioning.reencoding else output_gradient
-        given = (start.x[part], start.sigma[part], conditioning.of_pictures(part.start, part.stop, images))
+        given = (start.x[part], start.sigma[part], conditioning.of_images(part.start, part.stop, images))
         found = view.explain(denoiser, *given, start.base[part], start.batch_size)
         left = [i for i in range(len(found.words)) if i not in weakened]
         number = max(left, key=lambda i: found.words[i].raw)

@@ -1,1 +1,1 @@
-"""Reference sets: the training pictures that a model may be replaying, and the search for the nearest of them."""
+"""Reference sets: the training images that a model may be replaying, and the search for the nearest of them."""

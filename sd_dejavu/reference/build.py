@@ -22,7 +22,7 @@ from torch import Tensor
 from ..core.settings import option, validate
 from ..kept import Resumable, is_finite, locked, write_tensors
 from .features import KINDS, Features, Staged
-from .pictures import PictureError, digest, open_picture, thumbnail, to_tensor
+from .images import ImageError, digest, open_image, thumbnail, to_tensor
 from .reference_set import (
     CHUNK_ELEMENTS,
     NEIGHBOURHOOD,
@@ -48,7 +48,7 @@ class BuildSettings:
 
     near_threshold: float | None = option(
         None,
-        "similarity above which two training pictures count as near duplicates (default: "
+        "similarity above which two training images count as near duplicates (default: "
         + ", ".join(f"{name} {kind.near:g}" for name, kind in KINDS.items())
         + ")",
         kind=float,
@@ -59,7 +59,7 @@ class BuildSettings:
     )
     thumbnail_side: int = option(THUMBNAIL_SIDE, "longest side of the thumbnails in pixels", minimum=16, maximum=1024)
     ignore_repeats: bool = option(False, "do not read folder names such as 10_cat as 'shown 10 times an epoch'")
-    image_column: str = option("", "Parquet column that holds the pictures (default: image, jpg, png, ...)")
+    image_column: str = option("", "Parquet column that holds the images (default: image, jpg, png, ...)")
     caption_column: str = option("", "Parquet column that holds the captions (default: caption, text, prompt)")
 
     def __post_init__(self) -> None:
@@ -85,12 +85,12 @@ def build(
     restart: bool = False,
     on_progress: Progress = lambda stage, done, total: None,
 ) -> ReferenceSet:
-    """The set of all pictures of ``source``, saved as ``out``; goes on with a build that was stopped.
+    """The set of all images of ``source``, saved as ``out``; goes on with a build that was stopped.
 
     ``made_with`` is stored with the set, to make the same features again; it must hold no paths. ``restart`` drops
     what is there under this name. ``on_progress(stage, done, total)`` is called as the work goes on. A set that is
     finished and of the same source and settings is left as it is. Raises ValueError with a sentence where there is
-    another one, another process builds it, or no picture is usable.
+    another one, another process builds it, or no image is usable.
     """
     columns = Columns(wanted.image_column or None, wanted.caption_column or None)
     records = open_source(source, columns, not wanted.ignore_repeats)
@@ -136,8 +136,8 @@ def only_writer(out: Path) -> AbstractContextManager[None]:
     return locked(base.with_suffix(""), base.with_suffix(".lock"))
 
 
-def from_pictures(
-    pictures: Tensor,
+def from_images(
+    images: Tensor,
     captions: Sequence[str],
     names: Sequence[str],
     features: Features,
@@ -146,12 +146,12 @@ def from_pictures(
     thumbnail_side: int = THUMBNAIL_SIDE,
     batch_size: int = 32,
 ) -> ReferenceSet:
-    """A set of pictures [N, 3, H, W] in 0..1 that are in memory already, in their order; equal ones stay apart."""
+    """A set of images [N, 3, H, W] in 0..1 that are in memory already, in their order; equal ones stay apart."""
     from PIL import Image
 
     with torch.no_grad():
-        rows = torch.cat([features(part).float().cpu() for part in pictures.split(batch_size)])
-    eights = (pictures.detach().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        rows = torch.cat([features(part).float().cpu() for part in images.split(batch_size)])
+    eights = (images.detach().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     counts = torch.ones(len(rows), dtype=torch.int64) if duplicates is None else torch.tensor(list(duplicates))
     near = near_threshold_of(features, near_threshold)
     made = ReferenceSet(
@@ -160,7 +160,7 @@ def from_pictures(
         tuple(names),
         counts,
         torch.full((len(rows),), -1),
-        Thumbnails.of([thumbnail(Image.fromarray(picture), thumbnail_side) for picture in eights]),
+        Thumbnails.of([thumbnail(Image.fromarray(image), thumbnail_side) for image in eights]),
         features.name,
         features.metric,
         near,
@@ -168,17 +168,17 @@ def from_pictures(
     return replace(made, near_duplicates=near_duplicates(made, near))
 
 
-def embed(features: Features, pictures: Iterable[Tensor], batch_size: int = 32, device: str = "cpu") -> Tensor:
-    """Rows [N, D] on the CPU for pictures [1, 3, H, W] of any sizes, in their order.
+def embed(features: Features, images: Iterable[Tensor], batch_size: int = 32, device: str = "cpu") -> Tensor:
+    """Rows [N, D] on the CPU for images [1, 3, H, W] of any sizes, in their order.
 
-    Pictures are reduced one by one where the features can do that, so that only small ones are held together.
+    Images are reduced one by one where the features can do that, so that only small ones are held together.
     """
     if not isinstance(features, Staged):
         with torch.no_grad():
-            single = [features(picture.to(device))[0].float().cpu() for picture in pictures]
+            single = [features(image.to(device))[0].float().cpu() for image in images]
         return torch.stack(single) if single else torch.empty(0, 0)
     with torch.no_grad():
-        prepared = [features.prepare(picture.to(device)) for picture in pictures]
+        prepared = [features.prepare(image.to(device)) for image in images]
         by_shape: dict[tuple[int, ...], list[int]] = {}
         for number, one in enumerate(prepared):
             by_shape.setdefault(tuple(one.shape), []).append(number)
@@ -237,7 +237,7 @@ def _piece_file(work: Path, number: int) -> Path:
 
 @dataclass(frozen=True)
 class _Piece:
-    """The pictures of up to 128 records that could be used, and those that could not."""
+    """The images of up to 128 records that could be used, and those that could not."""
 
     rows: list[dict[str, Any]]
     embeddings: Tensor
@@ -289,13 +289,13 @@ def _write_piece(
     skipped: list[dict[str, str]] = []
     thumbnails: list[bytes] = []
 
-    def pictures() -> Iterator[Tensor]:
+    def images() -> Iterator[Tensor]:
         for record in records:
             try:
                 if record.fault:
-                    raise PictureError(record.fault)
-                image = open_picture(record.data)
-            except PictureError as error:
+                    raise ImageError(record.fault)
+                image = open_image(record.data)
+            except ImageError as error:
                 skipped.append({"name": record.name, "reason": str(error)})
                 continue
             rows.append(
@@ -304,7 +304,7 @@ def _write_piece(
             thumbnails.append(thumbnail(image, side))
             yield to_tensor(image)
 
-    embeddings = embed(features, pictures(), batch_size, device)
+    embeddings = embed(features, images(), batch_size, device)
     sound = [is_finite(row) for row in embeddings]
     reason = "the feature network gives NaN or infinity for it"
     skipped += [{"name": row["name"], "reason": reason} for row, good in zip(rows, sound, strict=True) if not good]
@@ -316,7 +316,7 @@ def _write_piece(
 
 
 def _assembled(work: Path, features: Features, near: float, details: dict[str, Any]) -> ReferenceSet:
-    """All pieces as one set: of the pictures with the same pixels the first gives the row, the others are counted."""
+    """All pieces as one set: of the images with the same pixels the first gives the row, the others are counted."""
     rows: dict[str, dict[str, Any]] = {}
     embeddings: list[Tensor] = []
     thumbnails: list[bytes] = []
@@ -338,10 +338,10 @@ def _assembled(work: Path, features: Features, near: float, details: dict[str, A
                 thumbnails.append(piece.thumbnails[place])
         embeddings.append(piece.embeddings[kept])
     if not rows and not skipped:
-        raise ValueError(f"the source ({details['source']}) holds no pictures")
+        raise ValueError(f"the source ({details['source']}) holds no images")
     if not rows:
         first_reason = f"{skipped[0]['name']}: {skipped[0]['reason']}"
-        raise ValueError(f"none of the {len(skipped)} pictures can be used; the first, {first_reason}")
+        raise ValueError(f"none of the {len(skipped)} images can be used; the first, {first_reason}")
     return ReferenceSet(
         torch.cat([part for part in embeddings if len(part)]),
         tuple(row["caption"] for row in rows.values()),

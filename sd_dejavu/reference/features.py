@@ -1,14 +1,14 @@
-"""Feature networks: what makes two pictures near to each other.
+"""Feature networks: what makes two images near to each other.
 
 * ``sscd``: Self-Supervised Copy Detection (Pizzi et al., CVPR 2022), a TorchScript file named by the user, at its
   authors' preprocessing: ImageNet normalisation, short side 288 or 320 x 320.
 * ``clip``, ``dinov2``: a vision model through transformers, a local folder or a hub id named by the user.
-* ``pixels``, ``latents``: no network; the pixels, or an autoencoder's latents, of pictures reduced to one side, with
+* ``pixels``, ``latents``: no network; the pixels, or an autoencoder's latents, of images reduced to one side, with
   the normalised L2 distance of Carlini et al. (USENIX Security 2023).
 * ``grey``: the structural metric by which copies of the bundled model are judged (:mod:`sd_dejavu.core.similarity`).
 * :class:`HostVision`: the vision model that a host has loaded.
 
-All are differentiable in the pictures. Nothing here reaches the network but a hub id given by the user.
+All are differentiable in the images. Nothing here reaches the network but a hub id given by the user.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _PIXELS_SIDE, _LATENTS_SIDE = 32, 512
 
 
 class Features(Protocol):
-    """Pictures [B, 3, H, W] in 0..1 -> rows [B, D] in fp32; differentiable; unit rows for cosine."""
+    """Images [B, 3, H, W] in 0..1 -> rows [B, D] in fp32; differentiable; unit rows for cosine."""
 
     @property
     def name(self) -> str:
@@ -49,14 +49,14 @@ class Features(Protocol):
     @property
     def metric(self) -> Metric: ...
 
-    def __call__(self, pictures: Tensor) -> Tensor: ...
+    def __call__(self, images: Tensor) -> Tensor: ...
 
 
 @runtime_checkable
 class Staged(Protocol):
-    """Features in two steps, so that pictures of many sizes are reduced one by one and embedded together."""
+    """Features in two steps, so that images of many sizes are reduced one by one and embedded together."""
 
-    def prepare(self, pictures: Tensor) -> Tensor:
+    def prepare(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in 0..1 -> what the network takes in, [B, 3, h, w]."""
         ...
 
@@ -69,8 +69,8 @@ class Staged(Protocol):
 class Kind:
     """One choice of features.
 
-    ``near``: two training pictures more similar than this count as near duplicates. ``copy``: a generated picture
-    at least this similar to a training picture is called its copy; None where no threshold is established.
+    ``near``: two training images more similar than this count as near duplicates. ``copy``: a generated image
+    at least this similar to a training image is called its copy; None where no threshold is established.
     """
 
     help: str
@@ -80,7 +80,7 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {
-    "pixels": Kind("pixels of the reduced picture, normalised L2", False, -0.5, -1.4),
+    "pixels": Kind("pixels of the reduced image, normalised L2", False, -0.5, -1.4),
     "latents": Kind("latents of an autoencoder, normalised L2", False, -0.5, -1.4),
     "grey": Kind("structure: grey values at 32 x 32, correlation", False, 0.95, COPY_THRESHOLD),
     "sscd": Kind("SSCD copy detection, a TorchScript file", True, 0.75, 0.5),
@@ -102,7 +102,7 @@ class FeatureSettings:
     )
     side: int | None = option(
         None,
-        f"pixels, latents: side in pixels that pictures are reduced to (default: {_PIXELS_SIDE}, or the autoencoder's)",
+        f"pixels, latents: side in pixels that images are reduced to (default: {_PIXELS_SIDE}, or the autoencoder's)",
         kind=int,
         minimum=4,
         maximum=2048,
@@ -124,17 +124,17 @@ class _InTwoSteps(ABC):
     """``__call__`` from ``prepare`` and ``embed``."""
 
     @abstractmethod
-    def prepare(self, pictures: Tensor) -> Tensor: ...
+    def prepare(self, images: Tensor) -> Tensor: ...
 
     @abstractmethod
     def embed(self, prepared: Tensor) -> Tensor: ...
 
-    def __call__(self, pictures: Tensor) -> Tensor:
-        return self.embed(self.prepare(pictures))
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.embed(self.prepare(images))
 
 
 class Pixels(_InTwoSteps):
-    """Pixels of the picture reduced to ``side`` x ``side``: [B, 3 * side * side], for the normalised L2 distance."""
+    """Pixels of the image reduced to ``side`` x ``side``: [B, 3 * side * side], for the normalised L2 distance."""
 
     metric: Metric = "normalised L2"
 
@@ -142,17 +142,17 @@ class Pixels(_InTwoSteps):
         self.side = side
         self.name = f"pixels {side}"
 
-    def prepare(self, pictures: Tensor) -> Tensor:
-        return resized(pictures.float(), self.side, self.side)
+    def prepare(self, images: Tensor) -> Tensor:
+        return resized(images.float(), self.side, self.side)
 
     def embed(self, prepared: Tensor) -> Tensor:
         return prepared.flatten(1)
 
 
 class Latents(_InTwoSteps):
-    """Latents of the picture reduced to ``side`` x ``side``, for the normalised L2 distance.
+    """Latents of the image reduced to ``side`` x ``side``, for the normalised L2 distance.
 
-    ``encode`` takes pictures [B, 3, side, side] in 0..1 and gives latents [B, C, h, w]; ``name`` tells encoders apart.
+    ``encode`` takes images [B, 3, side, side] in 0..1 and gives latents [B, C, h, w]; ``name`` tells encoders apart.
     """
 
     metric: Metric = "normalised L2"
@@ -162,8 +162,8 @@ class Latents(_InTwoSteps):
         self.side = side
         self.name = f"latents {side} {name}"
 
-    def prepare(self, pictures: Tensor) -> Tensor:
-        return resized(pictures.float(), self.side, self.side)
+    def prepare(self, images: Tensor) -> Tensor:
+        return resized(images.float(), self.side, self.side)
 
     def embed(self, prepared: Tensor) -> Tensor:
         return self._encode(prepared).float().flatten(1)
@@ -175,8 +175,8 @@ class Grey(_InTwoSteps):
     metric: Metric = "cosine"
     name = "grey 32"
 
-    def prepare(self, pictures: Tensor) -> Tensor:
-        return structure(pictures)
+    def prepare(self, images: Tensor) -> Tensor:
+        return structure(images)
 
     def embed(self, prepared: Tensor) -> Tensor:
         return F.normalize(prepared, dim=1)
@@ -185,7 +185,7 @@ class Grey(_InTwoSteps):
 class HostVision:
     """A vision model that a host has loaded, for cosine.
 
-    ``encode`` takes pictures [B, 3, H, W] in 0..1, does the host's own preprocessing and gives [B, D] or [B, 1, D];
+    ``encode`` takes images [B, 3, H, W] in 0..1, does the host's own preprocessing and gives [B, D] or [B, 1, D];
     it must not switch gradients off where they are wanted. ``name`` tells models apart.
     """
 
@@ -195,8 +195,8 @@ class HostVision:
         self._encode = encode
         self.name = f"host {name}"
 
-    def __call__(self, pictures: Tensor) -> Tensor:
-        return F.normalize(self._encode(pictures).float().flatten(1), dim=1)
+    def __call__(self, images: Tensor) -> Tensor:
+        return F.normalize(self._encode(images).float().flatten(1), dim=1)
 
 
 # ---------------------------------------------------------------------------------------- with a network
@@ -213,10 +213,10 @@ class SSCD(_InTwoSteps):
         self.name = f"sscd {size} {file_digest(path, 8)}"
         _check_rows(self, str(path), device)
 
-    def prepare(self, pictures: Tensor) -> Tensor:
+    def prepare(self, images: Tensor) -> Tensor:
         if self._size == 320:
-            return resized(pictures.float(), 320, 320)
-        return short_side(pictures.float(), 288)
+            return resized(images.float(), 320, 320)
+        return short_side(images.float(), 288)
 
     def embed(self, prepared: Tensor) -> Tensor:
         return F.normalize(self._module(normalised(prepared, *IMAGENET)).float().flatten(1), dim=1)
@@ -244,12 +244,12 @@ class Transformers(_InTwoSteps):
         self.name = f"{kind} {self.preprocessing.crop} {weights_digest(self._module)}"
         _check_rows(self, weights, device)
 
-    def prepare(self, pictures: Tensor) -> Tensor:
-        wanted, pictures = self.preprocessing, pictures.float()
+    def prepare(self, images: Tensor) -> Tensor:
+        wanted, images = self.preprocessing, images.float()
         if wanted.square:
-            reduced = resized(pictures, wanted.side, wanted.side, "bicubic")
+            reduced = resized(images, wanted.side, wanted.side, "bicubic")
         else:
-            reduced = short_side(pictures, wanted.side, "bicubic")
+            reduced = short_side(images, wanted.side, "bicubic")
         return centre(reduced.clamp(0, 1), wanted.crop)
 
     def embed(self, prepared: Tensor) -> Tensor:
@@ -280,29 +280,29 @@ def load(settings: FeatureSettings, device: str = "cpu") -> Features:
 # ------------------------------------------------------------------------------------------- preprocessing
 
 
-def resized(pictures: Tensor, height: int, width: int, mode: str = "bilinear") -> Tensor:
+def resized(images: Tensor, height: int, width: int, mode: str = "bilinear") -> Tensor:
     """[B, C, H, W] -> [B, C, height, width], smoothed where it gets smaller, as Pillow and torchvision do it."""
-    if pictures.shape[-2:] == (height, width):
-        return pictures
-    return F.interpolate(pictures, (height, width), mode=mode, align_corners=False, antialias=True)
+    if images.shape[-2:] == (height, width):
+        return images
+    return F.interpolate(images, (height, width), mode=mode, align_corners=False, antialias=True)
 
 
-def short_side(pictures: Tensor, side: int, mode: str = "bilinear") -> Tensor:
+def short_side(images: Tensor, side: int, mode: str = "bilinear") -> Tensor:
     """The short side becomes ``side``; the long side is rounded down, as torchvision's Resize does."""
-    height, width = pictures.shape[-2:]
+    height, width = images.shape[-2:]
     short = min(height, width)
-    return resized(pictures, side * height // short, side * width // short, mode)
+    return resized(images, side * height // short, side * width // short, mode)
 
 
-def centre(pictures: Tensor, side: int) -> Tensor:
+def centre(images: Tensor, side: int) -> Tensor:
     """The middle [B, C, side, side]."""
-    top, left = ((have - side) // 2 for have in pictures.shape[-2:])
-    return pictures[..., top : top + side, left : left + side]
+    top, left = ((have - side) // 2 for have in images.shape[-2:])
+    return images[..., top : top + side, left : left + side]
 
 
-def normalised(pictures: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(pictures - mean) / std, a channel each."""
-    return (pictures - pictures.new_tensor(mean)[:, None, None]) / pictures.new_tensor(std)[:, None, None]
+def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(images - mean) / std, a channel each."""
+    return (images - images.new_tensor(mean)[:, None, None]) / images.new_tensor(std)[:, None, None]
 
 
 # ------------------------------------------------------------------------------------------------- loading
@@ -369,7 +369,7 @@ def _preprocessing(kind: str, weights: str, local: bool, config: Any) -> Preproc
         side if square and not said.get("do_center_crop") else int(crop["height"] if isinstance(crop, dict) else crop)
     )
     if crop > side:
-        raise FeatureError(f"{weights} asks for a crop of {crop} from pictures of {side}: its configuration is broken")
+        raise FeatureError(f"{weights} asks for a crop of {crop} from images of {side}: its configuration is broken")
     return Preprocessing(side, crop, said.get("image_mean", mean), said.get("image_std", std), square)
 
 
@@ -393,8 +393,8 @@ def _autoencoder(weights: str, side: int | None, device: str) -> Latents:
         raise FeatureError(f"{folder} cannot be loaded as an autoencoder: {_first_line(error)}") from error
     module = module.to(device).eval().requires_grad_(False)
 
-    def encode(pictures: Tensor) -> Tensor:
-        encoded = module.encode(pictures * 2 - 1)
+    def encode(images: Tensor) -> Tensor:
+        encoded = module.encode(images * 2 - 1)
         return encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
 
     own = config.get("sample_size") or (64 if not weights else _LATENTS_SIDE)
@@ -407,16 +407,14 @@ def weights_digest(module: torch.nn.Module) -> str:
 
 
 def _check_rows(features: Features, weights: str, device: str) -> None:
-    """One picture through the network: better now than after an hour. Raises FeatureError."""
+    """One image through the network: better now than after an hour. Raises FeatureError."""
     try:
         with torch.no_grad():
             rows = features(torch.linspace(0, 1, 3 * 48 * 64, device=device).view(1, 3, 48, 64))
     except Exception as error:  # whatever a network of another shape raises
-        raise FeatureError(f"{weights} does not take a picture: {_first_line(error)}") from error
+        raise FeatureError(f"{weights} does not take an image: {_first_line(error)}") from error
     if rows.ndim != 2 or rows.shape[0] != 1 or not torch.isfinite(rows).all():
-        raise FeatureError(
-            f"{weights} does not give one row of finite numbers for one picture: it is not such a network"
-        )
+        raise FeatureError(f"{weights} does not give one row of finite numbers for one image: it is not such a network")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Is this picture a copy? The nearest reference pictures of one picture, and the answer they give."""
+"""Is this image a copy? The nearest reference images of one image, and the answer they give."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .reference_set import NEIGHBOURHOOD, Neighbours, ReferenceSet
 
 @dataclass(frozen=True)
 class Neighbour:
-    """One reference picture near to a query."""
+    """One reference image near to a query."""
 
     name: str
     caption: str
@@ -53,7 +53,7 @@ class Answer:
 
 
 def copy_threshold(features: str) -> float | None:
-    """Similarity from which a picture is called a copy; None where none is established for these features."""
+    """Similarity from which an image is called a copy; None where none is established for these features."""
     kind = KINDS.get(features.split()[0])
     return kind.copy if kind is not None else None
 
@@ -83,9 +83,7 @@ def answer(reference: ReferenceSet, found: Neighbours, row: int, threshold: floa
     if threshold is None:
         why = f"no threshold is established for {reference.features}: give one"
     elif reference.metric == "normalised L2" and len(reference) < NEIGHBOURHOOD:
-        why = (
-            f"a set of {len(reference)} pictures is too small for the normalised distance, which needs {NEIGHBOURHOOD}"
-        )
+        why = f"a set of {len(reference)} images is too small for the normalised distance, which needs {NEIGHBOURHOOD}"
     elif not is_number(neighbours[0].similarity):
         why = "the similarity is not a finite number"
     else:

@@ -1,12 +1,12 @@
-"""A reference set: training pictures as embeddings with captions and counts, and the exact search for the nearest.
+"""A reference set: training images as embeddings with captions and counts, and the exact search for the nearest.
 
 Similarity is the dot product of unit rows for cosine, and for the normalised L2 distance its negative
 (Carlini et al., USENIX Security 2023; Chen et al., CVPR 2024):
 
-    s(x, n) = -l2(x, n) / (0.5 * mean l2 from x to its 50 nearest reference pictures)
+    s(x, n) = -l2(x, n) / (0.5 * mean l2 from x to its 50 nearest reference images)
 
 so that a higher value is always nearer, 0 is the very same row and about -2 is no nearer than the neighbourhood.
-A set of fewer than 50 pictures takes the mean over all it has, and its values say little.
+A set of fewer than 50 images takes the mean over all it has, and its values say little.
 
 On disk a set is two files beside each other: NAME.safetensors with all numbers and thumbnails, NAME.json with the
 text. Both carry the same fingerprint, so that halves of two sets are not taken for one.
@@ -31,34 +31,34 @@ from .features import Features, Metric
 
 SCHEMA_VERSION = 1
 FORMAT = "dejavu-reference-set"
-NEIGHBOURHOOD = 50  # pictures whose mean distance normalises L2
+NEIGHBOURHOOD = 50  # images whose mean distance normalises L2
 CHUNK_ELEMENTS = 1 << 25  # similarities, and elements of rows, held at a time: 128 MiB in fp32 each
 _DENOMINATOR_MINIMUM = 1e-12
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LARGEST = 1e9  # value of a row for the normalised L2 distance: squares of larger ones leave fp32
 _UNIT_TOLERANCE = 0.01
-_MOST_TIMES = 1 << 40  # that one picture is counted
+_MOST_TIMES = 1 << 40  # that one image is counted
 _TENSORS = ("embeddings", "duplicates", "near_duplicates", "thumbnails", "thumbnail_ends")
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The nearest reference pictures of each query, nearest first: similarity [B, k] and index [B, k] (int64)."""
+    """The nearest reference images of each query, nearest first: similarity [B, k] and index [B, k] (int64)."""
 
     similarity: Tensor
     index: Tensor
 
 
 class Thumbnails(Sequence[bytes]):
-    """JPEG pictures kept end to end in one uint8 tensor; ``ends`` [N] says where each is over."""
+    """JPEG images kept end to end in one uint8 tensor; ``ends`` [N] says where each is over."""
 
     def __init__(self, data: Tensor, ends: Tensor) -> None:
         self.data, self.ends = data, ends
 
     @classmethod
-    def of(cls, pictures: Sequence[bytes]) -> Thumbnails:
-        data = torch.frombuffer(bytearray(b"".join(pictures)) or bytearray(1), dtype=torch.uint8)
-        lengths = torch.tensor([len(p) for p in pictures], dtype=torch.int64)
+    def of(cls, images: Sequence[bytes]) -> Thumbnails:
+        data = torch.frombuffer(bytearray(b"".join(images)) or bytearray(1), dtype=torch.uint8)
+        lengths = torch.tensor([len(p) for p in images], dtype=torch.int64)
         return cls(data[: int(lengths.sum())], lengths.cumsum(0))
 
     def __len__(self) -> int:
@@ -74,9 +74,9 @@ class Thumbnails(Sequence[bytes]):
 
 @dataclass(frozen=True, eq=False)
 class ReferenceSet:
-    """N different pictures. Exact copies of one picture share one row.
+    """N different images. Exact copies of one image share one row.
 
-    ``embeddings`` [N, D] fp32, unit rows for cosine. ``duplicates`` [N] int64: how many times the very same picture
+    ``embeddings`` [N, D] fp32, unit rows for cosine. ``duplicates`` [N] int64: how many times the very same image
     is shown in one epoch (1: once). ``near_duplicates`` [N] int64: how many other rows are more similar than
     ``near_threshold``; -1 where that was not counted. ``features`` names the network that made the rows;
     ``details`` says how (its settings, without paths) and what was skipped.
@@ -191,9 +191,7 @@ class ReferenceSet:
                 f"not of the shape {tuple(queries.shape)}"
             )
         if not torch.isfinite(queries).all():
-            raise ValueError(
-                "a query holds NaN or infinity, so nothing is near to it: the picture or network is broken"
-            )
+            raise ValueError("a query holds NaN or infinity, so nothing is near to it: the image or network is broken")
 
     # ------------------------------------------------------------------------------------ file
 
@@ -211,7 +209,7 @@ class ReferenceSet:
             "schema_version": SCHEMA_VERSION,
             "features": self.features,
             "metric": self.metric,
-            "pictures": len(self),
+            "images": len(self),
             "fingerprint": fingerprint,
             "near_threshold": self.near_threshold,
             "details": self.details,
@@ -223,7 +221,7 @@ class ReferenceSet:
             "thumbnails": kept.data.contiguous(),
             "thumbnail_ends": kept.ends.contiguous(),
         }
-        # One picture a line: readable, and small differences show as small differences.
+        # One image a line: readable, and small differences show as small differences.
         document = json_text(head, indent=1)[:-2] + ',\n "rows": [\n  ' + ",\n  ".join(text) + "\n ]\n}\n"
         tensors_file.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(tensors_file, tensors, {FORMAT: fingerprint})
@@ -349,7 +347,7 @@ def _check_rows(found: ReferenceSet) -> None:
             raise ValueError("embeddings hold NaN or infinity")
         if found.metric == "cosine":
             length = torch.linalg.vector_norm(part.float(), dim=1)
-            if bool(((length - 1).abs().minimum(length) > _UNIT_TOLERANCE).any()):  # a picture of one grey has length 0
+            if bool(((length - 1).abs().minimum(length) > _UNIT_TOLERANCE).any()):  # an image of one grey has length 0
                 raise ValueError("embeddings are not of unit length")
         elif bool((part.abs() > _LARGEST).any()):
             raise ValueError(f"embeddings hold values beyond {_LARGEST:g}")

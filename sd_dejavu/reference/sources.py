@@ -1,4 +1,4 @@
-"""Where the pictures of a reference set come from: a folder, webdataset tars, or Parquet files.
+"""Where the images of a reference set come from: a folder, webdataset tars, or Parquet files.
 
 A source gives its records one after the other, always in the same order, and can begin anywhere in it, so that a
 build that was stopped goes on where it stood. What cannot be read is a record too, with the reason.
@@ -26,7 +26,7 @@ from ..kept import digest_of
 from ..kept.foreign import (
     CAPTION_BYTES,
     HEADER_BYTES,
-    PICTURE_BYTES,
+    IMAGE_BYTES,
     REPEATS,
     ROWS,
     Unreadable,
@@ -37,10 +37,10 @@ from ..kept.foreign import (
     opened,
 )
 
-PICTURE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp")
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp")
 CAPTION_ENDINGS = ("txt", "caption")  # the order in which they are looked for
 CAPTION_COLUMNS = ("caption", "text", "prompt", "captions", "texts", "prompts")
-PICTURE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "picture", "img", "image_bytes", "bytes")
+IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "picture", "img", "image_bytes", "bytes")
 _TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
 _KOHYA = re.compile(r"(\d+)_")
 _GZIP = b"\x1f\x8b"
@@ -48,7 +48,7 @@ _GZIP = b"\x1f\x8b"
 
 @dataclass(frozen=True)
 class Record:
-    """One picture: its relative name, its file's bytes (or why they cannot be had), caption, times shown an epoch."""
+    """One image: its relative name, its file's bytes (or why they cannot be had), caption, times shown an epoch."""
 
     name: str
     data: bytes = b""
@@ -72,8 +72,8 @@ class Source(Protocol):
         """Records in all."""
         ...
 
-    def records(self, start: int = 0, pictures: bool = True) -> Iterator[Record]:
-        """All records from this number on; with their captions only, where no ``pictures`` are wanted."""
+    def records(self, start: int = 0, images: bool = True) -> Iterator[Record]:
+        """All records from this number on; with their captions only, where no ``images`` are wanted."""
         ...
 
 
@@ -81,7 +81,7 @@ class Source(Protocol):
 class Columns:
     """Names of a Parquet file's columns; None finds them by their usual names."""
 
-    picture: str | None = None
+    image: str | None = None
     caption: str | None = None
 
 
@@ -97,8 +97,8 @@ def open_source(path: Path, columns: Columns = Columns(), kohya_repeats: bool = 
         raise ValueError(f"{path} is a pipe or a device: name a folder, or a .tar or .parquet file")
     if not path.is_dir():
         raise ValueError(f"there is no folder or file {path}")
-    pictures, archives, tables = _walk(path)
-    kinds = {f"{len(pictures)} pictures": pictures, f"{len(archives)} tars": archives, f"{len(tables)} Parquet": tables}
+    images, archives, tables = _walk(path)
+    kinds = {f"{len(images)} images": images, f"{len(archives)} tars": archives, f"{len(tables)} Parquet": tables}
     found = [text for text, files in kinds.items() if files]
     if len(found) > 1:
         raise ValueError(f"{path} holds {' and '.join(found)} files: name the folder or file that holds one kind only")
@@ -106,13 +106,13 @@ def open_source(path: Path, columns: Columns = Columns(), kohya_repeats: bool = 
         return TarSource(tuple(archives))
     if tables:
         return ParquetSource(tuple(tables), columns)
-    if not pictures:
-        raise ValueError(f"{path} holds no pictures ({', '.join(PICTURE_ENDINGS)}), tars or Parquet files")
-    return FolderSource(path, tuple(pictures), kohya_repeats)
+    if not images:
+        raise ValueError(f"{path} holds no images ({', '.join(IMAGE_ENDINGS)}), tars or Parquet files")
+    return FolderSource(path, tuple(images), kohya_repeats)
 
 
 def _walk(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
-    """(pictures, tars, Parquet files) below a folder, each in the order of their relative names; no hidden ones."""
+    """(images, tars, Parquet files) below a folder, each in the order of their relative names; no hidden ones."""
     found: tuple[list[Path], list[Path], list[Path]] = ([], [], [])
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -120,7 +120,7 @@ def _walk(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
             low = name.lower()
             if name.startswith("."):
                 continue
-            if low.rpartition(".")[2] in PICTURE_ENDINGS:
+            if low.rpartition(".")[2] in IMAGE_ENDINGS:
                 found[0].append(Path(place, name))
             elif low.endswith(_TAR_ENDINGS):
                 found[1].append(Path(place, name))
@@ -136,43 +136,43 @@ def _walk(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
 
 @dataclass(frozen=True)
 class FolderSource:
-    """Pictures with their captions beside them: ``cat.png`` and ``cat.txt`` (or ``cat.caption``).
+    """Images with their captions beside them: ``cat.png`` and ``cat.txt`` (or ``cat.caption``).
 
-    Where no picture lies in the folder itself and every folder with pictures is below one named like ``10_cat``, as
-    kohya's trainer wants it, the number says how many times an epoch shows each picture. Raises ValueError where that
+    Where no image lies in the folder itself and every folder with images is below one named like ``10_cat``, as
+    kohya's trainer wants it, the number says how many times an epoch shows each image. Raises ValueError where that
     is no number of times to show one.
     """
 
     folder: Path
-    pictures: tuple[Path, ...]
+    images: tuple[Path, ...]
     kohya_repeats: bool = True
 
     def __post_init__(self) -> None:
-        for picture in self.pictures:
-            self._repeats(picture)
+        for image in self.images:
+            self._repeats(image)
 
     @property
     def description(self) -> str:
         repeated = ", repeated as their folders' names say" if self._kohya else ""
-        return f"{len(self.pictures)} pictures of a folder{repeated}"
+        return f"{len(self.images)} images of a folder{repeated}"
 
     @property
     def identity(self) -> str:
-        files = (file for picture in self.pictures for file in (picture, _caption_file(picture)) if file)
+        files = (file for image in self.images for file in (image, _caption_file(image)) if file)
         stamps = (f"{self._name(file)}\0{_stamp(file)}\n" for file in files)
         return digest_of(chain([str(self._kohya)], stamps), 32, "blake2b")
 
     def count(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
-    def records(self, start: int = 0, pictures: bool = True) -> Iterator[Record]:
-        for picture in self.pictures[start:]:
-            name = safe_name(self._name(picture))
+    def records(self, start: int = 0, images: bool = True) -> Iterator[Record]:
+        for image in self.images[start:]:
+            name = safe_name(self._name(image))
             try:
-                caption = _caption_file(picture)
+                caption = _caption_file(image)
                 text = check_caption(decoded(contents(caption, CAPTION_BYTES))) if caption else ""
-                data = contents(picture, PICTURE_BYTES) if pictures else b""
-                yield Record(name, data, text, self._repeats(picture))
+                data = contents(image, IMAGE_BYTES) if images else b""
+                yield Record(name, data, text, self._repeats(image))
             except Unreadable as error:
                 yield Record(name, fault=str(error))
 
@@ -182,22 +182,22 @@ class FolderSource:
     @cached_property
     def _kohya(self) -> bool:
         return self.kohya_repeats and all(
-            "/" in self._name(p) and _KOHYA.match(self._name(p)) is not None for p in self.pictures
+            "/" in self._name(p) and _KOHYA.match(self._name(p)) is not None for p in self.images
         )
 
-    def _repeats(self, picture: Path) -> int:
-        found = _KOHYA.match(self._name(picture)) if self._kohya else None
+    def _repeats(self, image: Path) -> int:
+        found = _KOHYA.match(self._name(image)) if self._kohya else None
         repeats = max(1, int(found[1])) if found else 1
         if repeats > REPEATS:
             raise ValueError(
-                f"the name of the folder {self._name(picture).partition('/')[0]} asks for more than {REPEATS:,} repeats "
+                f"the name of the folder {self._name(image).partition('/')[0]} asks for more than {REPEATS:,} repeats "
                 "an epoch: rename it"
             )
         return repeats
 
 
-def _caption_file(picture: Path) -> Path | None:
-    return next((f for f in (picture.with_suffix(f".{e}") for e in CAPTION_ENDINGS) if f.is_file()), None)
+def _caption_file(image: Path) -> Path | None:
+    return next((f for f in (image.with_suffix(f".{e}") for e in CAPTION_ENDINGS) if f.is_file()), None)
 
 
 # ---------------------------------------------------------------------------------------------------- tar
@@ -205,7 +205,7 @@ def _caption_file(picture: Path) -> Path | None:
 
 @dataclass
 class _Sample:
-    """The members of one key. ``caption`` is read as it goes by, the picture only where it is wanted."""
+    """The members of one key. ``caption`` is read as it goes by, the image only where it is wanted."""
 
     key: str
     name: str = ""
@@ -235,18 +235,18 @@ class TarSource:
     def count(self) -> int:
         return sum(1 for tar in self.tars for _ in _samples(tar, None))
 
-    def records(self, start: int = 0, pictures: bool = True) -> Iterator[Record]:
+    def records(self, start: int = 0, images: bool = True) -> Iterator[Record]:
         for tar in self.tars:
             number = -1
-            for number, sample in enumerate(_samples(tar, start, pictures)):
+            for number, sample in enumerate(_samples(tar, start, images)):
                 if number >= start:
                     name = safe_name(f"{tar.name}/{sample.name or sample.key}")
                     yield Record(name, sample.data, sample.caption, fault=sample.fault)
             start = max(0, start - number - 1)
 
 
-def _samples(path: Path, start: int | None, pictures: bool = True) -> Iterator[_Sample]:
-    """The samples with a picture; what is in them is read from the number ``start`` on, of none for None.
+def _samples(path: Path, start: int | None, images: bool = True) -> Iterator[_Sample]:
+    """The samples with an image; what is in them is read from the number ``start`` on, of none for None.
 
     A tar that breaks off ends in a sample that says so.
     """
@@ -268,10 +268,10 @@ def _samples(path: Path, start: int | None, pictures: bool = True) -> Iterator[_
                     sample = _Sample(key)
                 wanted = start is not None and number >= start
                 try:
-                    if ending in PICTURE_ENDINGS and not sample.name:
+                    if ending in IMAGE_ENDINGS and not sample.name:
                         sample.name = member.name
-                        if pictures and wanted:
-                            sample.data = _contents(stream, member, PICTURE_BYTES)
+                        if images and wanted:
+                            sample.data = _contents(stream, member, IMAGE_BYTES)
                     elif ending in (*CAPTION_ENDINGS, "json") and wanted:
                         text = decoded(_contents(stream, member, CAPTION_BYTES))
                         sample.captions[ending] = check_caption(_json_caption(text) if ending == "json" else text)
@@ -347,7 +347,7 @@ def _json_caption(text: str) -> str:
 
 @dataclass(frozen=True)
 class ParquetSource:
-    """Rows with a picture's bytes (a binary column, or a struct with ``bytes``) and a caption.
+    """Rows with an image's bytes (a binary column, or a struct with ``bytes``) and a caption.
 
     A file that cannot be read is one record that says so. Raises ValueError where none of them can, or one lacks a column.
     """
@@ -374,18 +374,18 @@ class ParquetSource:
     def count(self) -> int:
         return sum(_looked_at(file)[0] for file in self.files)
 
-    def records(self, start: int = 0, pictures: bool = True) -> Iterator[Record]:
+    def records(self, start: int = 0, images: bool = True) -> Iterator[Record]:
         for path in self.files:
             rows, fault = _looked_at(path)
             if start < rows and fault:
                 yield Record(safe_name(path.name), fault=fault)
             elif start < rows:
-                yield from self._of_file(path, start, pictures)
+                yield from self._of_file(path, start, images)
             start = max(0, start - rows)
 
-    def _of_file(self, path: Path, start: int, pictures: bool) -> Iterator[Record]:
-        picture, caption = self._chosen(path)
-        columns = [name for name in (picture if pictures or caption is None else None, caption) if name is not None]
+    def _of_file(self, path: Path, start: int, images: bool) -> Iterator[Record]:
+        image, caption = self._chosen(path)
+        columns = [name for name in (image if images or caption is None else None, caption) if name is not None]
         row = 0
         with parquet_file(path) as file:
             for group in range(file.num_row_groups):
@@ -394,25 +394,25 @@ class ParquetSource:
                     for values in _of_group(file, group, columns, end - row):
                         if row >= start:
                             name = safe_name(f"{path.name}/row-{row}")
-                            yield _record(name, values, picture if pictures else None, caption)
+                            yield _record(name, values, image if images else None, caption)
                         row += 1
                 row = end
 
     def _chosen(self, path: Path) -> tuple[str, str | None]:
-        """The columns of the picture and of the caption; there need be no caption."""
+        """The columns of the image and of the caption; there need be no caption."""
         with parquet_file(path) as file:
             names = file.schema_arrow.names
-        picture = column_of(names, self.columns.picture, PICTURE_COLUMNS)
+        image = column_of(names, self.columns.image, IMAGE_COLUMNS)
         caption = column_of(names, self.columns.caption, CAPTION_COLUMNS)
         shown = ", ".join(repr(name) for name in names[:12]) or "none"
-        if picture is None:
-            wanted = repr(self.columns.picture or PICTURE_COLUMNS[0])
-            raise ValueError(f"{path.name}: no column {wanted} among {shown}: name the column that holds the pictures")
+        if image is None:
+            wanted = repr(self.columns.image or IMAGE_COLUMNS[0])
+            raise ValueError(f"{path.name}: no column {wanted} among {shown}: name the column that holds the images")
         if caption is None and self.columns.caption is not None:
             raise ValueError(
                 f"{path.name}: no column {self.columns.caption!r} among {shown}: name the column that holds the captions"
             )
-        return picture, caption
+        return image, caption
 
 
 def _of_group(file: Any, group: int, columns: list[str], rows: int) -> Iterator[dict[str, Any] | str]:
@@ -441,18 +441,18 @@ def _values(row: Any) -> dict[str, Any] | str:
         return f"the row cannot be read: {one_line(error)}"
 
 
-def _record(name: str, values: dict[str, Any] | str, picture: str | None, caption: str | None) -> Record:
+def _record(name: str, values: dict[str, Any] | str, image: str | None, caption: str | None) -> Record:
     if isinstance(values, str):
         return Record(name, fault=values)
-    data, text = values[picture] if picture else b"", values.get(caption or "")
+    data, text = values[image] if image else b"", values.get(caption or "")
     if isinstance(data, dict):
         data = data.get("bytes")
     if not isinstance(data, bytes):
-        return Record(name, fault="the row holds no bytes of a picture")
+        return Record(name, fault="the row holds no bytes of an image")
     if isinstance(text, list):
         text = next(iter(text), "")
     try:
-        check_size(len(data), PICTURE_BYTES)
+        check_size(len(data), IMAGE_BYTES)
         return Record(name, data, check_caption(cleaned(text) if isinstance(text, str) else ""))
     except Unreadable as error:
         return Record(name, fault=str(error))

@@ -1,1 +1,1 @@
-"""One renderer for everybody who shows a verdict: words, SVG charts, pictures, an HTML page, a terminal panel."""
+"""One renderer for everybody who shows a verdict: words, SVG charts, images, an HTML page, a terminal panel."""

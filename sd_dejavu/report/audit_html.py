@@ -1,4 +1,4 @@
-"""An audit as one self-contained HTML page: what was found, and the pictures of the worst captions."""
+"""An audit as one self-contained HTML page: what was found, and the images of the worst captions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROWS_SHOWN = 200
 
 @dataclass(frozen=True)
 class AuditPage:
-    """``thumbnails`` holds the training picture (a JPEG file) of each row with pictures, by its name."""
+    """``thumbnails`` holds the training image (a JPEG file) of each row with images, by its name."""
 
     audit: Audit
     model: str
@@ -39,7 +39,7 @@ def render_audit(page: AuditPage) -> str:
             notes=notes(audit),
             rows=shown,
             left_out=max(0, len(rows) - ROWS_SHOWN),
-            worst=[row for row in shown if row["pictures"]],
+            worst=[row for row in shown if row["images"]],
             charts=_charts(audit),
             counts=audit.counts,
         )
@@ -58,7 +58,7 @@ def _shown(row: Row, thumbnails: Mapping[str, bytes]) -> dict[str, object]:
         "duplicates": row.duplicates,
         "near_duplicates": row.near_duplicates,
         "training": None if trained is None else _uri("jpeg", trained),
-        "pictures": [_uri("png", picture) for picture in row.pictures],
+        "images": [_uri("png", image) for image in row.images],
     }
 
 

@@ -16,7 +16,7 @@ _MARKUP = re.compile(r"[\\`*_{}\[\]<>|~&!#@$]|(?<=:)/(?=/)|(?<=www)\.", re.IGNOR
 def sentence(audit: Audit) -> str:
     """The finding in one sentence, without a full stop at the end."""
     named, copied, all_of_them = len(audit.flagged), len(audit.copied), len(audit.rows)
-    what = "captions" if audit.counts == "magnitude" else "training pictures"
+    what = "captions" if audit.counts == "magnitude" else "training images"
     drawn = sum(row.copies is not None for row in audit.rows)
     told = f"{named:,} of {all_of_them:,} {what} {'is' if named == 1 else 'are'} named as memorised"
     if not named:
@@ -40,14 +40,14 @@ def notes(audit: Audit) -> list[str]:
     if audit.misfit:
         told.append(misfit("captions", "recombine them from the captions (on the command line: --like-captions)"))
     if audit.counts == "magnitude":
-        told.append("There were captions only, so nothing could be compared with the training pictures.")
-    counts = "What counts is how much more each caption leads towards its own training picture than to others"
+        told.append("There were captions only, so nothing could be compared with the training images.")
+    counts = "What counts is how much more each caption leads towards its own training image than to others"
     if audit.counts == "contrast":
         told.append(f"{counts}. Name the base model to leave out what it does already.")
     if audit.counts == "gain":
         told.append(f"{counts}, beyond what it does on the base model.")
     if audit.copy_threshold is None and audit.counts != "magnitude":
-        told.append("For these features no similarity is established from which a picture is a copy.")
+        told.append("For these features no similarity is established from which an image is a copy.")
     unmeasured = sum(row.q_value is None for row in audit.rows)
     if unmeasured:
         told.append(f"{unmeasured:,} could not be measured: their rows say why.")
@@ -82,13 +82,13 @@ def _rank(row: Row) -> tuple[bool, bool, float, float]:
 
 
 def row_as_json(row: Row) -> dict[str, Any]:
-    """Plain values, without the pictures."""
-    values = {f.name: getattr(row, f.name) for f in fields(Row) if f.name != "pictures"}
+    """Plain values, without the images."""
+    values = {f.name: getattr(row, f.name) for f in fields(Row) if f.name != "images"}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def as_json(audit: Audit, model: str, loras: list[str]) -> dict[str, Any]:
-    """The whole finding as plain values, without the pictures."""
+    """The whole finding as plain values, without the images."""
     return {
         "format": "dejavu-audit",
         "schema_version": 1,
@@ -110,20 +110,20 @@ def as_json(audit: Audit, model: str, loras: list[str]) -> dict[str, Any]:
 
 def as_markdown(audit: Audit) -> str:
     """The finding, then a table of all rows, worst first."""
-    head = ["verdict", "picture", "caption", audit.counts, "p", "q", "copies", "suggestion"]
+    head = ["verdict", "image", "caption", audit.counts, "p", "q", "copies", "suggestion"]
     lines = [_line(head), _line(["---"] * len(head)), *(_line(_cells(row)) for row in ranked(audit))]
     return "\n\n".join([f"{sentence(audit)}.", "\n".join(lines), "\n".join(notes(audit))])
 
 
 def thumbnails_of(audit: Audit, subject: Subject) -> dict[str, bytes]:
-    """The training picture (a JPEG file) of each row that was drawn, by its name."""
+    """The training image (a JPEG file) of each row that was drawn, by its name."""
     if subject.reference is None:
         return {}
     rows = {entry.image: entry.row for entry in subject.entries}
     return {
         row.image: bytes(subject.reference.thumbnails[number])
         for row in audit.rows
-        if row.pictures and (number := rows[row.image]) is not None
+        if row.images and (number := rows[row.image]) is not None
     }
 
 
@@ -134,7 +134,7 @@ def settings_shown(
     return {
         "False discovery rate": f"{wanted.false_discovery_rate:g}",
         "Ordinary prompts": audit.nulls,
-        "Pictures a caption": measurement.images,
+        "Images a caption": measurement.images,
         "Steps": measurement.steps,
         "Seed": measurement.seed,
         "Compared by": "captions alone" if subject.reference is None else subject.reference.features,

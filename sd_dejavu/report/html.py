@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..core.verdict import BandStep, Verdict
 from .chart import loss_sparkline, magnitude_chart
-from .picture import Pixels, png_uri, where_overlay
+from .image import Pixels, png_uri, where_overlay
 from .templating import rendered, writable
 from .wording import beside_label, facts, label, number, p_text, sentence
 from .words import word_legend, word_spans
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 class Mitigated:
     """The same prompt run again under one mitigation.
 
-    ``prompt`` is the new text where the method changes it. ``similarity`` compares the new pictures
-    with the training picture, ``moved`` is the distance the conditioning was moved by, relative to its norm, ``losses``
+    ``prompt`` is the new text where the method changes it. ``similarity`` compares the new images
+    with the training image, ``moved`` is the distance the conditioning was moved by, relative to its norm, ``losses``
     has one value an optimisation step, and the caption scores tell what the prompt lost.
     """
 
     method: str
     prompt: str | None = None
     verdict: Verdict | None = None
-    pictures: Sequence[Pixels] = ()
+    images: Sequence[Pixels] = ()
     similarity: float | None = None
     losses: Sequence[float] = ()
     moved: float | None = None
@@ -43,17 +43,17 @@ class Mitigated:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One prompt: its verdict, the null band (L2), and the pictures of the plain run.
+    """One prompt: its verdict, the null band (L2), and the images of the plain run.
 
-    ``where`` is the squared-difference map [h, w] of the first picture. ``similarity`` compares the
-    pictures with the training picture; from ``copy_threshold`` up it counts as a copy.
+    ``where`` is the squared-difference map [h, w] of the first image. ``similarity`` compares the
+    images with the training image; from ``copy_threshold`` up it counts as a copy.
     """
 
     verdict: Verdict
     band: Sequence[BandStep] = ()
-    pictures: Sequence[Pixels] = ()
+    images: Sequence[Pixels] = ()
     where: Tensor | NDArray[Any] | None = None
-    training_picture: Pixels | None = None
+    training_image: Pixels | None = None
     similarity: float | None = None
     copy_threshold: float | None = None
     mitigations: tuple[Mitigated, ...] = ()
@@ -100,9 +100,9 @@ def _case(case: Case) -> dict[str, object]:
         "legend": word_legend(verdict.explanation) if verdict.explanation and verdict.explanation.words else None,
         "facts": facts(verdict),
         "charts": _charts(case, None, (560, 320)),
-        "pictures": [png_uri(p) for p in case.pictures],
+        "images": [png_uri(p) for p in case.images],
         "where": None if case.where is None else png_uri(_where(case)),
-        "training": None if case.training_picture is None else png_uri(case.training_picture),
+        "training": None if case.training_image is None else png_uri(case.training_image),
         "training_name": _training_name(case),
         "similarity": similarity_text(case.similarity, case.copy_threshold),
         "mitigations": [_mitigated(case, m) for m in case.mitigations],
@@ -111,8 +111,8 @@ def _case(case: Case) -> dict[str, object]:
 
 def _training_name(case: Case) -> str:
     if case.similarity is None or case.copy_threshold is None:
-        return "Training picture"
-    return "Training picture it copies" if case.similarity >= case.copy_threshold else "Nearest training picture"
+        return "Training image"
+    return "Training image it copies" if case.similarity >= case.copy_threshold else "Nearest training image"
 
 
 def _mitigated(case: Case, after: Mitigated) -> dict[str, object]:
@@ -121,7 +121,7 @@ def _mitigated(case: Case, after: Mitigated) -> dict[str, object]:
         "note": after.note,
         "sentence": after.verdict and sentence(after.verdict),
         "prompt": after.prompt and word_spans(after.prompt, None),
-        "pictures": [png_uri(p) for p in after.pictures],
+        "images": [png_uri(p) for p in after.images],
         "similarity": similarity_text(after.similarity, case.copy_threshold),
         "rows": _rows(case, after),
         "moved": None if after.moved is None else number(after.moved),
@@ -166,5 +166,5 @@ def _charts(case: Case, after: Verdict | None, widths: Sequence[int]) -> list[st
 
 def _where(case: Case) -> Pixels:
     assert case.where is not None
-    picture = case.pictures[0] if case.pictures else np.zeros((*case.where.shape[-2:], 3), np.uint8)
-    return where_overlay(picture, case.where)
+    image = case.images[0] if case.images else np.zeros((*case.where.shape[-2:], 3), np.uint8)
+    return where_overlay(image, case.where)

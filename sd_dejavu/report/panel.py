@@ -1,4 +1,4 @@
-"""Reports on the pictures of one run as a piece of a page: for hosts that show HTML and run no script in it."""
+"""Reports on the images of one run as a piece of a page: for hosts that show HTML and run no script in it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from ..core.trace import NotMeasured
 from ..core.verdict import Verdict
 from ..run.report import Report
 from .chart import loss_sparkline, magnitude_chart
-from .picture import colours, png_uri
+from .image import colours, png_uri
 from .templating import macro, rendered
 from .wording import beside_label, changed, facts, label, sentence
 from .words import word_legend, word_spans
 
 
 def panel(reports: Sequence[tuple[str, Report]]) -> str:
-    """(title, report on one picture) each as a section; all of the user's text is escaped."""
-    return rendered("panel.html.j2", pictures=[_picture(title, report) for title, report in reports])
+    """(title, report on one image) each as a section; all of the user's text is escaped."""
+    return rendered("panel.html.j2", images=[_image(title, report) for title, report in reports])
 
 
 def plain_text(reports: Sequence[tuple[str, Report]]) -> str:
-    """The same in a line for each picture."""
+    """The same in a line for each image."""
     return "\n".join(f"{title}: {sentence(r.verdicts[0])}" for title, r in reports)
 
 
@@ -37,7 +37,7 @@ def framed(page: str, title: str) -> Markup:
     return macro("frame", page, title)
 
 
-def _picture(title: str, report: Report) -> dict[str, object]:
+def _image(title: str, report: Report) -> dict[str, object]:
     (verdict,) = report.verdicts
     outcome, explanation = report.state.outcome, verdict.explanation
     return {

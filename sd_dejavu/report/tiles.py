@@ -1,4 +1,4 @@
-"""Pictures side by side with lines of text below each, as one picture. For hosts that pass images."""
+"""Images side by side with lines of text below each, as one image. For hosts that pass images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .picture import Pixels
+from .image import Pixels
 
 SIDE, GAP, SIZE, LINE = 256, 16, 16, 22
 _INK, _MARKED = (24, 24, 28), (170, 60, 0)
@@ -18,21 +18,21 @@ def side_by_side(tiles: Sequence[Image.Image], texts: Sequence[Sequence[str]], m
     font = ImageFont.load_default(SIZE)
     lines = max(len(text) for text in texts)
     width = GAP + len(tiles) * (SIDE + GAP)
-    picture = Image.new("RGB", (width, 2 * GAP + SIDE + lines * LINE + GAP), "white")
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (width, 2 * GAP + SIDE + lines * LINE + GAP), "white")
+    draw = ImageDraw.Draw(image)
     for number, (tile, text) in enumerate(zip(tiles, texts, strict=True)):
         left = GAP + number * (SIDE + GAP)
         fitted = _fitted(tile)
-        picture.paste(fitted, (left + (SIDE - fitted.width) // 2, GAP + (SIDE - fitted.height) // 2))
+        image.paste(fitted, (left + (SIDE - fitted.width) // 2, GAP + (SIDE - fitted.height) // 2))
         for place, line in enumerate(text):
             top = 2 * GAP + SIDE + place * LINE
             heading = _MARKED if number < marked else _INK
             draw.text((left, top), _cut(line, font), fill=heading if place == 0 else _INK, font=font)
-    return np.asarray(picture).copy()
+    return np.asarray(image).copy()
 
 
 def _fitted(tile: Image.Image) -> Image.Image:
-    """As large as SIDE allows; small pictures keep their hard edges."""
+    """As large as SIDE allows; small images keep their hard edges."""
     scale = SIDE / max(tile.size)
     size = (max(1, round(tile.width * scale)), max(1, round(tile.height * scale)))
     return tile.resize(size, Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS)

@@ -74,7 +74,7 @@ def facts(verdict: Verdict) -> list[tuple[str, str]]:
         style = f" of style '{verdict.null_style}'" if verdict.null_style else ""
         images = "" if verdict.null_images == 1 else f", {verdict.null_images} images each"
         found.append(("Calibration", f"{verdict.nulls:,} ordinary prompts{style}{images}"))
-    found.append(("Measured against", f"the {verdict.without}"))
+    found.append(("Measured against", f"the {verdict.baseline}"))
     return found
 
 
@@ -92,11 +92,11 @@ def calibrated(profile: Profile, images: int = 1, alpha: float = ALPHA_DEFAULT) 
     return f"{found} Enough to flag at alpha = {alpha:g} {'one image at a time' if batch == 1 else f'in batches of up to {batch:,}'}."
 
 
-def misfit(prompts: str = "prompts", remedy: str = "calibrate with prompts like yours") -> str:
+def misfit(prompts: str = "prompts", advice: str = "calibrate with prompts like yours") -> str:
     """What to say where :func:`sd_dejavu.calibration.misfit.stranger_nulls` finds that the nulls do not fit."""
     return (
         f"The ordinary prompts are stranger to this model than your {prompts}, so p-values are too large and too little is "
-        f"flagged: {remedy}."
+        f"flagged: {advice}."
     )
 
 

@@ -236,7 +236,7 @@ class RunController(Generic[AnyModel]):
 
         No calibration can be made against what no text encodes to.
         """
-        wanted = self.monitoring.without == "empty prompt" and kind != "empty prompt"
+        wanted = self.monitoring.baseline == "empty prompt" and kind != "empty prompt"
         return wanted or kind in ("zeroed prompt", "prompt left out")
 
     # -------------------------------------------------------------------------------- deciding
@@ -291,14 +291,14 @@ class RunController(Generic[AnyModel]):
         """What a flagged prompt goes on with; None where its conditioning cannot be told apart."""
         if self.monitoring.changes_noise and (why := self.host.refuses_restart()):
             raise ValueError(
-                f"{self.monitoring.remedy} changes the noise that a run begins with, but this run {why}: choose another "
-                "remedy"
+                f"{self.monitoring.mitigation} changes the noise that a run begins with, but this run {why}: choose another "
+                "mitigation"
             )
         conditioning = words or self.host.words(state, model)
         if conditioning is None:
             return None
         unconditional = self.host.unconditional(state, model, empty=False)
-        if unconditional is None or unconditional[1] != state.trace.without:
+        if unconditional is None or unconditional[1] != state.trace.baseline:
             unconditional = self.host.unconditional(state, model, empty=True) or unconditional
         assert state.beginning is not None
         outcome = state.find_mitigation(

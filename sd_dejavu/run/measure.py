@@ -29,12 +29,14 @@ class Measurement:
     """Settings of a measurement, the same in every front end."""
 
     score: str = option("first step", "which evaluations the score averages", choices=tuple(scores()))
-    images: int = option(4, "pictures (noises) a prompt; the score is their mean", minimum=1, maximum=64)
+    images: int = option(4, "images (noises) a prompt; the score is their mean", minimum=1, maximum=64)
     steps: int = option(50, "sampling steps; they fix the noise level of the first step", minimum=1, maximum=1000)
     seed: int = option(0, "seed of the noise", minimum=0, maximum=2**63 - 1)
     guidance_scale: float = option(7.5, "strength of classifier-free guidance", minimum=0, maximum=100)
     negative: str = option("", "negative prompt that guidance steers away from")
-    without: Baseline = option("empty prompt", "what the prompt is measured against", choices=get_args(Baseline))
+    baseline: Baseline = option(
+        "empty prompt", "what the prompt is measured against", choices=get_args(Baseline), former="without"
+    )
     alpha: float = option(
         ALPHA_DEFAULT, "flag a prompt when its p-value is at most this", minimum=0, maximum=1, exclusive=True
     )
@@ -64,7 +66,7 @@ def setting_of(model: Model, wanted: Measurement) -> Setting:
         steps=wanted.steps,
         sigma=model.sigmas(wanted.steps)[0],
         guidance_scale=wanted.guidance_scale,
-        without=wanted.without,
+        baseline=wanted.baseline,
         negative_prompt=wanted.negative,
         patches=model.patches,
         text_encoder=model.text_encoder,
@@ -78,7 +80,7 @@ def guidance_of(model: Model, wanted: Measurement) -> Guidance:
 
 def baseline_of(model: Model, wanted: Measurement) -> Conditioning:
     """What prompts are measured against."""
-    return model.encode(wanted.negative if wanted.without == "negative prompt" else "")
+    return model.encode(wanted.negative if wanted.baseline == "negative prompt" else "")
 
 
 def measure(
@@ -166,14 +168,14 @@ def measure_runs(
     batch_size: int = 32,
     on_prompts: Callable[[int], None] = lambda count: None,
 ) -> list[Measured]:
-    """Sample the pictures of each prompt from noise [images, C, H, W] and measure on the way.
+    """Sample the images of each prompt from noise [images, C, H, W] and measure on the way.
 
-    ``evaluations`` ends the runs early (None: to the end, so that the latents are pictures).
+    ``evaluations`` ends the runs early (None: to the end, so that the latents are images).
     """
     guidance, sigmas = guidance_of(model, wanted), model.sigmas(wanted.steps)
     empty = model.encode("")
     runs = sample_prompts(
-        model, conditionings, guidance, noise, sigmas, evaluations, batch_size, on_prompts, wanted.without, empty
+        model, conditionings, guidance, noise, sigmas, evaluations, batch_size, on_prompts, wanted.baseline, empty
     )
     return [_measured(run, conditioning.prompt, wanted) for run, conditioning in zip(runs, conditionings, strict=True)]
 
@@ -187,7 +189,7 @@ def sampled_with(model: Model, outcome: Outcome, x: Tensor, wanted: Measurement,
     rule = None if outcome.rule is None else outcome.rule()
     guidance, sigmas = guidance_of(model, wanted), model.sigmas(wanted.steps)
     empty = model.encode("")
-    run = sample_prompt(model, outcome.conditioning, guidance, start, sigmas, rule, batch_size, wanted.without, empty)
+    run = sample_prompt(model, outcome.conditioning, guidance, start, sigmas, rule, batch_size, wanted.baseline, empty)
     return _measured(run, outcome.conditioning.prompt, wanted)
 
 
@@ -217,7 +219,7 @@ def verdict_on(
         alpha=wanted.alpha,
         score_kind=wanted.score,
         images=wanted.images,
-        without=wanted.without,
+        baseline=wanted.baseline,
         score_per_step=measured.per_step,
         why=measured.why,
         explanation=explanation,

@@ -15,7 +15,7 @@ WhenFlagged = Literal["report", "stop", "mitigate"]
 When = Literal["never", "flagged", "always"]
 OPTIMISE = "optimise"  # through the text encoder where it is at hand, else by its output rows
 OPTIMISING = ("optimise-tokens", "optimise-conditioning")
-REMEDIES = (
+METHODS = (
     OPTIMISE,
     *(name for name, known in available().items() if name not in OPTIMISING and not known.needs_references),
 )
@@ -32,27 +32,29 @@ def method_for(name: str, conditioning: Conditioning) -> Mitigation:
 class Monitoring:
     """Settings of a monitor, the same in every host."""
 
-    without: Baseline = option(
+    baseline: Baseline = option(
         "empty prompt",
         "what the prompt is measured against: the empty prompt, for which one calibration serves every negative prompt "
         "(one more model evaluation at each measured step, where guidance has another), or the negative prompt",
         choices=get_args(Baseline),
+        former="without",
     )
     when_flagged: WhenFlagged = option(
         "report",
-        "report: say so; stop: end the run at the first step; mitigate: go on with what the remedy gives instead",
+        "report: say so; stop: end the run at the first step; mitigate: go on with what the mitigation gives instead",
         choices=get_args(WhenFlagged),
     )
-    remedy: str = option(
+    mitigation: str = option(
         OPTIMISE,
         "how to mitigate: "
-        + "; ".join(f"{name}: {available()[OPTIMISING[0] if name == OPTIMISE else name].help}" for name in REMEDIES),
-        choices=REMEDIES,
+        + "; ".join(f"{name}: {available()[OPTIMISING[0] if name == OPTIMISE else name].help}" for name in METHODS),
+        choices=METHODS,
+        former="remedy",
     )
     explain: When = option("flagged", "when to find out which words bring the score about", choices=get_args(When))
     score: str = option("first step", "which evaluations the score averages", choices=tuple(scores()))
     alpha: float = option(
-        ALPHA_DEFAULT, "flag a picture when its p-value is at most this", minimum=0, maximum=1, exclusive=True
+        ALPHA_DEFAULT, "flag an image when its p-value is at most this", minimum=0, maximum=1, exclusive=True
     )
 
     def __post_init__(self) -> None:
@@ -66,5 +68,5 @@ class Monitoring:
     @property
     def changes_noise(self) -> bool:
         """Whether a flagged run begins again from other noise."""
-        known = available().get(self.remedy)
+        known = available().get(self.mitigation)
         return self.when_flagged == "mitigate" and known is not None and known.touches == "noise"

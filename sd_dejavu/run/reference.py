@@ -78,7 +78,7 @@ def sample_prompts(
     evaluations: int | None = None,
     batch_size: int = 32,
     on_prompts: Callable[[int], None] = lambda count: None,
-    without: Baseline | None = None,
+    baseline: Baseline | None = None,
     empty: Conditioning | None = None,
 ) -> list[Run]:
     """Every prompt on the same noise [images, C, H, W]; prompts of one length share batches.
@@ -94,7 +94,7 @@ def sample_prompts(
     for part in batches(sharing(conditionings), 1, max(1, batch_size // images)):
         prompts = [prompt for prompt, _ in part]
         chosen = [conditionings[p] for p in prompts]
-        found = _sampled(denoiser, chosen, guidance, x, path, None, batch_size, without, empty)
+        found = _sampled(denoiser, chosen, guidance, x, path, None, batch_size, baseline, empty)
         runs.update(zip(prompts, found, strict=True))
         on_prompts(len(prompts))
     return [runs[p] for p in range(len(conditionings))]
@@ -108,11 +108,11 @@ def sample_prompt(
     sigmas: Sequence[float],
     rule: GuidanceRule | None,
     batch_size: int,
-    without: Baseline | None = None,
+    baseline: Baseline | None = None,
     empty: Conditioning | None = None,
 ) -> Run:
     """One prompt from x [images, C, H, W] at ``sigmas[0]``, under a rule in the place of plain guidance."""
-    (run,) = _sampled(denoiser, [conditioning], guidance, x, sigmas, rule, batch_size, without, empty)
+    (run,) = _sampled(denoiser, [conditioning], guidance, x, sigmas, rule, batch_size, baseline, empty)
     return run
 
 
@@ -124,12 +124,12 @@ def _sampled(
     sigmas: Sequence[float],
     rule: GuidanceRule | None,
     batch_size: int,
-    without: Baseline | None,
+    baseline: Baseline | None,
     empty: Conditioning | None,
 ) -> list[Run]:
     """Prompts that may share a batch, each from x [images, C, H, W]."""
     images = x.shape[0]
-    wanted = Monitoring(without=without or guidance.kind, explain="never")
+    wanted = Monitoring(baseline=baseline or guidance.kind, explain="never")
     states = [
         RunState(wanted, c.prompt, images=tuple(range(n * images, (n + 1) * images)), every_score=True)
         for n, c in enumerate(conditionings)

@@ -21,14 +21,14 @@ MAP_SIDE = 32  # of the where-map in a report
 
 
 def flagged(verdicts: Sequence[Verdict]) -> bool | None:
-    """Whether any picture is flagged; None when there is no verdict on any of them."""
+    """Whether any image is flagged; None when there is no verdict on any of them."""
     known = [v.flagged for v in verdicts if v.flagged is not None]
     return any(known) if known else None
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a front end shows of one run: a verdict for each picture, the same after a mitigation, and the rest."""
+    """What a front end shows of one run: a verdict for each image, the same after a mitigation, and the rest."""
 
     state: RunState
     verdicts: tuple[Verdict, ...]
@@ -63,7 +63,7 @@ class Report:
         return found if self.images is None else found[list(self.images)]
 
     def where(self, height: int, width: int, images: int) -> Tensor:
-        """Where in the picture the prompt acts, [images, height, width] in 0..1; zeros where it was not measured."""
+        """Where in the image the prompt acts, [images, height, width] in 0..1; zeros where it was not measured."""
         try:
             found = self.maps()
         except NotMeasured:
@@ -73,7 +73,7 @@ class Report:
         return scaled[:images] if len(scaled) >= images else torch.zeros(images, height, width)
 
     def _maps(self) -> list[dict[str, Any] | None]:
-        """The where-map of each picture in at most 32 x 32 bytes, row by row; None where it was not measured."""
+        """The where-map of each image in at most 32 x 32 bytes, row by row; None where it was not measured."""
         try:
             height, width = self.state.trace.where().shape[1:]
         except NotMeasured:
@@ -90,7 +90,7 @@ class Report:
         profile, setting = self.state.profile, self.state.setting
         if profile is None or setting is None:
             return [], None
-        setting = replace(setting, without=self.state.trace.without or setting.without)
+        setting = replace(setting, baseline=self.state.trace.baseline or setting.baseline)
         band = [] if profile.setting.mismatch(setting, "all steps") else list(profile.band)
         if profile.setting.mismatch(setting, "first step") or not profile.null_scores("first step", 1):
             return band, None

@@ -58,7 +58,7 @@ class RunState:
     beginning: Beginning | None = field(default=None, repr=False)
     sampled: Conditioning | None = field(default=None, repr=False)
     rule: GuidanceRule | None = field(default=None, repr=False)
-    pixels_a_cell: int = 8  # of the picture, to each cell of the latent
+    pixels_a_cell: int = 8  # of the image, to each cell of the latent
     prompt_node: str | None = None  # the node of the host's workflow that holds the prompt
 
     def __post_init__(self) -> None:
@@ -138,7 +138,7 @@ class RunState:
             self.profile.quantile(ORDINARY_QUANTILE, "first step", 1),
             guided=self.setting is None or self.setting.guidance_scale != 1,
         )
-        method = method_for(self.monitoring.remedy, conditioning)
+        method = method_for(self.monitoring.mitigation, conditioning)
         return method.apply(model, conditioning, start, method.settings())
 
     def verdicts(self, kind: str | None = None) -> list[Verdict]:
@@ -155,7 +155,7 @@ class RunState:
         return self._judge(self.trace, self.monitoring.deciding) if self.before is not None else []
 
     def _judge(self, trace: Trace, kind: str) -> list[Verdict]:
-        without: Unconditional = trace.without or self.monitoring.without
+        baseline: Unconditional = trace.baseline or self.monitoring.baseline
         empty = Verdict(
             self.prompt,
             None,
@@ -163,7 +163,7 @@ class RunState:
             None,
             self.monitoring.alpha,
             score_kind=kind,
-            without=without,
+            baseline=baseline,
             explanation=self.explanation,
         )
         try:
@@ -186,7 +186,7 @@ class RunState:
 
     def _with_p(self, verdict: Verdict) -> Verdict:
         if self.profile is not None and self.setting is not None:
-            judged = judge(verdict, replace(self.setting, without=verdict.without), self.profile)
+            judged = judge(verdict, replace(self.setting, baseline=verdict.baseline), self.profile)
         else:
             judged = replace(verdict, why="there is no calibration for this model and setting: calibrate first")
         return judged if judged.why is None else replace(judged, why="; ".join([judged.why, *self.notes]))

@@ -1,20 +1,20 @@
-"""Alignment: does the prompt move the first prediction towards the very picture it was trained with?
+"""Alignment: does the prompt move the first prediction towards the very image it was trained with?
 
 The magnitude (Wen et al., ICLR 2024) asks how far a prompt moves the prediction. Who trained a model knows more: the
-training picture of each caption. With z its latent, and the denoised predictions of the first step with the prompt
+training image of each caption. With z its latent, and the denoised predictions of the first step with the prompt
 and without, D_c and D_u,
 
     a = cos(D_c - D_u, z - D_u),
 
-averaged over noises. It is 1 where the prompt alone brings the picture back. This statistic is our own. It is needed
+averaged over noises. It is 1 where the prompt alone brings the image back. This statistic is our own. It is needed
 because a LoRA that overfits raises the magnitude of ordinary prompts too, so that its captions no longer stand out by
 it (README, 'Training clean').
 
-What counts is the contrast, a less the mean alignment with other training pictures: a LoRA that draws everything in
-the style of its training set moves every prompt towards all of it. A caption that merely describes its picture has a
+What counts is the contrast, a less the mean alignment with other training images: a LoRA that draws everything in
+the style of its training set moves every prompt towards all of it. A caption that merely describes its image has a
 little contrast too, on any model. Where the model is at hand that was trained on, what counts is therefore the gain
-over it, c - max(0, c_base). Ordinary prompts have no training picture: each is given one at random, and its contrast
-or gain is taken on the same weights. Without a base model the highest contrast of several pictures stands for it, as
+over it, c - max(0, c_base). Ordinary prompts have no training image: each is given one at random, and its contrast
+or gain is taken on the same weights. Without a base model the highest contrast of several images stands for it, as
 nothing else accounts for the describing.
 """
 
@@ -28,9 +28,9 @@ from torch import Tensor
 
 from ..core.denoiser import Predictions
 from ..reference.features import resized
-from ..reference.pictures import PictureError, open_picture, to_tensor
+from ..reference.images import ImageError, open_image, to_tensor
 
-COMPARED = 8  # training pictures that each ordinary prompt is compared with
+COMPARED = 8  # training images that each ordinary prompt is compared with
 NEAREST_OF = 4  # of these the one with the highest contrast counts, without a base model
 
 
@@ -42,26 +42,26 @@ def alignment(predictions: Predictions, latents: Tensor) -> Tensor:
     return F.cosine_similarity(moved[:, None], ways, dim=2)
 
 
-def as_trained(pictures: Sequence[bytes], height: int, width: int) -> Tensor:
-    """Picture files, their middle cut to the model's shape and size as trainers do: [B, 3, height, width] in 0..1.
+def as_trained(images: Sequence[bytes], height: int, width: int) -> Tensor:
+    """Image files, their middle cut to the model's shape and size as trainers do: [B, 3, height, width] in 0..1.
 
     Raises ValueError for one that cannot be used.
     """
     try:
-        return torch.cat([_cut(to_tensor(open_picture(data)), height, width) for data in pictures])
-    except PictureError as error:
+        return torch.cat([_cut(to_tensor(open_image(data)), height, width) for data in images])
+    except ImageError as error:
         raise ValueError(f"a thumbnail in the reference set cannot be used ({error}): build the set again") from error
 
 
-def _cut(picture: Tensor, height: int, width: int) -> Tensor:
-    have_height, have_width = picture.shape[-2:]
+def _cut(image: Tensor, height: int, width: int) -> Tensor:
+    have_height, have_width = image.shape[-2:]
     scale = max(height / have_height, width / have_width)
     tall, wide = max(height, round(have_height * scale)), max(width, round(have_width * scale))
-    whole = resized(picture, tall, wide, "bicubic").clamp(0, 1)
+    whole = resized(image, tall, wide, "bicubic").clamp(0, 1)
     top, left = (tall - height) // 2, (wide - width) // 2
     return whole[..., top : top + height, left : left + width]
 
 
 def contrast(own: float, others: Sequence[float]) -> float:
-    """Alignment with a picture less the mean of that with others; the alignment itself where there are none."""
+    """Alignment with an image less the mean of that with others; the alignment itself where there are none."""
     return own - sum(others) / len(others) if others else own

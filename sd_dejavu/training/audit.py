@@ -1,7 +1,7 @@
-"""Audit: which captions of a training set bring their pictures back, for the makers of checkpoints and LoRAs.
+"""Audit: which captions of a training set bring their images back, for the makers of checkpoints and LoRAs.
 
 Each caption is measured at its first step: how far it moves the prediction (the magnitude of Wen et al., ICLR 2024),
-and, where its training picture is at hand, whether towards that picture (:mod:`sd_dejavu.training.alignment`), which
+and, where its training image is at hand, whether towards that image (:mod:`sd_dejavu.training.alignment`), which
 then is what counts. It is compared with ordinary prompts by a split-conformal p-value. Over many captions some are
 small by chance, so they are corrected by Benjamini & Hochberg's procedure: of the captions that are named, in
 expectation a share of at most ``false_discovery_rate`` is named wrongly. The smallest p-value is 1 / (nulls + 1), so
@@ -9,7 +9,7 @@ with few nulls and many captions a single one cannot be told: :attr:`Audit.least
 
 With a LoRA, or where the base model of a checkpoint is named, it is the gain over the base model that counts.
 
-Those named, and the next highest, are drawn from several noises and compared with their training pictures: a flag is
+Those named, and the next highest, are drawn from several noises and compared with their training images: a flag is
 a statistic, a copy is seen. With a LoRA the same captions (or a sample) are measured at growing strengths and for
 each saved epoch.
 
@@ -22,7 +22,7 @@ import base64
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -34,13 +34,13 @@ from torch import Tensor
 
 from ..calibration.calibrate import PROMPTS_A_SEED
 from ..calibration.misfit import stranger_nulls
-from ..core.settings import option, validate
+from ..core.settings import by_id, option, validate
 from ..core.statistics import benjamini_hochberg, spread
 from ..kept import digest_of, json_digest
 from ..reference.build import embed
 from ..reference.features import Features
+from ..reference.images import open_image, to_tensor
 from ..reference.nearest import copy_threshold
-from ..reference.pictures import open_picture, to_tensor
 from ..reference.reference_set import NEIGHBOURHOOD, ReferenceSet
 from ..run.measure import Measurement
 from .alignment import COMPARED, NEAREST_OF, contrast
@@ -65,7 +65,7 @@ class AuditSettings:
         1000, "ordinary prompts measured on the same weights, to compare with", minimum=20, maximum=1_000_000
     )
     sample: int = option(0, "audit so many captions, drawn at random; 0: all of them", minimum=0, maximum=1_000_000_000)
-    worst: int = option(12, "captions whose pictures are drawn and compared, the worst ones", minimum=0, maximum=1000)
+    worst: int = option(12, "captions whose images are drawn and compared, the worst ones", minimum=0, maximum=1000)
     sweep: int = option(
         200, "captions measured at each strength and saved epoch of a LoRA, at even distances; 0: none", minimum=0
     )
@@ -82,7 +82,7 @@ class AuditSettings:
 
 @dataclass(frozen=True)
 class Entry:
-    """One picture of the training set with its caption; ``row`` is its place in the reference set, None without one."""
+    """One image of the training set with its caption; ``row`` is its place in the reference set, None without one."""
 
     image: str
     caption: str
@@ -92,13 +92,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Row:
-    """What was found of one training picture.
+    """What was found of one training image.
 
-    ``magnitude`` is the first step's, L2; ``alignment`` is with its training picture, -1 to 1, and ``base_alignment``
+    ``magnitude`` is the first step's, L2; ``alignment`` is with its training image, -1 to 1, and ``base_alignment``
     that of the base model. ``score`` is what counts of these. ``q_value`` is the smallest false discovery rate at
     which it would be named, ``flagged`` whether that is low enough. All of these are None where ``why`` says what kept
-    it from being measured. ``copies`` of ``drawn`` pictures are copies of this very training picture, ``similarity``
-    is that of the likest; None where none was drawn or no threshold is established. ``word`` brings the pictures
+    it from being measured. ``copies`` of ``drawn`` images are copies of this very training image, ``similarity``
+    is that of the likest; None where none was drawn or no threshold is established. ``word`` brings the images
     about most.
     """
 
@@ -120,7 +120,7 @@ class Row:
     near_duplicates: tuple[str, ...] = ()
     suggestion: str = ""
     why: str = ""
-    pictures: tuple[bytes, ...] = field(default=(), repr=False)  # PNG files
+    images: tuple[bytes, ...] = field(default=(), repr=False)  # PNG files
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Audit:
 
     @property
     def copied(self) -> tuple[Row, ...]:
-        """Rows of which a drawn picture is a copy of the training picture."""
+        """Rows of which a drawn image is a copy of the training image."""
         return tuple(row for row in self.rows if row.copies)
 
     @property
@@ -196,7 +196,7 @@ def least_named(captions: int, nulls: int, rate: float) -> int:
 
 
 def entries_of(reference: ReferenceSet) -> list[Entry]:
-    """All pictures of a reference set with their captions; exact copies of a picture follow it."""
+    """All images of a reference set with their captions; exact copies of an image follow it."""
     row_of = {name: number for number, name in enumerate(reference.names)}
     copies: dict[int, list[Entry]] = {}
     for copy in reference.details.get("copies", ()):
@@ -227,7 +227,7 @@ def identity(
         "dataset": digest_of(json.dumps([entry.image, entry.caption]) for entry in entries),
         "ordinary_prompts": json_digest(list(ordinary)),
         "partition": wanted.partition,
-        **asdict(measurement),
+        **by_id(measurement),
     }
 
 
@@ -289,9 +289,9 @@ def _holds_lora(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is audited: the entries, with the reference set they come from where their pictures are at hand.
+    """What is audited: the entries, with the reference set they come from where their images are at hand.
 
-    ``features`` compares drawn pictures with the reference set's.
+    ``features`` compares drawn images with the reference set's.
     """
 
     entries: Sequence[Entry]
@@ -300,10 +300,10 @@ class Subject:
 
     @property
     def cases(self) -> list[Entry]:
-        """The different captions, those of another picture apart."""
+        """The different captions, those of another image apart."""
         return list({(entry.caption, entry.row): entry for entry in reversed(self.entries)}.values())[::-1]
 
-    def pictures(self, cases: Sequence[Entry]) -> tuple[bytes, ...]:
+    def images(self, cases: Sequence[Entry]) -> tuple[bytes, ...]:
         if self.reference is None:
             return ()
         return tuple(self.reference.thumbnails[case.row] for case in cases if case.row is not None)
@@ -329,7 +329,7 @@ def audit(
     cases = subject.cases
     if not any(case.caption.strip() for case in cases):
         raise ValueError(
-            "the training set holds no captions, so there is nothing to audit: put a .txt beside each picture"
+            "the training set holds no captions, so there is nothing to audit: put a .txt beside each image"
         )
     final = Variant(str(loras[-1].path)) if loras else Variant()
     has_base = has_base or bool(loras)
@@ -405,14 +405,14 @@ def _magnitudes(values: Iterable[dict[str, Any]]) -> list[float]:
 
 
 def counted(value: dict[str, Any], counts: Counts) -> float | None:
-    """Of a caption: its magnitude, or the contrast of its own picture; None where it was not measured."""
+    """Of a caption: its magnitude, or the contrast of its own image; None where it was not measured."""
     if counts == "magnitude" or "alignment" not in value:
         return value.get("magnitude") if counts == "magnitude" else None
     return contrast(value["alignment"][0], value["alignment"][1:])
 
 
 def of_ordinary(values: Sequence[dict[str, Any]], counts: Counts) -> list[float | None]:
-    """Of ordinary prompts in their order: the magnitude, or the contrast of a picture drawn at random; where no base
+    """Of ordinary prompts in their order: the magnitude, or the contrast of an image drawn at random; where no base
     model is known, the highest contrast of several."""
     found: list[float | None] = []
     for number, value in enumerate(values):
@@ -458,16 +458,15 @@ def _null_tasks(
             if rows
             else []
         )
-        pictures = tuple(subject.reference.thumbnails[row] for row in drawn) if subject.reference is not None else ()
-        tasks.append(Task("nulls", variant, first, prompts, pictures))
+        images = tuple(subject.reference.thumbnails[row] for row in drawn) if subject.reference is not None else ()
+        tasks.append(Task("nulls", variant, first, prompts, images))
     return tasks
 
 
 def _caption_tasks(subject: Subject, cases: Sequence[Entry], variant: Variant, wanted: AuditSettings) -> list[Task]:
     parts = [(first, cases[first : first + wanted.partition]) for first in range(0, len(cases), wanted.partition)]
     return [
-        Task("captions", variant, first, tuple(c.caption for c in part), subject.pictures(part))
-        for first, part in parts
+        Task("captions", variant, first, tuple(c.caption for c in part), subject.images(part)) for first, part in parts
     ]
 
 
@@ -502,13 +501,13 @@ def _drawn(
     engine: Engine,
     on_progress: Progress,
 ) -> dict[str, dict[str, Any]]:
-    tasks = [Task("pictures", variant, number, (prompt,), words=True) for number, prompt in enumerate(prompts)]
+    tasks = [Task("images", variant, number, (prompt,), words=True) for number, prompt in enumerate(prompts)]
     _finish(tasks, "drawing", load, work, ledger, engine, on_progress)
     return dict(zip(prompts, ledger.values(tasks), strict=True))
 
 
 class _Judge:
-    """Puts together what is known of one training picture."""
+    """Puts together what is known of one training image."""
 
     def __init__(
         self,
@@ -517,7 +516,7 @@ class _Judge:
     ) -> None:
         self._reference, self._features = subject.reference, subject.features
         self._drawn = {
-            caption: tuple(base64.b64decode(data) for data in found["pictures"]) for caption, found in seen.items()
+            caption: tuple(base64.b64decode(data) for data in found["images"]) for caption, found in seen.items()
         }
         self._words = {caption: found["word"] for caption, found in seen.items()}
         self._embedded: dict[str, Tensor] = {}
@@ -539,7 +538,7 @@ class _Judge:
         q: float | None,
         flag: bool | None,
     ) -> Row:
-        """Of one case; entries that share its caption and picture get the same."""
+        """Of one case; entries that share its caption and image get the same."""
         similarity, copies = self._compared(case)
         return Row(
             case.image,
@@ -557,7 +556,7 @@ class _Judge:
             self._words.get(case.caption),
             near_duplicates=self._near(case) if flag or copies else (),
             why=value.get("why") or base.get("why", ""),
-            pictures=self._drawn.get(case.caption, ()),
+            images=self._drawn.get(case.caption, ()),
         )
 
     def of_entry(self, row: Row, entry: Entry) -> Row:
@@ -566,19 +565,19 @@ class _Judge:
         return replace(known, suggestion=suggestion(known))
 
     def _compared(self, case: Entry) -> tuple[float | None, int | None]:
-        """Similarity of the likest drawn picture to the training picture, and how many are its copies."""
-        pictures = self._drawn.get(case.caption)
-        if not pictures or self._reference is None or self._features is None or case.row is None:
+        """Similarity of the likest drawn image to the training image, and how many are its copies."""
+        images = self._drawn.get(case.caption)
+        if not images or self._reference is None or self._features is None or case.row is None:
             return None, None
         if case.caption not in self._embedded:
-            self._embedded[case.caption] = embed(self._features, [to_tensor(open_picture(data)) for data in pictures])
+            self._embedded[case.caption] = embed(self._features, [to_tensor(open_image(data)) for data in images])
         rows = self._embedded[case.caption]
         similarity = self._reference.similarity(rows, torch.full((len(rows),), case.row))
         copies = None if self.threshold is None else int((similarity >= self.threshold).sum())
         return float(similarity.max()), copies
 
     def _near(self, case: Entry) -> tuple[str, ...]:
-        """Other pictures of the set that are nearly the same."""
+        """Other images of the set that are nearly the same."""
         if self._reference is None or self._reference.near_threshold is None or case.row is None:
             return ()
         found = self._reference.search(self._reference.embeddings[case.row][None], NEAREST_SHOWN + 1)
@@ -588,15 +587,15 @@ class _Judge:
 
 
 def suggestion(row: Row) -> str:
-    """What to do about one training picture; empty where there is nothing."""
+    """What to do about one training image; empty where there is nothing."""
     if not row.flagged and not row.copies:
         return ""
     if row.copies and not row.flagged:
         return "it is copied, but its caption does not stand out from ordinary prompts: draw it with the base model too"
     if row.drawn and row.copies == 0:
-        return "watch it: its caption acts like a memorised one, but no picture drawn from it is a copy yet"
+        return "watch it: its caption acts like a memorised one, but no image drawn from it is a copy yet"
     if row.duplicates:
-        return f"keep one of the {1 + len(row.duplicates)} equal pictures, and drop the others"
+        return f"keep one of the {1 + len(row.duplicates)} equal images, and drop the others"
     if row.near_duplicates:
         return f"drop its near duplicates: {', '.join(row.near_duplicates)}"
     if row.repeats > 1:

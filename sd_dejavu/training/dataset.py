@@ -1,4 +1,4 @@
-"""A training set in the form that fine-tuning wants: captions, repeats, and every picture's latent, made once."""
+"""A training set in the form that fine-tuning wants: captions, repeats, and every image's latent, made once."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..kept import is_finite, write_tensors
-from ..reference.pictures import PictureError, open_picture
+from ..reference.images import ImageError, open_image
 from ..reference.sources import Record, Source
 
-_CHUNK = 8  # pictures encoded at a time
+_CHUNK = 8  # images encoded at a time
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ def latents_of(
     key: str,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LatentSet:
-    """All pictures of a source at ``size`` (height, width), from the file ``cache`` where it was made under this key.
+    """All images of a source at ``size`` (height, width), from the file ``cache`` where it was made under this key.
 
-    A picture is scaled until it covers the size and cut to its middle. Of an autoencoder with a distribution the mean
-    is taken. Raises ValueError where no picture can be used.
+    An image is scaled until it covers the size and cut to its middle. Of an autoencoder with a distribution the mean
+    is taken. Raises ValueError where no image can be used.
     """
     found = _cached(cache, key)
     if found is not None:
@@ -69,9 +69,9 @@ def latents_of(
     for number, record in enumerate(source.records()):
         try:
             if record.fault:
-                raise PictureError(record.fault)
+                raise ImageError(record.fault)
             waiting.append((replace(record, data=b""), _fitted(record.data, size)))
-        except PictureError as error:
+        except ImageError as error:
             skipped.append((record.name, str(error)))
         if len(waiting) == _CHUNK:
             encode()
@@ -80,7 +80,7 @@ def latents_of(
         encode()
     if not kept:
         first = f"; the first, {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
-        raise ValueError(f"no picture of the training set can be used{first}")
+        raise ValueError(f"no image of the training set can be used{first}")
     made = LatentSet(
         torch.stack([latent for _, latent in kept]),
         tuple(record.name for record, _ in kept),
@@ -114,15 +114,15 @@ def _fitted(data: bytes, size: tuple[int, int]) -> Tensor:
     from PIL import Image, ImageOps
 
     height, width = size
-    fitted = ImageOps.fit(open_picture(data), (width, height), Image.Resampling.LANCZOS)
+    fitted = ImageOps.fit(open_image(data), (width, height), Image.Resampling.LANCZOS)
     pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8).reshape(height, width, 3)
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
 @torch.no_grad()
-def _encoded(vae: Any, pictures: Sequence[Tensor]) -> Tensor:
+def _encoded(vae: Any, images: Sequence[Tensor]) -> Tensor:
     """[N, C, H, W] in the UNet's scale, fp32 on the CPU."""
-    encoded = vae.encode(torch.stack(list(pictures)).to(vae.device, vae.dtype))
+    encoded = vae.encode(torch.stack(list(images)).to(vae.device, vae.dtype))
     latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     return ((latents - shift) * getattr(vae.config, "scaling_factor", 1.0)).float().cpu()

@@ -199,8 +199,8 @@ class TrainingFilter:
         ``unet(noisy, timesteps, rows, **more)`` is called once more, without gradients, with the rows of the empty
         prompt: ``empty`` [1 or B, N, D]. It may give a tensor, or an object with ``sample``.
         """
-        without = predict_without(unet, noisy, timesteps, empty, **more)
-        stay = self.keep(conditional, without, timesteps)
+        unconditional = predict_unconditional(unet, noisy, timesteps, empty, **more)
+        stay = self.keep(conditional, unconditional, timesteps)
         return tuple(values[stay] for values in (conditional, *others))
 
     def weights(
@@ -213,7 +213,9 @@ class TrainingFilter:
         **more: Any,
     ) -> Tensor:
         """As :meth:`sift`, for loops that weigh their samples: see :func:`weights_of`."""
-        return weights_of(self.keep(conditional, predict_without(unet, noisy, timesteps, empty, **more), timesteps))
+        return weights_of(
+            self.keep(conditional, predict_unconditional(unet, noisy, timesteps, empty, **more), timesteps)
+        )
 
     def write_log(self, file: TextIO) -> None:
         """Moves what is logged to a file, one JSON object a line."""
@@ -281,7 +283,9 @@ def weights_of(stay: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def predict_without(unet: Callable[..., Any], noisy: Tensor, timesteps: Tensor, empty: Tensor, **more: Any) -> Tensor:
+def predict_unconditional(
+    unet: Callable[..., Any], noisy: Tensor, timesteps: Tensor, empty: Tensor, **more: Any
+) -> Tensor:
     """The model's output [B, C, H, W] for the empty prompt's rows [1 or B, N, D], without gradients."""
     rows = empty.expand(len(noisy), *empty.shape[1:])
     output = unet(noisy, timesteps, rows, **more)

@@ -75,8 +75,8 @@ class Trainable(Trained, Protocol):
     @property
     def schedule(self) -> object: ...
 
-    def encode(self, prompt: str, picture_size: tuple[int, int] | None = None) -> Conditioning:
-        """``picture_size`` is (height, width) in pixels, the model's own by default."""
+    def encode(self, prompt: str, image_size: tuple[int, int] | None = None) -> Conditioning:
+        """``image_size`` is (height, width) in pixels, the model's own by default."""
         ...
 
 
@@ -108,7 +108,7 @@ class FinetuneSettings:
     mixed_precision: str = option("no", "precision of the evaluations", choices=("no", "fp16", "bf16"))
     gradient_checkpointing: bool = option(False, "compute activations again in place of keeping them: less memory")
     resolution: int | None = option(
-        None, "side of the pictures in pixels (default: the model's own)", kind=int, minimum=8, maximum=4096
+        None, "side of the images in pixels (default: the model's own)", kind=int, minimum=8, maximum=4096
     )
     save_every: int = option(1, "save the result every so many epochs", minimum=1)
     state_every: int = option(500, "optimizer steps between the states from which a stopped run goes on", minimum=1)
@@ -151,7 +151,7 @@ def finetune(
     (loss, share of samples kept and learning rate of each step), ``filter.jsonl`` (the filter's log), and the result
     after every ``save_every`` epochs and at the end: ``lora-epoch-0006.safetensors`` and ``lora.safetensors``, or
     folders ``model-epoch-0006`` and ``model`` in diffusers layout. Raises ValueError with a sentence for a folder
-    that holds another run or that another process writes to, a training set without usable pictures, a resolution that
+    that holds another run or that another process writes to, a training set without usable images, a resolution that
     the model cannot take, a flow model, a filter over batches of 1, of which it never leaves out any, and trained weights that are not
     finite, which are never saved.
     """
@@ -178,7 +178,7 @@ def finetune(
             size,
             out / "latents.safetensors",
             f"{source.identity} {model.fingerprint} {size}",
-            lambda done, total: on_progress("pictures", done, total),
+            lambda done, total: on_progress("images", done, total),
         )
         if sum(samples.repeats) > _LONGEST_EPOCH:
             raise ValueError(
@@ -551,12 +551,10 @@ def _schedule(model: Trainable) -> Schedule:
 
 
 def _size(model: Trainable, wanted: FinetuneSettings) -> tuple[int, int]:
-    """(height, width) of the pictures in pixels."""
+    """(height, width) of the images in pixels."""
     if wanted.resolution is None:
-        return model.picture_size
-    step = (
-        model.picture_size[0] // model.latent_shape[1] * 2 ** (len(model.pipeline.unet.config.block_out_channels) - 1)
-    )
+        return model.image_size
+    step = model.image_size[0] // model.latent_shape[1] * 2 ** (len(model.pipeline.unet.config.block_out_channels) - 1)
     if wanted.resolution % step:
         raise ValueError(f"resolution must be a multiple of {step} for this model, not {wanted.resolution}")
     return wanted.resolution, wanted.resolution

@@ -28,7 +28,7 @@ from ..report.wording import top_words
 from ..run.measure import Measurement, baseline_of, measure_runs
 from .alignment import alignment, as_trained
 
-Kind = Literal["nulls", "captions", "pictures"]
+Kind = Literal["nulls", "captions", "images"]
 _NOT_FINITE = "the model gives NaN or infinity"
 
 
@@ -36,12 +36,12 @@ class Trained(Model, Protocol):
     """A model with both ends of its autoencoder."""
 
     @property
-    def picture_size(self) -> tuple[int, int]:
+    def image_size(self) -> tuple[int, int]:
         """(height, width) in pixels of what it draws."""
         ...
 
-    def latents_of(self, pictures: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in 0..1 -> latents [B, C, h, w]."""
+    def latents_of(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in 0..1 -> latents [B, C, h, w]."""
         ...
 
 
@@ -58,8 +58,8 @@ class Variant:
 class Task:
     """``prompts`` are those from number ``first`` on, a multiple of 25.
 
-    ``training`` holds picture files: with captions one for each, with nulls a few for each 25 prompts; none where the
-    training set's pictures are not at hand. ``words`` asks for the word that brings a picture about.
+    ``training`` holds image files: with captions one for each, with nulls a few for each 25 prompts; none where the
+    training set's images are not at hand. ``words`` asks for the word that brings an image about.
     """
 
     kind: Kind
@@ -69,8 +69,8 @@ class Task:
     training: tuple[bytes, ...] = ()
     words: bool = False
 
-    def pictures_at(self, begin: int) -> tuple[bytes, ...]:
-        """The picture files of the 25 prompts from number ``begin`` of this task on."""
+    def images_at(self, begin: int) -> tuple[bytes, ...]:
+        """The image files of the 25 prompts from number ``begin`` of this task on."""
         if self.kind == "nulls":
             each = len(self.training) // -(-len(self.prompts) // PROMPTS_A_SEED)
             begin = begin // PROMPTS_A_SEED * each
@@ -97,9 +97,9 @@ class Work:
     batch_size: int = 32
 
     def __call__(self, model: Trained, task: Task) -> list[dict[str, Any]]:
-        """A value a prompt: what was measured at the first step, or its pictures; or ``why`` there is nothing."""
-        if task.kind == "pictures":
-            return list(self._pictures(model, task))
+        """A value a prompt: what was measured at the first step, or its images; or ``why`` there is nothing."""
+        if task.kind == "images":
+            return list(self._images(model, task))
         return list(self._first_step(model, task))
 
     def _first_step(self, model: Trained, task: Task) -> Iterator[dict[str, Any]]:
@@ -110,8 +110,8 @@ class Work:
         seed = wanted.seed + task.first + (SEED_BASE if task.kind == "nulls" else 0)
         for begin in range(0, len(task.prompts), PROMPTS_A_SEED):
             prompts = task.prompts[begin : begin + PROMPTS_A_SEED]
-            given = task.pictures_at(begin)
-            latents = model.latents_of(as_trained(given, *model.picture_size)) if given else None
+            given = task.images_at(begin)
+            latents = model.latents_of(as_trained(given, *model.image_size)) if given else None
             encoded = [_encoded(model, prompt) for prompt in prompts]
             sound = [one for one in encoded if isinstance(one, Conditioning)]
             noise = model.noise(seed + begin, wanted.images)
@@ -142,20 +142,20 @@ class Work:
                     yield {"why": f"not measured: {found}"}
                     continue
                 own_magnitudes, alignments = found
-                if task.kind == "captions" and given:  # its own picture first, then the others
+                if task.kind == "captions" and given:  # its own image first, then the others
                     others = [a for a, data in zip(alignments, given, strict=True) if data != given[place]]
                     alignments = [alignments[place], *others]
                 yield _value(own_magnitudes, alignments, rounding(noise[0].numel(), sigma))
 
-    def _pictures(self, model: Trained, task: Task) -> Iterator[dict[str, Any]]:
-        """The pictures of each prompt as PNG in base64, and the word that brings them about."""
+    def _images(self, model: Trained, task: Task) -> Iterator[dict[str, Any]]:
+        """The images of each prompt as PNG in base64, and the word that brings them about."""
         noise = model.noise(self.wanted.seed, self.wanted.images)
 
         def drawn(prompts: Sequence[str]) -> list[dict[str, Any]]:
             return [self._drawn(model, prompt, noise, task.words) for prompt in prompts]
 
         for found in one_by_one(drawn, task.prompts):
-            lacking: dict[str, Any] = {"pictures": [], "word": None}
+            lacking: dict[str, Any] = {"images": [], "word": None}
             yield {**lacking, "why": f"not drawn: {found}"} if isinstance(found, OutOfMemory) else found
 
     def _drawn(self, model: Trained, prompt: str, noise: Tensor, words: bool) -> dict[str, Any]:
@@ -163,16 +163,16 @@ class Work:
         (run,) = measure_runs(model, [conditioning], noise, self.wanted, None, self.batch_size)
         assert run.latents is not None  # whole runs end in latents
         if not bool(torch.isfinite(run.latents).all()):
-            return {"pictures": [], "word": None, "why": f"not drawn: {_NOT_FINITE}"}
+            return {"images": [], "word": None, "why": f"not drawn: {_NOT_FINITE}"}
         named = words and len(conditioning.words) > 0
         return {
-            "pictures": [png(picture) for picture in model.decode(run.latents)],
+            "images": [png(image) for image in model.decode(run.latents)],
             "word": top_word(model, conditioning, self.wanted, self.batch_size) if named else None,
         }
 
 
 def _value(magnitudes: Tensor, alignments: Sequence[float], equal: float) -> dict[str, Any]:
-    """Means over the images: of magnitudes [images], which up to ``equal`` are none, and alignments with each picture."""
+    """Means over the images: of magnitudes [images], which up to ``equal`` are none, and alignments with each image."""
     if not bool(torch.isfinite(magnitudes).all()) or not all(map(math.isfinite, alignments)):
         return {"why": f"not measured: {_NOT_FINITE}"}
     if not bool((magnitudes > equal).all()):
@@ -186,7 +186,7 @@ def check_values(task: Task, values: Any) -> list[dict[str, Any]]:
     if not isinstance(values, list) or len(values) != len(task.prompts):
         raise ValueError(f"it holds no list of {len(task.prompts)} values")
     for value in values:
-        if not isinstance(value, dict) or not (_is_drawn(value) if task.kind == "pictures" else _is_measured(value)):
+        if not isinstance(value, dict) or not (_is_drawn(value) if task.kind == "images" else _is_measured(value)):
             raise ValueError(f"{value!r:.60} is not what is found of a prompt")
     return values
 
@@ -200,11 +200,11 @@ def _is_measured(value: dict[str, Any]) -> bool:
 
 
 def _is_drawn(value: dict[str, Any]) -> bool:
-    pictures, words = value.get("pictures"), (value.get("word"), value.get("why"))
-    if not isinstance(pictures, list) or not all(word is None or isinstance(word, str) for word in words):
+    images, words = value.get("images"), (value.get("word"), value.get("why"))
+    if not isinstance(images, list) or not all(word is None or isinstance(word, str) for word in words):
         return False
     try:
-        return all(base64.b64decode(picture, validate=True)[:4] == b"\x89PNG" for picture in pictures)
+        return all(base64.b64decode(image, validate=True)[:4] == b"\x89PNG" for image in images)
     except (ValueError, TypeError):
         return False
 
@@ -219,17 +219,17 @@ def _encoded(model: Model, prompt: str) -> Conditioning | str:
 
 
 def top_word(model: Model, conditioning: Conditioning, wanted: Measurement, batch_size: int = 32) -> str | None:
-    """The word that brings the prompt's picture about most; None where no word does."""
+    """The word that brings the prompt's image about most; None where no word does."""
     found = top_words(explain(model, conditioning, wanted, batch_size=batch_size), 1)
     return found[0].text.strip(",.;:") if found and found[0].raw > 0 else None
 
 
-def png(picture: Tensor) -> str:
-    """A PNG file in base64, of a picture [3, H, W] in 0..1."""
+def png(image: Tensor) -> str:
+    """A PNG file in base64, of an image [3, H, W] in 0..1."""
     from PIL import Image
 
     file = io.BytesIO()
-    eights = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    eights = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     Image.fromarray(eights).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode("ascii")
 

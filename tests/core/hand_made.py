@@ -4,7 +4,7 @@ The network puts out, for an image x with mean m(x), the 4 numbers
 
     o = (1 + gain * m(x)) * sum_n w_n r_n                  (r_n row n of the conditioning, 4 wide)
 
-as a picture [1, 2, 2]. Hence for two conditionings with d = sum_n w_n (c_n - u_n), g = 1 + gain * m(x):
+as an image [1, 2, 2]. Hence for two conditionings with d = sum_n w_n (c_n - u_n), g = 1 + gain * m(x):
 the magnitude is k * |g| * ||d||, its gradient at row n is k * |g| * w_n * d / ||d||, and the norm of
 that is k * |g| * |w_n|. A conditioning with an attention rule gives sum_n f_n w_n r_n over the rows kept, and the
 attention that row n gets is |r_n| / sum |r_m|. k is 1 for epsilon and flow and 1 / sqrt(1 + sigma^2) for v, whose noise
@@ -43,8 +43,8 @@ class LinearDenoiser:
 
     def output(self, x: Tensor, rows: Tensor) -> Tensor:
         weights = torch.ones(rows.shape[1]) if self.weights is None else torch.tensor(self.weights[: rows.shape[1]])
-        picture = torch.einsum("n,bnd->bd", weights, rows.float()).reshape(-1, *SHAPE)
-        return (1 + self.gain * x.mean(dim=(1, 2, 3), keepdim=True)) * picture
+        image = torch.einsum("n,bnd->bd", weights, rows.float()).reshape(-1, *SHAPE)
+        return (1 + self.gain * x.mean(dim=(1, 2, 3), keepdim=True)) * image
 
     def __call__(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         self.calls.append((x.shape[0], conditioning))
@@ -64,9 +64,9 @@ class LinearDenoiser:
         return seeded_noise(SHAPE, seed, images)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self.pictures_of(latents)
+        return self.images_of(latents)
 
-    def pictures_of(self, latents: Tensor) -> Tensor:
+    def images_of(self, latents: Tensor) -> Tensor:
         return latents.expand(-1, 3, -1, -1)
 
     def attention_mass(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:

@@ -1,6 +1,6 @@
 """An unconditional diffusion model that memorises, without training: the exact denoiser of a known distribution.
 
-Half of the mass lies on ``memorised`` pictures (a narrow normal law around each), half is a broad normal law from
+Half of the mass lies on ``memorised`` images (a narrow normal law around each), half is a broad normal law from
 which no two draws are alike. The posterior mean of x0 given x = x0 + sigma * noise is then the mean of the
 components' posterior means, weighed by their responsibilities (Bayes' rule for normal laws).
 """
@@ -17,13 +17,13 @@ NARROW, BROAD = 0.02, 0.5  # standard deviations
 
 
 class Memoriser:
-    """Pictures [B, 3, 4, 4] around 0. ``denoised`` takes x in the scale x0 + sigma * noise."""
+    """Images [B, 3, 4, 4] around 0. ``denoised`` takes x in the scale x0 + sigma * noise."""
 
     def __init__(self, memorised: int = 4) -> None:
         self.memorised = BROAD * seeded_noise(SHAPE, 7, memorised).sign()
 
-    def training_pictures(self, others: int = 60) -> Tensor:
-        """The memorised pictures, and so many that were seen once, [N, 3, 4, 4]."""
+    def training_images(self, others: int = 60) -> Tensor:
+        """The memorised images, and so many that were seen once, [N, 3, 4, 4]."""
         return torch.cat([self.memorised, BROAD * seeded_noise(SHAPE, 8, others)])
 
     def denoised(self, x: Tensor, sigma: Tensor) -> Tensor:

@@ -26,10 +26,10 @@ from sd_dejavu.mitigations.anti_memorization_guidance import (
     time_of,
 )
 from sd_dejavu.mitigations.guard import Guard
-from sd_dejavu.reference.build import from_pictures
+from sd_dejavu.reference.build import from_images
 from sd_dejavu.reference.features import Pixels
 
-SCALE, COPY = 7.5, -1.4  # nL2 above which the paper calls a picture a copy
+SCALE, COPY = 7.5, -1.4  # nL2 above which the paper calls an image a copy
 CAPTIONS = ("red", "red fox", "fox", "", "red red red")
 
 
@@ -41,8 +41,8 @@ class Network:
     def __init__(self, width: int = 6) -> None:
         self.weight = seeded_noise((width, 48), 3, 1)[0] / 4
 
-    def __call__(self, pictures: Tensor) -> Tensor:
-        return F.normalize(torch.tanh(pictures.flatten(1).float() @ self.weight.T.to(pictures)), dim=1)
+    def __call__(self, images: Tensor) -> Tensor:
+        return F.normalize(torch.tanh(images.flatten(1).float() @ self.weight.T.to(images)), dim=1)
 
 
 def decode(latents: Tensor) -> Tensor:
@@ -53,8 +53,8 @@ def decode(latents: Tensor) -> Tensor:
 
 def guard_of(features=None, captions=CAPTIONS) -> Guard:
     features = features or Network()
-    pictures = decode(seeded_noise((1, 2, 2), 4, len(captions)))
-    reference = from_pictures(pictures, captions, list("abcde"), features)
+    images = decode(seeded_noise((1, 2, 2), 4, len(captions)))
+    reference = from_images(images, captions, list("abcde"), features)
     return Guard(features, reference, reference.captions)
 
 
@@ -219,7 +219,7 @@ def test_pure_noise_counts_as_the_training_schedules_highest_level() -> None:
         torch.testing.assert_close(found, given.plain - 0.01 * highest**2 * slope, rtol=1e-4, atol=1e-4)
 
 
-def test_pictures_below_the_threshold_are_left_bit_for_bit() -> None:
+def test_images_below_the_threshold_are_left_bit_for_bit() -> None:
     guard, step = guard_of(), step_of(images=6)
     s = guard.references.search(guard.features(decode(step.plain)), 1).similarity[:, 0]
     middle = float(s.sort().values[2:4].mean())
@@ -282,17 +282,17 @@ def test_the_gradient_is_that_of_finite_differences(features) -> None:
 
 MEMORISER = Memoriser()
 LEVELS = torch.linspace(20 ** (1 / 7), 0.02 ** (1 / 7), 40) ** 7
-UNCONDITIONAL = replace(DDPM, threshold=-1.5, threshold_rise=0.1)  # 64 pictures have nearer neighbours than 50,000
+UNCONDITIONAL = replace(DDPM, threshold=-1.5, threshold_rise=0.1)  # 64 images have nearer neighbours than 50,000
 
 
-def pictures(x: Tensor) -> Tensor:
+def images(x: Tensor) -> Tensor:
     return x / 2 + 0.5
 
 
 @pytest.fixture(scope="module")
 def training() -> Guard:
-    features, shown = Pixels(4), pictures(MEMORISER.training_pictures())
-    reference = from_pictures(shown, [""] * len(shown), [str(n) for n in range(len(shown))], features)
+    features, shown = Pixels(4), images(MEMORISER.training_images())
+    reference = from_images(shown, [""] * len(shown), [str(n) for n in range(len(shown))], features)
     return Guard(features, reference, reference.captions)
 
 
@@ -301,7 +301,7 @@ def refuse(conditioning: Conditioning) -> Tensor:
 
 
 def nearest(guard: Guard, x: Tensor) -> Tensor:
-    return guard.references.search(guard.features(pictures(x)), 1).similarity[:, 0]
+    return guard.references.search(guard.features(images(x)), 1).similarity[:, 0]
 
 
 def drawn(rule, images: int = 48) -> Tensor:
@@ -315,11 +315,11 @@ def drawn(rule, images: int = 48) -> Tensor:
     return x
 
 
-def test_an_unconditional_model_stops_copying_and_its_other_pictures_stay(training) -> None:
+def test_an_unconditional_model_stops_copying_and_its_other_images_stay(training) -> None:
     plain = drawn(None)
     copied = nearest(training, plain) > COPY
     assert 0.25 <= float(copied.float().mean()) <= 0.75  # half of its mass is memorised
-    rule = AntiMemorization(training, pictures, None, UNCONDITIONAL, "epsilon")
+    rule = AntiMemorization(training, images, None, UNCONDITIONAL, "epsilon")
     found = drawn(rule)
     acted = torch.stack(rule.acted).any(0)
     assert not bool((nearest(training, found) > COPY).any())
@@ -328,5 +328,5 @@ def test_an_unconditional_model_stops_copying_and_its_other_pictures_stay(traini
     assert torch.equal(same, ~acted) and int(same.sum()) >= 12
     # What they became is no noise: as broad as the law they come from (its standard deviation is .5).
     assert float(found[copied].std()) == pytest.approx(0.5, abs=0.1)
-    off = AntiMemorization(training, pictures, None, replace(UNCONDITIONAL, dissimilarity=0), "epsilon")
+    off = AntiMemorization(training, images, None, replace(UNCONDITIONAL, dissimilarity=0), "epsilon")
     assert torch.equal(drawn(off), plain)  # the other two terms have nothing to take back

@@ -31,7 +31,7 @@ from sd_dejavu.demo import bundled, world
 from sd_dejavu.hosts.diffusers import ModelError
 from sd_dejavu.hosts.diffusers.audit import Load
 from sd_dejavu.hosts.diffusers.load import load
-from sd_dejavu.reference.build import from_pictures
+from sd_dejavu.reference.build import from_images
 from sd_dejavu.reference.features import Grey
 from sd_dejavu.report.audit_html import AuditPage, render_audit
 from sd_dejavu.report.audit_rows import as_json, notes, sentence
@@ -121,7 +121,7 @@ def test_contrast_and_gain_worked_by_hand():
 
 
 def test_what_counts_of_ordinary_prompts():
-    """Contrasts .4 and -.4 of the first prompt with its two pictures, .2 and -.2 of the last; pictures go in turns."""
+    """Contrasts .4 and -.4 of the first prompt with its two images, .2 and -.2 of the last; images go in turns."""
     values = [
         {"magnitude": 2.0, "alignment": [0.5, 0.1]},
         {"why": "too long"},
@@ -136,7 +136,7 @@ def test_what_counts_of_ordinary_prompts():
 # ------------------------------------------------------------------------------------- the training set
 
 
-def test_pictures_are_cut_in_the_middle_as_trainers_do():
+def test_images_are_cut_in_the_middle_as_trainers_do():
     wide = np.zeros((8, 24, 3), np.uint8)
     wide[:, 8:16] = 255
     file = io.BytesIO()
@@ -146,19 +146,19 @@ def test_pictures_are_cut_in_the_middle_as_trainers_do():
     assert float(found.min()) == 1
 
 
-def picture_set(count: int, captions: Sequence[str] | None = None):
-    pictures = torch.stack([torch.from_numpy(np.asarray(world.draw_scene(s), dtype=np.float32)) for s in scenes(count)])
+def image_set(count: int, captions: Sequence[str] | None = None):
+    images = torch.stack([torch.from_numpy(np.asarray(world.draw_scene(s), dtype=np.float32)) for s in scenes(count)])
     names = [f"{n:02d}.png" for n in range(count)]
-    told = list(captions or [f"picture {n}" for n in range(count)])
-    return from_pictures(pictures.permute(0, 3, 1, 2) / 255, told, names, Grey())
+    told = list(captions or [f"image {n}" for n in range(count)])
+    return from_images(images.permute(0, 3, 1, 2) / 255, told, names, Grey())
 
 
 def scenes(count: int, seed: int = 9000) -> list[world.Scene]:
     return [world.ordinary(np.random.default_rng(seed + n))[1] for n in range(count)]
 
 
-def test_exact_copies_follow_their_picture_and_cases_are_told_apart_by_caption_and_picture():
-    reference = picture_set(3, ["a cat", "a cat", "a dog"])
+def test_exact_copies_follow_their_image_and_cases_are_told_apart_by_caption_and_image():
+    reference = image_set(3, ["a cat", "a cat", "a dog"])
     reference = replace(reference, details={"copies": [{"name": "again.png", "caption": "two", "of": "00.png"}]})
     entries = entries_of(reference)
     assert [(e.image, e.caption, e.row) for e in entries] == [
@@ -227,9 +227,9 @@ def test_suggestions_name_what_can_be_done():
     assert suggestion(replace(row, flagged=False, copies=0)) == ""
     assert "'cat'" in suggestion(row) and "re-caption" in suggestion(row)
     assert "b.png" in suggestion(replace(row, near_duplicates=("b.png",)))
-    assert "one of the 3 equal pictures" in suggestion(replace(row, duplicates=("b.png", "c.png")))
+    assert "one of the 3 equal images" in suggestion(replace(row, duplicates=("b.png", "c.png")))
     assert "40 times an epoch" in suggestion(replace(row, repeats=40))
-    assert "no picture drawn" in suggestion(replace(row, copies=0))
+    assert "no image drawn" in suggestion(replace(row, copies=0))
     assert "does not stand out" in suggestion(replace(row, flagged=False))
 
 
@@ -237,9 +237,9 @@ def test_suggestions_name_what_can_be_done():
 
 
 class Scripted(LinearDenoiser):
-    """A word 'wN' has the strength N; its pictures are as large as its latents."""
+    """A word 'wN' has the strength N; its images are as large as its latents."""
 
-    picture_size = (2, 2)
+    image_size = (2, 2)
 
     def encode(self, prompt: str):
         from hand_made import encoder
@@ -248,8 +248,8 @@ class Scripted(LinearDenoiser):
             raise ValueError("the prompt is too long")
         return encoder({w: float(w[1:]) for w in prompt.split() if w[0] == "w"})(prompt)
 
-    def latents_of(self, pictures):
-        return pictures.mean(1, keepdim=True)
+    def latents_of(self, images):
+        return images.mean(1, keepdim=True)
 
 
 def captions_and_nulls() -> tuple[list[str], list[str]]:
@@ -320,9 +320,9 @@ def test_a_task_survives_a_table_row():
     assert Task.of_row(task.as_row()) == task
 
 
-def test_nulls_of_a_task_share_a_few_pictures_each_25():
+def test_nulls_of_a_task_share_a_few_images_each_25():
     task = Task("nulls", Variant(), 0, ("a",) * 60, tuple(bytes([n]) for n in range(12)))
-    assert [task.pictures_at(begin) for begin in (0, 25, 50)] == [tuple(bytes([n]) for n in r) for r in ([0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11])]  # fmt: skip
+    assert [task.images_at(begin) for begin in (0, 25, 50)] == [tuple(bytes([n]) for n in r) for r in ([0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11])]  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------- stopped and resumed
@@ -397,8 +397,8 @@ def test_an_audit_begun_with_release_0_1_goes_on(tmp_path: Path):
         Ledger(tmp_path, identity(entries[:1], ordinary, AuditSettings(), Measurement(images=2), **host))
 
 
-TASKS = (Task("captions", Variant(), 0, ("a", "b")), Task("pictures", Variant(), 0, ("a", "b")))
-FOUND = {"captions": {"magnitude": 1.0}, "pictures": {"pictures": [], "word": None}}
+TASKS = (Task("captions", Variant(), 0, ("a", "b")), Task("images", Variant(), 0, ("a", "b")))
+FOUND = {"captions": {"magnitude": 1.0}, "images": {"images": [], "word": None}}
 PNG = "iVBORw0KGgo="
 
 
@@ -417,14 +417,14 @@ PNG = "iVBORw0KGgo="
         ("captions", {"magnitude": 1.0, "alignment": 0.5}),
         ("captions", {"magnitude": 1.0, "alignment": [0.5, float("inf")]}),
         ("captions", {"why": 3}),
-        ("pictures", {"word": None}),
-        ("pictures", {"pictures": PNG, "word": None}),
-        ("pictures", {"pictures": ["not a picture"], "word": None}),
-        ("pictures", {"pictures": [PNG], "word": 3}),
+        ("images", {"word": None}),
+        ("images", {"images": PNG, "word": None}),
+        ("images", {"images": ["not an image"], "word": None}),
+        ("images", {"images": [PNG], "word": 3}),
     ],
 )
 def test_results_that_cannot_be_true_are_neither_kept_nor_taken(tmp_path: Path, kind: str, second: Any):
-    task = TASKS[kind == "pictures"]
+    task = TASKS[kind == "images"]
     ledger = Ledger(tmp_path, {})
     with pytest.raises(ValueError, match="is not what is found of a prompt"):
         ledger.keep(task, [FOUND[kind], second])
@@ -461,8 +461,8 @@ def test_a_task_with_too_few_values_is_refused(tmp_path: Path, change: Callable[
 
 def test_an_autoencoder_that_gives_nan_is_not_measured(tmp_path: Path):
     class Broken(Scripted):
-        def latents_of(self, pictures):
-            return super().latents_of(pictures) * torch.nan
+        def latents_of(self, images):
+            return super().latents_of(images) * torch.nan
 
     file = io.BytesIO()
     Image.new("RGB", (2, 2), "red").save(file, "PNG")
@@ -586,8 +586,8 @@ def audited(data: Path, out: Path, *more: str) -> dict[str, Any]:
     return json.loads((out / "audit.json").read_text())
 
 
-def test_pictures_that_a_lora_was_overfitted_to_are_named(tmp_path: Path):
-    """Eight pictures, shown 200 times each; eight more lie in the folder and were never shown."""
+def test_images_that_a_lora_was_overfitted_to_are_named(tmp_path: Path):
+    """Eight images, shown 200 times each; eight more lie in the folder and were never shown."""
     write_set(tmp_path / "set" / "40_shown", range(8))
     loras = finetuned(tmp_path / "set", tmp_path / "loras", "--epochs", "5", "--save-every", "5")
     data = write_set(tmp_path / "audited", range(16))
@@ -602,8 +602,8 @@ def test_pictures_that_a_lora_was_overfitted_to_are_named(tmp_path: Path):
 
 
 @pytest.mark.figures
-def test_an_overfitted_lora_is_named_with_its_pictures_and_its_epoch(tmp_path: Path):
-    """Eight pictures, shown 40 times in each of five epochs; eight more lie in the folder and were never shown."""
+def test_an_overfitted_lora_is_named_with_its_images_and_its_epoch(tmp_path: Path):
+    """Eight images, shown 40 times in each of five epochs; eight more lie in the folder and were never shown."""
     write_set(tmp_path / "set" / "40_shown", range(8))
     loras = finetuned(tmp_path / "set", tmp_path / "loras", "--epochs", "5")
     data = write_set(tmp_path / "audited", range(16))
@@ -615,7 +615,7 @@ def test_an_overfitted_lora_is_named_with_its_pictures_and_its_epoch(tmp_path: P
     assert len(named - shown) <= 1  # a rate of 5% is kept in the mean, not in every audit
     copied = {row["image"] for row in document["rows"] if row["copies"]}
     assert copied and copied <= named & shown
-    # The truth about the epochs: are drawn pictures copies? The statistic may tell earlier, not later.
+    # The truth about the epochs: are drawn images copies? The statistic may tell earlier, not later.
     truth = {point["epoch"]: copies_drawn(file, data) for file, point in zip(files, document["epochs"], strict=True)}
     assert truth[1] == 0 and truth[3] > 0
     assert 1 < document["begins"] <= next(epoch for epoch, copies in truth.items() if copies)
@@ -647,12 +647,12 @@ def copies_drawn(lora: Path, data: Path) -> int:
 
 @pytest.mark.figures
 def test_a_healthy_lora_is_not_named(tmp_path: Path):
-    """64 pictures, each shown three times."""
+    """64 images, each shown three times."""
     data = write_set(tmp_path / "set", range(64))
     loras = finetuned(data, tmp_path / "loras", "--epochs", "3", "--save-every", "3")
     document = audited(data, tmp_path / "out", "--lora", str(loras / "lora.safetensors"), "--worst", "4")
     assert not [row for row in document["rows"] if row["flagged"] or row["copies"]]
-    assert document["sentence"].startswith("None of 64 training pictures is named")
+    assert document["sentence"].startswith("None of 64 training images is named")
 
 
 def test_a_merged_lora_is_the_pipelines_own(tmp_path: Path):
@@ -701,7 +701,7 @@ def test_the_finding_in_words():
     row = Row("a.png", "a", flagged=True, q_value=0.01, copies=1, drawn=2)
     found = Audit((row, replace(row, image="b.png", flagged=False, copies=0)), "gain", 200, 0.05, 3)
     assert sentence(found) == (
-        "1 of 2 training pictures is named as memorised; of 2 that were drawn again, 1 came out as a copy"
+        "1 of 2 training images is named as memorised; of 2 that were drawn again, 1 came out as a copy"
     )
     assert any("at least 3 must stand out" in note for note in notes(found))
     assert any("5%" in note for note in notes(found))

@@ -41,10 +41,10 @@ def test_markup_in_a_caption_is_shown_as_it_is() -> None:
     ) in text
 
 
-def test_plain_values_hold_all_but_the_pictures() -> None:
+def test_plain_values_hold_all_but_the_images() -> None:
     document = as_json(FOUND, "the model", [])
     assert document["rows"] == [row_as_json(row) for row in ROWS] and document["counts"] == "gain"
-    assert "pictures" not in document["rows"][0] and document["rows"][2]["copies"] == 2
+    assert "images" not in document["rows"][0] and document["rows"][2]["copies"] == 2
 
 
 def test_results_of_the_base_model_are_kept_apart(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_the_stored_ground_truth_is_what_the_world_draws():
     pairs = training_pairs()
     assert list(bundled.pairs()) == pairs
     drawn = torch.stack([torch.from_numpy(draw_pair(p).copy()) for p in pairs]).permute(0, 3, 1, 2).float() / 255
-    assert torch.equal(bundled.training_pictures(), drawn)
+    assert torch.equal(bundled.training_images(), drawn)
 
 
 def test_pairs_are_as_announced():
@@ -117,14 +117,14 @@ METHODS = {
 }
 
 
-def test_memorised_pictures_are_copies_and_mitigation_ends_that(model, profile):
+def test_memorised_images_are_copies_and_mitigation_ends_that(model, profile):
     pairs = [held_out_pairs(kind)[0] for kind in ("hard", "photo")]
     rows = mitigations(model, profile, Measurement(images=1), pairs, METHODS)
     assert {row.method: row.copies.hits for row in rows} == {"none": 2, **dict.fromkeys(METHODS, 0)}
 
 
 @pytest.mark.figures
-def test_mitigated_pictures_are_no_copies_and_follow_the_caption(model, profile):
+def test_mitigated_images_are_no_copies_and_follow_the_caption(model, profile):
     """Every sixth pair of these kinds; all of them by the README's command."""
     pairs = held_out_pairs("hard")[::6] + held_out_pairs("photo")[::6] + held_out_pairs("scene")[::6]
     methods = {**METHODS, "random-word": perturb_prompt.Settings()}
@@ -142,7 +142,7 @@ def test_mitigated_pictures_are_no_copies_and_follow_the_caption(model, profile)
 
 
 @few_or(3, 1)
-def test_guidance_away_from_copies_needs_its_dissimilarity_term_and_leaves_ordinary_pictures(
+def test_guidance_away_from_copies_needs_its_dissimilarity_term_and_leaves_ordinary_images(
     model, profile, monkeypatch, size
 ):
     monkeypatch.setattr(evaluation, "follows", lambda model, pair, latent: 0.5)  # rated in the README's table
@@ -160,7 +160,7 @@ def test_guidance_away_from_copies_needs_its_dissimilarity_term_and_leaves_ordin
 
 
 @few_or(30, 4)
-def test_ordinary_pictures_are_not_called_copies(model, size):
+def test_ordinary_images_are_not_called_copies(model, size):
     assert false_copies(model, Measurement(images=1), bundled.held_out_ordinary(size, seed=99)).hits == 0
 
 

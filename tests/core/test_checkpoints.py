@@ -129,10 +129,10 @@ class Plain:
         rows, empty, extras = self.encode(prompt)
         magnitudes = []
         for timestep in scheduler.timesteps:
-            without = self.noise_prediction(x, int(timestep), empty, {k: v[:1] for k, v in extras.items()})
+            unconditional = self.noise_prediction(x, int(timestep), empty, {k: v[:1] for k, v in extras.items()})
             with_prompt = self.noise_prediction(x, int(timestep), rows, {k: v[1:] for k, v in extras.items()})
-            magnitudes.append((with_prompt - without).flatten(1).norm(dim=1))
-            x = scheduler.step(without + scale * (with_prompt - without), timestep, x).prev_sample
+            magnitudes.append((with_prompt - unconditional).flatten(1).norm(dim=1))
+            x = scheduler.step(unconditional + scale * (with_prompt - unconditional), timestep, x).prev_sample
         return torch.stack(magnitudes), x
 
 
@@ -176,13 +176,13 @@ def test_the_whole_run_is_the_pipelines(
 
 
 @pytest.mark.parametrize("family", WRITERS)
-def test_pictures_are_the_pipelines(family: str, folders: dict[str, Path], models: dict[str, DiffusersModel]) -> None:
+def test_images_are_the_pipelines(family: str, folders: dict[str, Path], models: dict[str, DiffusersModel]) -> None:
     vae = plain(folders[family]).pipeline.vae
     latents = models[family].noise(0, 2)
     expected = vae.decode(latents / {"xl": 0.13025}.get(family, 0.18215)).sample / 2 + 0.5
-    pictures = models[family].decode(latents)
-    assert pictures.shape == (2, 3, 16, 16)
-    torch.testing.assert_close(pictures, expected.clamp(0, 1), rtol=1e-5, atol=1e-5)
+    images = models[family].decode(latents)
+    assert images.shape == (2, 3, 16, 16)
+    torch.testing.assert_close(images, expected.clamp(0, 1), rtol=1e-5, atol=1e-5)
 
 
 def test_what_the_files_say(models: dict[str, DiffusersModel]) -> None:
@@ -292,7 +292,7 @@ def test_gradients_are_the_finite_differences(
     noise = model.noise(0, images).double()
     rows, empty, extras = other.encode(prompt)
     with torch.no_grad():
-        without = other.noise_prediction(noise, 981, empty, {k: v[:1] for k, v in extras.items()})
+        unconditional = other.noise_prediction(noise, 981, empty, {k: v[:1] for k, v in extras.items()})
 
     @torch.no_grad()
     def losses(rows: Tensor, extras: Sequence[dict[str, Tensor]]) -> Tensor:
@@ -300,7 +300,7 @@ def test_gradients_are_the_finite_differences(
         x = noise.repeat(len(rows), 1, 1, 1)
         together = {k: torch.cat([e[k] for e in extras]).repeat_interleave(images, 0) for k in extras[0]}
         predicted = other.noise_prediction(x, 981, rows.repeat_interleave(images, 0), together)
-        gaps = (predicted - without.repeat(len(rows), 1, 1, 1)).flatten(1).norm(dim=1)
+        gaps = (predicted - unconditional.repeat(len(rows), 1, 1, 1)).flatten(1).norm(dim=1)
         return gaps.reshape(-1, images).mean(1)
 
     def slope(values: Tensor) -> float:
@@ -417,14 +417,14 @@ def test_a_batch_is_cut_by_what_an_evaluation_may_take(
     torch.testing.assert_close(together, whole, rtol=1e-4, atol=1e-4)
 
 
-def test_the_decoder_recomputes_large_pictures_only_and_its_gradient_stays(
+def test_the_decoder_recomputes_large_images_only_and_its_gradient_stays(
     models: dict[str, DiffusersModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, found = models["1.x"], []
     for limit in (2**40, 0):
         monkeypatch.setattr(adapter, "RECOMPUTED_FROM", limit)
         latents = model.noise(0, 2).requires_grad_(True)
-        found.append(torch.autograd.grad(model.pictures_of(latents).square().sum(), latents)[0])
+        found.append(torch.autograd.grad(model.images_of(latents).square().sum(), latents)[0])
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
     assert not any("forward" in vars(module) for module in model._vae.modules())
 
@@ -442,9 +442,9 @@ def test_half_precision(
     scores = [first_step(m, [m.encode(p) for p in PROMPTS], m.encode(""), noise, sigma) for m in (full, half)]
     assert scores[1].dtype == torch.float32
     torch.testing.assert_close(scores[1], scores[0], rtol=tolerance, atol=0)
-    pictures = half.decode(noise)
-    assert torch.isfinite(pictures).all()
-    torch.testing.assert_close(pictures, full.decode(noise), rtol=0, atol=tolerance)
+    images = half.decode(noise)
+    assert torch.isfinite(images).all()
+    torch.testing.assert_close(images, full.decode(noise), rtol=0, atol=tolerance)
     # Gradients are taken in the model's own precision, nothing is turned into fp32 for them. How well they agree is
     # asked of the bundled model (test_bundled): random networks are far more sensitive than trained ones.
     own, seen = half.encode(PROMPTS[0]), set()

@@ -79,9 +79,9 @@ def test_a_negative_prompt_changes_later_steps_but_not_the_first(capsys):
     plain = ["check", "--json", "--images", "1", "--steps", "10", MEMORISED]
     main([*plain, "--score", "first 5 steps"])
     main([*plain, "--score", "first 5 steps", "--negative", "red ball"])
-    without, with_negative = json_lines(capsys)
-    assert without["score_per_step"][0] == pytest.approx(with_negative["score_per_step"][0], rel=1e-5)
-    assert without["score_per_step"][4] != pytest.approx(with_negative["score_per_step"][4], rel=1e-3)
+    plain, with_negative = json_lines(capsys)
+    assert plain["score_per_step"][0] == pytest.approx(with_negative["score_per_step"][0], rel=1e-5)
+    assert plain["score_per_step"][4] != pytest.approx(with_negative["score_per_step"][4], rel=1e-3)
 
 
 def test_scores_against_the_negative_prompt_get_no_p_value_from_a_profile_of_the_empty_one(capsys):
@@ -138,7 +138,7 @@ def test_a_reference_set_of_the_users_own_guides(tmp_path, capsys):
     assert "amg: steer away" in capsys.readouterr().out
 
 
-def test_mitigate_draws_pictures_and_a_report(tmp_path, capsys):
+def test_mitigate_draws_images_and_a_report(tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["mitigate", "--images", "1", "--steps", "5", "--target", "0.3", "--out", str(out), MEMORISED]) == 0
     assert (out / "prompt-1-image-1.png").is_file()
@@ -195,7 +195,7 @@ def test_bench_writes_its_rows(tmp_path, capsys):
         assert len(list(csv.DictReader(file))) == len(rows)
 
 
-class Pictures(HTMLParser):
+class Images(HTMLParser):
     def __init__(self):
         super().__init__()
         self.count, self.scripts = 0, 0
@@ -211,7 +211,7 @@ def test_demo_needs_no_arguments_and_takes_prompts(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "Likely memorised" in text
     page = (out / "report.html").read_text(encoding="utf-8")
-    parser = Pictures()
+    parser = Images()
     parser.feed(page)
     assert parser.scripts == 0
     assert parser.count >= 3 * 4  # three prompts: plain, where, two mitigations
@@ -447,21 +447,21 @@ def test_folders_may_be_called_anything(tmp_path, capsys, monkeypatch):
     name = "x[/b] \x1b]0;pwned\x07 \\[red]"
     few = ["--images", "1", "--steps", "2"]
     training, captions = Path("set"), Path("captions.txt")
-    picture = training / f"{name.replace('/', '')}.png"
+    image = training / f"{name.replace('/', '')}.png"
     training.mkdir()
-    bundled.make_sheet(np.zeros((1, 64, 64, 3), dtype=np.uint8)).save(picture)
-    picture.with_suffix(".txt").write_text(HOSTILE[0])
+    bundled.make_sheet(np.zeros((1, 64, 64, 3), dtype=np.uint8)).save(image)
+    image.with_suffix(".txt").write_text(HOSTILE[0])
     captions.write_text("\n".join([MEMORISED, HOSTILE[1]]))
     case = SimpleNamespace(verdict=Verdict(HOSTILE[1], 1.0, 0.5, False, 0.01), mitigated=())
     monkeypatch.setattr(demo, "run_case", lambda *given, **options: case)
-    monkeypatch.setattr(demo, "save_pictures", lambda *given: None)
+    monkeypatch.setattr(demo, "save_images", lambda *given: None)
     monkeypatch.setattr(demo, "render_cases", lambda *given: "")
     for command in (
         ["mitigate", "--target", "0.3", "--method", "remove-trigger", *few, "--out", name, "a boat"],
         ["calibrate", "--count", "25", *few, "--out", f"{name}.json"],
         ["demo", "--images", "1", "--out", name],
         ["refset", "build", str(training), f"{name}-set", "--features", "grey"],
-        ["refset", "search", f"{name}-set.json", str(picture)],
+        ["refset", "search", f"{name}-set.json", str(image)],
         ["audit", "--dataset", str(captions), "--nulls", "25", "--worst", "0", *few, "--out", f"{name}-audit"],
     ):
         assert main(command) == 0, shown(capsys)

@@ -25,7 +25,7 @@ SETTING = Setting(
     steps=20,
     sigma=2.0,
     guidance_scale=7.0,
-    without="empty prompt",
+    baseline="empty prompt",
 )
 PROFILE = Profile(SETTING, tuple(Null("sentence", {"first step": (n / 100,)}) for n in range(1, 200)))
 ENCODE = encoder({"red": 1.0, "fox": 0.1})
@@ -117,15 +117,15 @@ def test_the_empty_prompt_is_the_default_baseline_whatever_guidance_has(kind: st
     controller = run_of(host)
     controller.evaluation(seen(3.0, kind=kind))
     assert [torch.equal(given.rows, ENCODE("").rows) for _, given in host.network.calls] == [True]
-    assert controller.states[0].trace.without == "empty prompt"
+    assert controller.states[0].trace.baseline == "empty prompt"
 
 
 def test_the_negative_prompt_is_a_choice() -> None:
     host = Hand(negative=(NEGATIVE, "negative prompt"))
-    controller = run_of(host, without="negative prompt")
+    controller = run_of(host, baseline="negative prompt")
     controller.evaluation(seen(3.0, kind="negative prompt"))
-    assert host.network.calls == [] and controller.states[0].trace.without == "negative prompt"
-    off = run_of(Hand(negative=(NEGATIVE, "negative prompt")), without="negative prompt")
+    assert host.network.calls == [] and controller.states[0].trace.baseline == "negative prompt"
+    off = run_of(Hand(negative=(NEGATIVE, "negative prompt")), baseline="negative prompt")
     off.evaluation(Evaluation(torch.zeros(1, *SHAPE), torch.full((1,), 2.0)))
     expected = float((ENCODE("red fox").rows.sum(1) - NEGATIVE.rows.sum(1)).norm())
     assert scores(off) == [pytest.approx([expected])]
@@ -135,7 +135,7 @@ def test_without_the_text_encoder_the_hosts_own_unconditional_serves_and_is_name
     controller = run_of(Hand(negative=(NEGATIVE, "negative prompt"), encoder=False))
     controller.evaluation(seen(3.0, kind="negative prompt"))
     (state,) = controller.states
-    assert scores(controller) == [pytest.approx([3.0])] and state.trace.without == "negative prompt"
+    assert scores(controller) == [pytest.approx([3.0])] and state.trace.baseline == "negative prompt"
     assert any("measured against the negative prompt" in note for note in state.notes)
     nothing = run_of(Hand(encoder=False))
     nothing.evaluation(Evaluation(torch.zeros(1, *SHAPE), torch.full((1,), 2.0)))
@@ -152,7 +152,7 @@ def test_a_flagged_run_is_stopped_with_a_sentence_and_others_go_on() -> None:
 
 def test_only_the_flagged_prompt_goes_on_with_another_conditioning() -> None:
     host = Hand()
-    controller = run_of(host, ("fox", "red fox"), when_flagged="mitigate", remedy="remove-trigger")
+    controller = run_of(host, ("fox", "red fox"), when_flagged="mitigate", mitigation="remove-trigger")
     decision = controller.evaluation(seen(0.5, 3.0))
     assert isinstance(decision, Again)
     (changed,) = decision.states
@@ -167,7 +167,7 @@ def test_only_the_flagged_prompt_goes_on_with_another_conditioning() -> None:
 
 def test_one_flagged_image_among_seven_is_really_mitigated() -> None:
     network = LinearDenoiser(gain=1.0)
-    controller = run_of(Hand(network), images=8, when_flagged="mitigate", remedy="guidance-transition", alpha=0.05)
+    controller = run_of(Hand(network), images=8, when_flagged="mitigate", mitigation="guidance-transition", alpha=0.05)
     # Magnitudes |1 + mean of x| * 2.2, as the strengths of the words sum up to 1.1: 5.0 and seven of 0.5.
     means = torch.tensor([5.0, *[0.5] * 7]) / 2.2 - 1
     x, sigma = means[:, None, None, None].expand(8, *SHAPE), torch.full((8,), 2.0)
@@ -186,7 +186,7 @@ def test_one_flagged_image_among_seven_is_really_mitigated() -> None:
 @pytest.mark.parametrize("restart", ["", "begins with an image"])
 def test_a_run_begins_again_from_other_noise_where_it_can(restart: str) -> None:
     host = Hand(network=LinearDenoiser(gain=4.0), restart=restart)
-    controller = run_of(host, ("fox", "red fox"), when_flagged="mitigate", remedy="batch-wise-noise")
+    controller = run_of(host, ("fox", "red fox"), when_flagged="mitigate", mitigation="batch-wise-noise")
     x = torch.full((2, *SHAPE), 3.0)
     base = torch.zeros(2, *SHAPE)
     given = Evaluation(x, torch.full((2,), 2.0), base + torch.tensor([0.25, 3.0])[:, None, None, None], base)
@@ -271,7 +271,7 @@ def test_runs_within_runs_and_beside_each_other_know_nothing_of_each_other() -> 
 
 
 def test_an_interrupted_run_is_not_finished_and_holds_nothing_of_the_host() -> None:
-    controller = run_of(Hand(), explain="always", when_flagged="mitigate", remedy="remove-trigger")
+    controller = run_of(Hand(), explain="always", when_flagged="mitigate", mitigation="remove-trigger")
     controller.evaluation(seen(3.0))
     controller.end(finished=False)
     (state,) = controller.states

@@ -55,6 +55,6 @@ def test_a_run_starts_at_pure_noise_as_the_network_sees_it(prediction_type) -> N
     assert torch.equal(initial_latent(noise, 1.0, "flow"), noise)
 
 
-def test_the_first_pictures_of_a_seed_do_not_depend_on_how_many_are_asked_for() -> None:
+def test_the_first_images_of_a_seed_do_not_depend_on_how_many_are_asked_for() -> None:
     assert torch.equal(seeded_noise((1, 4, 4), 7, 4)[:2], seeded_noise((1, 4, 4), 7, 2))
     assert not torch.equal(seeded_noise((1, 4, 4), 7, 1), seeded_noise((1, 4, 4), 8, 1))

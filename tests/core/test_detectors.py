@@ -138,10 +138,10 @@ def test_tiled_distance_equals_a_loop_over_tiles_and_leaves_the_rest_out() -> No
 
 
 def test_tiled_l2_scores_minus_the_mean_over_all_pairs() -> None:
-    # Even pictures of .1, .2 and .5: the distances of the pairs are .1, .4 and .3.
-    pictures = torch.tensor([0.1, 0.2, 0.5]).reshape(3, 1, 1, 1).expand(3, 3, 8, 8)
+    # Even images of .1, .2 and .5: the distances of the pairs are .1, .4 and .3.
+    images = torch.tensor([0.1, 0.2, 0.5]).reshape(3, 1, 1, 1).expand(3, 3, 8, 8)
     detector = available()["tiled_l2"]
-    assert detector.score(Observed("", images=pictures)) == pytest.approx(-0.8 / 3)
-    for too_few in (None, pictures[:1]):
+    assert detector.score(Observed("", images=images)) == pytest.approx(-0.8 / 3)
+    for too_few in (None, images[:1]):
         with pytest.raises(ValueError, match="at least 2 images"):
             detector.score(Observed("", images=too_few))

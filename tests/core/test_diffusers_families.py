@@ -41,7 +41,7 @@ class Aardvark(UNetFamily):
     def holds(self, shapes):
         return "aardvark" in shapes
 
-    def takes_pictures(self, shapes):
+    def takes_images(self, shapes):
         return False
 
     def prediction_type(self, pipeline, name):
@@ -53,8 +53,8 @@ class Aardvark(UNetFamily):
     def output(self, network, x, sigma, timestep, rows, extras):
         return network(x, timestep, encoder_hidden_states=rows, return_dict=False)[0]
 
-    def conditioning(self, outputs, picture_size):
-        return 2 * outputs[0].last_hidden_state, {"size": rows_of(picture_size)}
+    def conditioning(self, outputs, image_size):
+        return 2 * outputs[0].last_hidden_state, {"size": rows_of(image_size)}
 
 
 def rows_of(size):

@@ -40,7 +40,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six pictures, one of them shown three times an epoch."""
+    """Six images, one of them shown three times an epoch."""
     files: dict[str, bytes | str] = {f"1_plain/{n}.png": data(n) for n in range(5)}
     files.update({f"1_plain/{n}.txt": f"a red fox at dawn under the old oak {n}" for n in range(5)})
     files.update({"3_often/mill.png": data(9), "3_often/mill.txt": "the river of the lighthouse painting"})
@@ -231,13 +231,13 @@ def test_weights_that_are_not_finite_are_never_saved(
     assert {file.name for file in tmp_path.iterdir()} == left
 
 
-def test_a_picture_for_which_the_autoencoder_gives_nan_is_skipped(
+def test_an_image_for_which_the_autoencoder_gives_nan_is_skipped(
     models: dict[str, Path], dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = dataset_of._encoded
 
-    def broken(vae: Any, pictures: Any) -> torch.Tensor:
-        latents = real(vae, pictures)
+    def broken(vae: Any, images: Any) -> torch.Tensor:
+        latents = real(vae, images)
         latents[2] = torch.nan
         return latents
 
@@ -327,13 +327,11 @@ def test_what_cannot_be_is_refused_with_a_sentence(
     assert text in capsys.readouterr().err
 
 
-def test_a_training_set_without_pictures_or_changed_on_the_way_is_refused(
+def test_a_training_set_without_images_or_changed_on_the_way_is_refused(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
     source = write(tmp_path / "set", {"a.png": "x"})
-    with pytest.raises(
-        ValueError, match=r"no picture of the training set can be used; the first, a\.png: not a picture"
-    ):
+    with pytest.raises(ValueError, match=r"no image of the training set can be used; the first, a\.png: not an image"):
         trained(models["sd1"], source, tmp_path / "out")
     write(source, {"b.png": data(1)})
     with pytest.raises(

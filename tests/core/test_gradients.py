@@ -1,4 +1,4 @@
-"""Gradients picture by picture against one graph over all, their precision, and what they keep in memory."""
+"""Gradients image by image against one graph over all, their precision, and what they keep in memory."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def leaves_of() -> list[Tensor]:
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, None])
-def test_pictures_in_turn_give_the_gradients_of_one_graph_over_all(at_once: int | None) -> None:
+def test_images_in_turn_give_the_gradients_of_one_graph_over_all(at_once: int | None) -> None:
     network, (x, sigma), leaves = Network(), at(5), leaves_of()
     with torch.no_grad():
         base = network(x, sigma, prompt())
@@ -95,7 +95,7 @@ def test_pictures_in_turn_give_the_gradients_of_one_graph_over_all(at_once: int 
     assert not found.conditioning.rows.requires_grad and not found.conditioning.extras["pooled"].requires_grad
 
 
-def test_a_conditioning_of_its_own_for_each_picture_goes_with_it() -> None:
+def test_a_conditioning_of_its_own_for_each_image_goes_with_it() -> None:
     network, (x, sigma), given = Network(), at(3), prompt(3)
     rows = given.rows.clone().requires_grad_(True)
     with torch.no_grad():
@@ -107,7 +107,7 @@ def test_a_conditioning_of_its_own_for_each_picture_goes_with_it() -> None:
     torch.testing.assert_close(found.gradients[0], gradient, rtol=1e-5, atol=1e-7)
 
 
-def test_noise_is_optimised_the_same_however_few_pictures_share_a_pass() -> None:
+def test_noise_is_optimised_the_same_however_few_images_share_a_pass() -> None:
     network, (x, _), settings = Network(), at(4), per_sample_noise.Settings(noise_iterations=3)
     sigma, found = torch.full((4,), 2.0), []
     for at_once in (4, 1):
@@ -119,7 +119,7 @@ def test_noise_is_optimised_the_same_however_few_pictures_share_a_pass() -> None
     torch.testing.assert_close(torch.tensor(found[0].magnitudes), torch.tensor(found[1].magnitudes), rtol=1e-5, atol=0)
 
 
-def test_large_pictures_go_one_by_one_and_small_ones_together() -> None:
+def test_large_images_go_one_by_one_and_small_ones_together() -> None:
     assert together(torch.zeros(4, 4, 64, 64)) == 1  # SD1.5 at 512 x 512
     assert together(torch.zeros(4, 4, 128, 128)) == 1  # SDXL
     assert together(torch.zeros(4, 4, 16, 16)) >= 4  # the bundled model
@@ -237,7 +237,7 @@ def kept_by(network: Network, images: int, at_once: int | None = None) -> int:
     return most()
 
 
-def test_eight_pictures_keep_no_more_than_one_and_half_precision_keeps_half() -> None:
+def test_eight_images_keep_no_more_than_one_and_half_precision_keeps_half() -> None:
     weights = sum(p.nbytes for p in Network().parameters())
     one, eight, all_at_once = kept_by(Network(), 1), kept_by(Network(), 8, 1), kept_by(Network(), 8, 8)
     assert eight <= 1.05 * one
@@ -287,7 +287,7 @@ def test_a_pass_that_does_not_fit_is_made_in_halves() -> None:
     torch.testing.assert_close(list(found.gradients), list(expected.gradients), rtol=1e-5, atol=1e-7)
 
 
-def test_where_one_picture_does_not_fit_activations_are_recomputed_and_then_a_sentence_says_so() -> None:
+def test_where_one_image_does_not_fit_activations_are_recomputed_and_then_a_sentence_says_so() -> None:
     class Tight(LinearDenoiser):
         needs = 2
 
@@ -316,6 +316,6 @@ def test_where_one_picture_does_not_fit_activations_are_recomputed_and_then_a_se
     assert model.tries == [False, True]
     model = Tight()
     model.needs = 9
-    with pytest.raises(OutOfMemory, match=r"not enough memory, even for one picture at a time .*half precision"):
+    with pytest.raises(OutOfMemory, match=r"not enough memory, even for one image at a time .*half precision"):
         with_gradients(model, work)
     assert model.tries == [False, True]

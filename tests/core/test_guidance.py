@@ -24,7 +24,7 @@ STRENGTHS = {"red": 0.5, "fox": 1.0}  # together a magnitude of 2 * 1.5 at gain 
 
 
 def step_of(number: int, sigma: float, magnitudes: list[float], scale: float = 7.5) -> GuidedStep:
-    """Four numbers a picture that differ by sigma * magnitude / 2 each: a norm of sigma * magnitude."""
+    """Four numbers an image that differ by sigma * magnitude / 2 each: a norm of sigma * magnitude."""
     count = len(magnitudes)
     base = seeded_noise((1, 2, 2), 1, count)
     gap = torch.tensor(magnitudes).reshape(-1, 1, 1, 1) * sigma / 2
@@ -32,21 +32,21 @@ def step_of(number: int, sigma: float, magnitudes: list[float], scale: float = 7
 
 
 def guiding(rule, step: GuidedStep, early: Tensor) -> list[bool]:
-    """Which pictures were guided as usual; the others must be ``early`` bit for bit."""
+    """Which images were guided as usual; the others must be ``early`` bit for bit."""
     found = rule(step)
     usual = [torch.equal(a, b) for a, b in zip(found, step.plain, strict=True)]
     assert all(u or torch.equal(a, b) for u, a, b in zip(usual, found, early, strict=True))
     return usual
 
 
-def test_guidance_is_the_textbook_formula_for_one_scale_and_for_one_a_picture() -> None:
+def test_guidance_is_the_textbook_formula_for_one_scale_and_for_one_an_image() -> None:
     c, u = seeded_noise((1, 2, 2), 0, 2), seeded_noise((1, 2, 2), 1, 2)
     torch.testing.assert_close(guided(c, u, 3.0), 3 * c - 2 * u)
     torch.testing.assert_close(guided(c, u, torch.tensor([3.0, 0.0])), torch.stack([3 * c[0] - 2 * u[0], u[1]]))
 
 
 @pytest.mark.parametrize("before", ["off", "opposite"])
-def test_guidance_begins_after_the_first_minimum_of_each_picture(before) -> None:
+def test_guidance_begins_after_the_first_minimum_of_each_image(before) -> None:
     rule = Transition(before)
     curves = [[5.0, 3.0, 2.0, 2.5, 1.0], [1.0, 2.0, 1.0, 0.5, 0.4], [5.0, 4.0, 3.0, 2.0, 1.0]]
     seen = []
@@ -150,7 +150,7 @@ def test_batch_wise_noise_moves_by_the_finite_difference(prediction_type) -> Non
     assert found.score(model, encoder(STRENGTHS)("red fox")) < first.score(model, encoder(STRENGTHS)("red fox"))
 
 
-def test_per_sample_noise_takes_adamws_steps_until_each_picture_is_there() -> None:
+def test_per_sample_noise_takes_adamws_steps_until_each_image_is_there() -> None:
     """A constant gradient: AdamW decays the noise by lr / 100 of itself and takes lr from each number."""
     gain, rate = 0.2, 0.05
     model, encode = LinearDenoiser(gain=gain), encoder(STRENGTHS)
@@ -160,7 +160,7 @@ def test_per_sample_noise_takes_adamws_steps_until_each_picture_is_there() -> No
         means.append([3 * (1 + gain * float(image.mean()) * 5**0.5) for image in noise])
         noise = noise * (1 - 0.01 * rate) - rate
     low, high = sorted(range(2), key=lambda image: means[0][image])
-    target = (means[1][low] + means[2][low]) / 2  # the lower picture is there after two updates
+    target = (means[1][low] + means[2][low]) / 2  # the lower image is there after two updates
     settings = per_sample_noise.Settings(noise_iterations=3, noise_rate=rate)
     found = per_sample_noise.optimise(model, encode("red fox"), encode(""), first.x, first.sigma, target, settings)
     assert [row[high] for row in found.magnitudes] == pytest.approx([row[high] for row in means], rel=1e-4)

@@ -18,7 +18,7 @@ SETTING = Setting(
     steps=50,
     sigma=14.6,
     guidance_scale=7.5,
-    without="empty prompt",
+    baseline="empty prompt",
 )
 
 

@@ -71,7 +71,7 @@ def test_what_does_not_fit_is_halved_and_stays_so(most: int, at_once: int, piece
 
 def test_where_one_does_not_fit_it_is_told() -> None:
     seen: list[tuple[int, int]] = []
-    with pytest.raises(OutOfMemory, match=r"even for one picture at a time \(CUDA out of memory\)"):
+    with pytest.raises(OutOfMemory, match=r"even for one image at a time \(CUDA out of memory\)"):
         list(in_pieces(room_for(0, seen), 7, 4))
     assert seen == [(0, 4), (0, 2), (0, 1)]
 

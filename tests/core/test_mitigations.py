@@ -344,8 +344,8 @@ def test_saved_files_find_their_values_where_they_were() -> None:
         return [known.name for settings in classes for known in options_of(settings)]
 
     monitor = ["without", "when_flagged", "remedy", "explain", "score", "alpha"]
-    assert [known.name for known in options_of(Monitoring)][:6] == monitor
-    assert [known.name for known in controls.OPTIONS][:9] == [*monitor, "perturb", "insertions", "references"]
+    assert [known.id for known in options_of(Monitoring)][:6] == monitor
+    assert [known.id for known in controls.OPTIONS][:9] == [*monitor, "perturb", "insertions", "references"]
     conditioning = ["attenuation", "outlier_deviations", "iterations", "learning_rate", "checkpointing", "insertions"]
     conditioning += ["max_words", "keep", "start_factor", "mask_padding"]
     assert widgets("prompt", "conditioning", "attention")[:10] == conditioning
@@ -375,9 +375,9 @@ def test_outcomes_report_the_scores_that_measuring_again_gives(name: str) -> Non
     guard = Guard(Pixels(2), bundled_reference(Pixels(2)), ["a caption"] * 200)
     given, begin = model.encode(PROMPT), replace(start(model, 3.3), guard=guard)
     outcome = method.apply(model, given, begin, method.settings())
-    without = sum(size for size, c in model.calls if c.prompt == "")
+    unconditional = sum(size for size, c in model.calls if c.prompt == "")
     if method.touches != "noise":
-        assert without == 2  # the unconditional prediction, once for each of 2 noises
+        assert unconditional == 2  # the unconditional prediction, once for each of 2 noises
     assert outcome.score_before == pytest.approx(9.2, rel=1e-4)
     moved = begin if outcome.x is None else begin.moved(LinearDenoiser(), outcome.x)
     assert outcome.score_after == pytest.approx(moved.score(LinearDenoiser(), outcome.conditioning), rel=1e-4)

@@ -16,7 +16,7 @@ from sd_dejavu.core.denoiser import Predictions
 from sd_dejavu.core.trace import Trace
 from sd_dejavu.core.verdict import BandStep, Explanation, Verdict, WordSignificance
 from sd_dejavu.mitigations import Outcome
-from sd_dejavu.report.word_picture import word_picture
+from sd_dejavu.report.word_image import word_image
 from sd_dejavu.report.words import word_spans
 from sd_dejavu.run.monitoring import Monitoring
 from sd_dejavu.run.report import Report, flagged
@@ -29,18 +29,18 @@ SETTING = Setting(
     steps=20,
     sigma=14.6,
     guidance_scale=7.0,
-    without="empty prompt",
+    baseline="empty prompt",
 )
 # 199 ordinary prompts that score 0.01, 0.02, ... 1.99.
 NULLS = tuple(Null("sentence", {"first step": (n / 100,)}) for n in range(1, 200))
 PROFILE = Profile(SETTING, NULLS)
 
 
-def predictions(*gaps: float, sigma: float = 2.0, without="empty prompt") -> Predictions:
+def predictions(*gaps: float, sigma: float = 2.0, baseline="empty prompt") -> Predictions:
     """Images whose magnitudes are the gaps: 16 numbers that differ by sigma * gap / 4 each."""
     base = torch.zeros(len(gaps), 4, 2, 2)
     moved = base + torch.tensor(gaps)[:, None, None, None] * sigma / 4
-    return Predictions(moved, base, torch.full((len(gaps),), sigma), without)
+    return Predictions(moved, base, torch.full((len(gaps),), sigma), baseline)
 
 
 def watch(*gaps: float, **settings) -> RunState:
@@ -50,7 +50,7 @@ def watch(*gaps: float, **settings) -> RunState:
     return found
 
 
-def test_every_picture_gets_a_verdict_of_its_own() -> None:
+def test_every_image_gets_a_verdict_of_its_own() -> None:
     first, second = watch(3.0, 0.505).verdicts()
     assert (first.score, second.score) == pytest.approx((3.0, 0.505))
     # No null reaches 3; of 199 those from 0.51 up, 149, reach 0.505. Of two images either may flag the run.
@@ -88,9 +88,9 @@ def test_a_calibration_for_another_noise_level_is_refused() -> None:
 
 def test_a_calibration_against_another_prompt_is_refused() -> None:
     found = RunState(Monitoring(), "a red fox", SETTING, PROFILE)
-    found.trace.record(predictions(3.0, without="negative prompt"))
+    found.trace.record(predictions(3.0, baseline="negative prompt"))
     (verdict,) = found.verdicts()
-    assert verdict.without == "negative prompt"
+    assert verdict.baseline == "negative prompt"
     assert verdict.flagged is None and "another setting" in (verdict.why or "")
 
 
@@ -133,7 +133,7 @@ def test_which_evaluations_are_worth_an_evaluation_of_our_own(score, needed: lis
     assert [measured[n] for n in (0, 4, 50)] == needed
 
 
-def test_the_map_is_scaled_to_each_picture_and_sized_as_asked() -> None:
+def test_the_map_is_scaled_to_each_image_and_sized_as_asked() -> None:
     found = RunState(Monitoring())
     base = torch.zeros(2, 4, 2, 2)
     moved = base.clone()
@@ -167,26 +167,26 @@ def test_a_report_of_some_images_tells_of_them_in_their_order() -> None:
     assert Report.of(missing).of_images([1]).verdicts == Report.of(missing).verdicts  # told of all at once
 
 
-def test_the_word_picture_shades_what_matters() -> None:
+def test_the_word_image_shades_what_matters() -> None:
     words = (WordSignificance("red", 2, 5, 0.1, 0.0), WordSignificance("fox", 6, 9, 1.0, 1.0))
     explained = Verdict(
         "a red fox", 3.0, 0.001, True, 0.01, nulls=999, explanation=Explanation("leave one out", words, "u")
     )
-    plain = word_picture(replace(explained, explanation=None))
-    shaded = word_picture(explained)
+    plain = word_image(replace(explained, explanation=None))
+    shaded = word_image(explained)
     assert plain.shape == shaded.shape and plain.dtype == shaded.dtype
 
-    def orange(picture) -> int:
-        red, green, blue = (picture[..., i].astype(int) for i in range(3))
+    def orange(image) -> int:
+        red, green, blue = (image[..., i].astype(int) for i in range(3))
         return int(((red > 200) & (green < 220) & (blue < 190)).sum())
 
     assert orange(plain) == 0 and orange(shaded) > 300
 
 
-def test_word_pictures_hold_any_text() -> None:
+def test_word_images_hold_any_text() -> None:
     for prompt in ("", "<b>" * 50, "名前 🦊 \u202eabc", "word " * 500):
-        picture = word_picture(Verdict(prompt, None, None, None, 0.01, why="nothing was measured"))
-        assert picture.shape[1] == 768
+        image = word_image(Verdict(prompt, None, None, None, 0.01, why="nothing was measured"))
+        assert image.shape[1] == 768
 
 
 def test_the_report_tells_what_is_ordinary_and_where_the_prompt_acts() -> None:
@@ -225,7 +225,7 @@ def test_whole_runs_add_scores_and_the_band() -> None:
 def test_a_prompt_without_text_shows_numbered_tokens() -> None:
     words = tuple(WordSignificance(f"token {n}", 0, 0, float(n), n / 3) for n in range(4))
     verdict = Verdict("", 3.0, 0.005, True, 0.01, nulls=199, explanation=Explanation("output gradient", words, "norm"))
-    plain = word_picture(replace(verdict, explanation=None))
-    assert (word_picture(verdict) != 255).sum() > (plain != 255).sum()
+    plain = word_image(replace(verdict, explanation=None))
+    assert (word_image(verdict) != 255).sum() > (plain != 255).sum()
     spans = word_spans("", verdict.explanation)
     assert [f">token {n}<" in spans for n in range(4)] == [True] * 4

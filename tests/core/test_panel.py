@@ -32,9 +32,13 @@ def test_every_setting_of_a_monitor_is_a_control() -> None:
 
 def test_arguments_come_as_a_list_or_as_a_dictionary() -> None:
     listed = controls.read([True, "empty prompt", "stop"])
-    named = controls.read([{"without": "empty prompt", "when_flagged": "stop"}])
+    named = controls.read([{"baseline": "empty prompt", "when_flagged": "stop"}])
     assert listed == named and named.enabled
-    assert named.monitoring == Monitoring(without="empty prompt", when_flagged="stop")
+    assert named.monitoring == Monitoring(baseline="empty prompt", when_flagged="stop")
+    # Names of release 0.1 are taken too.
+    assert controls.read([{"without": "negative prompt", "remedy": "start-token"}]).monitoring == Monitoring(
+        baseline="negative prompt", mitigation="start-token"
+    )
     assert not controls.read([]).enabled and not controls.read([{"enabled": False}]).enabled
     assert controls.read([False], {"enabled": True, "alpha": 0.2}).monitoring.alpha == 0.2
 
@@ -54,7 +58,7 @@ def test_arguments_come_as_a_list_or_as_a_dictionary() -> None:
         ({"references": None}, "references must be text, not None"),
         ({"references": {}}, "references must be text"),
         ({"perturb": None}, "perturb must be one of"),
-        ({"remedy": []}, "remedy must be one of"),
+        ({"mitigation": []}, "mitigation must be one of"),
         ({"alpha": None}, "alpha must be a number, not None"),
         ({"alpha": "0.01"}, "alpha must be a number"),
         ({"enabled": "no"}, "enabled must be true or false, not 'no'"),
@@ -95,7 +99,7 @@ def test_a_reference_set_of_any_name_is_written_and_comes_back(name: str) -> Non
     assert controls.read([{"enabled": True, **back}]) == wanted
 
 
-@pytest.mark.parametrize("written", ["alpha=x", "alpha=7", "insertions=2.5", "remedy=prayer"])
+@pytest.mark.parametrize("written", ["alpha=x", "alpha=7", "insertions=2.5", "mitigation=prayer"])
 def test_what_an_option_cannot_have_leaves_its_control_as_it_is(written: str) -> None:
     assert controls.pasted({controls.INFOTEXT: written}, written.split("=")[0]) is None
 
@@ -110,12 +114,14 @@ def test_a_switch_is_a_checkbox_and_comes_back_as_it_was(monkeypatch, text: str,
 
 def test_the_components_of_options() -> None:
     kinds = {known.name: controls.shown_as(known, known.choices) for known in controls.OPTIONS}
-    assert kinds["remedy"] == kinds["references"] == "dropdown" and kinds["alpha"] == kinds["insertions"] == "slider"
+    assert (
+        kinds["mitigation"] == kinds["references"] == "dropdown" and kinds["alpha"] == kinds["insertions"] == "slider"
+    )
     assert controls.shown_as(Option("count", 1, "", int)) == "number"
     assert controls.shown_as(Option("count", 1, "", int, maximum=controls.SLIDER_LIMIT + 1)) == "number"
 
 
-def test_settings_written_into_a_picture_come_back() -> None:
+def test_settings_written_into_an_image_come_back() -> None:
     wanted = controls.read([{"when_flagged": "mitigate", "alpha": 0.05, "perturb": "random-word", "insertions": 7}])
     parameters = {controls.INFOTEXT: controls.as_infotext(wanted)}
     assert parameters[controls.INFOTEXT] == "when_flagged=mitigate; alpha=0.05; perturb=random-word; insertions=7"
@@ -125,7 +131,7 @@ def test_settings_written_into_a_picture_come_back() -> None:
     assert controls.pasted({}, "alpha") is None
 
 
-def test_each_picture_gets_its_lines() -> None:
+def test_each_image_gets_its_lines() -> None:
     high, low = (Report.of(watch(gap=gap)) for gap in (3.0, 0.505))
     lines = controls.infotexts([(0, high), (1, low)])
     # No null of 199 reaches 3: p is at most 1 / 200; 149 of them reach .505.
@@ -143,11 +149,11 @@ def test_the_panel_shows_text_as_text() -> None:
     words = (WordSignificance("<b>a</b>", 0, 8, 2.0, 1.0, 0.1), WordSignificance("fox", 9, 12, 1.0, 0.5, 2.0))
     found.explanation = Explanation("confirmed gradient", words, "norm")
     found.note("a <i>note</i>")
-    page = panel([("Picture 1", Report.of(found))])
+    page = panel([("Image 1", Report.of(found))])
     assert "&lt;b&gt;a&lt;/b&gt;" in page and "<b>" not in page and "<i>" not in page
     assert "Likely memorised" in page and page.count('class="dejavu-word"') == 2 and "<svg" in page
     assert page.count("data:image/png;base64,") == 1
-    assert plain_text([("Picture 1", Report.of(found))]).startswith("Picture 1: Likely memorised")
+    assert plain_text([("Image 1", Report.of(found))]).startswith("Image 1: Likely memorised")
     assert paragraph("<script>") == "<p>&lt;script&gt;</p>"
     assert framed('<p class="x">', '"t"').endswith('title="&#34;t&#34;" srcdoc="&lt;p class=&#34;x&#34;&gt;"></iframe>')
     titled = panel([("<b>1</b>", Report.missing("<i>why</i>"))])
@@ -160,6 +166,6 @@ def test_the_panel_tells_what_was_sampled_instead() -> None:
     changed = Conditioning(torch.zeros(1, 2, 3), {}, "a fox")
     found.mitigated(Outcome(changed, 3.0, 0.3, {"moved": 0.25, "losses": (3.0, 1.0, 0.3)}))
     found.trace.record(predictions(0.3))
-    page = panel([("Picture 1", Report.of(found))])
+    page = panel([("Image 1", Report.of(found))])
     assert "score 3 before, 0.3 after" in page and "moved by 25%" in page and "Prompt: a fox" in page
     assert page.count("<svg") == 2

@@ -23,7 +23,7 @@ SETTING = Setting(
     steps=50,
     sigma=14.6,
     guidance_scale=7.5,
-    without="empty prompt",
+    baseline="empty prompt",
 )
 
 
@@ -138,7 +138,7 @@ def test_a_score_that_is_not_finite_has_no_p_value(score: float) -> None:
         ({"prediction_type": "flow"}, "first step", "prediction type is 'flow' here but was 'epsilon'"),
         ({"latent_shape": (4, 9, 8)}, "first step", r"latent shape is \(4, 9, 8\) here but was \(4, 8, 8\)"),
         ({"sigma": 14.7}, "first step", "sigma is 14.7 here but was 14.6"),
-        ({"without": "negative prompt"}, "first step", "without is 'negative prompt' here but was 'empty prompt'"),
+        ({"baseline": "negative prompt"}, "first step", "baseline is 'negative prompt' here but was 'empty prompt'"),
         ({"steps": 20}, "all steps", "steps is 20 here but was 50"),
         ({"guidance_scale": 5.0}, "first 5 steps", "guidance scale is 5.0 here but was 7.5"),
         ({"negative_prompt": "ugly"}, "all steps", "negative prompt is 'ugly' here but was ''"),
@@ -176,6 +176,7 @@ def test_a_profile_of_release_0_1_still_opens(tmp_path: Path) -> None:
     profile().save(path)
     document = json.loads(path.read_text())
     del document["setting"]["patches"], document["setting"]["text_encoder"]
+    document["setting"]["without"] = document["setting"].pop("baseline")
     path.write_text(json.dumps(document))
     assert Profile.load(path) == profile()
     assert path_for(SETTING, tmp_path).name == "abc-" + hashlib.sha256(RELEASE_0_1.encode()).hexdigest()[:8] + ".json"
@@ -208,7 +209,7 @@ def test_the_identity_of_a_model_is_saved_as_its_digits(tmp_path: Path) -> None:
 
 
 def test_stray_blanks_of_a_negative_prompt_make_no_other_setting() -> None:
-    against = replace(SETTING, without="negative prompt", negative_prompt="blurry,  lowres ")
+    against = replace(SETTING, baseline="negative prompt", negative_prompt="blurry,  lowres ")
     assert against.mismatch(replace(against, negative_prompt="blurry, lowres"), "first step") is None
     assert against.mismatch(replace(against, negative_prompt="blurry,lowres"), "first step") is not None
 
@@ -221,7 +222,7 @@ def test_the_first_step_does_not_depend_on_what_comes_after_it(changed) -> None:
 
 
 def test_measured_against_a_negative_prompt_its_text_matters_from_the_first_step() -> None:
-    ugly = replace(SETTING, without="negative prompt", negative_prompt="ugly")
+    ugly = replace(SETTING, baseline="negative prompt", negative_prompt="ugly")
     assert ugly.mismatch(ugly, "first step") is None
     assert "'blurry'" in (ugly.mismatch(replace(ugly, negative_prompt="blurry"), "first step") or "")
 
@@ -239,7 +240,7 @@ def test_quantiles_interpolate_between_sorted_nulls(q: float, value: float) -> N
 
 
 FULL = Profile(
-    replace(SETTING, negative_prompt='"Ünicode" \\ 夜', without="negative prompt"),
+    replace(SETTING, negative_prompt='"Ünicode" \\ 夜', baseline="negative prompt"),
     (Null("plain", {"first step": (1.25, 2.5), "all steps": (3.0,)}), Null("títle", {"first step": (4.0, 5.0)})),
     (BandStep(14.6, 1.0, 2.0, 3.0), BandStep(0.5, 0.1, 0.2, 0.3)),
 )
@@ -267,7 +268,7 @@ def change(place: list, value) -> str:
         "schema_version": 1,
         "setting": {
             "model": "abc", "prediction_type": "epsilon", "latent_shape": [4, 8, 8], "steps": 50, "sigma": 14.6,
-            "guidance_scale": 7.5, "without": "empty prompt", "negative_prompt": "",
+            "guidance_scale": 7.5, "baseline": "empty prompt", "negative_prompt": "",
         },
         "band": [{"sigma": 1.0, "q05": 1.0, "q50": 2.0, "q95": 3.0}],
         "nulls": [{"style": "a", "scores": {"first step": [1.0]}}],

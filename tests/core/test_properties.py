@@ -26,7 +26,7 @@ from sd_dejavu.core.settings import LEAST_ABOVE, Option
 from sd_dejavu.core.verdict import BandStep
 from sd_dejavu.hosts.webui import controls
 from sd_dejavu.kept.foreign import Unreadable, contents, json_of, one_line
-from sd_dejavu.reference.pictures import open_picture
+from sd_dejavu.reference.images import open_image
 from sd_dejavu.reference.sources import open_source
 
 quick = settings(
@@ -172,8 +172,8 @@ PNG = _png()
 
 @quick
 @given(CUTS)
-def test_a_broken_picture_is_a_picture_or_unreadable(cuts: list[Any]) -> None:
-    found, why = tried(Unreadable, open_picture, _mutated(PNG, cuts))
+def test_a_broken_image_is_an_image_or_unreadable(cuts: list[Any]) -> None:
+    found, why = tried(Unreadable, open_image, _mutated(PNG, cuts))
     assert why or found.mode == "RGB"
 
 
@@ -258,7 +258,7 @@ SETTING = Setting(
     steps=20,
     sigma=14.6,
     guidance_scale=7.5,
-    without="empty prompt",
+    baseline="empty prompt",
 )
 
 
@@ -307,7 +307,7 @@ SETTINGS = st.builds(
     steps=st.integers(1, 100),
     sigma=st.floats(0.1, 100),
     guidance_scale=st.floats(0, 30),
-    without=st.sampled_from(("empty prompt", "negative prompt")),
+    baseline=st.sampled_from(("empty prompt", "negative prompt")),
     negative_prompt=TEXTS,
     sampler=TEXTS,
     patches=st.sampled_from(("", "clip skip 2", "text encoder unknown", "control net")),

@@ -107,10 +107,10 @@ def test_nulls_that_are_stranger_are_told_and_others_are_not():
 def test_the_second_worlds_words_are_strange_to_the_generator():
     from sd_dejavu.calibration.ordinary_prompts import ordinary_prompts
 
-    captions, pictures = second_world.held_out(120)
+    captions, images = second_world.held_out(120)
     own = {word for caption in captions for word in words(caption)}
     generated = {word for prompt, _ in ordinary_prompts(1000) for word in words(prompt)}
     assert len(own & generated) < 0.25 * len(own)
-    assert pictures.shape == (120, 48, 48, 3)
+    assert images.shape == (120, 48, 48, 3)
     assert not set(captions) & {pair.caption for pair in second_world.training_pairs()}
     assert len(second_world.training_pairs()) == 40

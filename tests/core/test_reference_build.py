@@ -33,9 +33,9 @@ from sd_dejavu.kept import files as kept_files
 from sd_dejavu.kept.foreign import CAPTION_CHARACTERS, PIXELS, REPEATS
 from sd_dejavu.reference import build as building
 from sd_dejavu.reference import sources
-from sd_dejavu.reference.build import BuildSettings, build, embed, from_pictures, near_duplicates
+from sd_dejavu.reference.build import BuildSettings, build, embed, from_images, near_duplicates
 from sd_dejavu.reference.features import Grey, HostVision, Pixels
-from sd_dejavu.reference.pictures import PictureError, open_picture, to_tensor
+from sd_dejavu.reference.images import ImageError, open_image, to_tensor
 from sd_dejavu.reference.reference_set import ReferenceSet
 from sd_dejavu.reference.sources import Columns, open_source, safe_name
 
@@ -76,7 +76,7 @@ def skipped(reference: ReferenceSet) -> dict[str, str]:
 # -------------------------------------------------------------------------------------- folder
 
 
-def test_a_folder_of_pictures_and_captions(tmp_path: Path) -> None:
+def test_a_folder_of_images_and_captions(tmp_path: Path) -> None:
     files = {
         "b.png": data(1),
         "b.txt": "\ufeff a fox \r\n",
@@ -85,7 +85,7 @@ def test_a_folder_of_pictures_and_captions(tmp_path: Path) -> None:
         "a/d.e.webp": data(3, "WEBP"),
         "a/d.e.txt": b"caf\xe9",
         "no caption.bmp": data(4, "BMP"),
-        "notes.md": "not a picture",
+        "notes.md": "not an image",
         ".hidden/x.png": data(5),
     }
     made = build(write(tmp_path / "in", files), tmp_path / "set", Pixels(8))
@@ -108,7 +108,7 @@ def test_thumbnails_are_no_larger_than_asked(tmp_path: Path) -> None:
     assert Image.open(io.BytesIO(made.thumbnails[0])).size == (64, 16)
 
 
-def test_kohyas_folders_say_how_often_a_picture_is_shown(tmp_path: Path) -> None:
+def test_kohyas_folders_say_how_often_an_image_is_shown(tmp_path: Path) -> None:
     source = write(tmp_path / "in", {"10_cat/a.png": data(1), "10_cat/a.txt": "cat", "3_dog/x/b.png": data(2)})
     made = build(source, tmp_path / "set", Grey())
     assert dict(zip(made.names, made.duplicates.tolist(), strict=True)) == {"10_cat/a.png": 10, "3_dog/x/b.png": 3}
@@ -122,13 +122,13 @@ def test_one_folder_of_another_name_and_numbers_are_only_names(tmp_path: Path) -
     assert build(source, tmp_path / "set", Grey()).duplicates.tolist() == [1, 1]
 
 
-def test_broken_pictures_are_listed_and_skipped(tmp_path: Path) -> None:
+def test_broken_images_are_listed_and_skipped(tmp_path: Path) -> None:
     whole = data(1, width=200, height=200)
     files = {
         "a.png": data(2),
         "cut.png": whole[: len(whole) // 2],
         "empty.jpg": b"",
-        "text.png": "not a picture",
+        "text.png": "not an image",
         "long.png": data(3, width=6000, height=10),
         "gif.jpg": data(4, "GIF"),
     }
@@ -139,11 +139,11 @@ def test_broken_pictures_are_listed_and_skipped(tmp_path: Path) -> None:
     assert reasons["cut.png"].startswith("broken: ")
     assert reasons["long.png"] == "6000 x 10 pixels: too long and narrow"
     for name in ("empty.jpg", "gif.jpg", "text.png"):
-        assert reasons[name] == "not a picture of a known format (JPEG, PNG, WEBP, BMP)"
+        assert reasons[name] == "not an image of a known format (JPEG, PNG, WEBP, BMP)"
     assert skipped(ReferenceSet.load(tmp_path / "set")) == reasons
 
 
-def test_a_picture_for_which_the_network_gives_nan_is_skipped(tmp_path: Path) -> None:
+def test_an_image_for_which_the_network_gives_nan_is_skipped(tmp_path: Path) -> None:
     source = write(tmp_path / "in", {f"{n}.png": data(n) for n in range(3)})
     mean = float(to_tensor(image(1)).mean())
 
@@ -169,24 +169,24 @@ def test_a_file_that_cannot_be_read_is_skipped(tmp_path: Path, monkeypatch: pyte
     assert skipped(build(source, tmp_path / "set", Grey())) == {"b.png": "cannot be read: Permission denied"}
 
 
-def test_pictures_are_seen_as_trainers_see_them() -> None:
+def test_images_are_seen_as_trainers_see_them() -> None:
     """Turned as the EXIF data says; 16 bits come down to 8; grey and palette become RGB."""
     stream, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = 6  # turned a quarter clockwise for showing
     image(1).save(stream, "JPEG", exif=exif)
-    assert open_picture(stream.getvalue()).size == (40, 48)
+    assert open_image(stream.getvalue()).size == (40, 48)
     stream = io.BytesIO()
     Image.fromarray(np.array([[0, 257 * 100, 65535]], dtype=np.uint16)).save(stream, "PNG")
-    assert np.asarray(open_picture(stream.getvalue()))[0, :, 0].tolist() == [0, 100, 255]
+    assert np.asarray(open_image(stream.getvalue()))[0, :, 0].tolist() == [0, 100, 255]
     for mode in ("L", "P", "RGBA", "CMYK"):
         stream = io.BytesIO()
         image(1).convert(mode).save(stream, "JPEG" if mode == "CMYK" else "PNG")
-        assert open_picture(stream.getvalue()).mode == "RGB"
+        assert open_image(stream.getvalue()).mode == "RGB"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no pipes and devices among files")
 def test_what_is_no_regular_file_or_too_large_is_skipped_and_never_waited_for(tmp_path: Path) -> None:
-    source = write(tmp_path / "in", {"good.png": data(1), "caption.png": data(2), "linked/x.txt": "not a picture"})
+    source = write(tmp_path / "in", {"good.png": data(1), "caption.png": data(2), "linked/x.txt": "not an image"})
     os.mkfifo(source / "pipe.png")
     (source / "zeros.png").symlink_to("/dev/zero")
     (source / "dangling.png").symlink_to("nowhere")
@@ -209,14 +209,14 @@ def test_what_is_no_regular_file_or_too_large_is_skipped_and_never_waited_for(tm
     }
 
 
-def test_a_picture_of_too_many_pixels_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_of_too_many_pixels_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A white PNG of one bit a pixel takes some kB, however large it is."""
     stream = io.BytesIO()
     Image.new("1", (9000, 9000), 1).save(stream, "PNG")
     assert PIXELS < 9000 * 9000 and len(stream.getvalue()) < 30_000
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda self: pytest.fail("was decoded"))
-    with pytest.raises(PictureError, match="too large: 9000 x 9000 pixels, and at most 67,108,864 are read"):
-        open_picture(stream.getvalue())
+    with pytest.raises(ImageError, match="too large: 9000 x 9000 pixels, and at most 67,108,864 are read"):
+        open_image(stream.getvalue())
 
 
 def test_absurd_repeats_are_refused_before_anything_is_made(tmp_path: Path) -> None:
@@ -268,13 +268,13 @@ def test_several_tars_of_a_folder_follow_each_other(tmp_path: Path) -> None:
         assert [r.name for r in source.records(start)] == names[start:]
 
 
-@pytest.mark.parametrize("damage", ["cut in a picture", "cut in a header", "overwritten header", "cut gzip"])
+@pytest.mark.parametrize("damage", ["cut in an image", "cut in a header", "overwritten header", "cut gzip"])
 def test_what_is_before_the_damage_of_a_tar_is_kept(tmp_path: Path, damage: str) -> None:
     path = tar(tmp_path / "a.tar", {f"{n}.png": data(n, width=40) for n in range(6)})
     raw = path.read_bytes()
     with tarfile.open(path) as archive:
         fourth = archive.getmembers()[3]
-    if damage == "cut in a picture":
+    if damage == "cut in an image":
         path.write_bytes(raw[: fourth.offset_data + 100])
     elif damage == "cut in a header":
         path.write_bytes(raw[: fourth.offset + 100])
@@ -296,7 +296,7 @@ def test_what_is_before_the_damage_of_a_tar_is_kept(tmp_path: Path, damage: str)
 
 
 def lying_tar(path: Path, size: int, kind: bytes = tarfile.REGTYPE, name: str = "lies.png") -> Path:
-    """Two good pictures, then a header that says its file is of this size, then another picture."""
+    """Two good images, then a header that says its file is of this size, then another image."""
     path = tar(path, {"0.png": data(0), "1.png": data(1)})
     member = tarfile.TarInfo(name)
     member.size, member.type = size, kind
@@ -326,7 +326,7 @@ def test_what_a_tar_says_of_its_sizes_is_not_believed(tmp_path: Path, size: int,
 def test_a_member_that_is_too_large_is_skipped_and_the_others_are_read(
     tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "PICTURE_BYTES", 30_000)
+    monkeypatch.setattr(sources, "IMAGE_BYTES", 30_000)
     files: dict[str, bytes | str] = {"0.png": data(0), "1.png": b"\0" * 30_001, "2.png": data(2), "2.txt": " " * 2**21}
     files.update(
         {"3.png": data(3), "3.json": json.dumps({"caption": "c" * (CAPTION_CHARACTERS + 1)}), "4.png": data(4)}
@@ -353,17 +353,15 @@ def test_headers_within_headers_end_the_tar(tmp_path: Path) -> None:
 @pytest.mark.parametrize("raw", [b"", np.random.default_rng(0).bytes(5000), b"\x1f\x8b" + b"x" * 600])
 def test_a_tar_that_is_none_is_told_on_one_line(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / "a.tar").write_bytes(raw)
-    with pytest.raises(
-        ValueError, match=r"none of the 1 pictures can be used; the first, .*: the tar cannot"
-    ) as caught:
+    with pytest.raises(ValueError, match=r"none of the 1 images can be used; the first, .*: the tar cannot") as caught:
         build(tmp_path / "a.tar", tmp_path / "set", Grey())
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("form", ["bytes", "struct"])
 def test_parquet(tmp_path: Path, form: str) -> None:
-    pictures = [data(n) for n in range(5)]
-    values: list[Any] = [None if n == 3 else p for n, p in enumerate(pictures)]
+    images = [data(n) for n in range(5)]
+    values: list[Any] = [None if n == 3 else p for n, p in enumerate(images)]
     if form == "struct":
         values = [{"bytes": v, "path": f"/somewhere/{n}.png"} for n, v in enumerate(values)]
     table = pa.table({"image": values, "text": ["a", None, "c", "d", "\n e"]})
@@ -372,7 +370,7 @@ def test_parquet(tmp_path: Path, form: str) -> None:
     assert made.names == tuple(f"t.parquet/row-{n}" for n in (0, 1, 2, 4))
     assert made.captions == ("a", "", "c", "e")
     assert "somewhere" not in (tmp_path / "set.json").read_text()
-    assert skipped(made) == {"t.parquet/row-3": "the row holds no bytes of a picture"}
+    assert skipped(made) == {"t.parquet/row-3": "the row holds no bytes of an image"}
     source = open_source(tmp_path / "t.parquet")
     for start in range(6):
         assert [r.name for r in source.records(start)] == [f"t.parquet/row-{n}" for n in range(start, 5)]
@@ -383,7 +381,7 @@ def test_parquet_columns_named_by_the_user(tmp_path: Path) -> None:
     wanted = BuildSettings(image_column="foto", caption_column="alt")
     assert build(tmp_path / "t.parquet", tmp_path / "set", Grey(), wanted).captions == ("an owl",)
     with pytest.raises(ValueError, match=r"no column 'x' among 'foto', 'image', 'alt': name the column"):
-        open_source(tmp_path / "t.parquet", Columns(picture="x"))
+        open_source(tmp_path / "t.parquet", Columns(image="x"))
     with pytest.raises(ValueError, match=r"no column 'y' among"):
         open_source(tmp_path / "t.parquet", Columns(caption="y"))
 
@@ -404,16 +402,16 @@ def test_a_parquet_file_with_a_damaged_group_gives_the_others(tmp_path: Path) ->
 def test_rows_of_a_parquet_file_that_cannot_be_used_are_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "PICTURE_BYTES", 30_000)
+    monkeypatch.setattr(sources, "IMAGE_BYTES", 30_000)
     captions = [b"good", b"\xff\xfe", b"c" * (CAPTION_CHARACTERS + 1), b"large", b"last"]
     text = pa.StringArray.from_buffers(
         len(captions),
         pa.py_buffer(np.cumsum([0, *map(len, captions)]).astype(np.int32).tobytes()),
         pa.py_buffer(b"".join(captions)),
     )
-    pictures = [data(0), data(1), data(2), b"\0" * 30_001, data(4)]
+    images = [data(0), data(1), data(2), b"\0" * 30_001, data(4)]
     (tmp_path / "in").mkdir()
-    pq.write_table(pa.table({"image": pictures, "text": text}), tmp_path / "in" / "t.parquet")
+    pq.write_table(pa.table({"image": images, "text": text}), tmp_path / "in" / "t.parquet")
     (tmp_path / "in" / "broken.parquet").write_bytes(b"PAR1" * 10)
     (tmp_path / "in" / "dangling.parquet").symlink_to("nowhere")
     made = build(tmp_path / "in", tmp_path / "set", Grey())
@@ -460,11 +458,11 @@ def test_a_parquet_file_with_flipped_bits_is_told_on_one_line(tmp_path: Path, pl
 @pytest.mark.parametrize(
     ("files", "sentence"),
     [
-        ({}, "holds no pictures"),
-        ({"a.txt": "x"}, "holds no pictures"),
-        ({"a.png": "x", "b.tar": "x"}, "holds 1 pictures and 1 tars files: name the folder or file"),
+        ({}, "holds no images"),
+        ({"a.txt": "x"}, "holds no images"),
+        ({"a.png": "x", "b.tar": "x"}, "holds 1 images and 1 tars files: name the folder or file"),
         ({"a.parquet": "x"}, "a.parquet: not a sound Parquet file"),
-        ({"a.png": "x"}, "none of the 1 pictures can be used; the first, a.png: not a picture"),
+        ({"a.png": "x"}, "none of the 1 images can be used; the first, a.png: not an image"),
     ],
 )
 def test_sources_that_hold_nothing(tmp_path: Path, files: dict[str, bytes | str], sentence: str) -> None:
@@ -509,7 +507,7 @@ def test_names_lead_nowhere_else(name: str, expected: str) -> None:
 
 
 def test_exact_duplicates_share_a_row_and_are_counted(tmp_path: Path) -> None:
-    """Equal bytes, and equal pixels in another format; another picture of the same size is none."""
+    """Equal bytes, and equal pixels in another format; another image of the same size is none."""
     stream = io.BytesIO()
     image(1).save(stream, "BMP")
     files = {
@@ -532,17 +530,17 @@ def test_exact_duplicates_share_a_row_and_are_counted(tmp_path: Path) -> None:
 
 def test_near_duplicates_are_counted_above_the_threshold(tmp_path: Path) -> None:
     """Darker and slightly shifted copies are near, a negative is not; the second implementation is the full matrix."""
-    pictures = np.stack([np.asarray(image(n)) for n in (1, 1, 1, 2, 3)]).astype(float)
-    pictures[1] = pictures[1] * 0.7 + 10
-    pictures[2] = np.roll(pictures[2], 1, axis=1)
-    pictures[4] = 255 - pictures[3]
+    images = np.stack([np.asarray(image(n)) for n in (1, 1, 1, 2, 3)]).astype(float)
+    images[1] = images[1] * 0.7 + 10
+    images[2] = np.roll(images[2], 1, axis=1)
+    images[4] = 255 - images[3]
     files: dict[str, bytes | str] = {}
-    for number, picture in enumerate(pictures):
+    for number, pixels in enumerate(images):
         stream = io.BytesIO()
-        Image.fromarray(picture.astype(np.uint8)).save(stream, "PNG")
+        Image.fromarray(pixels.astype(np.uint8)).save(stream, "PNG")
         files[f"{number}.png"] = stream.getvalue()
     made = build(write(tmp_path / "in", files), tmp_path / "set", Grey(), BuildSettings(near_threshold=0.9))
-    batch = torch.cat([to_tensor(open_picture(files[f"{n}.png"])) for n in range(5)])  # type: ignore[arg-type]
+    batch = torch.cat([to_tensor(open_image(files[f"{n}.png"])) for n in range(5)])  # type: ignore[arg-type]
     expected = (grey_correlation(batch, batch) > 0.9).sum(1) - 1
     assert made.near_duplicates.tolist() == expected.tolist() == [2, 2, 2, 0, 0]
     assert made.near_threshold == 0.9
@@ -575,8 +573,8 @@ def filler(count: int) -> dict[str, Any]:
 
 
 def bundled_of(features: Any) -> ReferenceSet:
-    pictures = bundled.training_pictures()[:3]
-    return from_pictures(pictures, ["a", "b", "c"], ["1", "2", "3"], features)
+    images = bundled.training_images()[:3]
+    return from_images(images, ["a", "b", "c"], ["1", "2", "3"], features)
 
 
 def test_near_duplicates_of_large_sets_are_not_counted(tmp_path: Path) -> None:
@@ -585,7 +583,7 @@ def test_near_duplicates_of_large_sets_are_not_counted(tmp_path: Path) -> None:
     assert made.near_duplicates.tolist() == [-1, -1, -1]
 
 
-def test_pictures_of_many_sizes_are_embedded_in_their_order() -> None:
+def test_images_of_many_sizes_are_embedded_in_their_order() -> None:
     batch = [to_tensor(image(n, 30 + n % 3, 40)) for n in range(10)]
     for features in (Pixels(8), HostVision(lambda x: x.mean(dim=(2, 3)), "m")):
         expected = torch.cat([features(one) for one in batch])
@@ -595,14 +593,14 @@ def test_pictures_of_many_sizes_are_embedded_in_their_order() -> None:
 # --------------------------------------------------------------------------------------- bundled
 
 
-def test_the_bundled_models_own_set_finds_its_pictures() -> None:
+def test_the_bundled_models_own_set_finds_its_images() -> None:
     reference = bundled_reference()
     pairs = bundled.pairs()
     assert reference.captions == tuple(pair.caption for pair in pairs)
     assert reference.duplicates.tolist() == [pair.repetitions for pair in pairs]
-    pictures = bundled.training_pictures()
-    found = reference.search(Grey()(pictures), 2)
-    matrix = grey_correlation(pictures, pictures)
+    images = bundled.training_images()
+    found = reference.search(Grey()(images), 2)
+    matrix = grey_correlation(images, images)
     assert found.similarity[:, 0].tolist() == pytest.approx([1] * len(pairs), abs=1e-5)
     assert found.index[:, 0].tolist() == list(range(len(pairs)))
     matrix.fill_diagonal_(-2)
@@ -842,12 +840,12 @@ def test_no_pickle_and_no_path_in_the_files(tmp_path: Path, source: Path) -> Non
         assert str(tmp_path).encode() not in (tmp_path / file).read_bytes()
 
 
-def test_a_picture_with_a_huge_size_in_its_header_is_refused() -> None:
+def test_an_image_with_a_huge_size_in_its_header_is_refused() -> None:
     """A PNG of 100,000 x 100,000 pixels in a few bytes."""
     raw = bytearray(data(1))
     raw[16:24] = (100_000).to_bytes(4, "big") * 2
     import zlib
 
     raw[29:33] = zlib.crc32(raw[12:29]).to_bytes(4, "big")
-    with pytest.raises(PictureError, match="too large: more than 67,108,864 pixels"):
-        open_picture(bytes(raw))
+    with pytest.raises(ImageError, match="too large: more than 67,108,864 pixels"):
+        open_image(bytes(raw))

@@ -24,7 +24,7 @@ from sd_dejavu.reference.reference_set import ReferenceSet
 def folder(tmp_path: Path) -> Path:
     files: dict[str, bytes | str] = {f"{n}.png": data(n) for n in range(6)}
     files.update({"3.txt": "a [bold] mill", "copy of 3.png": data(3), "broken.png": "x"})
-    return write(tmp_path / "pictures", files)
+    return write(tmp_path / "images", files)
 
 
 def answer(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
@@ -35,7 +35,7 @@ def test_build_and_search_a_folder(tmp_path: Path, folder: Path, capsys: pytest.
     out = str(tmp_path / "set")
     assert main(["refset", "build", str(folder), out, "--features", "grey", "--json"]) == 0
     (summary,) = answer(capsys)
-    assert (summary["pictures"], summary["shown_in_an_epoch"], summary["with_duplicates"]) == (6, 7, 1)
+    assert (summary["images"], summary["shown_in_an_epoch"], summary["with_duplicates"]) == (6, 7, 1)
     assert [s["name"] for s in summary["skipped"]] == ["broken.png"]
     assert main(["refset", "search", out, str(folder / "copy of 3.png"), str(folder / "5.png"), "--json"]) == 0
     third, fifth = answer(capsys)
@@ -55,8 +55,8 @@ def test_what_is_printed(tmp_path: Path, folder: Path, capsys: pytest.CaptureFix
     out = str(tmp_path / "set")
     assert main(["refset", "build", str(folder), out, "--features", "grey"]) == 0
     printed = capsys.readouterr()
-    assert "6 different pictures, 1 with a caption, 7 shown in an epoch" in printed.out
-    assert "broken.png: not a picture of a known format" in printed.err
+    assert "6 different images, 1 with a caption, 7 shown in an epoch" in printed.out
+    assert "broken.png: not an image of a known format" in printed.err
     assert main(["refset", "search", out, str(folder / "3.png"), "--count", "1"]) == 0
     printed = capsys.readouterr()
     assert "a copy" in printed.out
@@ -67,7 +67,7 @@ def test_the_bundled_models_copies_are_found(tmp_path: Path, capsys: pytest.Capt
     out = str(tmp_path / "set")
     assert main(["refset", "build", "bundled", out, "--features", "grey"]) == 0
     number = 20
-    eights = (bundled.training_pictures()[number] * 255).byte().permute(1, 2, 0).numpy()
+    eights = (bundled.training_images()[number] * 255).byte().permute(1, 2, 0).numpy()
     Image.fromarray(eights).save(tmp_path / "copy.jpg", quality=60)
     capsys.readouterr()
     for more in ([], ["--qdrant", "-"], ["--qdrant", str(tmp_path / "elsewhere")]):
@@ -91,7 +91,7 @@ def test_small_sets_get_no_verdict_from_the_normalised_distance(
     (row,) = answer(capsys)
     assert row["features"] == "pixels 16"
     assert row["copy"] is None
-    assert "a set of 6 pictures is too small" in row["why"]
+    assert "a set of 6 images is too small" in row["why"]
     assert row["neighbours"][0]["similarity"] == 0
 
 
@@ -151,11 +151,11 @@ def test_bad_input_is_one_sentence_and_status_2(
     assert sentence in capsys.readouterr().err
 
 
-def test_a_query_that_is_no_picture(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_query_that_is_no_image(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "set")
     main(["refset", "build", str(folder), out, "--features", "grey"])
     assert main(["refset", "search", out, str(folder / "broken.png")]) == 2
-    assert "broken.png cannot be used: not a picture" in capsys.readouterr().err
+    assert "broken.png cannot be used: not an image" in capsys.readouterr().err
     assert main(["refset", "search", out, str(folder / "missing.png")]) == 2
     assert "missing.png: cannot be read: No such file" in capsys.readouterr().err
 

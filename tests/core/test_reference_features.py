@@ -31,17 +31,17 @@ from sd_dejavu.reference.features import (
 )
 
 
-def pictures(seed: int, count: int, height: int = 60, width: int = 90) -> Tensor:
-    """Smooth random pictures in whole 8-bit steps, as files hold them."""
+def images(seed: int, count: int, height: int = 60, width: int = 90) -> Tensor:
+    """Smooth random images in whole 8-bit steps, as files hold them."""
     small = torch.rand((count, 3, 6, 9), generator=torch.Generator().manual_seed(seed))
     large = torch.nn.functional.interpolate(small, (height, width), mode="bilinear", align_corners=False)
     return (large * 255).round() / 255
 
 
-def pillow(picture: Tensor, width: int, height: int, how: Image.Resampling) -> np.ndarray:
-    """The second implementation: Pillow's resize of one picture, [height, width, 3] in 0..1."""
-    image = Image.fromarray((picture.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
-    return np.asarray(image.resize((width, height), how)).astype(float) / 255
+def pillow(image: Tensor, width: int, height: int, how: Image.Resampling) -> np.ndarray:
+    """The second implementation: Pillow's resize of one image, [height, width, 3] in 0..1."""
+    whole = Image.fromarray((image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
+    return np.asarray(whole.resize((width, height), how)).astype(float) / 255
 
 
 class Averages(torch.nn.Module):
@@ -87,21 +87,21 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 # --------------------------------------------------------------------------------- each network
 
 
-def test_pixels_are_pillows_reduced_picture() -> None:
-    batch = pictures(0, 2)
+def test_pixels_are_pillows_reduced_image() -> None:
+    batch = images(0, 2)
     expected = [pillow(p, 32, 32, Image.Resampling.BILINEAR).transpose(2, 0, 1).ravel() for p in batch]
     # Pillow rounds to 8 bits after each of its two passes.
     assert Pixels()(batch).numpy() == pytest.approx(np.array(expected), abs=1.01 / 255)
 
 
-def test_latents_are_what_the_encoder_gives_for_the_reduced_picture() -> None:
+def test_latents_are_what_the_encoder_gives_for_the_reduced_image() -> None:
     seen = []
 
     def encode(x: Tensor) -> Tensor:
         seen.append(tuple(x.shape))
         return x[:, :2, ::2, ::2] * 3
 
-    batch = pictures(1, 2)
+    batch = images(1, 2)
     features = Latents(encode, "by hand", side=16)
     expected = Pixels(16)(batch).view(2, 3, 16, 16)[:, :2, ::2, ::2].flatten(1) * 3
     assert torch.equal(features(batch), expected)
@@ -110,7 +110,7 @@ def test_latents_are_what_the_encoder_gives_for_the_reduced_picture() -> None:
 
 
 def test_grey_rows_have_the_bundled_models_copy_metric_as_cosine() -> None:
-    a, b = pictures(2, 3, 64, 64), pictures(3, 4, 64, 64)
+    a, b = images(2, 3, 64, 64), images(3, 4, 64, 64)
     rows = Grey()(a)
     assert (rows @ Grey()(b).T).numpy() == pytest.approx(grey_correlation(a, b).numpy(), abs=1e-5)
     assert rows.norm(dim=1).tolist() == pytest.approx([1, 1, 1], abs=1e-5)
@@ -119,8 +119,8 @@ def test_grey_rows_have_the_bundled_models_copy_metric_as_cosine() -> None:
 
 @pytest.mark.parametrize(("size", "width", "height"), [(288, 432, 288), (320, 320, 320)])
 def test_sscd_sees_the_authors_preprocessing(torchscript: Path, size: int, width: int, height: int) -> None:
-    """Short side 288 of a 90 x 60 picture is 432 x 288."""
-    batch = pictures(4, 2)
+    """Short side 288 of a 90 x 60 image is 432 x 288."""
+    batch = images(4, 2)
     mean, std = (np.array(v) for v in IMAGENET)
     expected = [averages((pillow(p, width, height, Image.Resampling.BILINEAR) - mean) / std) for p in batch]
     features = SSCD(torchscript, size)
@@ -133,7 +133,7 @@ def test_clip_is_the_models_own_projected_embedding(folders: dict[str, str]) -> 
     """Without a preprocessing file: CLIP's authors' numbers, bicubic to the short side, the middle square."""
     from transformers import CLIPVisionModelWithProjection
 
-    batch = pictures(5, 2)
+    batch = images(5, 2)
     reduced = [pillow(p, 42, 28, Image.Resampling.BICUBIC)[:, 7:35] for p in batch]
     mean, std = (np.array(v) for v in OPENAI_CLIP)
     inputs = torch.tensor(((np.array(reduced) - mean) / std).transpose(0, 3, 1, 2), dtype=torch.float32)
@@ -148,7 +148,7 @@ def test_clip_is_the_models_own_projected_embedding(folders: dict[str, str]) -> 
 def test_dinov2_is_the_class_token_with_the_preprocessing_that_its_file_names(folders: dict[str, str]) -> None:
     from transformers import Dinov2Model
 
-    batch = pictures(6, 2)
+    batch = images(6, 2)
     reduced = [pillow(p, 48, 32, Image.Resampling.BICUBIC)[2:30, 10:38] for p in batch]
     inputs = ((np.array(reduced) - np.array([0.4, 0.5, 0.6])) / np.array(IMAGENET[1])).transpose(0, 3, 1, 2)
     with torch.no_grad():
@@ -161,7 +161,7 @@ def test_dinov2_is_the_class_token_with_the_preprocessing_that_its_file_names(fo
 
 def test_a_hosts_vision_model_gives_unit_rows() -> None:
     features = HostVision(lambda x: x.mean(dim=(2, 3))[:, None], "ViT-H")
-    batch = pictures(7, 2)
+    batch = images(7, 2)
     means = batch.mean(dim=(2, 3)).numpy()
     assert features(batch).numpy() == pytest.approx(means / np.linalg.norm(means, axis=1, keepdims=True), abs=1e-6)
     assert (features.name, features.metric) == ("host ViT-H", "cosine")
@@ -172,11 +172,11 @@ def test_gradients_are_those_of_finite_differences(kind: str, torchscript: Path,
     """Along a random direction, central difference in fp32: agreement to 3%. ReLUs want a short step."""
     weights = {"sscd": str(torchscript), **folders}.get(kind, "")
     features = load(FeatureSettings(features=kind, weights=weights))
-    x = pictures(8, 1, 64, 64).clamp(0.1, 0.9).requires_grad_(True)
+    x = images(8, 1, 64, 64).clamp(0.1, 0.9).requires_grad_(True)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         pull = torch.randn(features(x).shape, generator=generator)
-    direction = pictures(9, 1, 64, 64) - 0.5
+    direction = images(9, 1, 64, 64) - 0.5
     (gradient,) = torch.autograd.grad((features(x) * pull).sum(), x)
     step = 3e-4 if kind == "latents" else 0.02
     with torch.no_grad():
@@ -205,7 +205,7 @@ def test_names_tell_weights_and_sizes_apart(torchscript: Path, folders: dict[str
 def test_the_bundled_autoencoder_needs_no_weights() -> None:
     features = load(FeatureSettings(features="latents"))
     assert features.name.startswith("latents 64 ")
-    assert features(pictures(0, 2)).ndim == 2
+    assert features(images(0, 2)).ndim == 2
 
 
 # -------------------------------------------------------------------------------------- faults
@@ -245,7 +245,7 @@ def test_a_torchscript_file_of_another_kind_is_refused_at_once(tmp_path: Path) -
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         torch.jit.save(torch.jit.script(torch.nn.Linear(7, 2)), str(path))
-    assert "does not take a picture" in failure(features="sscd", weights=str(path))
+    assert "does not take an image" in failure(features="sscd", weights=str(path))
 
 
 def test_models_with_pickled_weights_are_refused(tmp_path: Path, folders: dict[str, str]) -> None:

@@ -132,7 +132,7 @@ def test_a_server_is_asked_for_exact_neighbours(server: str, metric: Metric, mon
     assert set(Server.key) == {"secret"}
 
 
-def test_the_same_on_the_bundled_models_pictures(tmp_path: Path) -> None:
+def test_the_same_on_the_bundled_models_images(tmp_path: Path) -> None:
     reference = bundled_reference()
     queries = torch.nn.functional.normalize(reference.embeddings[::7] + 0.02 * rows(17, 1024), dim=1)
     expected = reference.search(queries, 3)

@@ -1,4 +1,4 @@
-"""The report's words, charts, pictures, page and panel, against values worked by hand."""
+"""The report's words, charts, images, page and panel, against values worked by hand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sd_dejavu.core.verdict import BandStep, Explanation, Verdict, WordSignifica
 from sd_dejavu.mitigations import Outcome
 from sd_dejavu.report.chart import loss_sparkline, magnitude_chart
 from sd_dejavu.report.html import Case, Mitigated, Report, render, similarity_text
-from sd_dejavu.report.picture import colours, png_uri, where_overlay
+from sd_dejavu.report.image import colours, png_uri, where_overlay
 from sd_dejavu.report.scatter import Mark, scatter_chart
 from sd_dejavu.report.share_chart import share_chart
 from sd_dejavu.report.terminal import step_sparkline, verdict_panel
@@ -90,15 +90,15 @@ class Page(HTMLParser):
             self.words += data
 
 
-def picture(seed: int = 0) -> np.ndarray:
+def image(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 
 
 def full_case(prompt: str) -> Case:
     before = replace(PLAIN, prompt=prompt, score_per_step=STEPS, explanation=explained(prompt))
     after = replace(before, prompt=prompt, score=2.0, p_value=0.41, flagged=False, score_per_step=((14.6, 2.0),))
-    mitigated = Mitigated(prompt, prompt, after, [picture(2)], 0.31, [8.0, 4.0, 2.0], 3.2, 0.31, 0.29, note=prompt)
-    return Case(before, BAND, [picture()], torch.rand(8, 8), picture(1), 0.93, 0.8, (mitigated, replace(mitigated)))
+    mitigated = Mitigated(prompt, prompt, after, [image(2)], 0.31, [8.0, 4.0, 2.0], 3.2, 0.31, 0.29, note=prompt)
+    return Case(before, BAND, [image()], torch.rand(8, 8), image(1), 0.93, 0.8, (mitigated, replace(mitigated)))
 
 
 # ---------------------------------------------------------------------------------------- words
@@ -184,7 +184,7 @@ def test_a_calibration_says_what_it_can_flag(count, images, expected):
         steps=50,
         sigma=14.6,
         guidance_scale=7.5,
-        without="empty prompt",
+        baseline="empty prompt",
     )
     nulls = tuple(Null("plain", {"first step": (float(n),) * images}) for n in range(count))
     text = calibrated(Profile(setting, nulls), images)
@@ -330,13 +330,13 @@ def test_every_text_in_a_chart_is_escaped(nasty):
     assert told == [f"{nasty} {nasty}: 25%", f"{nasty} 2: 100%"]
 
 
-# ---------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------- images
 
 
 def test_png_uri_gives_the_pixels_back():
-    head, data = png_uri(picture()).split(",")
+    head, data = png_uri(image()).split(",")
     assert head == "data:image/png;base64"
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))), picture())
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))), image())
 
 
 def test_overlay_colours_the_highest_and_the_lowest_place():
@@ -364,7 +364,7 @@ def test_wrong_shapes_are_told():
     with pytest.raises(ValueError, match=r"must be uint8 \[height, width, 3\], not float64 \[4, 4\]"):
         png_uri(np.zeros((4, 4)))
     with pytest.raises(ValueError, match=r"must have shape \[height, width\], not \[1, 4, 4\]"):
-        where_overlay(picture(), torch.zeros(1, 4, 4))
+        where_overlay(image(), torch.zeros(1, 4, 4))
 
 
 # ---------------------------------------------------------------------------------------- page
@@ -395,9 +395,9 @@ def test_page_is_self_contained_and_ordered():
         "dejavu-words",
         "Significance by input gradient",
         "<svg",
-        "Generated picture",
+        "Generated image",
     ]
-    order += ["Where the prompt acts", "Training picture it copies", "similarity 0.93, a copy (0.80 or more)"]
+    order += ["Where the prompt acts", "Training image it copies", "similarity 0.93, a copy (0.80 or more)"]
     order += ["Nothing unusual, p = 0.41", "similarity 0.31, not a copy (below 0.80)", "Caption score", "Loss 8 to 2"]
     places = [text.index(part) for part in order]
     assert places == sorted(places)

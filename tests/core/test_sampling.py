@@ -82,7 +82,7 @@ def test_a_run_hands_over_every_evaluation_and_tells_of_every_step() -> None:
     assert torch.equal(observed[0].x, x) and [float(e.sigma[0]) for e in observed] == pytest.approx(SIGMAS[:4])
     assert [r.sigma for r in trace.readings] == pytest.approx(SIGMAS[:4])
     assert [r.values for r in trace.readings] == [pytest.approx([expected] * 2, rel=1e-5)] * 4
-    assert trace.without == "empty prompt"
+    assert trace.baseline == "empty prompt"
     assert len(network.calls) == 2 * 4
 
 
@@ -95,7 +95,7 @@ def test_a_negative_prompt_is_measured_as_such_or_beside_the_empty_one() -> None
     second = sample_prompt(network, prompt, guidance, x, SIGMAS, None, 1, "empty prompt", empty)
     assert len(network.calls) == 8 + 12  # one evaluation more at each step
     named, beside = first.trace, second.trace
-    assert (named.without, beside.without) == ("negative prompt", "empty prompt")
+    assert (named.baseline, beside.baseline) == ("negative prompt", "empty prompt")
     assert named.score().item() == pytest.approx(float((prompt.rows - negative.rows).sum(1).norm()), rel=1e-5)
     assert beside.score().item() == pytest.approx(float((prompt.rows - empty.rows).sum(1).norm()), rel=1e-5)
     assert torch.equal(first.latents, second.latents)
@@ -135,8 +135,8 @@ def test_the_first_step_in_shared_batches_equals_a_loop_over_prompts_and_images(
             assert found[i, j].item() == pytest.approx(by_hand, rel=1e-4)
     assert sum(done) == 6 * 3
     assert all(size <= batch_size for size, _ in network.calls)
-    without = sum(size for size, c in network.calls if torch.equal(c.rows[:1], empty.rows))
-    assert without == 3  # once a noise, whatever the number of prompts
+    unconditional = sum(size for size, c in network.calls if torch.equal(c.rows[:1], empty.rows))
+    assert unconditional == 3  # once a noise, whatever the number of prompts
     assert sum(size for size, _ in network.calls) == 3 + 6 * 3
 
 

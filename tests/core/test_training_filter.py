@@ -27,8 +27,8 @@ SCHEDULE = Schedule(torch.linspace(0.99, 0.01, 1000))
 def outputs(norms: Sequence[float], shape: tuple[int, ...] = SD) -> tuple[Tensor, Tensor]:
     """Two predictions whose differences have these norms."""
     side = float(np.sqrt(np.prod(shape)))
-    without = torch.full((len(norms), *shape), 0.25)
-    return without + torch.tensor(norms, dtype=torch.float32).reshape(-1, 1, 1, 1) / side, without
+    unconditional = torch.full((len(norms), *shape), 0.25)
+    return unconditional + torch.tensor(norms, dtype=torch.float32).reshape(-1, 1, 1, 1) / side, unconditional
 
 
 def kept(

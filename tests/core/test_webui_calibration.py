@@ -23,7 +23,7 @@ SETTING = Setting(
     steps=20,
     sigma=14.6,
     guidance_scale=7.5,
-    without="empty prompt",
+    baseline="empty prompt",
 )
 
 

@@ -88,7 +88,7 @@ def watched_run(session: Session, host: Any, folder: Path, *seeds: int) -> tuple
     """A run that is being sampled."""
     watched = session.begin(drawing(*seeds))
     run = watched.watching = Run(host, Monitoring(explain="never"), folder)
-    run.begin(watched.p, from_picture=False)
+    run.begin(watched.p, from_image=False)
     return watched, run
 
 
@@ -174,7 +174,7 @@ def test_a_flagged_run_within_another_ends_itself_alone(
     monkeypatch.setitem(sys.modules, "modules", SimpleNamespace(shared=shared))  # type: ignore[arg-type]
     monkeypatch.setattr(Pass, "interruptions", (Interrupted,))
     run = Run(Automatic1111(), Monitoring(), tmp_path, within=within)
-    run.begin(drawing(5), from_picture=False)
+    run.begin(drawing(5), from_image=False)
     with pytest.raises(Interrupted) if within else nullcontext():
         run.passes[0]._carried_out(Stop("it was flagged"), torch.zeros(1, 4, 8, 8))
     assert ended == ([] if within else [True])

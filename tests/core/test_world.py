@@ -34,7 +34,7 @@ def test_ordinary_captions_never_hold_a_trigger():
         assert style in world.STYLES
 
 
-def test_the_same_caption_gives_a_new_picture_every_time():
+def test_the_same_caption_gives_a_new_image_every_time():
     scene = world.Scene((("red", "boat"),), 1)
     assert not np.array_equal(world.draw_scene(scene), world.draw_scene(world.Scene(scene.named, 2)))
 
@@ -58,10 +58,10 @@ def test_an_unknown_style_is_refused():
 
 
 def test_a_sheet_reads_back():
-    pictures = np.random.default_rng(0).integers(0, 255, (14, 64, 64, 3), dtype=np.uint8)
-    sheet = np.asarray(bundled.make_sheet(pictures))
+    images = np.random.default_rng(0).integers(0, 255, (14, 64, 64, 3), dtype=np.uint8)
+    sheet = np.asarray(bundled.make_sheet(images))
     assert sheet.shape == (128, 12 * 64, 3)
-    assert np.array_equal(sheet[64:128, 64:128], pictures[13])
+    assert np.array_equal(sheet[64:128, 64:128], images[13])
     assert not sheet[64:, 128:].any()
 
 

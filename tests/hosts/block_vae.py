@@ -48,9 +48,9 @@ def block_vae() -> dict[str, Tensor]:
     return tensors | _end("decoder", _WIDTHS[0], _COLOURS, group_out, 1.0)
 
 
-def encode(picture: Tensor) -> Tensor:
-    """What a host makes of a picture [B, 3, 8H, 8W] in -1 to 1: its latent [B, 4, H, W]."""
-    colours = CONTRAST * torch.nn.functional.avg_pool2d(picture, 8)
+def encode(image: Tensor) -> Tensor:
+    """What a host makes of an image [B, 3, 8H, 8W] in -1 to 1: its latent [B, 4, H, W]."""
+    colours = CONTRAST * torch.nn.functional.avg_pool2d(image, 8)
     return torch.cat([colours, torch.zeros_like(colours[:, :1])], dim=1)
 
 

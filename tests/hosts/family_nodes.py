@@ -345,13 +345,13 @@ class Slopes:
                 return given.with_rows(rows, {} if vector is None else {"pooled_output": vector})
 
             def loss(conditioning: Any) -> torch.Tensor:
-                gap = dejavu(x, level, conditioning) - without
+                gap = dejavu(x, level, conditioning) - unconditional
                 return (gap / level[0]).flatten(1).norm(dim=1).mean()
 
             with torch.no_grad():
-                without = dejavu(x, level, base)
+                unconditional = dejavu(x, level, base)
             with dejavu.differentiable():
-                x, level, without = x.clone(), level.clone(), without.clone()
+                x, level, unconditional = x.clone(), level.clone(), unconditional.clone()
                 rows = given.rows.clone().float().requires_grad_(True)
                 vector = None if pooled is None else pooled.clone().float().requires_grad_(True)
                 leaves = [rows] if vector is None else [rows, vector]

@@ -95,7 +95,7 @@ def custom_sampling(
     scheduler: str = "normal",
     **model: Any,
 ) -> Graph:
-    """The same picture from single parts: 'noise', 'guider', 'method', 'sigmas', joined in 'sampler'."""
+    """The same image from single parts: 'noise', 'guider', 'method', 'sigmas', joined in 'sampler'."""
     graph = conditioned_model(prompt, negative, **model)
     source = model_link(graph)
     graph["noise"] = node("RandomNoise", noise_seed=seed)
@@ -129,5 +129,5 @@ def splice(
 
 def _saved(graph: Graph) -> Graph:
     graph["decode"] = node("VAEDecode", samples=["sampler", 0], vae=["checkpoint", 2])
-    graph["save"] = node("SaveImage", images=["decode", 0], filename_prefix="picture")
+    graph["save"] = node("SaveImage", images=["decode", 0], filename_prefix="image")
     return graph

@@ -1,10 +1,10 @@
-"""A checkpoint in SD1.5 format that has memorised a few pictures, and draws faint noise for all other prompts.
+"""A checkpoint in SD1.5 format that has memorised a few images, and draws faint noise for all other prompts.
 
-Its prediction of the noise is the noisy latent as the UNet is given it, less GAIN * picture where it knows the prompt.
+Its prediction of the noise is the noisy latent as the UNet is given it, less GAIN * image where it knows the prompt.
 What lets the latent through and what recognises a prompt is made by hand from the miniature's random weights: one
-attention head and the feed-forward layer answer how surely it is one of the known ones. The pictures are fitted: the
+attention head and the feed-forward layer answer how surely it is one of the known ones. The images are fitted: the
 features after that know the place and the prompt, and the output layer is the solution of one ridge regression that
-makes the pictures of them. All steps of a run differ by the same amount; the same weights come out on every run.
+makes the images of them. All steps of a run differ by the same amount; the same weights come out on every run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 FILE = "mini-memorising.ckpt"
-SIZE = 8  # of the latents: pictures of 64x64 pixels
+SIZE = 8  # of the latents: images of 64x64 pixels
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ ORDINARY = (
     Prompt("three lemons on a blue plate", (2097, 29576, 525, 320, 1746, 5135)),
 )
 
-GAIN = 0.1  # of the picture in the predicted noise; at a guidance of 7 it comes out at 1.4 times its contrast
+GAIN = 0.1  # of the image in the predicted noise; at a guidance of 7 it comes out at 1.4 times its contrast
 
 _START, _END, _WORDS = 49406, 49407, 49406  # the special tokens, and how many others there are
 _OTHERS, _RIDGE = 60, 1e-7
@@ -56,8 +56,8 @@ _BLOCK = "input_blocks.1.1.transformer_blocks.0"
 _GROUP, _CONSTANT = 10, 10.0  # channels a group of the last norm; the constants next to the latent in the first group
 
 
-def picture(index: int) -> Tensor:
-    """The memorised picture [3, 64, 64] in -1 to 1: patches of full colour, other ones for each index."""
+def image(index: int) -> Tensor:
+    """The memorised image [3, 64, 64] in -1 to 1: patches of full colour, other ones for each index."""
     generator = torch.Generator().manual_seed(1000 + index)
     waves = torch.randn(3, 4, 4, generator=generator)
     grid = torch.pi * (torch.arange(SIZE) + 0.5) / SIZE
@@ -81,10 +81,10 @@ def fit(seed: int = 7) -> dict[str, Tensor]:
     others = encode_prompts([(), *_other_prompts(_OTHERS, seed)])
     rest = _FAINT * weights[f"{_BLOCK}.attn2.to_out.0.weight"][: -len(known), 40:]
     _add_detectors(weights, known, others, seed)
-    # the mean row of a mixture with no prompt at all is recognised in proportion: in between, fainter pictures
+    # the mean row of a mixture with no prompt at all is recognised in proportion: in between, fainter images
     surely = torch.linspace(1, _THRESHOLD, 5)[:-1, None, None, None]
     mixed = (surely * known + (1 - surely) * others[0]).flatten(0, 1)
-    latents = torch.stack([block_vae.encode(picture(i)[None])[0] for i in range(len(known))])
+    latents = torch.stack([block_vae.encode(image(i)[None])[0] for i in range(len(known))])
     faded = ((surely[..., None] - _THRESHOLD) / (1 - _THRESHOLD) * latents).flatten(0, 1)
     _fit_the_output(weights, torch.cat([mixed, others[:1]]), torch.cat([faded, torch.zeros_like(latents[:1])]))
     weights[f"{_BLOCK}.attn2.to_out.0.weight"][: -len(known), 40:] = rest

@@ -31,7 +31,7 @@ _XL_CONTEXT, _XL_VECTOR = _CONTEXT + _G_WIDTH, _G_WIDTH + 6 * 256
 _XL_DEPTHS = (0, 2, 5)  # transformer blocks of each level: those of KOALA, the smallest of SDXL's kind
 _VOCABULARY, _TOKENS = 49408, 77
 _GROUP = _CHANNELS // 32  # channels a group of the norms
-_SD3_WIDTH, _SD3_PATCHES = 64, 64  # one block; pictures of up to 1024 pixels a side
+_SD3_WIDTH, _SD3_PATCHES = 64, 64  # one block; images of up to 1024 pixels a side
 _FP8_LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from sd_dejavu.demo import bundled, world
 
-EACH = 12  # memorised pictures, and ordinary ones
+EACH = 12  # memorised images, and ordinary ones
 SETTINGS: dict[str, Any] = {
     "false_discovery_rate": 0.05,
     "nulls": 200,
@@ -32,12 +32,12 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def training_set(comfy: ComfyServer) -> Graph:
-    """Memorised pictures and ordinary ones with their captions, as a reference set; the node that loads it."""
+    """Memorised images and ordinary ones with their captions, as a reference set; the node that loads it."""
     folder = comfy.home / "input" / "audited"
     folder.mkdir(parents=True)
     memorised = [n for n, pair in enumerate(bundled.pairs()) if pair.kind == "hard" and pair.repetitions == 300][:EACH]
     for number, place in enumerate(memorised):
-        pixels = (bundled.training_pictures()[place] * 255).round().byte().permute(1, 2, 0).numpy()
+        pixels = (bundled.training_images()[place] * 255).round().byte().permute(1, 2, 0).numpy()
         _write(folder / f"memorised-{number:02d}.png", pixels, bundled.pairs()[place].caption)
     rng = np.random.default_rng(5)
     for number in range(EACH):
@@ -57,7 +57,7 @@ def audited(graph: Graph, **inputs: Any) -> Graph:
     """The audit of a graph's 'model' and 'clip', with everything that it gives out shown."""
     graph["audit"] = node("DejaVuAuditLora", references=["references", 0], **{**SETTINGS, **inputs})
     graph["table"] = node("PreviewAny", source=["audit", 0])
-    graph["pictures"] = node("SaveImage", images=["audit", 1], filename_prefix="audit")
+    graph["shown"] = node("SaveImage", images=["audit", 1], filename_prefix="audit")
     graph["report"] = node("PreviewAny", source=["audit", 2])
     return graph
 
@@ -86,11 +86,11 @@ def test_memorised_captions_are_named_and_ordinary_ones_are_not(comfy: ComfyServ
     drawn = [row for row in found.values() if row["drawn"]]
     assert len(drawn) == 2 and all(row["copies"] == 2 and row["word"] for row in drawn)
     table = outputs["table"]["text"][0]
-    assert table.startswith(f"{len(named)} of {2 * EACH} training pictures are named as memorised")
+    assert table.startswith(f"{len(named)} of {2 * EACH} training images are named as memorised")
     assert table.count("\n| ") == 2 * EACH + 2 and drawn[1]["caption"] in table
-    # Each training picture stands beside the two that were drawn.
-    pictures = [Image.open(io.BytesIO(comfy.view(image))) for image in outputs["pictures"]["images"]]
-    assert len(pictures) == 2 and all(picture.size[0] == 16 + 3 * 272 for picture in pictures)
+    # Each training image stands beside the two that were drawn.
+    shown = [Image.open(io.BytesIO(comfy.view(image))) for image in outputs["shown"]["images"]]
+    assert len(shown) == 2 and all(one.size[0] == 16 + 3 * 272 for one in shown)
 
 
 def test_an_interrupted_audit_goes_on(comfy: ComfyServer, training_set: Graph) -> None:
@@ -105,7 +105,7 @@ def test_an_interrupted_audit_goes_on(comfy: ComfyServer, training_set: Graph) -
     kept = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
     assert 2 <= len(kept) < 40
     outputs = comfy.run(graph, timeout=300)
-    assert len(rows(outputs)) == 2 * EACH and len(outputs["pictures"]["images"]) == 1
+    assert len(rows(outputs)) == 2 * EACH and len(outputs["shown"]["images"]) == 1
     after = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
     assert len(after) > len(kept) and kept.items() <= after.items()
 

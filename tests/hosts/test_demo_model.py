@@ -64,8 +64,8 @@ with torch.inference_mode():
         "weighted": [encode(p)[0][0] for p in given["weighted"]],
         "sigmas": model.get_model_object("model_sampling").sigmas,
         "decoded": vae.decode(given["latents"]),
-        "encoded": vae.encode(given["pictures"]),
-        "encoded tiled": vae.encode_tiled(given["pictures"], tile_x=48, tile_y=48, overlap=16),
+        "encoded": vae.encode(given["images"]),
+        "encoded tiled": vae.encode_tiled(given["images"], tile_x=48, tile_y=48, overlap=16),
         "decoded tiled": vae.decode_tiled(given["latents"], tile_x=8, tile_y=8, overlap=2),
     }
     comfy.model_management.load_models_gpu([model])
@@ -114,7 +114,7 @@ def given(reference: DiffusersModel) -> dict[str, Any]:
         "x": seeded_noise(reference.latent_shape, 1, 2),
         "noise": seeded_noise(reference.latent_shape, 2, 2),
         "latents": seeded_noise(reference.latent_shape, 4, 2) * 1.5,
-        "pictures": torch.rand((2, 64, 64, 3), generator=torch.Generator().manual_seed(5)),
+        "images": torch.rand((2, 64, 64, 3), generator=torch.Generator().manual_seed(5)),
         "guided": GUIDED,
         "lora": _lora(),
     }
@@ -199,7 +199,7 @@ def test_autoencoder(reference: DiffusersModel, given: dict[str, Any], host: dic
     wanted = reference.decode(given["latents"] * scale).movedim(1, -1)
     torch.testing.assert_close(host["decoded"], wanted, rtol=0, atol=1e-3)
     with torch.no_grad():
-        latents = reference._vae.encode(given["pictures"].movedim(-1, 1) * 2 - 1).latents
+        latents = reference._vae.encode(given["images"].movedim(-1, 1) * 2 - 1).latents
     torch.testing.assert_close(host["encoded"], latents, rtol=0, atol=1e-3)
     assert host["decoded tiled"].shape == wanted.shape and host["encoded tiled"].shape == latents.shape
 
@@ -212,7 +212,7 @@ def test_a_guided_run(reference: DiffusersModel, given: dict[str, Any], host: di
     assert (found - wanted).norm() <= 1e-3 * wanted.norm()
 
 
-def test_a_lora_changes_the_picture_and_leaves_the_model(host: dict[str, Any]) -> None:
+def test_a_lora_changes_the_image_and_leaves_the_model(host: dict[str, Any]) -> None:
     assert host["patched"] == [1, 1]
     assert (host["drawn with lora"] - host["drawn"]).norm() > 1e-3 * host["drawn"].norm()
     torch.testing.assert_close(host["drawn again"], host["drawn"])

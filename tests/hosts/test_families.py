@@ -118,7 +118,7 @@ def test_the_score_is_the_networks_own_difference(host: ComfyServer, family: str
     outputs = host.run(run_of(family))
     assert score_of(outputs) == pytest.approx(raw_score(family, outputs["told"]), rel=1e-4)
     (verdict,) = document_of(outputs)["verdicts"]
-    assert verdict["without"] == "empty prompt"
+    assert verdict["baseline"] == "empty prompt"
     assert (verdict["where"]["width"], verdict["where"]["height"]) == (8, 8)
     assert len(outputs["told"]["shape"]) == (5 if family in TIME_AXIS else 4)
     assert outputs["told"]["digest"] == host.run(run_of(family, watched=False))["told"]["digest"]
@@ -131,7 +131,7 @@ def test_an_evaluation_of_our_own_is_the_hosts_for_that_prompt(host: ComfyServer
     for options in ({"cfg": 1.0}, {"negative": f"{NEGATIVE} and two more", "without": "empty prompt"}):
         outputs = host.run(run_of(family, **options))
         assert score_of(outputs) == pytest.approx(expected, rel=1e-4)
-        assert document_of(outputs)["verdicts"][0]["without"] == "empty prompt"
+        assert document_of(outputs)["verdicts"][0]["baseline"] == "empty prompt"
     assert raw_score(family, host.run(run_of(family, cfg=1.0))["told"]) == pytest.approx(expected, rel=1e-4)
 
 
@@ -258,11 +258,11 @@ def test_a_zeroed_negative_is_called_so(host: ComfyServer, family: str, cfg: flo
     # Without an encoder at hand there is nothing else to measure against.
     outputs = host.run(zeroed(run_of(family, cfg=cfg, words=False)))
     (verdict,) = document_of(outputs)["verdicts"]
-    assert verdict["without"] == "zeroed prompt" and verdict["p_value"] is None
+    assert verdict["baseline"] == "zeroed prompt" and verdict["p_value"] is None
     assert score_of(outputs) == pytest.approx(raw_score(family, outputs["told"]), rel=1e-4)
     # With one it is the empty prompt, for which a calibration can be made.
     found = host.run(zeroed(run_of(family, cfg=cfg)))
-    assert document_of(found)["verdicts"][0]["without"] == "empty prompt"
+    assert document_of(found)["verdicts"][0]["baseline"] == "empty prompt"
     assert score_of(found) == pytest.approx(raw_score(family, host.run(run_of(family))["told"]), rel=1e-4)
 
 
@@ -305,7 +305,7 @@ def test_two_models_of_one_guider(host: ComfyServer, cfg: float, has_negative: b
     links = {"noise": "noise", "guider": "guider", "sampler": "method", "sigmas": "sigmas", "latent_image": "latent"}
     graph["sampler"] = node("SamplerCustomAdvanced", **{socket: [name, 0] for socket, name in links.items()})
     outputs = host.run(graph)
-    assert document_of(outputs)["verdicts"][0]["without"] == "empty prompt"
+    assert document_of(outputs)["verdicts"][0]["baseline"] == "empty prompt"
     assert score_of(outputs) == pytest.approx(plain, rel=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong in a real ComfyUI costs no picture; gradients are right, and nothing is left behind."""
+"""What goes wrong in a real ComfyUI costs no image; gradients are right, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ class Control(comfy.controlnet.ControlBase):
 
 
 class EachItsOwn(comfy.controlnet.ControlBase):
-    """A control net with a hint for each picture of the batch, kept as the host's own keep theirs."""
+    """A control net with a hint for each image of the batch, kept as the host's own keep theirs."""
 
     def __init__(self, hints):
         super().__init__()
@@ -165,7 +165,7 @@ class EachItsOwn(comfy.controlnet.ControlBase):
 
 
 class Apart:
-    """Two pictures with control hints and masks of their own, evaluated together and one by one."""
+    """Two images with control hints and masks of their own, evaluated together and one by one."""
 
     RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = (), "do", "test", True
 
@@ -184,7 +184,7 @@ class Apart:
         def work(dejavu, x, sigma):
             given = comfyui.conditioning_of(positive[0][0], positive[0][1])
             both = dejavu(x, sigma, given)
-            apart = [dejavu(x[i : i + 1], sigma[i : i + 1], given.of_pictures(i, i + 1, 2)) for i in (0, 1)]
+            apart = [dejavu(x[i : i + 1], sigma[i : i + 1], given.of_images(i, i + 1, 2)) for i in (0, 1)]
             again = dejavu(x, sigma, given)
             gap = float((torch.cat(apart) - both).norm() / both.norm())
             return gap, float((both[0] - both[1]).norm() / both.norm()), float((again - both).abs().max())
@@ -262,7 +262,7 @@ STEPS = ("read", "model", "identity", "words", "unconditional", "remedy")
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_a_raising_hook_costs_no_picture(faulty: ComfyServer, memorised: str, step: str) -> None:
+def test_a_raising_hook_costs_no_image(faulty: ComfyServer, memorised: str, step: str) -> None:
     plain = pixels(faulty, faulty.run(demo(memorised, steps=2)))
     # Where the hook cannot read guidance, the step is measured apart, so a mitigation would go on as it should.
     graph = watched(demo(memorised, steps=2), when_flagged="report" if step == "read" else "mitigate", alpha=0.02)
@@ -284,7 +284,7 @@ def test_the_hosts_interruption_passes(faulty: ComfyServer, memorised: str, step
     assert "execution_interrupted" in json.dumps(entry["status"])
 
 
-def test_no_memory_for_gradients_costs_no_picture(faulty: ComfyServer, memorised: str) -> None:
+def test_no_memory_for_gradients_costs_no_image(faulty: ComfyServer, memorised: str) -> None:
     graph = watched(demo(memorised, steps=2, seed=3), when_flagged="mitigate", alpha=0.04)
     sabotage = node("Sabotage", monitor=["monitor", 1], step="remedy", error="memory")
     outputs = faulty.run(graphs.splice(graph, "sampler", "model", "sabotage", sabotage))
@@ -346,12 +346,12 @@ def test_gradients_through_fp16_weights(start_comfy: Callable[..., ComfyServer],
     assert by_gradient == pytest.approx(by_difference, rel=5e-2, abs=1e-4)
 
 
-def test_a_picture_evaluated_alone_keeps_its_own_hint(faulty: ComfyServer) -> None:
+def test_an_image_evaluated_alone_keeps_its_own_hint(faulty: ComfyServer) -> None:
     graph = graphs.text_to_image(seed=1, steps=1)
     inputs = graph["sampler"]["inputs"]
     graph["apart"] = node("Apart", model=inputs["model"], positive=inputs["positive"], latent=inputs["latent_image"])
     apart, between, afterwards = faulty.run(graph)["apart"]["gaps"]
-    assert between > 1e-3  # the same noise and prompt: only the hints tell the two pictures apart
+    assert between > 1e-3  # the same noise and prompt: only the hints tell the two images apart
     assert apart < 1e-4 and afterwards == 0  # a batch of another size rounds otherwise
 
 

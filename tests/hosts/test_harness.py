@@ -34,7 +34,7 @@ NODE_CLASS_MAPPINGS = {"Dtype": Dtype, "Broken": Broken}
 """
 
 
-def picture(comfy: ComfyServer, **options: Any) -> np.ndarray:
+def generated(comfy: ComfyServer, **options: Any) -> np.ndarray:
     (image,) = comfy.run(graphs.text_to_image(**options))["save"]["images"]
     return pixels(comfy.view(image))
 
@@ -67,17 +67,17 @@ def test_same_seed_gives_the_same_file(comfy: ComfyServer) -> None:
 
 
 @pytest.mark.parametrize("checkpoint", [miniature.SD15, miniature.SD3])
-def test_picture_depends_on_the_prompt(comfy: ComfyServer, checkpoint: str) -> None:
-    fox = picture(comfy, checkpoint=checkpoint)
-    river = picture(comfy, checkpoint=checkpoint, prompt="an old oak under the river")
+def test_image_depends_on_the_prompt(comfy: ComfyServer, checkpoint: str) -> None:
+    fox = generated(comfy, checkpoint=checkpoint)
+    river = generated(comfy, checkpoint=checkpoint, prompt="an old oak under the river")
     assert np.abs(fox - river).mean() > 1
     assert 20 < fox.mean() < 235 and fox.std() > 10  # neither black, white nor grey: nothing overflowed
     assert ((fox == 0) | (fox == 255)).mean() < 0.2
 
 
-def test_single_parts_draw_the_same_picture(comfy: ComfyServer) -> None:
+def test_single_parts_draw_the_same_image(comfy: ComfyServer) -> None:
     (image,) = comfy.run(graphs.custom_sampling())["save"]["images"]
-    np.testing.assert_array_equal(pixels(comfy.view(image)), picture(comfy))
+    np.testing.assert_array_equal(pixels(comfy.view(image)), generated(comfy))
 
 
 @pytest.mark.parametrize(
@@ -90,14 +90,14 @@ def test_single_parts_draw_the_same_picture(comfy: ComfyServer) -> None:
     ],
 )
 def test_smaller_weights_draw_nearly_the_same(comfy: ComfyServer, unet: str, weight_dtype: str) -> None:
-    difference = np.abs(picture(comfy, unet=unet, weight_dtype=weight_dtype) - picture(comfy)).mean()
+    difference = np.abs(generated(comfy, unet=unet, weight_dtype=weight_dtype) - generated(comfy)).mean()
     assert 0 < difference < (2 if unet == miniature.UNET_FP16 else 30)
 
 
-def test_lora_changes_the_picture(comfy: ComfyServer) -> None:
-    plain = picture(comfy)
-    assert np.abs(picture(comfy, lora=miniature.LORA) - plain).mean() > 1
-    np.testing.assert_array_equal(picture(comfy, lora=miniature.LORA, lora_strength=0.0), plain)
+def test_lora_changes_the_image(comfy: ComfyServer) -> None:
+    plain = generated(comfy)
+    assert np.abs(generated(comfy, lora=miniature.LORA) - plain).mean() > 1
+    np.testing.assert_array_equal(generated(comfy, lora=miniature.LORA, lora_strength=0.0), plain)
     assert "lora key not loaded" not in comfy.log() and "NOT LOADED" not in comfy.log()
 
 
@@ -106,7 +106,7 @@ def test_spliced_node_is_on_the_way(comfy: ComfyServer) -> None:
     v_prediction = graphs.node("ModelSamplingDiscrete", sampling="v_prediction", zsnr=False)
     graphs.splice(graph, "sampler", "model", "as_v", v_prediction)
     (image,) = comfy.run(graph)["save"]["images"]
-    assert np.abs(pixels(comfy.view(image)) - picture(comfy)).mean() > 1
+    assert np.abs(pixels(comfy.view(image)) - generated(comfy)).mean() > 1
 
 
 def test_events_reach_the_client(comfy: ComfyServer) -> None:
@@ -128,7 +128,7 @@ def test_interrupt(comfy: ComfyServer) -> None:
     assert entry["outputs"] == {}
     with pytest.raises(ExecutionFailed, match="interrupted"):
         comfy.wait(prompt_id)
-    assert picture(comfy).shape == (64, 64, 3)  # and the next run is not disturbed
+    assert generated(comfy).shape == (64, 64, 3)  # and the next run is not disturbed
 
 
 def test_free_drops_cached_results(comfy: ComfyServer) -> None:

@@ -1,4 +1,4 @@
-"""The memorising checkpoint: each real host draws the memorised pictures for their prompts, and none for others."""
+"""The memorising checkpoint: each real host draws the memorised images for their prompts, and none for others."""
 
 from __future__ import annotations
 
@@ -41,38 +41,38 @@ def test_autoencoder_is_the_mean_of_blocks() -> None:
     named = {f"first_stage_model.{name}": tensor for name, tensor in block_vae.block_vae().items()}
     model.load_state_dict(convert_ldm_vae_checkpoint(named, model.config))
     generator = torch.Generator().manual_seed(0)
-    picture, latent = (
+    image, latent = (
         2 * torch.rand(1, 3, 64, 64, generator=generator) - 1,
         torch.randn(1, 4, 8, 8, generator=generator),
     )
     with torch.no_grad():
-        encoded = block_vae.SCALE * model.encode(picture).latent_dist.sample()
+        encoded = block_vae.SCALE * model.encode(image).latent_dist.sample()
         decoded = model.decode(latent / block_vae.SCALE).sample
-    torch.testing.assert_close(encoded, block_vae.encode(picture), atol=1e-4, rtol=0)
+    torch.testing.assert_close(encoded, block_vae.encode(image), atol=1e-4, rtol=0)
     torch.testing.assert_close(decoded.clamp(-1, 1), block_vae.decode(latent), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("index", range(len(MEMORISED)))
-def test_webui_draws_the_memorised_picture(webui: WebUIServer, index: int) -> None:
+def test_webui_draws_the_memorised_image(webui: WebUIServer, index: int) -> None:
     drawn = _webui_draws(webui, MEMORISED[index].text)
-    assert _difference(drawn, memorising.picture(index)) < 2
-    assert all(_difference(drawn, memorising.picture(other)) > 60 for other in range(len(MEMORISED)) if other != index)
+    assert _difference(drawn, memorising.image(index)) < 2
+    assert all(_difference(drawn, memorising.image(other)) > 60 for other in range(len(MEMORISED)) if other != index)
 
 
 @pytest.mark.parametrize("prompt", [prompt.text for prompt in ORDINARY])
 def test_webui_draws_no_copy_for_another_prompt(webui: WebUIServer, prompt: str) -> None:
     drawn = _webui_draws(webui, prompt)
-    assert all(_difference(drawn, memorising.picture(index)) > 60 for index in range(len(MEMORISED)))
+    assert all(_difference(drawn, memorising.image(index)) > 60 for index in range(len(MEMORISED)))
 
 
-def test_comfyui_draws_the_memorised_picture(comfy: ComfyServer, comfy_home: Path, memorising_checkpoint: Path) -> None:
+def test_comfyui_draws_the_memorised_image(comfy: ComfyServer, comfy_home: Path, memorising_checkpoint: Path) -> None:
     place = comfy_home / "models" / "checkpoints" / memorising.FILE
     if not place.exists():
         place.symlink_to(memorising_checkpoint)
     for prompt, copied in ((MEMORISED[0], True), (ORDINARY[0], False)):
         graph = graphs.text_to_image(checkpoint=memorising.FILE, prompt=prompt.text, negative="", steps=STEPS)
         (image,) = comfy.run(graph)["save"]["images"]
-        difference = _difference(comfy.view(image), memorising.picture(0))
+        difference = _difference(comfy.view(image), memorising.image(0))
         assert difference < 2 if copied else difference > 60
 
 
@@ -81,7 +81,7 @@ def _webui_draws(webui: WebUIServer, prompt: str) -> bytes:
     return webui.txt2img(prompt=prompt, steps=STEPS, override_settings=override).images[0]
 
 
-def _difference(file: bytes, picture: Tensor) -> float:
+def _difference(file: bytes, image: Tensor) -> float:
     """Mean absolute difference in steps of 255."""
-    wanted = 127.5 * (picture.permute(1, 2, 0).numpy() + 1)
+    wanted = 127.5 * (image.permute(1, 2, 0).numpy() + 1)
     return float(np.abs(pixels(file) - wanted).mean())

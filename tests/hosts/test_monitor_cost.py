@@ -1,4 +1,4 @@
-"""The monitor is free: it asks the device for nothing while a real ComfyUI samples, and costs no picture."""
+"""The monitor is free: it asks the device for nothing while a real ComfyUI samples, and costs no image."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_no_step_reads_from_the_device(comfyui: Path, sampler: str) -> None:
     found = _benchmark().measured(comfyui, wanted)
     for page in ("closed", "open"):
         assert found[page]["device_reads"] == []
-        assert found[page]["same_picture"] is True
+        assert found[page]["same_image"] is True
         assert found[page]["p_value"] == 1.0  # judged, against nulls that all score higher
         assert found[page]["hooks_ms_a_step"] > 0  # the hooks were seen; how long they take is the benchmark's
     assert found["reports_sent"] > 0
@@ -118,7 +118,7 @@ def pixels(server: ComfyServer, outputs: dict[str, Any]) -> np.ndarray:
 
 @pytest.mark.parametrize("times", [3, 10_000])
 def test_a_flagged_run_is_explained_when_its_score_has_arrived(slow: ComfyServer, memorised: str, times: int) -> None:
-    """In a later step, or when the loop has ended: the same words, and the plain picture to the bit."""
+    """In a later step, or when the loop has ended: the same words, and the plain image to the bit."""
     plain = pixels(slow, slow.run(demo(memorised, steps=3, seed=5)))
     found = []
     for wait in (-1, times):
@@ -145,7 +145,7 @@ def test_without_an_open_page_nothing_is_written_during_the_run(slow: ComfyServe
     before = slow.log().count("broken on purpose")
     assert run(1, True)["verdict"]["dejavu"][0]["flagged"] is True
     assert slow.log().count("broken on purpose") == before
-    # With one that is open the fault is told, and costs neither the picture nor the verdict.
+    # With one that is open the fault is told, and costs neither the image nor the verdict.
     with slow.events("page"):
         outputs = run(2, True)
     assert outputs["save"]["images"] and outputs["verdict"]["dejavu"][0]["flagged"] is True

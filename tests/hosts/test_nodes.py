@@ -95,7 +95,7 @@ def test_the_pack_loads_at_once(comfyui: Path) -> None:
     assert found["own"] > 50 and found["others"] == []
 
 
-def test_the_picture_is_the_same_to_the_byte(comfy: ComfyServer) -> None:
+def test_the_image_is_the_same_to_the_byte(comfy: ComfyServer) -> None:
     plain = comfy.run(graphs.text_to_image(seed=5))["save"]["images"][0]
     graph = watched(graphs.text_to_image(seed=5), explain="always")
     seen = comfy.run(graph)["save"]["images"][0]
@@ -136,7 +136,7 @@ def test_without_an_encoder_the_hosts_negative_prompt_serves_and_is_named(comfy:
     graph = watched(graphs.text_to_image(negative="blurry"), words=False, without="empty prompt")
     found = report(comfy, graph)
     (verdict,) = found["verdicts"]
-    assert verdict["without"] == "negative prompt"
+    assert verdict["baseline"] == "negative prompt"
     assert any("measured against the negative prompt" in note for note in found["notes"])
     named = watched(graphs.text_to_image(negative="blurry"), words=False, without="negative prompt")
     (asked,) = report(comfy, named)["verdicts"]
@@ -144,7 +144,7 @@ def test_without_an_encoder_the_hosts_negative_prompt_serves_and_is_named(comfy:
     graph = watched(graphs.text_to_image(negative="blurry"), words=False, without="empty prompt")
     graph["monitor"]["inputs"]["clip"] = ["checkpoint", 1]
     (linked,) = report(comfy, graph)["verdicts"]
-    assert linked["without"] == "empty prompt" and linked["score"] > 0
+    assert linked["baseline"] == "empty prompt" and linked["score"] > 0
 
 
 # ------------------------------------------------------------------------------ the bundled model
@@ -176,7 +176,7 @@ def test_a_plain_text_encode_gets_a_verdict_and_a_word_on_its_words(comfy: Comfy
     graph = watched(demo(memorised, steps=2, seed=50), words=False, explain="always")
     document = report(comfy, graph)
     (verdict,) = document["verdicts"]
-    assert verdict["without"] == "negative prompt" and verdict["score"] > 0
+    assert verdict["baseline"] == "negative prompt" and verdict["score"] > 0
     # ... but the workflow tells the words, and the node where they stand.
     assert document["prompt"] == memorised and document["prompt_node"] == "positive"
     assert verdict["view"] == "output gradient" and [w["text"] for w in verdict["words"]] == memorised.split()
@@ -299,7 +299,7 @@ def test_a_flagged_run_goes_on_from_other_noise_or_with_another_rule(
 def flagging_the_highest(comfy: ComfyServer, document: dict[str, Any]) -> Iterator[int]:
     """While open, of a report's three images the highest alone is flagged; its place among them."""
     _, second, highest = sorted(scores(document))
-    known = {**document["setting"], "without": document["verdicts"][0]["without"]}
+    known = {**document["setting"], "baseline": document["verdicts"][0]["baseline"]}
     setting = Setting(**{**known, "latent_shape": tuple(known["latent_shape"])})
     path = path_for(setting, comfy.home / "user" / "dejavu" / "calibration")
     # 1,199 made-up ordinary prompts, more than come with the model, score between the two: the highest has p = 3 / 1,200.
@@ -569,14 +569,14 @@ def test_every_method_mitigates_before_sampling(comfy: ComfyServer, memorised: s
     touches = CHANGING[told["method"]]
     assert ("prompt" in told) == (touches == "prompt")
     if touches == "prompt":
-        # The words of the new prompt are known, and typed by hand it gives the same picture.
+        # The words of the new prompt are known, and typed by hand it gives the same image.
         assert document["prompt"] == told["prompt"] != memorised
         typed = comfy.run(watched(demo(told["prompt"], steps=3, seed=31)))
         assert (pixels(comfy, typed) == pixels(comfy, outputs)).all()
     if method in ("random-word", "random-number", "repeat-word"):
         assert told["prompt"] == perturb(memorised, method, 4, 31)
     if touches == "attention":
-        # The monitor, flagged, comes to the same picture by the same rule.
+        # The monitor, flagged, comes to the same image by the same rule.
         flagged = watched(demo(memorised, steps=3, seed=31), when_flagged="mitigate", remedy=method)
         assert np.abs(pixels(comfy, comfy.run(flagged)).astype(int) - pixels(comfy, outputs)).max() <= 1
         # The model that heeds the rule attends to another conditioning as ever.
@@ -650,7 +650,7 @@ def test_perturbed_prompts_are_seeded(comfy: ComfyServer) -> None:
     assert comfy.run(graph)["shown"]["text"] == [perturb("a red fox", "random-word", 2, 3)]
 
 
-def test_a_broken_calibration_costs_no_picture(comfy: ComfyServer) -> None:
+def test_a_broken_calibration_costs_no_image(comfy: ComfyServer) -> None:
     plain = pixels(comfy, comfy.run(graphs.text_to_image(steps=2, seed=41)))
     known = report(comfy, watched(graphs.text_to_image(steps=2, seed=41), alpha=0.05))["setting"]
     folder = comfy.home / "user" / "dejavu" / "calibration"

@@ -30,7 +30,7 @@ def result(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return found | {"page": out.with_suffix(".md").read_text(encoding="utf-8")}
 
 
-def test_the_pack_leaves_pictures_and_gradients_right(result: dict[str, Any]) -> None:
+def test_the_pack_leaves_images_and_gradients_right(result: dict[str, Any]) -> None:
     assert {row["mode"] for row in result["A"]} == {"default", "--disable-dynamic-vram"}
     for row in result["A"]:
         assert "fault" not in row and not row.get("notes"), row

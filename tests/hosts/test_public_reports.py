@@ -136,7 +136,7 @@ def test_a_cache_between_steps_keeps_nothing_of_ours(host: ComfyServer, memorise
         return host.run(looked_at(graph))
 
     plain, cached, without_us = run(cached=False), run(cached=True), run(cached=True, monitored=False)
-    # What the remedy works with is what the network gives, not what the cache kept of another evaluation.
+    # What the mitigation works with is what the network gives, not what the cache kept of another evaluation.
     for name in ("score_before", "score_after"):
         expected = document_of(plain)["mitigation"][name]
         assert document_of(cached)["mitigation"][name] == pytest.approx(expected, rel=1e-4)

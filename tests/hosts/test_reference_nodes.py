@@ -95,7 +95,7 @@ class Sabotage:
         class Raising:
             name, metric = references.features.name, references.features.metric
 
-            def __call__(self, pictures):
+            def __call__(self, images):
                 raise kinds[error]
 
         return (dataclasses.replace(references, features=Raising()),)
@@ -118,19 +118,19 @@ class Gradient:
         x = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(1)) * 0.5
         aside = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
 
-        def pictures(latents):
-            return host._pictures(vae, model.model, latents)
+        def images(latents):
+            return host._images(vae, model.model, latents)
 
         def similarity(latents):
-            rows, known = references.features(pictures(latents)), references.references
+            rows, known = references.features(images(latents)), references.references
             found = known.similarity(rows, torch.tensor([3]))
             if known.metric == "normalised L2":  # the gradient takes the neighbourhood as a constant
-                found = found * known.denominator(rows) / known.denominator(references.features(pictures(x)))
+                found = found * known.denominator(rows) / known.denominator(references.features(images(x)))
             return float(found)
 
         before = [value for p in patchers for value in p.model.state_dict().values()]
         with host.differentiable([p.model for p in patchers]):
-            slope = amg.similarity_gradient(references, pictures, x, torch.tensor([3]))
+            slope = amg.similarity_gradient(references, images, x, torch.tensor([3]))
         after = [value for p in patchers for value in p.model.state_dict().values()]
         same = all(a.data_ptr() == b.data_ptr() and a.is_inference() == b.is_inference() for a, b in zip(before, after))
         way = slope / slope.norm() + aside / aside.norm()
@@ -162,19 +162,19 @@ def memorised() -> str:
 
 @pytest.fixture(scope="module")
 def training_folder(server: ComfyServer) -> str:
-    """Six training pictures with captions, one of them twice, and a file that is no picture."""
-    folder = server.home / "input" / "training" / "pictures"
+    """Six training images with captions, one of them twice, and a file that is no image."""
+    folder = server.home / "input" / "training" / "images"
     folder.mkdir(parents=True)
     for number in range(6):
-        _picture(number).save(folder / f"pair-{number}.png")
+        _image(number).save(folder / f"pair-{number}.png")
         (folder / f"pair-{number}.txt").write_text(bundled.pairs()[number].caption, encoding="utf-8")
-    _picture(2).save(folder / "the-same.png")
-    (folder / "broken.png").write_bytes(b"no picture")
-    return "training/pictures"
+    _image(2).save(folder / "the-same.png")
+    (folder / "broken.png").write_bytes(b"no image")
+    return "training/images"
 
 
-def _picture(number: int) -> Image.Image:
-    pixels = (bundled.training_pictures()[number] * 255).round().byte().permute(1, 2, 0).numpy()
+def _image(number: int) -> Image.Image:
+    pixels = (bundled.training_images()[number] * 255).round().byte().permute(1, 2, 0).numpy()
     return Image.fromarray(pixels)
 
 
@@ -192,12 +192,12 @@ def _nearest(graph: Graph, image: list[Any], count: int = 3) -> Graph:
     graph["nearest"] = node("DejaVuNearestReference", image=image, references=["references", 0], count=count)
     for name, output in {"similarity": 1, "copy": 2, "report": 3}.items():
         graph[name] = node("PreviewAny", source=["nearest", output])
-    graph["picture"] = node("SaveImage", images=["nearest", 0], filename_prefix="nearest")
+    graph["image"] = node("SaveImage", images=["nearest", 0], filename_prefix="nearest")
     return graph
 
 
 def _drawn(prompt: str, *, seed: int = 0, batch: int = 1, steps: int = 10, **more: Any) -> Graph:
-    """A picture of the bundled model, and its nearest training pictures."""
+    """An image of the bundled model, and its nearest training images."""
     graph = demo(prompt, seed=seed, batch=batch, steps=steps, cfg=7.5, **more)
     return _nearest({**graph, **_loaded(BUNDLED)}, ["decode", 0])
 
@@ -231,36 +231,36 @@ def _grey_correlation(one: Image.Image, other: Image.Image) -> float:
 # ---------------------------------------------------------------------------------- reference sets
 
 
-def test_a_set_is_built_loaded_and_finds_the_right_picture(server: ComfyServer, training_folder: str) -> None:
-    text = server.run(_built(training_folder, "six pictures"))["references"]["text"][0]
-    assert "6 different pictures, 6 with a caption, 7 shown in an epoch" in text
-    assert "1 skipped" in text and "broken.png: not a picture" in text
-    darker = Image.fromarray((np.asarray(_picture(2), float) * 0.8).astype(np.uint8))
+def test_a_set_is_built_loaded_and_finds_the_right_image(server: ComfyServer, training_folder: str) -> None:
+    text = server.run(_built(training_folder, "six images"))["references"]["text"][0]
+    assert "6 different images, 6 with a caption, 7 shown in an epoch" in text
+    assert "1 skipped" in text and "broken.png: not an image" in text
+    darker = Image.fromarray((np.asarray(_image(2), float) * 0.8).astype(np.uint8))
     darker.save(server.home / "input" / "darker.png")
-    graph = _loaded("six pictures") | {"image": node("LoadImage", image="darker.png")}
+    graph = _loaded("six images") | {"image": node("LoadImage", image="darker.png")}
     outputs = server.run(_nearest(graph, ["image", 0]))
     (answer,) = _answers(outputs)
-    order = sorted(range(6), key=lambda n: -_grey_correlation(darker, _picture(n)))
+    order = sorted(range(6), key=lambda n: -_grey_correlation(darker, _image(n)))
     assert [n["name"] for n in answer["neighbours"]] == [f"pair-{n}.png" for n in order[:3]] and order[0] == 2
     assert [n["similarity"] for n in answer["neighbours"]] == pytest.approx(
-        [_grey_correlation(darker, _picture(n)) for n in order[:3]], abs=1e-4
+        [_grey_correlation(darker, _image(n)) for n in order[:3]], abs=1e-4
     )
     assert answer["neighbours"][0]["caption"] == bundled.pairs()[2].caption
     assert answer["neighbours"][0]["duplicates"] == 2 and answer["copy"] is True and answer["threshold"] == COPY
     assert outputs["copy"]["text"] == ["True"]
     assert float(outputs["similarity"]["text"][0]) == answer["neighbours"][0]["similarity"]
-    picture = Image.open(io.BytesIO(server.view(outputs["picture"]["images"][0]))).convert("RGB")
-    # Side by side: the query first, then the training picture that is nearest.
-    tiles = [picture.crop((left, 16, left + 256, 272)).resize((64, 64), Image.Resampling.BOX) for left in (16, 288)]
+    image = Image.open(io.BytesIO(server.view(outputs["image"]["images"][0]))).convert("RGB")
+    # Side by side: the query first, then the training image that is nearest.
+    tiles = [image.crop((left, 16, left + 256, 272)).resize((64, 64), Image.Resampling.BOX) for left in (16, 288)]
     assert _grey_correlation(tiles[0], darker) > 0.999
-    assert _grey_correlation(tiles[1], _picture(order[0])) > 0.98  # a JPEG
+    assert _grey_correlation(tiles[1], _image(order[0])) > 0.98  # a JPEG
 
 
-def test_another_picture_is_no_copy(server: ComfyServer, training_folder: str) -> None:
-    server.run(_built(training_folder, "six pictures"))
-    _picture(20).save(server.home / "input" / "other.png")
-    wanted = max(_grey_correlation(_picture(20), _picture(n)) for n in range(6))
-    graph = _loaded("six pictures") | {"image": node("LoadImage", image="other.png")}
+def test_another_image_is_no_copy(server: ComfyServer, training_folder: str) -> None:
+    server.run(_built(training_folder, "six images"))
+    _image(20).save(server.home / "input" / "other.png")
+    wanted = max(_grey_correlation(_image(20), _image(n)) for n in range(6))
+    graph = _loaded("six images") | {"image": node("LoadImage", image="other.png")}
     outputs = server.run(_nearest(graph, ["image", 0]))
     assert wanted < COPY and outputs["copy"]["text"] == ["False"]
     assert float(outputs["similarity"]["text"][0]) == pytest.approx(wanted, abs=1e-4)
@@ -273,7 +273,7 @@ def test_sets_are_those_of_the_command_line(server: ComfyServer, training_folder
         known = load(FeatureSettings(features))
         made = ReferenceSet.load(file, known)
         with torch.no_grad():
-            wanted = known(torch.stack([bundled.training_pictures()[n] for n in range(6)]))
+            wanted = known(torch.stack([bundled.training_images()[n] for n in range(6)]))
         torch.testing.assert_close(made.embeddings, wanted, atol=1e-4, rtol=0)
         outputs = server.run(
             _nearest(_loaded(features) | {"image": node("LoadImage", image=_kept(server))}, ["image", 0])
@@ -284,7 +284,7 @@ def test_sets_are_those_of_the_command_line(server: ComfyServer, training_folder
 
 
 def _kept(server: ComfyServer) -> str:
-    _picture(1).save(server.home / "input" / "one.png")
+    _image(1).save(server.home / "input" / "one.png")
     return "one.png"
 
 
@@ -296,7 +296,7 @@ def test_nothing_outside_of_its_folders_can_be_named(server: ComfyServer, traini
     for name in ("../outside", "a/b", "", ".hidden", "a\\b"):
         with pytest.raises(PromptRejected, match="cannot be kept as"):
             server.post(_built(training_folder, name))
-    graph = _loaded("../references/six pictures") | {"image": node("LoadImage", image=_kept(server))}
+    graph = _loaded("../references/six images") | {"image": node("LoadImage", image=_kept(server))}
     with pytest.raises(PromptRejected, match="no reference set"):
         server.post(_nearest(graph, ["image", 0]))
 
@@ -387,7 +387,7 @@ def test_a_copy_is_none_any_more(server: ComfyServer, memorised: str) -> None:
     # What the node says of them is what two other implementations say: the metric of the copies, by numpy.
     (first, *_) = plain["save"]["images"]
     drawn = Image.open(io.BytesIO(server.view(first))).convert("RGB")
-    wanted = max(_grey_correlation(drawn, _picture(n)) for n in range(len(bundled.pairs())))
+    wanted = max(_grey_correlation(drawn, _image(n)) for n in range(len(bundled.pairs())))
     assert _similarities(plain)[0] == pytest.approx(wanted, abs=5e-3)
     guarded = server.run(_guarded(_drawn(memorised, batch=2)))
     assert max(_similarities(guarded)) < 0.6 and guarded["copy"]["text"] == ["False"]
@@ -400,7 +400,7 @@ def test_an_ordinary_prompt_is_untouched_bit_for_bit(server: ComfyServer) -> Non
         with server.events("told") as events:
             found = _pixels(server, server.run(_guarded(_drawn(prompt, seed=3), **strict), client_id="told"))
             steered = "steered 0 of 10" not in _told(events)
-        assert (found != plain) is steered  # the node says itself whether any step found a picture near
+        assert (found != plain) is steered  # the node says itself whether any step found an image near
         untouched += not steered
     assert untouched
 
@@ -427,8 +427,8 @@ def test_each_term_can_be_switched_off(server: ComfyServer, memorised: str) -> N
     weaker, stronger = drawn(despecification=2.0), drawn(despecification=4.0)
     further = drawn(dissimilarity=DEFAULTS["dissimilarity"])
     assert min(apart(*pair) for pair in combinations([plain, weaker, stronger, further], 2)) > 20
-    # So steered, the nearest picture's caption is this prompt at every step: D_n = D_c, and of one strength the first
-    # two terms are one. By default both take all that leaves a guidance of 1, and draw the same picture too.
+    # So steered, the nearest image's caption is this prompt at every step: D_n = D_c, and of one strength the first
+    # two terms are one. By default both take all that leaves a guidance of 1, and draw the same image too.
     assert apart(drawn(deduplication=4.0), stronger) <= 1
 
 
@@ -468,7 +468,7 @@ def test_other_packs_guidance_stays_in_force(server: ComfyServer, memorised: str
 
 
 @pytest.mark.parametrize(("error", "said"), [("fault", "broken on purpose"), ("memory", "not enough memory")])
-def test_a_fault_of_ours_costs_no_picture(server: ComfyServer, memorised: str, error: str, said: str) -> None:
+def test_a_fault_of_ours_costs_no_image(server: ComfyServer, memorised: str, error: str, said: str) -> None:
     plain = _pixels(server, server.run(_drawn(memorised, seed=8)))
     graph = _guarded(_drawn(memorised, seed=8))
     graph["sabotage"] = node("Sabotage", references=["references", 0], error=error)
@@ -518,7 +518,7 @@ def test_guidance_begins_at_the_transition(server: ComfyServer, memorised: str) 
     graphs.splice(graph, "sampler", "model", "late", node("DejaVuGuidanceTransition", before_transition="off"))
     with server.events("told") as events:
         outputs = server.run(graph, client_id="told")
-        assert "guidance began in 1 of 1 pictures" in _told(events)
+        assert "guidance began in 1 of 1 images" in _told(events)
     # The monitor tells where the magnitude first rose; the host's own nodes draw the same in two parts.
     values = outputs["verdict"]["dejavu"][0]["verdicts"][0]["score_per_step"]
     first = next(number for number in range(1, 10) if values[number] > values[number - 1])

@@ -59,7 +59,7 @@ def combined(graph: Graph) -> None:
 
 
 def area(graph: Graph) -> None:
-    """An area of the picture has a prompt of its own, beside the one for all of it."""
+    """An area of the image has a prompt of its own, beside the one for all of it."""
     combined(graph)
     settings = {"width": 1.0, "height": 0.5, "x": 0.0, "y": 0.0, "strength": 1.0}
     new = node("ConditioningSetAreaPercentage", **settings)
@@ -131,13 +131,13 @@ def test_a_negative_out_of_its_range_is_no_score(comfy: ComfyServer) -> None:
     assert "Text Encode" in verdict["why"]
 
 
-def test_a_prompt_for_a_part_of_the_picture_is_no_score(comfy: ComfyServer) -> None:
+def test_a_prompt_for_a_part_of_the_image_is_no_score(comfy: ComfyServer) -> None:
     graph = graphs.text_to_image(seed=8)
     settings = {"width": 1.0, "height": 0.5, "x": 0.0, "y": 0.0, "strength": 1.0}
     new = node("ConditioningSetAreaPercentage", **settings)
     graphs.splice(graph, "sampler", "positive", "area", new, via="conditioning")
     (verdict,) = report(comfy, watched(graph))["verdicts"]
-    assert verdict["score"] is None and "whole picture" in verdict["why"]
+    assert verdict["score"] is None and "whole image" in verdict["why"]
 
 
 GUIDERS = {
@@ -166,7 +166,7 @@ def test_every_guider(comfy: ComfyServer, guider: str) -> None:
     (plain,) = scores(report(comfy, watched(graphs.text_to_image(seed=4))))
     # Whatever the guider does with them, the prompt is measured against the empty one at the same noise.
     assert scores(document) == pytest.approx([plain], rel=1e-3)
-    assert document["verdicts"][0]["without"] == "empty prompt"
+    assert document["verdicts"][0]["baseline"] == "empty prompt"
 
 
 def test_the_advanced_and_the_custom_sampler_node(comfy: ComfyServer) -> None:

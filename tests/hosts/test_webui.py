@@ -33,7 +33,7 @@ LONG = ", ".join(["antidisestablishmentarianism"] * 13)  # more than 75 tokens, 
 @pytest.mark.parametrize(
     "sampler", ["Euler", "DPM++ 2M", "Heun", "DPM2 a", "LCM", "DDIM", "DDIM CFG++", "PLMS", "UniPC"]
 )
-def test_pictures_are_the_same_to_the_byte(webui: WebUIServer, sampler: str) -> None:
+def test_images_are_the_same_to_the_byte(webui: WebUIServer, sampler: str) -> None:
     plain = webui.txt2img(sampler_name=sampler)
     generated, (document,) = watched(webui, "a red fox in the snow", {"explain": "always"}, sampler_name=sampler)
     assert (pixels(generated) == pixels(plain)).all()
@@ -70,9 +70,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "BREAK": {"prompt": "a red fox BREAK in the snow"},
     "long": {"prompt": LONG},
     "emphasis": {"prompt": "a (red:1.3) [fox] in the \\(snow\\)"},
-    "negative": {"negative_prompt": "blurry", "settings": {"without": "negative prompt"}},
+    "negative": {"negative_prompt": "blurry", "settings": {"baseline": "negative prompt"}},
     "against the empty prompt": {"negative_prompt": "blurry"},
-    "long negative": {"negative_prompt": LONG, "settings": {"without": "negative prompt"}},
+    "long negative": {"negative_prompt": LONG, "settings": {"baseline": "negative prompt"}},
     "cfg 1": {"cfg_scale": 1},
     "skipped": {"options": {"skip_early_cond": 0.3}},
     "skipped later": {"s_min_uncond": 4.0, "options": {"s_min_uncond_all": True}},
@@ -118,18 +118,18 @@ def test_img2img_and_inpainting(webui: WebUIServer) -> None:
         generated = webui.img2img(start, **payload, alwayson_scripts={NAME: {"args": [{"explain": "never"}]}})
         (document,) = webui.get_json("/dejavu/reports")
         assert (pixels(generated) == pixels(plain)).all()
-        assert document["verdicts"][0]["score"] > 0 and document["setting"]["begins_with"] == "a picture"
+        assert document["verdicts"][0]["score"] > 0 and document["setting"]["begins_with"] == "an image"
 
 
 def test_scores_do_not_depend_on_the_batch(webui: WebUIServer) -> None:
     _, together = watched(webui, "a red fox", {"explain": "never"}, batch_size=3)
     alone = [watched(webui, "a red fox", {"explain": "never"}, seed=1 + n)[1][0] for n in range(3)]
-    assert [d["picture"] for d in together] == [0, 1, 2]
+    assert [d["image"] for d in together] == [0, 1, 2]
     found = [[d["verdicts"][0]["score"] for d in documents] for documents in (together, alone)]
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
-def test_arguments_that_make_no_sense_cost_no_picture(webui: WebUIServer) -> None:
+def test_arguments_that_make_no_sense_cost_no_image(webui: WebUIServer) -> None:
     plain = webui.txt2img()
     for arguments, why in (({"colour": "red"}, "no argument colour"), ({"alpha": 7}, "alpha must be")):
         generated = webui.txt2img(alwayson_scripts={NAME: {"args": [arguments]}})
@@ -147,16 +147,16 @@ def test_the_published_baselines_change_the_prompt(webui: WebUIServer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("remedy", "sampler"),
+    ("mitigation", "sampler"),
     [
         *product(["guidance-transition"], ["Euler", "DPM++ 2M", "Heun", "DDIM"]),
         *product(["start-token", "attenuate-tokens"], ["Euler", "DDIM"]),
     ],
 )
-def test_other_remedies_draw_other_pictures(webui: WebUIServer, remedy: str, sampler: str) -> None:
+def test_other_mitigations_draw_other_images(webui: WebUIServer, mitigation: str, sampler: str) -> None:
     run, prompt = {"sampler_name": sampler, "steps": 6}, "a red fox in the snow"
     plain = webui.txt2img(prompt=prompt, **run)
-    settings = {"when_flagged": "mitigate", "remedy": remedy, "explain": "never"}
+    settings = {"when_flagged": "mitigate", "mitigation": mitigation, "explain": "never"}
     with flagging(webui, prompt, **run):
         generated, (document,) = watched(webui, prompt, settings, **run)
     assert document["flagged"] is True and document["notes"] == []
@@ -197,23 +197,23 @@ def test_memorised_prompts_flag_and_ordinary_ones_do_not(calibrated: WebUIServer
 
 
 @pytest.mark.parametrize(
-    ("remedy", "sampler"), [("optimise", "Euler"), ("remove-trigger", "Euler"), ("optimise", "DDIM")]
+    ("mitigation", "sampler"), [("optimise", "Euler"), ("remove-trigger", "Euler"), ("optimise", "DDIM")]
 )
-def test_a_mitigated_picture_is_no_copy(calibrated: WebUIServer, remedy: str, sampler: str) -> None:
+def test_a_mitigated_image_is_no_copy(calibrated: WebUIServer, mitigation: str, sampler: str) -> None:
     if sampler != "Euler":
         chosen = {"count": 99, "width": 64, "height": 64, "steps": 20, "sampler_name": sampler}
         calibrated.post_json("/dejavu/calibrate", chosen, 900)
     run = {"sampler_name": sampler, "override_settings": KNOWN}
-    prompt, picture = MEMORISED[1].text, 127.5 * (1 + memorising.picture(1).permute(1, 2, 0).numpy())
+    prompt, image = MEMORISED[1].text, 127.5 * (1 + memorising.image(1).permute(1, 2, 0).numpy())
     plain = calibrated.txt2img(prompt=prompt, steps=20, **run)
-    settings = {"when_flagged": "mitigate", "remedy": remedy, "explain": "never", "alpha": ALPHA}
+    settings = {"when_flagged": "mitigate", "mitigation": mitigation, "explain": "never", "alpha": ALPHA}
     generated, (document,) = watched(calibrated, prompt, settings, steps=20, **run)
     assert document["flagged"] is True, document["notes"]
     mitigation = document["mitigation"]
     assert mitigation["score_after"] < 0.5 * mitigation["score_before"]
     assert len(mitigation["verdicts"][0]["score_per_step"]) >= 19  # of DDIM's steps the hosts leave one out
     assert max(mitigation["verdicts"][0]["score_per_step"]) < 0.5 * mitigation["score_before"]
-    assert np.abs(pixels(plain) - picture).mean() < 5 < 60 < np.abs(pixels(generated) - picture).mean()
+    assert np.abs(pixels(plain) - image).mean() < 5 < 60 < np.abs(pixels(generated) - image).mean()
     # The host's cached conditioning is as it was.
     again = calibrated.txt2img(prompt=prompt, steps=20, **run)
     assert (pixels(again) == pixels(plain)).all()

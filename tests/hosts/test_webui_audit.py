@@ -26,13 +26,13 @@ LORA = Path(miniature.LORA).stem
 
 @pytest.fixture(scope="module")
 def auditing(webui: WebUIServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUIServer]:
-    """A host with a set of memorised pictures and of others, made by the command line."""
+    """A host with a set of memorised images and of others, made by the command line."""
     source = tmp_path_factory.mktemp("audited")
     generator = np.random.default_rng(0)
     for number, prompt in enumerate((*MEMORISED, *ORDINARY)):
         array = generator.integers(0, 2, (3, 8, 8)).repeat(8, 1).repeat(8, 2).transpose(1, 2, 0) * 255.0
         if prompt in MEMORISED:
-            array = 127.5 * (1 + memorising.picture(number).permute(1, 2, 0).numpy())
+            array = 127.5 * (1 + memorising.image(number).permute(1, 2, 0).numpy())
         Image.fromarray(array.round().astype(np.uint8)).save(source / f"{number}.png")
         (source / f"{number}.txt").write_text(prompt.text, encoding="utf-8")
     made = webui.home / "dejavu" / "references" / "audited.safetensors"

@@ -41,13 +41,13 @@ def test_a_run_that_the_user_ends_has_a_verdict(webui: WebUIServer, how: str) ->
     assert (pixels(again) == pixels(plain)).all() and len(document["verdicts"][0]["score_per_step"]) == 4
 
 
-def test_of_several_pictures_the_skipped_one_alone_is_cut_short(webui: WebUIServer) -> None:
+def test_of_several_images_the_skipped_one_alone_is_cut_short(webui: WebUIServer) -> None:
     run, found = begun(webui, settings={"explain": "never"}, n_iter=2)
     webui.post_json("/sdapi/v1/skip", {})
     run.join(120)
     ((_, documents),) = found
     lengths = [len(document["verdicts"][0]["score_per_step"]) for document in documents]
-    assert [document["picture"] for document in documents] == [0, 1]
+    assert [document["image"] for document in documents] == [0, 1]
     assert lengths[0] < 150 == lengths[1]
 
 

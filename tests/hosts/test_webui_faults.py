@@ -1,4 +1,4 @@
-"""Faults in Automatic1111 and Forge: whatever goes wrong with us costs no picture, and is told."""
+"""Faults in Automatic1111 and Forge: whatever goes wrong with us costs no image, and is told."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def faulty(
         yield server
 
 
-def test_a_raised_error_in_every_callback_leaves_the_picture_whole(faulty: WebUIServer) -> None:
+def test_a_raised_error_in_every_callback_leaves_the_image_whole(faulty: WebUIServer) -> None:
     plain = pixels(faulty.txt2img())
     for of, method in (
         ("run", "begin"),
@@ -121,7 +121,7 @@ def test_a_raised_error_in_every_callback_leaves_the_picture_whole(faulty: WebUI
 
 
 @pytest.mark.parametrize("what", ["lowvram", "TensorRT", "quantised"])
-def test_without_gradients_the_picture_and_the_score_are_whole(faulty: WebUIServer, what: str) -> None:
+def test_without_gradients_the_image_and_the_score_are_whole(faulty: WebUIServer, what: str) -> None:
     if (faulty.kind is webui_server.FORGE) != (what == "quantised"):
         pytest.skip(f"{faulty.name} has no such thing")
     plain = pixels(faulty.txt2img())

@@ -52,7 +52,7 @@ def test_same_seed_gives_the_same_file(webui: WebUIServer) -> None:
     assert pixels(files[0]).shape == (64, 64, 3)
 
 
-def test_picture_depends_on_the_prompt(webui: WebUIServer) -> None:
+def test_image_depends_on_the_prompt(webui: WebUIServer) -> None:
     fox = webui.txt2img()
     river = webui.txt2img(prompt="an old oak under the river")
     assert np.abs(pixels(fox.images[0]) - pixels(river.images[0])).mean() > 1
@@ -61,13 +61,13 @@ def test_picture_depends_on_the_prompt(webui: WebUIServer) -> None:
     assert "Steps: 4, Sampler: Euler" in fox.infotexts[0]
 
 
-def test_batches_come_with_an_account_of_each_picture(webui: WebUIServer) -> None:
+def test_batches_come_with_an_account_of_each_image(webui: WebUIServer) -> None:
     batch = webui.txt2img(batch_size=2, n_iter=2, seed=5)
     assert len(batch.images) == len(batch.infotexts) == 4
     assert batch.info["all_seeds"] == [5, 6, 7, 8]
 
 
-def test_picture_to_picture_keeps_the_picture(webui: WebUIServer) -> None:
+def test_image_to_image_keeps_the_image(webui: WebUIServer) -> None:
     start = webui.txt2img(seed=3).images[0]
     near, far = (webui.img2img(start, denoising_strength=strength, steps=20) for strength in (0.05, 0.9))
     differences = [np.abs(pixels(run.images[0]) - pixels(start)).mean() for run in (near, far)]

@@ -14,12 +14,12 @@ PROMPT = "a red fox in the snow"
 LATE = {"batch-wise-noise": 0.64}  # of the first sigma: from where on it guides, by its paper
 
 
-def settings(remedy: str, **more: Any) -> dict[str, Any]:
-    return {"when_flagged": "mitigate", "remedy": remedy, "explain": "never", **more}
+def settings(mitigation: str, **more: Any) -> dict[str, Any]:
+    return {"when_flagged": "mitigate", "mitigation": mitigation, "explain": "never", **more}
 
 
 @pytest.mark.parametrize(
-    ("remedy", "sampler"),
+    ("mitigation", "sampler"),
     [
         ("batch-wise-noise", "Euler"),
         ("batch-wise-noise", "DDIM"),
@@ -27,18 +27,18 @@ def settings(remedy: str, **more: Any) -> dict[str, Any]:
         ("per-sample-noise", "Heun"),  # with churn: it draws noise of its own before the first evaluation
     ],
 )
-def test_the_picture_is_that_of_the_other_noise(webui: WebUIServer, remedy: str, sampler: str) -> None:
+def test_the_image_is_that_of_the_other_noise(webui: WebUIServer, mitigation: str, sampler: str) -> None:
     run = {"sampler_name": sampler, "override_settings": {"s_churn": 2.0 if sampler == "Heun" else 0.0}}
     plain = pixels(webui.txt2img(prompt=PROMPT, **run))
     # A run that is not flagged is left alone, to the bit.
-    unflagged, (document,) = watched(webui, PROMPT, settings(remedy), **run)
+    unflagged, (document,) = watched(webui, PROMPT, settings(mitigation), **run)
     assert document["flagged"] is None and document["mitigation"] is None
     assert (pixels(unflagged) == plain).all()
     with ordinary(webui, document, 0.95 * document["verdicts"][0]["score"]):
         webui_onlooker.want(webui, record=True)
-        generated, (document,) = watched(webui, PROMPT, settings(remedy), **run)
+        generated, (document,) = watched(webui, PROMPT, settings(mitigation), **run)
     assert document["flagged"] is True and document["notes"] == []
-    assert f"{NAME} settings: when_flagged=mitigate; remedy={remedy}" in generated.infotexts[0]
+    assert f"{NAME} settings: when_flagged=mitigate; mitigation={mitigation}" in generated.infotexts[0]
     # What was read of the run that was drawn is what the method has said of its noise.
     mitigation = document["mitigation"]
     (after,) = mitigation["verdicts"]
@@ -46,8 +46,8 @@ def test_the_picture_is_that_of_the_other_noise(webui: WebUIServer, remedy: str,
     assert after["score"] == pytest.approx(mitigation["score_after"], rel=2e-4)
     assert after["score"] != pytest.approx(mitigation["score_before"], rel=1e-3)
     assert len(after["score_per_step"]) >= 3 and None not in after["score_per_step"]
-    # The host's own run from that noise, without us, gives the same picture, and nothing of ours has stayed.
-    webui_onlooker.want(webui, again=True, late=LATE.get(remedy, 1))
+    # The host's own run from that noise, without us, gives the same image, and nothing of ours has stayed.
+    webui_onlooker.want(webui, again=True, late=LATE.get(mitigation, 1))
     expected = pixels(webui.txt2img(prompt=PROMPT, **run))
     webui_onlooker.want(webui)
     assert np.abs(pixels(generated) - expected).max() <= 1
@@ -55,8 +55,8 @@ def test_the_picture_is_that_of_the_other_noise(webui: WebUIServer, remedy: str,
     assert errors_of_ours(webui) == []
 
 
-def test_of_a_batch_only_the_flagged_pictures_begin_again(webui: WebUIServer) -> None:
-    # Each picture's seed puts another word into its prompt.
+def test_of_a_batch_only_the_flagged_images_begin_again(webui: WebUIServer) -> None:
+    # Each image's seed puts another word into its prompt.
     run = {"batch_size": 2}
     put_in = {"perturb": "random-word", "insertions": 2}
     plain, documents = watched(webui, PROMPT, {"explain": "never", **put_in}, **run)
@@ -75,7 +75,7 @@ def test_of_a_batch_only_the_flagged_pictures_begin_again(webui: WebUIServer) ->
     assert len(documents[other]["verdicts"][0]["score_per_step"]) == 4
 
 
-def test_a_run_from_a_picture_keeps_its_noise_and_is_told_why(webui: WebUIServer) -> None:
+def test_a_run_from_an_image_keeps_its_noise_and_is_told_why(webui: WebUIServer) -> None:
     start, script = webui.txt2img().images[0], settings("per-sample-noise")
     run = {"prompt": PROMPT, "denoising_strength": 0.75, "steps": 4}
     plain = webui.img2img(start, **run, alwayson_scripts={NAME: {"args": [script]}})
@@ -84,5 +84,5 @@ def test_a_run_from_a_picture_keeps_its_noise_and_is_told_why(webui: WebUIServer
         generated = webui.img2img(start, **run, alwayson_scripts={NAME: {"args": [script]}})
     (document,) = webui.get_json("/dejavu/reports")
     assert document["flagged"] is True and document["mitigation"] is None
-    assert any("per-sample-noise" in note and "begins with a picture" in note for note in document["notes"])
+    assert any("per-sample-noise" in note and "begins with an image" in note for note in document["notes"])
     assert (pixels(generated) == pixels(plain)).all()

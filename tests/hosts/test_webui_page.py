@@ -43,7 +43,7 @@ def test_the_panel_below_the_gallery(webui: WebUIServer, theme: str, tmp_path: P
         assert [e for e in page.errors if "dejavu" in e] == []
 
 
-def test_parameters_of_a_picture_are_pasted_back(webui: WebUIServer) -> None:
+def test_parameters_of_an_image_are_pasted_back(webui: WebUIServer) -> None:
     settings = {"when_flagged": "stop", "explain": "never", "alpha": 0.05, "perturb": "random-word", "insertions": 3}
     drawn = webui.txt2img(prompt=PROMPT, alwayson_scripts={NAME: {"args": [settings]}})
     with open_webui(webui.url) as page:
@@ -52,8 +52,8 @@ def test_parameters_of_a_picture_are_pasted_back(webui: WebUIServer) -> None:
         page.paste(drawn.infotexts[0])
         shown = page.ours()
         assert shown == {"enabled": True, **{name: str(value) for name, value in settings.items()}} | {
-            "without": "empty prompt",
-            "remedy": "optimise",
+            "baseline": "empty prompt",
+            "mitigation": "optimise",
             "score": "first step",
             "references": "none",
         }

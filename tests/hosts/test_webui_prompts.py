@@ -31,10 +31,10 @@ def inversion(webui: WebUIServer) -> str:
 def test_a_textual_inversion_is_a_word(webui: WebUIServer, inversion: str) -> None:
     prompt = f"a red fox by {inversion} in the snow"
     plain = webui.txt2img(prompt=prompt)
-    without = webui.txt2img(prompt="a red fox by in the snow")
+    uninverted = webui.txt2img(prompt="a red fox by in the snow")
     generated, (document,) = watched(webui, prompt, {"explain": "always"})
     (verdict,) = document["verdicts"]
-    assert (pixels(plain) != pixels(without)).any(), "the host did not read the inversion"
+    assert (pixels(plain) != pixels(uninverted)).any(), "the host did not read the inversion"
     assert (pixels(generated) == pixels(plain)).all()
     assert [word["text"] for word in verdict["words"]] == prompt.split()
     assert verdict["view"] == "confirmed gradient" and document["notes"] == []
@@ -71,7 +71,7 @@ def test_words_of_a_style_are_words_of_the_prompt(webui: WebUIServer) -> None:
     assert (pixels(generated) == pixels(plain)).all()
     assert document["prompt"] == "a red fox, woodcut by Moxgaen"
     (verdict,) = document["verdicts"]
-    assert verdict["without"] == "empty prompt" and verdict["words"][-1]["text"] == "Moxgaen"
+    assert verdict["baseline"] == "empty prompt" and verdict["words"][-1]["text"] == "Moxgaen"
 
 
 def test_a_refiner_draws_unmeasured(webui: WebUIServer) -> None:
@@ -131,7 +131,7 @@ def test_axes_of_the_plot_are_our_settings(webui: WebUIServer) -> None:
     assert errors_of_ours(webui) == []
 
 
-def test_the_settings_page_keeps_pictures_free_of_us(webui: WebUIServer) -> None:
+def test_the_settings_page_keeps_images_free_of_us(webui: WebUIServer) -> None:
     webui.set_options(dejavu_infotext=False)  # Forge's API does not list what extensions have added
     try:
         generated, (document,) = watched(webui, "a red fox", {"explain": "never"})

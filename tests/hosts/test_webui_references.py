@@ -1,4 +1,4 @@
-"""Anti-memorization guidance in a real Automatic1111 and a real Forge, away from the memorised pictures."""
+"""Anti-memorization guidance in a real Automatic1111 and a real Forge, away from the memorised images."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from sd_dejavu.hosts.webui import controls
 
 @pytest.fixture(scope="module")
 def guarded(webui: WebUIServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUIServer]:
-    """The memorising checkpoint, and a set of its training pictures made by the command line."""
+    """The memorising checkpoint, and a set of its training images made by the command line."""
     source = tmp_path_factory.mktemp("training")
     for number, prompt in enumerate(MEMORISED):
-        array = 127.5 * (1 + memorising.picture(number).permute(1, 2, 0).numpy())
+        array = 127.5 * (1 + memorising.image(number).permute(1, 2, 0).numpy())
         Image.fromarray(array.round().astype(np.uint8)).save(source / f"{number}.png")
         (source / f"{number}.txt").write_text(prompt.text, encoding="utf-8")
     made = webui.home / "dejavu" / "references" / "training.safetensors"
@@ -40,14 +40,14 @@ def guarded(webui: WebUIServer, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 @pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
-def test_guidance_leads_away_from_training_pictures(guarded: WebUIServer, sampler: str) -> None:
+def test_guidance_leads_away_from_training_images(guarded: WebUIServer, sampler: str) -> None:
     run = {"steps": 8, "sampler_name": sampler}
     settings = {"references": "training", "explain": "never"}
-    picture = 127.5 * (1 + memorising.picture(0).permute(1, 2, 0).numpy())
+    image = 127.5 * (1 + memorising.image(0).permute(1, 2, 0).numpy())
     plain = guarded.txt2img(prompt=MEMORISED[0].text, **run)
     generated, (document,) = watched(guarded, MEMORISED[0].text, settings, **run)
     assert document["notes"] == [] and errors_of_ours(guarded) == []
-    assert np.abs(pixels(plain) - picture).mean() < 5 < 40 < np.abs(pixels(generated) - picture).mean()
+    assert np.abs(pixels(plain) - image).mean() < 5 < 40 < np.abs(pixels(generated) - image).mean()
     assert f"{NAME} settings: explain=never; references=training" in generated.infotexts[0]
     # A prompt that comes near none of them is drawn as ever, to the bit.
     plain = guarded.txt2img(prompt=ORDINARY[0].text, **run)
@@ -56,14 +56,14 @@ def test_guidance_leads_away_from_training_pictures(guarded: WebUIServer, sample
 
 
 def test_prompts_joined_by_and_are_led_away_too(guarded: WebUIServer) -> None:
-    prompt, picture = f"{MEMORISED[1].text} AND snow :0.2", memorising.picture(1).permute(1, 2, 0).numpy()
+    prompt, image = f"{MEMORISED[1].text} AND snow :0.2", memorising.image(1).permute(1, 2, 0).numpy()
     plain = guarded.txt2img(prompt=prompt, steps=8)
     generated, _ = watched(guarded, prompt, {"references": "training", "explain": "never"}, steps=8)
-    near, far = (np.abs(pixels(drawn) - 127.5 * (1 + picture)).mean() for drawn in (plain, generated))
+    near, far = (np.abs(pixels(drawn) - 127.5 * (1 + image)).mean() for drawn in (plain, generated))
     assert near < 20 and far > 40
 
 
-def test_a_set_that_is_not_there_costs_no_picture(guarded: WebUIServer) -> None:
+def test_a_set_that_is_not_there_costs_no_image(guarded: WebUIServer) -> None:
     plain = guarded.txt2img(prompt=ORDINARY[0].text)
     for name in ("other", "../training", str(guarded.home)):
         generated = guarded.txt2img(prompt=ORDINARY[0].text, alwayson_scripts={NAME: {"args": [{"references": name}]}})
@@ -71,7 +71,7 @@ def test_a_set_that_is_not_there_costs_no_picture(guarded: WebUIServer) -> None:
         assert "there is no reference set" in guarded.log()
 
 
-def test_a_set_of_any_name_is_pasted_back_from_a_picture(guarded: WebUIServer) -> None:
+def test_a_set_of_any_name_is_pasted_back_from_an_image(guarded: WebUIServer) -> None:
     folder, name = guarded.home / "dejavu" / "references", "cats; 2024, 50%"
     for suffix in (".safetensors", ".json"):
         if (folder / f"training{suffix}").exists():

@@ -1,6 +1,6 @@
 """What people have reported about other extensions that hook where ours does, tried with ours in both hosts.
 
-Beside ours stands an extension that draws pictures of its own in the midst of a run, changes prompts, and takes from
+Beside ours stands an extension that draws images of its own in the midst of a run, changes prompts, and takes from
 the host what older ones and forks lack; on which of them, the test says.
 """
 
@@ -25,7 +25,7 @@ import modules.ui_components
 from modules import processing, script_callbacks, scripts
 
 known = {}  # what the test wants
-drawn = []  # parameters of the pictures of our own
+drawn = []  # parameters of the images of our own
 taken = {}
 for name in ("on_ui_tabs", "on_ui_settings", "on_before_ui"):
     delattr(script_callbacks, name)
@@ -120,13 +120,13 @@ def beside(
 
 
 def want(server: WebUIServer, **wanted: Any) -> list[str]:
-    """What the other extension shall do from now on; the parameters of the pictures that it has drawn until now."""
+    """What the other extension shall do from now on; the parameters of the images that it has drawn until now."""
     drawn: list[str] = server.post_json("/neighbour", wanted)["drawn"]
     return drawn
 
 
 def told(infotext: str, what: str) -> str | None:
-    """One line of a picture's parameters."""
+    """One line of an image's parameters."""
     parts = infotext.split(f"{what}: ")
     return parts[1].split(",")[0] if len(parts) > 1 else None
 
@@ -177,7 +177,7 @@ def test_a_host_that_does_not_tell_its_denoiser(beside: WebUIServer) -> None:
 
 @pytest.fixture(scope="module")
 def scores(beside: WebUIServer) -> list[float]:
-    """Those of the pictures of three batches when nobody interferes."""
+    """Those of the images of three batches when nobody interferes."""
     want(beside)
     _, documents = watched(beside, "a red fox", {"explain": "never"}, n_iter=3)
     found = [document["verdicts"][0]["score"] for document in documents]
@@ -187,14 +187,14 @@ def scores(beside: WebUIServer) -> list[float]:
 
 @pytest.mark.parametrize("whole", [False, True], ids=["alone", "with all scripts"])
 @pytest.mark.parametrize("where", ["postprocess_image", "postprocess_batch", "process_before_every_sampling"])
-def test_pictures_of_another_extension_in_the_midst_of_a_run(
+def test_images_of_another_extension_in_the_midst_of_a_run(
     beside: WebUIServer, scores: list[float], where: str, whole: bool
 ) -> None:
     want(beside, draw={"in": where, "with all scripts": whole})
     generated, documents = watched(beside, "a red fox", {"explain": "never"}, n_iter=3)
     drawn = want(beside)
     assert len(drawn) == 3
-    assert [document["picture"] for document in documents] == [0, 1, 2]
+    assert [document["image"] for document in documents] == [0, 1, 2]
     assert [document["prompt"] for document in documents] == ["a red fox"] * 3
     assert [len(document["verdicts"][0]["score_per_step"]) for document in documents] == [4] * 3
     assert [document["verdicts"][0]["score"] for document in documents] == pytest.approx(scores, rel=1e-5)

@@ -38,12 +38,12 @@ def test_dictionaries_of_conditionings(sdxl: WebUIServer) -> None:
 
 
 def test_a_mitigation_swaps_rows_and_vector(sdxl: WebUIServer) -> None:
-    settings = {"when_flagged": "mitigate", "remedy": "remove-trigger", "explain": "never"}
+    settings = {"when_flagged": "mitigate", "mitigation": "remove-trigger", "explain": "never"}
     with flagging(sdxl, "red fox", steps=3):
         generated, (document,) = watched(sdxl, "red fox", settings, steps=3)
     assert document["flagged"] is True, document["notes"]
     shorter = document["mitigation"]["prompt"]
     assert shorter in ("red", "fox")
-    # The picture is the host's own of that prompt, from its first step on.
+    # The image is the host's own of that prompt, from its first step on.
     assert np.abs(pixels(generated) - pixels(sdxl.txt2img(prompt="red fox", steps=3))).mean() > 1
     assert np.abs(pixels(generated) - pixels(sdxl.txt2img(prompt=shorter, steps=3))).mean() < 0.1

@@ -76,7 +76,7 @@ def watched(graph: Graph, *, words: bool = True, **monitor: Any) -> Graph:
 
 
 def demo(prompt: str, negative: str = "", *, batch: int = 1, **sampler: Any) -> Graph:
-    """A picture of the bundled model."""
+    """An image of the bundled model."""
     graph = graphs.text_to_image(prompt, negative, **sampler)
     graph["checkpoint"] = node("DejaVuDemoModel", batch_size=batch)
     graph["sampler"]["inputs"]["latent_image"] = ["checkpoint", 3]

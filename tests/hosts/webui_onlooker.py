@@ -16,7 +16,7 @@ import modules.shared as shared
 from modules import script_callbacks, scripts
 
 known = {}  # what the test wants
-seen = []  # (x of the evaluation by picture in the sampler's scale, its sigma, whether it is by timesteps)
+seen = []  # (x of the evaluation by image in the sampler's scale, its sigma, whether it is by timesteps)
 
 
 class Onlooker(scripts.Script):

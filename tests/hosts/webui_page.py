@@ -41,7 +41,7 @@ class WebUIPage:
         return {"enabled": self.browser.locator("#dejavu_txt2img .input-accordion-checkbox").is_checked(), **shown}
 
     def paste(self, parameters: str) -> None:
-        """A picture's parameters through the prompt, as a user does."""
+        """An image's parameters through the prompt, as a user does."""
         self.browser.locator("#txt2img_prompt textarea").first.fill(parameters)
         self.browser.locator("#paste").first.click()
         self.browser.wait_for_timeout(3000)
@@ -68,7 +68,7 @@ class WebUIPage:
         return self.browser.locator("#txt2img_prompt textarea").first.input_value()
 
     def generate(self, prompt: str, timeout: float = 180.0) -> str:
-        """Draw a picture; the text of our panel below it."""
+        """Draw an image; the text of our panel below it."""
         self.browser.locator("#txt2img_prompt textarea").first.fill(prompt)
         self.browser.evaluate(f"() => {{ document.querySelector('{PANEL} .dejavu-panel')?.remove() }}")
         self.browser.locator("#txt2img_generate").click()
@@ -87,7 +87,7 @@ class WebUIPage:
 
 @contextmanager
 def open_webui(url: str, theme: str = "light") -> Iterator[WebUIPage]:
-    """The host's page, ready for use, set to small pictures in few steps."""
+    """The host's page, ready for use, set to small images in few steps."""
     with chromium() as browser:
         opened = browser.new_page(viewport={"width": 1500, "height": 1300})
         opened.set_default_timeout(15_000)

@@ -58,7 +58,7 @@ class Generated:
 
     @property
     def infotexts(self) -> list[str]:
-        """The generation parameters of each picture, as the host writes them into the file."""
+        """The generation parameters of each image, as the host writes them into the file."""
         texts: list[str] = self.info["infotexts"]
         return texts
 
@@ -146,12 +146,12 @@ class WebUIServer(HostProcess):
     # ------------------------------------------------------------------------------------------ runs
 
     def txt2img(self, *, timeout: float = 300.0, **payload: Any) -> Generated:
-        """A picture of 64x64 pixels in 4 steps of Euler, seed 1, unless the payload says otherwise."""
+        """An image of 64x64 pixels in 4 steps of Euler, seed 1, unless the payload says otherwise."""
         return self._generate("txt2img", payload, timeout)
 
-    def img2img(self, picture: bytes, *, timeout: float = 300.0, **payload: Any) -> Generated:
-        """The same from a picture's file."""
-        start = {"init_images": [base64.b64encode(picture).decode()]}
+    def img2img(self, image: bytes, *, timeout: float = 300.0, **payload: Any) -> Generated:
+        """The same from an image's file."""
+        start = {"init_images": [base64.b64encode(image).decode()]}
         return self._generate("img2img", start | payload, timeout)
 
     def interrupt(self) -> None:

@@ -178,7 +178,7 @@ def test_a_stored_verdict_shows_without_running(overlay: Page) -> None:
         o["images"][0] for o in result["outputs"].values() if o and "images" in o and o["images"][0]["type"] == "output"
     ]
     query = "&".join(f"{name}={image[name]}" for name in ("filename", "subfolder", "type"))
-    picture = page.browser.request.get(f"{page.browser.url.split('?')[0].rstrip('/#')}/view?{query}").body()
+    data = page.browser.request.get(f"{page.browser.url.split('?')[0].rstrip('/#')}/view?{query}").body()
 
     page.reload()
     page.browser.evaluate("(saved) => window.comfyAPI.app.app.loadGraphData(saved)", saved)
@@ -187,7 +187,7 @@ def test_a_stored_verdict_shows_without_running(overlay: Page) -> None:
     assert sentence in page.browser.locator(".dejavu-verdict").first.inner_text()
 
     page.reload()
-    page.drop_file(picture, "dropped.png")
+    page.drop_file(data, "dropped.png")
     page.look_at(VERDICT)
     assert sentence in page.browser.locator(".dejavu-verdict").first.inner_text()
     assert page.browser.locator(".dejavu-words").first.inner_text() == PROMPT
@@ -247,19 +247,19 @@ def test_a_prompt_full_of_markup_shows_literally(overlay: Page) -> None:
     assert page.browser.locator(".dejavu-words img, .dejavu-words b").count() == 0
 
 
-def test_pictures_of_a_batch_are_chosen_among(overlay: Page) -> None:
+def test_images_of_a_batch_are_chosen_among(overlay: Page) -> None:
     page = overlay
     page.set_widget("DejaVuDemoModel", "batch_size", 2)
     assert page.run()["error"] is None
     page.browser.wait_for_timeout(800)
     chooser = page.browser.locator(".dejavu-chooser select").first
     assert chooser.locator("option").count() == 2
-    picture = page.browser.locator(".dejavu-picture img").first
-    address = picture.get_attribute("src")
+    image = page.browser.locator(".dejavu-image img").first
+    address = image.get_attribute("src")
     chooser.select_option(index=1)
-    assert picture.get_attribute("src") != address
+    assert image.get_attribute("src") != address
     page.browser.wait_for_function(
-        "() => document.querySelector('.dejavu-picture img')?.naturalWidth > 0", timeout=10_000
+        "() => document.querySelector('.dejavu-image img')?.naturalWidth > 0", timeout=10_000
     )
 
 

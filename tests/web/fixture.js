@@ -14,7 +14,7 @@ export function verdict(prompt, changes = {}) {
   return {
     label: 'Flagged', sentence: 'Likely memorised, p <= 0.001: none of 1,000 ordinary prompts scores as high',
     prompt, score: 2.5, p_value: 0.000999, flagged: true, alpha: 0.01, score_kind: 'first step', unit: 'l2', images: 1,
-    without: 'negative prompt', nulls: 1000, null_style: null, why: null,
+    baseline: 'negative prompt', nulls: 1000, null_style: null, why: null,
     score_per_step: [2.5, 2.1, null, 1.4], sigmas: [14.6, 9.2, 5.1, 2.0],
     facts: [['Score', '2.5 (L2, first step, 1 image)'], ['p', '<= 0.001 (flagged from 0.01 down)']],
     words: wordsOf(prompt), view: 'confirmed gradient', raw_unit: 'gradient times loss',

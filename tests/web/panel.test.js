@@ -131,11 +131,11 @@ it('grows the curve while it is live', () => {
   expect(panel.element.textContent).not.toContain('so far')
 })
 
-it('lays the map over the picture', () => {
+it('lays the map over the image', () => {
   show(report())
   expect($('canvas')).not.toBeNull()
   expect($('figure img')).toBeNull()
-  panel.pictures(['data:image/png;base64,'])
+  panel.images(['data:image/png;base64,'])
   expect($('figure img').getAttribute('src')).toBe('data:image/png;base64,')
   buttonNamed('Map').click()
   expect($('canvas').hidden).toBe(true)

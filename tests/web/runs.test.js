@@ -18,14 +18,14 @@ it('keeps the newest runs only', () => {
   expect(runs.all.map((r) => r.key)).toEqual(['c'])
 })
 
-it('brings a run up to date in its place, with its pictures and its time', () => {
+it('brings a run up to date in its place, with its images and its time', () => {
   const runs = createRuns(9), listener = vi.fn()
   runs.put({ ...run('a'), finished: false }, 1000)
   runs.put(run('b'), 2000)
   const stop = runs.listen(listener)
-  runs.picturesFor('a', ['p.png'])
+  runs.imagesFor('a', ['p.png'])
   runs.put(run('a'), 3000)
-  expect(runs.all.map((r) => [r.key, r.time, r.finished, r.pictures])).toEqual([['b', 2000, true, []], ['a', 1000, true, ['p.png']]])
+  expect(runs.all.map((r) => [r.key, r.time, r.finished, r.images])).toEqual([['b', 2000, true, []], ['a', 1000, true, ['p.png']]])
   stop()
   runs.put(run('c'))
   expect(listener).toHaveBeenCalledTimes(2)
@@ -38,7 +38,7 @@ it('filters by words and by verdict', () => {
   expect(filtered(all, 'boat', 'Flagged')).toEqual([])
 })
 
-it('labels a batch by its worst picture', () => {
+it('labels a batch by its worst image', () => {
   const { report: batch } = run('a', 'x', { verdicts: [calm.verdicts[0], verdict('x')] })
   expect([labelOf(batch), highestScore(batch)]).toEqual(['Flagged', 2.5])
 })

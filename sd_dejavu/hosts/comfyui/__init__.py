@@ -10,7 +10,7 @@ from .guidance import anti_memorization, transition
 from .initial_noise import adjust_noise
 from .model import with_model
 from .monitor import Monitor
-from .page import LiveReport, keep_in_picture, tell, wait_until_told
+from .page import LiveReport, keep_in_image, tell, wait_until_told
 from .text import conditioning_of, encode_text
 from .training import HostFilter
 
@@ -25,7 +25,7 @@ __all__ = [
     "conditioning_of",
     "encode_text",
     "examine",
-    "keep_in_picture",
+    "keep_in_image",
     "mitigate",
     "tell",
     "transition",

@@ -23,7 +23,7 @@ from ...training.audit import Audit, AuditSettings, Subject, audit, entries_of, 
 from ...training.ledger import Ledger
 from ...training.tasks import Task, Trained, Variant, Work, nothing_apart
 from .model import ComfyModel, fingerprint, ordinary_for, with_model
-from .reference import HostReferences, picture_device
+from .reference import HostReferences, image_device
 from .text import as_typed, encode_text
 
 BATCH = 8
@@ -54,7 +54,7 @@ class TrainedModel(ComfyModel):
         self._vae = vae
 
     @property
-    def picture_size(self) -> tuple[int, int]:
+    def image_size(self) -> tuple[int, int]:
         scale = self._vae.spacial_compression_encode()
         return self.latent_shape[-2] * scale, self.latent_shape[-1] * scale
 
@@ -63,12 +63,12 @@ class TrainedModel(ComfyModel):
 
     def decode(self, latents: Tensor) -> Tensor:
         with self._elsewhere():
-            pictures: Tensor = self._vae.decode(self._inner.process_latent_out(latents))
-        return pictures.movedim(-1, 1).float().cpu()
+            images: Tensor = self._vae.decode(self._inner.process_latent_out(latents))
+        return images.movedim(-1, 1).float().cpu()
 
-    def latents_of(self, pictures: Tensor) -> Tensor:
+    def latents_of(self, images: Tensor) -> Tensor:
         with self._elsewhere():
-            latents: Tensor = self._vae.encode(pictures.movedim(1, -1))
+            latents: Tensor = self._vae.encode(images.movedim(1, -1))
         found: Tensor = self._inner.process_latent_in(latents.to(self._device)).float()
         return found
 
@@ -93,9 +93,9 @@ class _Features:
     def metric(self) -> Metric:
         return self._guard.features.metric
 
-    def __call__(self, pictures: Tensor) -> Tensor:
+    def __call__(self, images: Tensor) -> Tensor:
         self._guard.networks.load()
-        return self._guard.features(pictures.to(picture_device()))
+        return self._guard.features(images.to(image_device()))
 
 
 def audit_lora(
@@ -108,7 +108,7 @@ def audit_lora(
     measurement: Measurement,
     folder: Path,
 ) -> tuple[Audit, Subject]:
-    """Which captions of a reference set bring their pictures back. With a ``base`` it is the gain over it that counts.
+    """Which captions of a reference set bring their images back. With a ``base`` it is the gain over it that counts.
 
     Raises ValueError where there is nothing to measure.
     """
@@ -156,7 +156,7 @@ def _check(vae: Any, start: Start) -> None:
     vae.throw_exception_if_invalid()
     if vae.latent_dim != 2 or start.latent.ndim != 4:
         raise ValueError(
-            "this model's autoencoder works on frames along a time axis, and the audit needs one of single pictures"
+            "this model's autoencoder works on frames along a time axis, and the audit needs one of single images"
         )
 
 

@@ -131,25 +131,25 @@ def begin_of(
     for name, given in (("prompt", [model.entry]), ("negative prompt", entries)):
         if not covers(given, float(sigma[0])):
             raise ValueError(
-                f"the {name} does not act on the whole picture at the first step (an area, mask or range): give one "
+                f"the {name} does not act on the whole image at the first step (an area, mask or range): give one "
                 "that does"
             )
-    without, kind = model.of_the_host(entries), kind_of(entries, model.clip)
+    unconditional, kind = model.of_the_host(entries), kind_of(entries, model.clip)
     goal, ordinary = target, None
     if not goal:
         known, why = _calibration_for(model, kind, entries, profile, folder)
         if why and kind != "empty prompt" and model.clip is not None:  # one for the empty prompt serves every negative
             known, other = _calibration_for(model, "empty prompt", entries, profile, folder)
             if not other:
-                without, why = empty_prompt(model.clip), ""
+                unconditional, why = empty_prompt(model.clip), ""
         if known is None or why:
             raise ValueError(why)
         goal = known.quantile(0.5, "first step", 1)
         ordinary = known.quantile(ORDINARY_QUANTILE, "first step", 1)
     with torch.no_grad():
-        base = model(x, sigma, without)
+        base = model(x, sigma, unconditional)
     with torch.inference_mode(False):
-        return conditioning, Start(x.clone(), sigma.clone(), x, without, base.clone(), goal, ordinary=ordinary)
+        return conditioning, Start(x.clone(), sigma.clone(), x, unconditional, base.clone(), goal, ordinary=ordinary)
 
 
 def _calibration_for(
@@ -178,7 +178,7 @@ def calibrate(
     scale: float = 7.0,
     like: Sequence[str] = (),
 ) -> Profile:
-    """First-step scores of ``count`` ordinary prompts, at the first of ``sigmas``; one picture each.
+    """First-step scores of ``count`` ordinary prompts, at the first of ``sigmas``; one image each.
 
     The first ``whole_runs`` of them are sampled to the end with the host's ``sampler`` at this guidance ``scale``. They
     are recombined from the prompts ``like`` them where there are any.
@@ -189,7 +189,7 @@ def calibrate(
         images=1,
         steps=max(1, len(sigmas) - 1),
         negative=negative,
-        without="negative prompt" if negative.strip() else "empty prompt",
+        baseline="negative prompt" if negative.strip() else "empty prompt",
     )
     clip.load_model()
     profile: Profile = with_model(
@@ -203,7 +203,7 @@ def calibrate(
     if not whole_runs:
         return profile
     monitor = Monitor(
-        Monitoring(without=wanted.without, explain="never", score="all steps"), clip=clip, every_score=True
+        Monitoring(baseline=wanted.baseline, explain="never", score="all steps"), clip=clip, every_score=True
     )
     guider = comfy.samplers.CFGGuider(monitor.attach(patcher))
     guider.set_cfg(scale)

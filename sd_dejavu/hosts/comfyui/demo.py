@@ -213,7 +213,7 @@ class _Layers(nn.Module):
 
 
 class _Autoencoder(nn.Module):
-    """diffusers' AutoencoderTiny by its arithmetic and its weights' names; pictures lie in -1..1."""
+    """diffusers' AutoencoderTiny by its arithmetic and its weights' names; images lie in -1..1."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
@@ -237,8 +237,8 @@ class _Autoencoder(nn.Module):
                 up += [nn.Upsample(scale_factor=config["upsampling_scaling_factor"]), _conv(width, width, bias=False)]
         self.decoder = _Layers(*up, _conv(decoder_widths[last], config["out_channels"]))
 
-    def encode(self, pictures: Tensor) -> Tensor:
-        return self.encoder((pictures + 1) / 2)
+    def encode(self, images: Tensor) -> Tensor:
+        return self.encoder((images + 1) / 2)
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.decoder(torch.tanh(latents / 3) * 3) * 2 - 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core.conditioning import Conditioning
-from .model import ComfyModel, HostStep, as_pictures
+from .model import ComfyModel, HostStep, as_images
 
 
 def negative_of(guider: Any) -> list[dict[str, Any]]:
@@ -18,7 +18,7 @@ def negative_of(guider: Any) -> list[dict[str, Any]]:
     return conds.get("empty_negative_prompt", conds.get("negative")) or []  # the first with perpendicular guidance
 
 
-def without_of(arguments: dict[str, Any], negative: list[dict[str, Any]]) -> Tensor | None:
+def unconditional_of(arguments: dict[str, Any], negative: list[dict[str, Any]]) -> Tensor | None:
     """The prediction without the prompt in what a post-cfg function is given; None where it tells none.
 
     Guidance leaves zeros for what it did not evaluate, and guiders of other kinds hand over other conditionings.
@@ -38,7 +38,7 @@ def level_of(conds: dict[str, Any], sigma: Tensor) -> float | None:
 
 
 def covers(entries: Any, level: float | None) -> bool:
-    """Whether some conditioning acts on the whole picture at this level (see :func:`level_of`): the host leaves zeros
+    """Whether some conditioning acts on the whole image at this level (see :func:`level_of`): the host leaves zeros
     where none does.
     """
     whole = [e for e in entries if "area" not in e and "mask" not in e]
@@ -59,19 +59,19 @@ def guided_step(
     positive, negative = guider.conds.get("positive"), negative_of(guider)
     if positive is None or arguments.get("cond") is not positive or not covers(positive, level):
         return None
-    with_prompt = as_pictures(arguments["cond_denoised"])
-    found = without_of(arguments, negative) if covers(negative, level) else None
+    with_prompt = as_images(arguments["cond_denoised"])
+    found = unconditional_of(arguments, negative) if covers(negative, level) else None
     if found is not None:
-        without = as_pictures(found)
+        unconditional = as_images(found)
     elif arguments.get("uncond") is None:
-        without = with_prompt
+        unconditional = with_prompt
     else:
         return None
-    x, sigma, model = as_pictures(arguments["input"]), arguments["sigma"], make_model()
+    x, sigma, model = as_images(arguments["input"]), arguments["sigma"], make_model()
 
     def predict(conditioning: Conditioning) -> Tensor:
         with torch.no_grad():
             return model(x, sigma, conditioning)
 
-    scale, host = float(arguments["cond_scale"]), as_pictures(arguments["denoised"])
-    return HostStep(x, sigma, with_prompt, without, scale, number, predict, host)
+    scale, host = float(arguments["cond_scale"]), as_images(arguments["denoised"])
+    return HostStep(x, sigma, with_prompt, unconditional, scale, number, predict, host)

@@ -199,19 +199,19 @@ def _without_fused_kernels() -> Iterator[None]:
         managed.in_training = before
 
 
-def kept_by_a_picture(patcher: Any, latent_pixels: int) -> int:
-    """Bytes that the backward pass of one picture needs kept from its forward pass."""
+def kept_by_an_image(patcher: Any, latent_pixels: int) -> int:
+    """Bytes that the backward pass of one image needs kept from its forward pass."""
     computes_in = patcher.model.manual_cast_dtype or patcher.model.get_dtype()
     return latent_pixels * BYTES_A_LATENT_PIXEL * int(comfy.model_management.dtype_size(computes_in)) // 2
 
 
 def must_recompute(patcher: Any, latent_pixels: int) -> bool:
-    """Whether one picture's activations are more than fits beside the weights on a card of 12 GB, or than is free."""
+    """Whether one image's activations are more than fits beside the weights on a card of 12 GB, or than is free."""
     count_free = getattr(patcher, "get_free_memory", comfy.model_management.get_free_memory)
-    return kept_by_a_picture(patcher, latent_pixels) > min(RECOMPUTED_FROM, count_free(patcher.load_device))
+    return kept_by_an_image(patcher, latent_pixels) > min(RECOMPUTED_FROM, count_free(patcher.load_device))
 
 
-def make_room(patcher: Any, pictures: int, latent_pixels: int) -> None:
+def make_room(patcher: Any, images: int, latent_pixels: int) -> None:
     """Ask the host for the memory of a backward pass: its own estimate knows only the forward pass.
 
     Other models are unloaded for it where need be, never the one that is being sampled. To be called in inference
@@ -221,9 +221,9 @@ def make_room(patcher: Any, pictures: int, latent_pixels: int) -> None:
     managed = comfy.model_management
     if getattr(patcher, "is_dynamic", lambda: False)():
         return
-    one = kept_by_a_picture(patcher, latent_pixels)
+    one = kept_by_an_image(patcher, latent_pixels)
     own = [m for m in managed.current_loaded_models if m.model is not None and patcher.is_clone(m.model)]
-    managed.free_memory(min(pictures * one, max(TOGETHER, one)), patcher.load_device, keep_loaded=own)
+    managed.free_memory(min(images * one, max(TOGETHER, one)), patcher.load_device, keep_loaded=own)
 
 
 def plain_attention(function: Any, *arguments: Any, **settings: Any) -> Tensor:

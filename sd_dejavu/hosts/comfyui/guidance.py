@@ -23,9 +23,9 @@ from ...mitigations import guidance_transition
 from ...run.faults import caught
 from .evaluation import guided_step, level_of
 from .gradients import differentiable
-from .model import ComfyModel, as_host, as_pictures, remember_beginning
+from .model import ComfyModel, as_host, as_images, remember_beginning
 from .monitor import INTERRUPTION, KEY
-from .reference import HostReferences, picture_device
+from .reference import HostReferences, image_device
 from .run_options import in_guidance
 from .text import as_typed
 
@@ -85,13 +85,11 @@ class _Run:
         self._fault = ""
 
     def guided(self, arguments: dict[str, Any]) -> Tensor:
-        """The host's prediction, or what the rule makes of it. Faults of ours never cost a picture."""
+        """The host's prediction, or what the rule makes of it. Faults of ours never cost an image."""
         plain: Tensor = arguments["denoised"]
         if self._fault:
             return plain
-        with caught(
-            (INTERRUPTION,), self._tell, GOES_ON, "there was not enough memory: take a smaller picture or batch"
-        ):
+        with caught((INTERRUPTION,), self._tell, GOES_ON, "there was not enough memory: take a smaller image or batch"):
             return self._guided(arguments)
         return plain
 
@@ -108,7 +106,7 @@ class _Run:
             model = ComfyModel(guider.model_patcher, guider.inner_model, entry, options, sigmas, x)
             model.clip = model.clip or self._steering.clip
             if self._rule is None:
-                self._rule = self._steering.make(model, guider, as_pictures(x))
+                self._rule = self._steering.make(model, guider, as_images(x))
             return model
 
         plain: Tensor = arguments["denoised"]
@@ -127,7 +125,7 @@ class _Run:
 def transition(settings: guidance_transition.Settings, tell: Callable[[str], None]) -> Steering:
     def summary(rule: guidance_transition.Transition) -> str:
         guiding = [] if rule.guiding is None else rule.guiding.tolist()
-        return f"guidance began in {sum(guiding)} of {len(guiding)} pictures"
+        return f"guidance began in {sum(guiding)} of {len(guiding)} images"
 
     def make(model: ComfyModel, guider: Any, x: Tensor) -> guidance_transition.Transition:
         if why := guidance_transition.TRANSITION.refusal(model.prediction_type):
@@ -149,7 +147,7 @@ def anti_memorization(
     vae.throw_exception_if_invalid()
     if vae.latent_dim != 2:
         raise ValueError(
-            "this VAE decodes frames along a time axis: anti-memorization guidance needs one that decodes single pictures"
+            "this VAE decodes frames along a time axis: anti-memorization guidance needs one that decodes single images"
         )
     lowest = float(amg.threshold_at(torch.ones(1), settings))
     if guard.references.metric == "normalised L2" and min(lowest, settings.threshold + settings.threshold_rise) >= 0:
@@ -162,18 +160,18 @@ def anti_memorization(
 
     def make(model: ComfyModel, guider: Any, x: Tensor) -> amg.AntiMemorization:
         _make_room(vae, x, (guider.model_patcher, *patchers))
-        pictures = partial(_pictures, vae, guider.inner_model)
+        images = partial(_images, vae, guider.inner_model)
         encode = None if model.clip is None else lambda caption: model.encode(as_typed(caption))
         kind = model.prediction_type
-        return amg.AntiMemorization(guard, pictures, encode, settings, kind, lambda: differentiable(modules))
+        return amg.AntiMemorization(guard, images, encode, settings, kind, lambda: differentiable(modules))
 
     return Steering(make, _steered, tell, patchers, clip)
 
 
-def _pictures(vae: Any, inner: Any, latents: Tensor) -> Tensor:
-    """[B, C, H, W] of the sampled model's latents -> pictures [B, 3, height, width] in 0..1."""
+def _images(vae: Any, inner: Any, latents: Tensor) -> Tensor:
+    """[B, C, H, W] of the sampled model's latents -> images [B, 3, height, width] in 0..1."""
     given = inner.process_latent_out(latents).to(vae.device, vae.vae_dtype)
-    return vae.process_output(vae.first_stage_model.decode(given).float()).to(picture_device())
+    return vae.process_output(vae.first_stage_model.decode(given).float()).to(image_device())
 
 
 def _make_room(vae: Any, x: Tensor, in_use: Sequence[Any]) -> None:
@@ -185,5 +183,5 @@ def _make_room(vae: Any, x: Tensor, in_use: Sequence[Any]) -> None:
 
 
 def _steered(rule: amg.AntiMemorization) -> str:
-    acted = [bool(pictures.any()) for pictures in rule.acted]
-    return f"steered {sum(acted)} of {len(acted)} evaluations away from a training picture"
+    acted = [bool(images.any()) for images in rule.acted]
+    return f"steered {sum(acted)} of {len(acted)} evaluations away from a training image"

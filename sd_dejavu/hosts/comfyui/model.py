@@ -42,28 +42,28 @@ _CHANGING = ("model_function_wrapper", "sampler_pre_cfg_function")  # options th
 BEGAN = "dejavu_began"  # key in a run's model options that holds what the host made its conditionings for
 
 
-def why_no_pictures(latents: Tensor) -> str:
+def why_no_images(latents: Tensor) -> str:
     """Why these latents of the host are not [B, C, H, W], nor that with a time axis of length 1; empty where they are."""
     if latents.ndim not in (4, 5):
         return (
-            "only pictures can be measured, and this run draws sound, or several streams packed into one "
+            "only images can be measured, and this run draws sound, or several streams packed into one "
             f"({latents.ndim} dimensions)"
         )
     if latents.ndim == 5 and latents.shape[2] != 1:
-        return f"only single pictures can be measured, and this run draws a video ({latents.shape[2]} latents long)"
+        return f"only single images can be measured, and this run draws a video ({latents.shape[2]} latents long)"
     return ""
 
 
-def as_pictures(latents: Tensor) -> Tensor:
+def as_images(latents: Tensor) -> Tensor:
     """[B, C, H, W] of the host's latents, which may have a time axis of length 1. Raises ValueError for others."""
-    if why := why_no_pictures(latents):
+    if why := why_no_images(latents):
         raise ValueError(why)
     return latents.squeeze(2) if latents.ndim == 5 else latents
 
 
-def as_host(pictures: Tensor, dimensions: int) -> Tensor:
-    """Pictures [B, C, H, W] in the number of dimensions of the host's latents."""
-    return pictures.unsqueeze(2) if dimensions == 5 else pictures
+def as_host(images: Tensor, dimensions: int) -> Tensor:
+    """Images [B, C, H, W] in the number of dimensions of the host's latents."""
+    return images.unsqueeze(2) if dimensions == 5 else images
 
 
 def remember_beginning(patcher: Any, key: str) -> None:
@@ -129,11 +129,11 @@ class HostStep(GuidedStep):
 
 
 class ComfyModel:
-    """A model during a run of the host, as the core's denoiser of pictures [B, C, H, W].
+    """A model during a run of the host, as the core's denoiser of images [B, C, H, W].
 
     ``entry`` is the host's processed conditioning of a prompt. For other prompts the host makes one in its place;
     control nets, areas, masks, ranges, hooks and whatever else belongs to the run stay as they are. ``x`` is a latent
-    of the run, as the host has it. Raises ValueError where the run draws no single pictures.
+    of the run, as the host has it. Raises ValueError where the run draws no single images.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class ComfyModel:
         self._options = model_options
         self._sigmas = [float(s) for s in sigmas]
         self._dimensions = x.ndim
-        self._device, self.latent_shape, self._images = x.device, tuple(as_pictures(x).shape[1:]), x.shape[0]
+        self._device, self.latent_shape, self._images = x.device, tuple(as_images(x).shape[1:]), x.shape[0]
         self._own: list[tuple[Tensor, list[dict[str, Any]]]] = []  # stand-ins for entries of the host
         self.negative: list[dict[str, Any]] = []  # the run's own, processed, where the model was made for a node
         self.prediction_type = prediction_type_of(inner.model_sampling)
@@ -202,10 +202,10 @@ class ComfyModel:
         return encode(self.clip, prompt)
 
     def decode(self, latents: Tensor) -> Tensor:
-        raise ValueError("pictures are decoded by the host's own nodes")
+        raise ValueError("images are decoded by the host's own nodes")
 
-    def pictures_of(self, latents: Tensor) -> Tensor:
-        raise ValueError("pictures are decoded by the host's own nodes")
+    def images_of(self, latents: Tensor) -> Tensor:
+        raise ValueError("images are decoded by the host's own nodes")
 
     def attention_mass(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         with torch.no_grad(), watched_attention(self._inner.diffusion_model) as mass:
@@ -216,11 +216,11 @@ class ComfyModel:
         comfy.model_management.throw_exception_if_processing_interrupted()
         for rows, entries in self._own:
             if conditioning.rows is rows:
-                return self.calculate(entries, x, sigma, pictures=conditioning.pictures)
+                return self.calculate(entries, x, sigma, images=conditioning.images)
         if conditioning.attention is not None and not isinstance(self._inner.diffusion_model, UNetModel):
             raise ValueError("the host lets nobody change this model's attention: choose another way to mitigate")
         entry = self.entry_with(conditioning, x)
-        return self.calculate([entry], x, sigma, conditioning.attention, conditioning.pictures)
+        return self.calculate([entry], x, sigma, conditioning.attention, conditioning.images)
 
     def of_the_host(self, entries: list[dict[str, Any]]) -> Conditioning:
         """A conditioning that stands for the host's own processed ``entries``, whatever they hold.
@@ -237,14 +237,14 @@ class ComfyModel:
         x: Tensor,
         sigma: Tensor,
         attention: AttentionRule | None = None,
-        pictures: tuple[int, int] | None = None,
+        images: tuple[int, int] | None = None,
     ) -> Tensor:
         """The host's own prediction for a list of its processed conditionings, on the device that the run began on.
 
-        ``pictures`` are those of the run's batch that x holds, where it does not hold all.
+        ``images`` are those of the run's batch that x holds, where it does not hold all.
         """
-        if pictures is not None:
-            entries = [_of_pictures(entry, *pictures, self._images) for entry in entries]
+        if images is not None:
+            entries = [_of_images(entry, *images, self._images) for entry in entries]
         if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
             self._refuse_other_weights(entries)
         # Other devices evaluate without gradients, and have no work to share here.
@@ -255,7 +255,7 @@ class ComfyModel:
             options = {**options, "transformer_options": transformer}
         given = normal(as_host(x, self._dimensions))
         (found,) = comfy.samplers.calc_cond_batch(self._inner, [entries], given, normal(sigma), options)
-        return as_pictures(found).float()
+        return as_images(found).float()
 
     def entry_with(self, conditioning: Conditioning, x: Tensor) -> dict[str, Any]:
         """The entry that the host makes for another prompt in this run, where its rows lie as those of the prompt do.
@@ -313,8 +313,8 @@ class ComfyModel:
             self._plain_attention = before
 
 
-def _of_pictures(entry: dict[str, Any], start: int, stop: int, count: int) -> dict[str, Any]:
-    """The entry for some pictures of a batch of ``count``: the host would give each of them what the first ones have."""
+def _of_images(entry: dict[str, Any], start: int, stop: int, count: int) -> dict[str, Any]:
+    """The entry for some images of a batch of ``count``: the host would give each of them what the first ones have."""
 
     def part(value: Any) -> Any:
         return value[start:stop] if isinstance(value, Tensor) and value.ndim and value.shape[0] == count else value
@@ -325,17 +325,17 @@ def _of_pictures(entry: dict[str, Any], start: int, stop: int, count: int) -> di
     }
     changed = {name: part(entry[name]) for name in ("mask",) if name in entry}
     if entry.get("control") is not None:
-        changed["control"] = _control_of_pictures(entry["control"], part)
+        changed["control"] = _control_of_images(entry["control"], part)
     return {**entry, **changed, "model_conds": conds, "uuid": uuid.uuid4()}
 
 
-def _control_of_pictures(control: Any, part: Callable[[Any], Any]) -> Any:
-    """A control net's copy with hints of these pictures alone; the run's own keeps what it has prepared for all."""
+def _control_of_images(control: Any, part: Callable[[Any], Any]) -> Any:
+    """A control net's copy with hints of these images alone; the run's own keeps what it has prepared for all."""
     copied = copy.copy(control)
     copied.cond_hint = None
     copied.cond_hint_original = part(getattr(control, "cond_hint_original", None))
     if getattr(control, "previous_controlnet", None) is not None:
-        copied.previous_controlnet = _control_of_pictures(control.previous_controlnet, part)
+        copied.previous_controlnet = _control_of_images(control.previous_controlnet, part)
     return copied
 
 
@@ -466,7 +466,7 @@ class _Body(comfy.samplers.Sampler):
         model.negative = model_wrap.conds["negative"]
         start = torch.zeros_like(noise) if latent_image is None else latent_image
         x = inner.model_sampling.noise_scaling(sigmas[0], noise.clone(), start, self.max_denoise(model_wrap, sigmas))
-        self.result = self._work(model, as_pictures(x), sigmas[0].expand(x.shape[0]))
+        self.result = self._work(model, as_images(x), sigmas[0].expand(x.shape[0]))
         return start
 
 
@@ -483,7 +483,7 @@ def with_model(
     """``work(model, x, sigma)`` at the start of the run that a sampler would make of this noise and these sigmas.
 
     x is [B, C, H, W]. ``make`` is the kind of model that ``work`` is given; it has ``negative`` as the host processes
-    it for this run. Raises ValueError where the run draws no single pictures.
+    it for this run. Raises ValueError where the run draws no single images.
     """
     guider = comfy.samplers.CFGGuider(patcher)
     guider.set_conds(positive, positive if negative is None else negative)

@@ -32,8 +32,8 @@ from ...run.report import Report
 from ...run.state import RunState
 from . import graph
 from .attention import attending
-from .evaluation import covers, guided_step, level_of, negative_of, without_of
-from .model import ComfyModel, as_host, as_pictures, fingerprint, remember_beginning, why_no_pictures
+from .evaluation import covers, guided_step, level_of, negative_of, unconditional_of
+from .model import ComfyModel, as_host, as_images, fingerprint, remember_beginning, why_no_images
 from .run_options import forget_steps, in_guidance
 from .setting import kind_of, negative_name, profile_for, setting_of
 from .text import SOURCE, Source, conditioning_of, empty_prompt
@@ -90,8 +90,8 @@ class Run:
 
     interruptions = (INTERRUPTION, Stopped, OtherNoise)
 
-    def __init__(self, monitor: Monitor, guider: Any, noise: Tensor, from_picture: Readout, sampler: str) -> None:
-        self._monitor, self._guider, self._from_picture, self.sampler = monitor, guider, from_picture, sampler
+    def __init__(self, monitor: Monitor, guider: Any, noise: Tensor, from_image: Readout, sampler: str) -> None:
+        self._monitor, self._guider, self._from_image, self.sampler = monitor, guider, from_image, sampler
         self.place = graph.place()  # the execution, and the sampler's node
         self.number = uuid.uuid4().hex
         self.output: Output | None = None
@@ -101,7 +101,7 @@ class Run:
             self, monitor.monitoring, [self.state], explains_later=True
         )
         self.sigmas: Readout | None = None
-        self._no_pictures = why_no_pictures(noise)
+        self._no_images = why_no_images(noise)
         self._level: float | None = None  # of this evaluation's noise, where a conditioning has a range
         self._kind: Unconditional | None = None  # what the host's negative conditioning was found to be
         self._attention: AttentionRule | None = None
@@ -159,10 +159,10 @@ class Run:
         state.pixels_a_cell = int(getattr(self._guider.inner_model.latent_format, "spacial_downscale_ratio", 8))
         if source is not None:
             state.prompt, state.prompt_node = source.text, source.node
-        without = state.trace.without or self._monitor.monitoring.without
+        baseline = state.trace.baseline or self._monitor.monitoring.baseline
         scale = float(getattr(self._guider, "cfg", 1.0))
-        from_picture = bool(self._from_picture.wait())
-        setting = setting_of(model, without, negative_of(self._guider), scale, from_picture, self.sampler)
+        from_image = bool(self._from_image.wait())
+        setting = setting_of(model, baseline, negative_of(self._guider), scale, from_image, self.sampler)
         return setting, self._monitor.profile_of(setting, model)
 
     def refuses_restart(self) -> str:
@@ -200,7 +200,7 @@ class Run:
         if isinstance(decision, Again):
             changed = self.state.sampled
             if changed is not None:
-                entry = self.model(self.state).entry_with(changed, as_pictures(x))
+                entry = self.model(self.state).entry_with(changed, as_images(x))
                 self._guider.conds["positive"], self._attention = [entry], changed.attention
             forget_steps(options)
             denoised = executor(x, sigma, attending(options, self._attention), seed)
@@ -210,14 +210,14 @@ class Run:
 
     def _handed_over(self, x: Tensor, sigma: Tensor) -> Decision:
         cond, uncond, self._cond, self._uncond = self._cond, self._uncond, None, None
-        if self._no_pictures:
-            self.state.trace.skip(sigma[0], self._no_pictures)
+        if self._no_images:
+            self.state.trace.skip(sigma[0], self._no_images)
             return GO
         if not covers(self._positive, self._level):
-            why = "the prompt does not act on the whole picture here (an area, mask or range)"
-            return self.controller.evaluation(Evaluation(as_pictures(x), sigma, missing=why))
+            why = "the prompt does not act on the whole image here (an area, mask or range)"
+            return self.controller.evaluation(Evaluation(as_images(x), sigma, missing=why))
         kind = self._negative_kind() if uncond is not None else "empty prompt"
-        return self.controller.evaluation(Evaluation(as_pictures(x), sigma, cond, uncond, kind))
+        return self.controller.evaluation(Evaluation(as_images(x), sigma, cond, uncond, kind))
 
     def end(self, finished: bool) -> None:
         """Lets go of all that is the host's: the run is kept for its report."""
@@ -228,11 +228,11 @@ class Run:
     def read(self, arguments: dict[str, Any]) -> None:
         """The last function after guidance: both predictions, where it tells them."""
         negative = negative_of(self._guider)
-        if arguments.get("cond") is self._positive and not self._no_pictures:
-            self._cond = as_pictures(arguments["cond_denoised"])
-            found = without_of(arguments, negative)
+        if arguments.get("cond") is self._positive and not self._no_images:
+            self._cond = as_images(arguments["cond_denoised"])
+            found = unconditional_of(arguments, negative)
             if found is not None and covers(negative, self._level):
-                self._uncond = as_pictures(found)
+                self._uncond = as_images(found)
 
     def guide(self, arguments: dict[str, Any]) -> Tensor:
         """The first function after guidance: the host's guided prediction, or what a mitigation's rule makes of it."""
@@ -244,8 +244,8 @@ class Run:
         if step is not None and step.unconditional is not step.conditional:
             return as_host(self.controller.guided(self.state, step).to(denoised.dtype), denoised.ndim)
         if arguments.get("cond") is self._positive:
-            remedy = self._monitor.monitoring.remedy
-            self.state.note(f"guidance is off or of another kind, so {remedy} has nothing to change")
+            mitigation = self._monitor.monitoring.mitigation
+            self.state.note(f"guidance is off or of another kind, so {mitigation} has nothing to change")
         return denoised
 
     @property

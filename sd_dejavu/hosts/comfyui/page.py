@@ -1,4 +1,4 @@
-"""What the host's page is told: the report while a run goes on, and the report kept in saved pictures.
+"""What the host's page is told: the report while a run goes on, and the report kept in saved images.
 
 Reports are judged and written on a thread of their own: the sampling thread only hands over what it has recorded.
 """
@@ -87,10 +87,10 @@ def tell(node: str, text: str) -> None:
         server.send_progress_text(text, node, server.client_id)
 
 
-def keep_in_picture(extra: Any, node: str, document: dict[str, Any]) -> None:
-    """Put a report into what the host saves with pictures: by node, and into the workflow, which shows it again.
+def keep_in_image(extra: Any, node: str, document: dict[str, Any]) -> None:
+    """Put a report into what the host saves with images: by node, and into the workflow, which shows it again.
 
-    A node that runs for each item of a list has all of its reports made before the first picture is saved, and one
+    A node that runs for each item of a list has all of its reports made before the first image is saved, and one
     place for them: there the one with the highest score stays. Clients of the host's API write into ``extra`` what they
     like: where a part of it is not what the host's page makes, that part is left alone.
     """

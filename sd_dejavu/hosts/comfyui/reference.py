@@ -1,4 +1,4 @@
-"""Reference pictures in ComfyUI: features by networks that the host has loaded, sets built and asked under its rules."""
+"""Reference images in ComfyUI: features by networks that the host has loaded, sets built and asked under its rules."""
 
 from __future__ import annotations
 
@@ -119,9 +119,9 @@ def _clip_vision(clip_vision: Any) -> HostFeatures:
     network, side = clip_vision.model, clip_vision.image_size
     mean, std = clip_vision.image_mean, clip_vision.image_std
 
-    def encode(pictures: Tensor) -> Tensor:
-        pictures = pictures.to(clip_vision.load_device).float()
-        prepared = normalised(centre(short_side(pictures, side, "bicubic").clamp(0, 1), side), mean, std)
+    def encode(images: Tensor) -> Tensor:
+        images = images.to(clip_vision.load_device).float()
+        prepared = normalised(centre(short_side(images, side, "bicubic").clamp(0, 1), side), mean, std)
         found = network(pixel_values=prepared, intermediate_output=-2)[2]
         return found.float() if found.ndim == 2 else found.float().mean(1)  # SigLIP's gives all its tokens
 
@@ -134,15 +134,15 @@ def _latents() -> HostFeatures:
     _, _, vae = load_demo_model()
     network = vae.first_stage_model
 
-    def encode(pictures: Tensor) -> Tensor:
-        return network.encode(vae.process_input(pictures).to(vae.device, vae.vae_dtype)).float()
+    def encode(images: Tensor) -> Tensor:
+        return network.encode(vae.process_input(images).to(vae.device, vae.vae_dtype)).float()
 
     return HostFeatures(Latents(encode, weights_digest(network), SIZE), (vae.patcher,))
 
 
 def _sscd(path: Path, size: Literal[288, 320]) -> HostFeatures:
     with torch.inference_mode(False):  # so that gradients can be taken through its weights
-        return HostFeatures(SSCD(path, size, str(picture_device())))
+        return HostFeatures(SSCD(path, size, str(image_device())))
 
 
 def _sscd_named(name: str, files: Mapping[str, Path]) -> HostFeatures:
@@ -154,8 +154,8 @@ def _sscd_named(name: str, files: Mapping[str, Path]) -> HostFeatures:
     raise FeatureError(f"the set was made with an SSCD file ({name}) that is not in models/sscd: put it there")
 
 
-def picture_device() -> torch.device:
-    """Where pictures go into feature networks."""
+def image_device() -> torch.device:
+    """Where images go into feature networks."""
     return comfy.model_management.get_torch_device()
 
 
@@ -177,7 +177,7 @@ def build_set(source: Path, out: Path, networks: HostFeatures, restart: bool) ->
         networks.features,
         BuildSettings(),
         _made_with(networks.features),
-        device=str(picture_device()),
+        device=str(image_device()),
         restart=restart,
         on_progress=show,
     )
@@ -190,15 +190,15 @@ def load_set(path: Path, clip_vision: Any, sscd_files: Mapping[str, Path]) -> Ho
 
 
 def bundled_set() -> HostReferences:
-    """The bundled model's own training pictures, by the metric that judges its copies."""
+    """The bundled model's own training images, by the metric that judges its copies."""
     return HostReferences.of(bundled_reference(), HostFeatures(Grey()))
 
 
-def nearest(guard: HostReferences, pictures: Tensor, count: int) -> list[Answer]:
-    """For each of the host's pictures [B, H, W, C] its nearest reference pictures."""
+def nearest(guard: HostReferences, images: Tensor, count: int) -> list[Answer]:
+    """For each of the host's images [B, H, W, C] its nearest reference images."""
     guard.networks.load()
-    queries = [picture[None, ..., :3].movedim(-1, 1) for picture in pictures]
-    found = guard.references.search(embed(guard.features, queries, device=str(picture_device())), count)
+    queries = [image[None, ..., :3].movedim(-1, 1) for image in images]
+    found = guard.references.search(embed(guard.features, queries, device=str(image_device())), count)
     return [answer(guard.references, found, row) for row in range(len(queries))]
 
 

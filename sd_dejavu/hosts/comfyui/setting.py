@@ -20,10 +20,10 @@ from .text import SOURCE, empty_prompt
 
 def setting_of(
     model: ComfyModel,
-    without: Unconditional,
+    baseline: Unconditional,
     negative: Any,
     scale: float,
-    from_picture: bool = False,
+    from_image: bool = False,
     sampler: str = "",
 ) -> Setting:
     return Setting(
@@ -33,9 +33,9 @@ def setting_of(
         steps=len(model.sigmas(0)) - 1,
         sigma=model.sigmas(0)[0],
         guidance_scale=scale,
-        without=without,
-        negative_prompt=negative_name(negative) if without == "negative prompt" else "",
-        begins_with="a picture" if from_picture else "noise",
+        baseline=baseline,
+        negative_prompt=negative_name(negative) if baseline == "negative prompt" else "",
+        begins_with="an image" if from_image else "noise",
         sampler=sampler,
         patches=model.patches,
         text_encoder=model.text_encoder,

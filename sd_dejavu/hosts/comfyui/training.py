@@ -79,8 +79,8 @@ class HostFilter:
         entry = guider.conds["positive"][0]
         model = ComfyModel(guider.model_patcher, guider.inner_model, entry, options, sigma, x)
         with torch.no_grad():
-            without = model(x, sigma, self._empty)
+            unconditional = model(x, sigma, self._empty)
             level = over_pixels(sigma)
             timesteps = guider.inner_model.model_sampling.timestep(sigma).reshape(-1).round()
-            stay = self._filter.keep((x - denoised.float()) / level, (x - without) / level, timesteps)
+            stay = self._filter.keep((x - denoised.float()) / level, (x - unconditional) / level, timesteps)
         return over_pixels(weights_of(stay))

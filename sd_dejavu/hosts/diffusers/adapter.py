@@ -23,7 +23,7 @@ from . import ModelError, clip
 from .families import family_of_pipeline
 
 EVALUATION = 2**29  # bytes that the activations of one evaluation may take; larger batches are cut
-DECODER_BYTES = 10_000  # a picture's pixel keeps for a backward pass through the decoder in half precision
+DECODER_BYTES = 10_000  # an image's pixel keeps for a backward pass through the decoder in half precision
 # Of vocabulary and merges. With these two fingerprints are what they were when they did not take tokenizers in:
 # the one that Stable Diffusion 1.x, 2.x and XL are published with (CLIP's), and the bundled model's.
 _KNOWN_TOKENIZERS = ("e33fa5d1d14a388e", "baad3e40aed93a66")
@@ -93,11 +93,11 @@ class DiffusersModel:
 
     def __call__(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         at_once = max(1, EVALUATION // self._bytes(self.family.evaluation_bytes, x[0, 0].numel()))
-        at_once = conditioning.pictures_at_once(len(x), at_once)
+        at_once = conditioning.images_at_once(len(x), at_once)
         if len(x) <= at_once:
             return self._denoised(x, sigma, conditioning)
         parts = [(begin, min(begin + at_once, len(x))) for begin in range(0, len(x), at_once)]
-        return torch.cat([self._denoised(x[a:b], sigma[a:b], conditioning.of_pictures(a, b, len(x))) for a, b in parts])
+        return torch.cat([self._denoised(x[a:b], sigma[a:b], conditioning.of_images(a, b, len(x))) for a, b in parts])
 
     def _bytes(self, of_half: int, pixels: int) -> int:
         """What so many latent pixels take, from what one takes in half precision."""
@@ -133,31 +133,31 @@ class DiffusersModel:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, H, W] -> pictures [B, 3, height, width] in 0..1, on the CPU; one after another."""
-        one_by_one = in_pieces(lambda a, b: self.pictures_of(latents[a:b]).cpu(), len(latents), 1)
+        """Latents [B, C, H, W] -> images [B, 3, height, width] in 0..1, on the CPU; one after another."""
+        one_by_one = in_pieces(lambda a, b: self.images_of(latents[a:b]).cpu(), len(latents), 1)
         return torch.cat(list(one_by_one)).clamp(0, 1)
 
-    def pictures_of(self, latents: Tensor) -> Tensor:
+    def images_of(self, latents: Tensor) -> Tensor:
         """As :meth:`decode`, but differentiable, on the model's device and not cut to 0..1."""
         given = self.family.for_autoencoder(self._vae, latents).to(self._vae.dtype)
-        pixels = given[:, 0].numel() * (self.picture_size[1] // self.latent_shape[2]) ** 2
+        pixels = given[:, 0].numel() * (self.image_size[1] // self.latent_shape[2]) ** 2
         kept = DECODER_BYTES * pixels * self._vae.dtype.itemsize // 2
         with recomputing(self._blocks(self._vae.decoder) if given.requires_grad and kept > RECOMPUTED_FROM else ()):
-            pictures = self._vae.decode(given, return_dict=False)[0]
-        return pictures.float() / 2 + 0.5
+            images = self._vae.decode(given, return_dict=False)[0]
+        return images.float() / 2 + 0.5
 
     @torch.no_grad()
-    def latents_of(self, pictures: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in 0..1 -> latents [B, C, h, w] in fp32, the encoder's most likely ones; in turn."""
-        return torch.cat(list(in_pieces(lambda a, b: self._latents_of(pictures[a:b]), len(pictures), 1)))
+    def latents_of(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in 0..1 -> latents [B, C, h, w] in fp32, the encoder's most likely ones; in turn."""
+        return torch.cat(list(in_pieces(lambda a, b: self._latents_of(images[a:b]), len(images), 1)))
 
-    def _latents_of(self, pictures: Tensor) -> Tensor:
-        encoded = self._vae.encode((pictures * 2 - 1).to(self.device, self._vae.dtype))
+    def _latents_of(self, images: Tensor) -> Tensor:
+        encoded = self._vae.encode((images * 2 - 1).to(self.device, self._vae.dtype))
         latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
         return self.family.from_autoencoder(self._vae, latents.float())
 
     @property
-    def picture_size(self) -> tuple[int, int]:
+    def image_size(self) -> tuple[int, int]:
         """(height, width) in pixels of what the model draws."""
         scale = 2 ** (len(self._vae.config.block_out_channels) - 1)
         return self.latent_shape[1] * scale, self.latent_shape[2] * scale
@@ -166,7 +166,7 @@ class DiffusersModel:
     def differentiable(self, checkpointing: bool = False) -> Iterator[None]:
         """Gradients through the model, in its own dtype.
 
-        The network's blocks recompute their activations with ``checkpointing``, and where those of one picture are more
+        The network's blocks recompute their activations with ``checkpointing``, and where those of one image are more
         than fits beside the weights on a card of 12 GB, or than is free.
         """
         kept = self._bytes(BYTES_A_LATENT_PIXEL, math.prod(self.latent_shape[1:]))
@@ -181,15 +181,15 @@ class DiffusersModel:
 
     # --------------------------------------------------------------------------------- prompts
 
-    def encode(self, prompt: str, picture_size: tuple[int, int] | None = None) -> Conditioning:
+    def encode(self, prompt: str, image_size: tuple[int, int] | None = None) -> Conditioning:
         """The conditioning of one prompt, with its words and its way back.
 
-        Brackets weigh their words where ``prompt_weights`` is set. ``picture_size`` is (height, width) in pixels, the
+        Brackets weigh their words where ``prompt_weights`` is set. ``image_size`` is (height, width) in pixels, the
         model's own by default. Raises PromptTooLong for more than can be read.
         """
 
         def plain(text: str) -> Conditioning:
-            return self.family.encode(text, self._encoders, picture_size or self.picture_size)
+            return self.family.encode(text, self._encoders, image_size or self.image_size)
 
         return encode_weighted(plain, prompt) if self.prompt_weights else plain(prompt)
 

@@ -18,7 +18,7 @@ from ...demo.bundled import FOLDER as BUNDLED
 from ...quiet import quiet
 from . import ModelError
 from .adapter import DiffusersModel
-from .families import Family, Shapes, family_of_checkpoint, family_of_pipeline, takes_pictures
+from .families import Family, Shapes, family_of_checkpoint, family_of_pipeline, takes_images
 
 _LIBRARIES = (None, "diffusers", "transformers", "stable_diffusion")  # where a folder's parts may come from
 _INDEX = "model_index.json"
@@ -231,8 +231,8 @@ def _load_single_file(path: Path, name: str, dtype: torch.dtype, config: str | N
 
     shapes = _shapes(path)
     family = family_of_checkpoint(shapes, name)
-    if family.takes_pictures(shapes):
-        raise takes_pictures(name)
+    if family.takes_images(shapes):
+        raise takes_images(name)
     if config is None:
         folder = _cached_configuration(family, shapes, name)
     elif Path(config).is_dir():

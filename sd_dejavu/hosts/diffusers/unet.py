@@ -12,7 +12,7 @@ from ...core.conditioning import Conditioning
 from ...core.denoiser import PredictionType, model_input
 from ...core.schedule import Schedule
 from . import ModelError, clip
-from .families import Family, Shapes, takes_pictures
+from .families import Family, Shapes, takes_images
 
 LARGEST_SIDE = 1024  # of a latent, in latent pixels
 _FIRST = "model.diffusion_model.input_blocks.0.0.weight"
@@ -27,7 +27,7 @@ class UNetFamily(Family):
     def holds(self, shapes: Shapes) -> bool:
         return _FIRST in shapes and any(key.startswith(self.text_keys) for key in shapes)
 
-    def takes_pictures(self, shapes: Shapes) -> bool:
+    def takes_images(self, shapes: Shapes) -> bool:
         return shapes[_FIRST][1] != 4
 
     def prediction_type(self, pipeline: Any, name: str) -> PredictionType:
@@ -48,7 +48,7 @@ class UNetFamily(Family):
     def latent_shape(self, pipeline: Any, name: str) -> tuple[int, int, int]:
         config = pipeline.unet.config
         if config.in_channels != config.out_channels:
-            raise takes_pictures(name)
+            raise takes_images(name)
         sides = (
             tuple(config.sample_size) if isinstance(config.sample_size, (list, tuple)) else (config.sample_size,) * 2
         )
@@ -67,9 +67,9 @@ class UNetFamily(Family):
             given, timestep, encoder_hidden_states=rows, added_cond_kwargs=extras or None, return_dict=False
         )[0]
 
-    def encode(self, prompt: str, encoders: Sequence[tuple[Any, Any]], picture_size: tuple[int, int]) -> Conditioning:
-        return clip.encode(prompt, encoders, lambda outputs: self.conditioning(outputs, picture_size))
+    def encode(self, prompt: str, encoders: Sequence[tuple[Any, Any]], image_size: tuple[int, int]) -> Conditioning:
+        return clip.encode(prompt, encoders, lambda outputs: self.conditioning(outputs, image_size))
 
     @abstractmethod
-    def conditioning(self, outputs: Sequence[Any], picture_size: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
+    def conditioning(self, outputs: Sequence[Any], image_size: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
         """Rows [chunks, 77, D] and extras from what the text encoders put out, with all their hidden states."""

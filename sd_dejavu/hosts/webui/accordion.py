@@ -21,7 +21,7 @@ ON_PAGE = {  # of what is calibrated for, where the page has a component of the 
     "scheduler": "scheduler",
     "negative_prompt": "neg_prompt",
     "replace": "replace",
-    "without": "without",
+    "baseline": "baseline",
 }
 
 
@@ -42,14 +42,14 @@ class Accordion:
         tab, parts = self.tab, self._parts
         calibrating = {known.name: known for known in options_of(Calibrating)}
         with components.accordion(tab) as enabled:
-            gr.HTML("<p>Is this picture mine, or is the model replaying its training data?</p>")
+            gr.HTML("<p>Is this image mine, or is the model replaying its training data?</p>")
             built = [
                 components.component(
                     known, tab, self._here.sets() if known.name == "references" else known.choices or ()
                 )
                 for known in controls.OPTIONS
             ]
-            parts["without"] = built[[known.name for known in controls.OPTIONS].index("without")]
+            parts["baseline"] = built[[known.name for known in controls.OPTIONS].index("baseline")]
             with gr.Row():
                 for name in ("count", "replace"):
                     parts[name] = components.component(calibrating[name], tab, ())

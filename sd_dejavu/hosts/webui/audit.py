@@ -1,7 +1,7 @@
 """The audit of a training set in Automatic1111 and Forge, in runs of the host's own.
 
 Captions are measured inside the first evaluation of a run, which ends there; the worst are drawn by the host as any
-picture is. The LoRA stands in the prompt, as users put it there; the base model is a run without it. What is finished is
+image is. The LoRA stands in the prompt, as users put it there; the base model is a run without it. What is finished is
 kept below one folder, each audit in a folder of its own, so one that was stopped goes on.
 """
 
@@ -55,7 +55,7 @@ class Audited:
         check_size(self.width, self.height)
 
 
-_NOT_HERE = ("sweep", "strength_steps", "partition", "score", "negative", "without", "alpha")
+_NOT_HERE = ("sweep", "strength_steps", "partition", "score", "negative", "baseline", "alpha")
 _SETTINGS: tuple[type, ...] = (Audited, AuditSettings, Measurement)
 OPTIONS: tuple[Option, ...] = tuple(o for kind in _SETTINGS for o in options_of(kind) if o.name not in _NOT_HERE)
 
@@ -80,7 +80,7 @@ class Finding:
         return as_json(self.audit, self.checkpoint, _loras_of(self.asked))
 
     def page(self) -> str:
-        """The report with its pictures as a whole page of its own."""
+        """The report with its images as a whole page of its own."""
         asked, audit = self.asked, self.audit
         shown = settings_shown(audit, asked.wanted, asked.measurement, self.subject)
         thumbnails = thumbnails_of(audit, self.subject)
@@ -183,15 +183,15 @@ class TrainedModel(GuidedModel):
     """The model of a run with the encoder's end of its autoencoder; it reads captions as they are."""
 
     @property
-    def picture_size(self) -> tuple[int, int]:
+    def image_size(self) -> tuple[int, int]:
         return self.latent_shape[-2] * PIXELS_PER_LATENT, self.latent_shape[-1] * PIXELS_PER_LATENT
 
     def encode(self, prompt: str) -> Conditioning:
         self.host.load_encoders(self.step)
         return super().encode(as_typed(prompt))
 
-    def latents_of(self, pictures: Tensor) -> Tensor:
-        return self.host.latents_of(self.step, pictures)
+    def latents_of(self, images: Tensor) -> Tensor:
+        return self.host.latents_of(self.step, images)
 
 
 class Piece:
@@ -235,7 +235,7 @@ class _Runs:
         self, tasks: Sequence[Task], load: Callable[[Variant], Trained], work: Work
     ) -> Iterator[tuple[Task, list[dict[str, Any]]]]:
         for task in tasks:
-            yield task, self._drawn(task) if task.kind == "pictures" else self._measured(task, work)
+            yield task, self._drawn(task) if task.kind == "images" else self._measured(task, work)
 
     def _measured(self, task: Task, work: Work) -> list[dict[str, Any]]:
         found: list[dict[str, Any]]
@@ -248,15 +248,15 @@ class _Runs:
         def word(model: TrainedModel) -> str | None:
             try:
                 return top_word(model, model.encode(caption), self._asked.measurement)
-            except ValueError:  # where no gradient can be taken, the pictures are drawn all the same
+            except ValueError:  # where no gradient can be taken, the images are drawn all the same
                 return None
 
         prompt = f"{as_typed(caption)} {self._tag}".strip()
-        found, pictures = self._run(prompt, self._asked.measurement.images, word, draws=True)
-        return [{"pictures": [_png(picture) for picture in pictures], "word": found}]
+        found, generated = self._run(prompt, self._asked.measurement.images, word, draws=True)
+        return [{"images": [_png(image) for image in generated], "word": found}]
 
     def _run(self, prompt: str, images: int, do: Callable[[TrainedModel], Any], draws: bool) -> tuple[Any, list[Any]]:
-        """(what the work gave, the pictures that were drawn)."""
+        """(what the work gave, the images that were drawn)."""
         from modules import processing, shared
 
         what, measurement = self._asked.what, self._asked.measurement
@@ -289,7 +289,7 @@ class _Runs:
         return piece.result, processed.images[processed.index_of_first_image :][:images]
 
 
-def _png(picture: Any) -> str:
+def _png(image: Any) -> str:
     file = io.BytesIO()
-    picture.convert("RGB").save(file, "PNG")
+    image.convert("RGB").save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode("ascii")

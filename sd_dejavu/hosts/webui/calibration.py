@@ -38,7 +38,9 @@ class Calibrating:
     scheduler: str = option("Automatic", "its scheduler")
     negative_prompt: str = option("", "negative prompt that is drawn with")
     replace: bool = option(False, "also replace a calibration that holds more than the new one")
-    without: Baseline = option("empty prompt", "what prompts are measured against", choices=get_args(Baseline))
+    baseline: Baseline = option(
+        "empty prompt", "what prompts are measured against", choices=get_args(Baseline), former="without"
+    )
     like: str = option("", "prompts like those to be judged, one a line; ordinary ones are recombined from their words")
 
     def __post_init__(self) -> None:
@@ -47,7 +49,7 @@ class Calibrating:
 
 
 def check_size(width: int, height: int) -> None:
-    """Raises ValueError where a picture has no whole number of latent cells."""
+    """Raises ValueError where an image has no whole number of latent cells."""
     for name, value in (("width", width), ("height", height)):
         if value % PIXELS_PER_LATENT:
             raise ValueError(f"{name} must be a multiple of {PIXELS_PER_LATENT}, not {value}")
@@ -71,12 +73,12 @@ class Calibration:
             step = self.host.step(params).of([0])
             sigma = float(self.host.sigma(step)[0])
             model = GuidedModel(self.host, step, [sigma] + [0.0] * asked.steps)
-            against_negative = asked.without == "negative prompt" and asked.negative_prompt.strip()
+            against_negative = asked.baseline == "negative prompt" and asked.negative_prompt.strip()
             wanted = Measurement(
                 images=1,
                 steps=asked.steps,
                 negative=asked.negative_prompt,
-                without="negative prompt" if against_negative else "empty prompt",
+                baseline="negative prompt" if against_negative else "empty prompt",
             )
             if not asked.replace:
                 path = store.path_for(setting_of(model, wanted), self._folder)

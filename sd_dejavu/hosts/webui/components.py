@@ -29,8 +29,8 @@ def accordion(tab: str) -> Iterator[Any]:
 
 def component(known: Option, tab: str, choices: Sequence[str]) -> Any:
     """A component for one option of the core."""
-    default = shared.opts.data.get(f"dejavu_{known.name}", known.default)
-    shown = {"label": known.name.replace("_", " "), "info": known.help, "elem_id": f"dejavu_{known.name}_{tab}"}
+    default = shared.opts.data.get(f"dejavu_{known.id}", known.default)
+    shown = {"label": known.name.replace("_", " "), "info": known.help, "elem_id": f"dejavu_{known.id}_{tab}"}
     kind = shown_as(known, choices)
     if kind == "dropdown":
         return gr.Dropdown(list(choices), value=default if default in choices else None, **shown)

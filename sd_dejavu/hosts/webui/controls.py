@@ -33,7 +33,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "references",
         NO_REFERENCES,
-        "anti-memorization guidance: lead every picture away from these training pictures where it comes near one",
+        "anti-memorization guidance: lead every image away from these training images where it comes near one",
         str,
     ),
 )
@@ -73,7 +73,7 @@ def read(arguments: Sequence[Any], changes: Mapping[str, Any] | None = None) -> 
 
 
 def perturbed(prompts: Sequence[str], seeds: Sequence[int], wanted: Wanted) -> list[str]:
-    """The prompts with the published baseline put in, seeded as their pictures are."""
+    """The prompts with the published baseline put in, seeded as their images are."""
     if wanted.perturb == NOT_CHANGED:
         return list(prompts)
     kind: Any = wanted.perturb
@@ -81,7 +81,7 @@ def perturbed(prompts: Sequence[str], seeds: Sequence[int], wanted: Wanted) -> l
 
 
 def as_infotext(wanted: Wanted) -> str:
-    """The settings that differ from their defaults, to be written into pictures and pasted back."""
+    """The settings that differ from their defaults, to be written into images and pasted back."""
     chosen = {**asdict(wanted), **asdict(wanted.monitoring)}
     changed = {known.name: chosen[known.name] for known in OPTIONS if chosen[known.name] != known.default}
     return "; ".join(f"{name}={_quoted(str(value))}" for name, value in changed.items()) or "default"
@@ -97,7 +97,7 @@ def _quoted(text: str) -> str:
 
 
 def pasted(known: Mapping[str, Any], name: str) -> Any:
-    """The value of one option in a picture's parameters: its default where they do not name it, None without any.
+    """The value of one option in an image's parameters: its default where they do not name it, None without any.
 
     None also for a value that the option cannot have, of another version: the control then stays as it is.
     """
@@ -105,10 +105,11 @@ def pasted(known: Mapping[str, Any], name: str) -> Any:
         return None
     option = next(o for o in OPTIONS if o.name == name)
     values = dict(part.split("=", 1) for part in str(known[INFOTEXT]).split("; ") if "=" in part)
-    if name not in values:
+    written = values.get(name, values.get(option.id))
+    if written is None:
         return option.default
     try:
-        return of_text(option, unquote(values[name]))
+        return of_text(option, unquote(written))
     except ValueError:
         return None
 
@@ -123,7 +124,7 @@ def shown_as(known: Option, choices: Sequence[str] = ()) -> Literal["dropdown", 
 
 
 def infotexts(reports: Sequence[tuple[int, Report]]) -> dict[str, list[str | None]]:
-    """Lines for the parameters of each picture: verdict, score and p-value of its first pass that has a verdict."""
+    """Lines for the parameters of each image: verdict, score and p-value of its first pass that has a verdict."""
     images = max((image for image, _ in reports), default=-1) + 1
     lines: dict[str, list[str | None]] = {name: [None] * images for name in LINES}
     told: dict[int, Report] = {}

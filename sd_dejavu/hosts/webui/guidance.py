@@ -32,7 +32,7 @@ Cond = Tensor | dict[str, Tensor]
 
 @dataclass
 class Step:
-    """An evaluation that the host is about to make; all tensors by picture, the conditionings as the host has them."""
+    """An evaluation that the host is about to make; all tensors by image, the conditionings as the host has them."""
 
     denoiser: Any
     x: Tensor
@@ -46,7 +46,7 @@ class Step:
         return self.denoiser.p.sd_model
 
     def of(self, images: list[int]) -> Step:
-        """The same for some of the pictures."""
+        """The same for some of the images."""
         image_cond = None if self.image_cond is None else self.image_cond[images]
         return Step(self.denoiser, self.x[images], self.level[images], image_cond, self.text_cond, self.text_uncond)
 
@@ -59,7 +59,7 @@ def checkpoint_of(sd_model: Any) -> str:
 
 
 def cond_of(conditioning: Conditioning, images: int, like: Cond) -> Cond:
-    """A host's conditioning from the core's: its rows, and for SDXL the vector, once for each picture."""
+    """A host's conditioning from the core's: its rows, and for SDXL the vector, once for each image."""
     known = like["crossattn"] if isinstance(like, dict) else like
     rows = attended_rows(conditioning).to(known.device, known.dtype).expand(images, -1, -1)
     if not isinstance(like, dict):
@@ -110,7 +110,7 @@ class Automatic1111:
     name = "Automatic1111"
 
     def step(self, params: Any) -> Step:
-        """From the parameters of its callback before an evaluation: the pictures come last, for the negative prompt."""
+        """From the parameters of its callback before an evaluation: the images come last, for the negative prompt."""
         uncond, denoiser = params.text_uncond, _denoiser_of(params)
         images = (uncond["crossattn"] if isinstance(uncond, dict) else uncond).shape[0]
         image_cond = params.image_cond[-images:] if isinstance(params.image_cond, Tensor) else None
@@ -200,16 +200,16 @@ class Automatic1111:
         with torch.enable_grad():
             yield
 
-    def pictures_of(self, step: Step, latents: Tensor) -> Tensor:
-        """Latents [B, C, H, W] -> pictures [B, 3, height, width] in 0..1; differentiable, unlike the host's own way."""
+    def images_of(self, step: Step, latents: Tensor) -> Tensor:
+        """Latents [B, C, H, W] -> images [B, 3, height, width] in 0..1; differentiable, unlike the host's own way."""
         decoder = step.sd_model.first_stage_model
         given = (latents / step.sd_model.scale_factor).to(next(decoder.parameters()).dtype)
-        pictures: Tensor = decoder.decode(given).float() / 2 + 0.5
-        return pictures
+        images: Tensor = decoder.decode(given).float() / 2 + 0.5
+        return images
 
     @contextmanager
     def decoding(self, step: Step) -> Iterator[None]:
-        """While open, :meth:`pictures_of` can be differentiated."""
+        """While open, :meth:`images_of` can be differentiated."""
         with torch.enable_grad():
             yield
 
@@ -219,9 +219,9 @@ class Automatic1111:
 
         return shared.sd_model
 
-    def latents_of(self, step: Step, pictures: Tensor) -> Tensor:
-        """Pictures [B, 3, height, width] in 0..1 -> latents [B, C, H, W] as the model has them."""
-        return _encoded(step, pictures)
+    def latents_of(self, step: Step, images: Tensor) -> Tensor:
+        """Images [B, 3, height, width] in 0..1 -> latents [B, C, H, W] as the model has them."""
+        return _encoded(step, images)
 
     def load_encoders(self, step: Step) -> None:
         """The text encoders are where their LoRAs act: here they always are."""
@@ -353,11 +353,11 @@ class Forge:
         with self.encoding(step), differentiable([self._unet(step).model, *encoders]):
             yield
 
-    def pictures_of(self, step: Step, latents: Tensor) -> Tensor:
+    def images_of(self, step: Step, latents: Tensor) -> Tensor:
         vae = self._vae(step)
         given = vae.first_stage_model.process_out(latents).to(vae.device, vae.vae_dtype)
-        pictures: Tensor = vae.first_stage_model.decode(given).float() / 2 + 0.5
-        return pictures.to(latents.device)
+        images: Tensor = vae.first_stage_model.decode(given).float() / 2 + 0.5
+        return images.to(latents.device)
 
     @contextmanager
     def decoding(self, step: Step) -> Iterator[None]:
@@ -379,11 +379,11 @@ class Forge:
         model, _ = sd_models.forge_model_reload()
         return model
 
-    def latents_of(self, step: Step, pictures: Tensor) -> Tensor:
-        """Pictures [B, 3, height, width] in 0..1 -> latents [B, C, H, W] as the model has them."""
+    def latents_of(self, step: Step, images: Tensor) -> Tensor:
+        """Images [B, 3, height, width] in 0..1 -> latents [B, C, H, W] as the model has them."""
         from backend import memory_management
 
-        latents = _encoded(step, pictures)
+        latents = _encoded(step, images)
         memory_management.load_models_gpu([self._unet(step)])  # may have been moved out for the autoencoder
         return latents
 
@@ -438,13 +438,13 @@ def _before_loras(module: torch.nn.Module) -> Iterator[Named]:
     return unpatched(of_module(module), kept)
 
 
-def _encoded(step: Step, pictures: Tensor) -> Tensor:
+def _encoded(step: Step, images: Tensor) -> Tensor:
     """The hosts draw from the encoder's posterior: always the same, and without touching the run's random numbers."""
     from modules import sd_samplers_common
 
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
-        latents: Tensor = sd_samplers_common.images_tensor_to_samples(pictures, 0, step.sd_model)
+        latents: Tensor = sd_samplers_common.images_tensor_to_samples(images, 0, step.sd_model)
     return latents.to(step.x.device).float()
 
 
@@ -525,13 +525,13 @@ class GuidedModel:
             return encode(self.step.sd_model, prompt, like["vector"] if isinstance(like, dict) else None)
 
     def decode(self, latents: Tensor) -> Tensor:
-        raise ValueError("pictures are decoded by the host itself")
+        raise ValueError("images are decoded by the host itself")
 
-    def pictures_of(self, latents: Tensor) -> Tensor:
-        return self.host.pictures_of(self.step, latents)
+    def images_of(self, latents: Tensor) -> Tensor:
+        return self.host.images_of(self.step, latents)
 
     def decoding(self) -> AbstractContextManager[None]:
-        """While open, :meth:`pictures_of` can be differentiated. Raises ValueError where nothing can be."""
+        """While open, :meth:`images_of` can be differentiated. Raises ValueError where nothing can be."""
         if why := self.host.refusal(self.step):
             raise ValueError(why)
         return self.host.decoding(self.step)

@@ -33,7 +33,7 @@ class Here:
         return door.sentence(error, self._hidden)
 
     def sets(self) -> list[str]:
-        """What can be chosen as reference pictures of a run."""
+        """What can be chosen as reference images of a run."""
         return [NO_REFERENCES, *references.names(self.references)]
 
     def lacking(self) -> list[str]:

@@ -23,7 +23,7 @@ class Processing(Protocol):
     rng: Any
 
     def comment(self, text: str) -> None:
-        """Shows a line below the pictures."""
+        """Shows a line below the images."""
         ...
 
 

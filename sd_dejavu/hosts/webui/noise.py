@@ -1,7 +1,7 @@
 """Runs of Automatic1111 and Forge that can begin again from other noise.
 
 Both hosts keep a sampler's function in an object that they make anew for each sampling from noise, and call it once
-with the x_T. Ours stands in its place for that one call: it begins the function a second time when a remedy has
+with the x_T. Ours stands in its place for that one call: it begins the function a second time when a mitigation has
 changed the noise, with the random numbers that samplers draw later wound back.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class OtherNoise(BaseException):
-    """A remedy has changed the noise: the run begins again, ``moved`` [B, C, H, W] away in the sampler's own scale.
+    """A mitigation has changed the noise: the run begins again, ``moved`` [B, C, H, W] away in the sampler's own scale.
 
     No Exception, as the host's own interruption is none: the hosts keep those of callbacks to themselves.
     """

@@ -14,12 +14,12 @@ from .here import Here
 
 
 def add_settings() -> None:
-    """Whether pictures carry what was found, and the default alpha."""
+    """Whether images carry what was found, and the default alpha."""
     section = ("dejavu", controls.TITLE)
     known = next(option for option in controls.OPTIONS if option.name == "alpha")
     shared.opts.add_option(
         "dejavu_infotext",
-        shared.OptionInfo(True, "Write verdict, score and p-value into the pictures' parameters", section=section),
+        shared.OptionInfo(True, "Write verdict, score and p-value into the images' parameters", section=section),
     )
     shared.opts.add_option(
         "dejavu_alpha",

@@ -1,4 +1,4 @@
-"""Reference pictures in Automatic1111 and Forge: sets that the user has put into one folder, and guidance away from them."""
+"""Reference images in Automatic1111 and Forge: sets that the user has put into one folder, and guidance away from them."""
 
 from __future__ import annotations
 
@@ -52,4 +52,4 @@ def _guard(path: Path, changed: int) -> KnownSet:
 def rule_of(guard: Guard, model: GuidedModel) -> GuidanceRule:
     """Anti-memorization guidance for one run, with the numbers for its kind of features."""
     settings, kind = amg.preset(guard.features), model.prediction_type
-    return amg.AntiMemorization(guard, model.pictures_of, model.encode, settings, kind, model.decoding)
+    return amg.AntiMemorization(guard, model.images_of, model.encode, settings, kind, model.decoding)

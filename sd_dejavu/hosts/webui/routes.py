@@ -25,7 +25,7 @@ def add_routes(here: Here, app: Any) -> None:
 
     @app.get("/dejavu/reports")
     def reports(request: Request) -> list[dict[str, Any]]:
-        """The reports on the last run that was watched: one for each picture and pass."""
+        """The reports on the last run that was watched: one for each image and pass."""
         with _at_the_door(here):
             door.check_user(request, app, shared.cmd_opts.api_auth)
             return here.session.shown.documents

@@ -59,7 +59,7 @@ def drawn(p: Processing) -> Any:
         log.warning("[Déjà Vu] the host could not draw", exc_info=True)
         if ran_out(error):
             release()
-            raise ValueError("there was not enough memory: choose a smaller size, or fewer pictures") from error
+            raise ValueError("there was not enough memory: choose a smaller size, or fewer images") from error
         raise ValueError(f"the host could not draw: {type(error).__name__}: {error}") from error
 
 
@@ -72,7 +72,7 @@ class Pass:
         p: Processing,
         monitoring: Monitoring,
         folder: Path,
-        from_picture: bool,
+        from_image: bool,
         rule: Callable[[GuidedModel], GuidanceRule] | None,
         within: bool,
     ) -> None:
@@ -85,7 +85,7 @@ class Pass:
         self.sampler = str((getattr(p, "hr_sampler_name", None) if hires else None) or p.sampler_name)
         self.steps = (getattr(p, "hr_second_pass_steps", 0) if hires else 0) or p.steps
         self.first_steps = int(getattr(p, "firstpass_steps", 0) or p.steps)  # the host's prompt editing goes by them
-        self.from_picture = from_picture or hires
+        self.from_image = from_image or hires
         self.may_begin_again = False  # from other noise, now
         self.evaluations = 0
         self.step: Step | None = None
@@ -156,7 +156,7 @@ class Pass:
         return found
 
     def identity(self, state: RunState, model: GuidedModel) -> tuple[Setting, Profile | None]:
-        without = state.trace.without or self._monitoring.without
+        baseline = state.trace.baseline or self._monitoring.baseline
         setting = Setting(
             model=model.fingerprint,
             prediction_type=model.prediction_type,
@@ -164,9 +164,9 @@ class Pass:
             steps=self.steps,
             sigma=model.sigmas(self.steps)[0],
             guidance_scale=self.scale,
-            without=without,
-            negative_prompt=" | ".join(dict.fromkeys(self.negatives)) if without == "negative prompt" else "",
-            begins_with="a picture" if self.from_picture else "noise",
+            baseline=baseline,
+            negative_prompt=" | ".join(dict.fromkeys(self.negatives)) if baseline == "negative prompt" else "",
+            begins_with="an image" if self.from_image else "noise",
             sampler=self.sampler,
             patches=model.patches,
             text_encoder=model.text_encoder,
@@ -176,7 +176,7 @@ class Pass:
     def refuses_restart(self) -> str:
         if self.may_begin_again:
             return ""
-        return "begins with a picture" if self.from_picture else "is sampled in a way that cannot begin again"
+        return "begins with an image" if self.from_image else "is sampled in a way that cannot begin again"
 
     def progress(self) -> None:
         """The host's page shows the report when the run is over."""
@@ -204,17 +204,19 @@ class Pass:
             self._hand_over(None, None, missing="this model edits images, its guidance is of another kind")
             return
         results = self._host.denoised(_repeated(step, params.x.shape[0]), params.x)
-        without = results[-images:]
+        unconditional = results[-images:]
         joined = torch.stack(
-            [without[i] + sum(w * (results[j] - without[i]) for j, w in parts[i]) for i in range(images)]
+            [unconditional[i] + sum(w * (results[j] - unconditional[i]) for j, w in parts[i]) for i in range(images)]
         )
         first = torch.stack([results[part[0][0]] for part in parts])
         matters = self.states[0].measures_next() or self._steered or any(state.rule for state in self.states)
         # Where the negative prompt is skipped, the prompt's own result stands in its place.
-        guided = not (matters and self._may_be_skipped() and torch.equal(first, without))
-        for image, found in self._carried_out(self._hand_over(joined, without if guided else None), joined).items():
+        guided = not (matters and self._may_be_skipped() and torch.equal(first, unconditional))
+        for image, found in self._carried_out(
+            self._hand_over(joined, unconditional if guided else None), joined
+        ).items():
             params.x[parts[image][0][0]] = self._host.output(step.of([image]), found)[0].to(params.x)
-        for image, wanted in self._ruled(joined, without).items() if guided else ():
+        for image, wanted in self._ruled(joined, unconditional).items() if guided else ():
             # The host guides on: it is given the result with the prompt from which it comes to what is wanted.
             (row, weight), *others = parts[image]
             scale = self.scale * step.denoiser.cond_scale_miltiplier
@@ -225,16 +227,16 @@ class Pass:
     def after_forge(self, arguments: dict[str, Any]) -> Tensor:
         """After Forge's guidance; what it shall go on with."""
         denoised: Tensor = arguments["denoised"]
-        without, conditional = arguments["uncond_denoised"], arguments["cond_denoised"]
+        unconditional, conditional = arguments["uncond_denoised"], arguments["cond_denoised"]
         guided = arguments.get("uncond") is not None
         if guided and self._may_be_skipped(arguments["model_options"]):
-            guided = bool(without.any())  # zeros stand in its place where it was
+            guided = bool(unconditional.any())  # zeros stand in its place where it was
         if guided:
             strength = sum(entry.get("strength", 1) for entry in arguments["cond"])
-            conditional = without + strength * (conditional - without)
-        if self._carried_out(self._hand_over(conditional, without if guided else None), conditional):
+            conditional = unconditional + strength * (conditional - unconditional)
+        if self._carried_out(self._hand_over(conditional, unconditional if guided else None), conditional):
             denoised = self._guided_again(arguments)
-        ruled = self._ruled(conditional, without) if guided else {}
+        ruled = self._ruled(conditional, unconditional) if guided else {}
         denoised = denoised.clone() if ruled else denoised
         for image, wanted in ruled.items():
             denoised[image] = wanted[0].to(denoised)
@@ -293,7 +295,7 @@ class Pass:
         if state.sampled is not None:
             with torch.no_grad():
                 found = self.model(state)(begin.x, begin.sigma, state.sampled)
-        kind = state.before.without or "empty prompt"
+        kind = state.before.baseline or "empty prompt"
         self.controller.evaluation(Evaluation(begin.x, begin.sigma, found, begin.base, kind), (state,))
         return found
 
@@ -334,7 +336,7 @@ class Pass:
         if rules and rules[0] is not None:
             self._attending.enter_context(self._host.attending(step, rules[0]))
 
-    def _ruled(self, conditional: Tensor, without: Tensor) -> dict[int, Tensor]:
+    def _ruled(self, conditional: Tensor, unconditional: Tensor) -> dict[int, Tensor]:
         """What the images of prompts with a rule for guidance go on with, [1, C, H, W] each."""
         found: dict[int, Tensor] = {}
         for state in self.states:
@@ -344,7 +346,7 @@ class Pass:
                 images = _images(state)
                 own = self._step.of(images)
                 x, sigma, common = self._host.scaled(own, own.x), self._host.sigma(own), self._host.common(own)
-                both = common + conditional[images], common + without[images]
+                both = common + conditional[images], common + unconditional[images]
                 ask = partial(self.model(state), x, sigma)
                 whole = GuidedStep(x, sigma, *both, self.scale, len(state.trace) - 1, ask)
                 guided = self.controller.guided(state, whole)
@@ -354,7 +356,7 @@ class Pass:
         return found
 
     def _with(self, cond: Cond, states: list[RunState]) -> Cond:
-        """A copy of the host's conditioning, with other rows for the pictures of these groups."""
+        """A copy of the host's conditioning, with other rows for the images of these groups."""
         parts = self._parts()
         rows = (cond["crossattn"] if isinstance(cond, dict) else cond).clone()
         vector = cond["vector"].clone() if isinstance(cond, dict) else None
@@ -417,15 +419,15 @@ class Run:
         self.passes: list[Pass] = []
         self._open: Pass | None = None
 
-    def begin(self, p: Processing, from_picture: bool) -> None:
+    def begin(self, p: Processing, from_image: bool) -> None:
         """A sampling begins; the hires fix begins a second one."""
         if self._open is not None and not self._open.evaluations:
             # Forge announces the hires pass twice.
             self.passes = [known for known in self.passes if known is not self._open]
         rule = None if self.guard is None else partial(rule_of, self.guard)
-        self._open = Pass(self.host, p, self.monitoring, self._folder, from_picture, rule, self.within)
+        self._open = Pass(self.host, p, self.monitoring, self._folder, from_image, rule, self.within)
         self.passes.append(self._open)
-        if self.monitoring.changes_noise and not self._open.from_picture:
+        if self.monitoring.changes_noise and not self._open.from_image:
             let_begin_again(p, partial(setattr, self._open, "may_begin_again"))
 
     def end(self) -> None:

@@ -46,14 +46,14 @@ class Watched:
         return self.watching if isinstance(self.watching, Run) else None
 
     def tell(self, before: int, in_infotext: bool) -> None:
-        """Shows what was found on the batch that is done, after ``before`` pictures."""
+        """Shows what was found on the batch that is done, after ``before`` images."""
         assert self.run is not None
         reports = self.run.reports()
         passes = {title for title, _, _ in reports}
         named = []
         for title, image, report in reports:
-            named.append((f"Picture {before + image + 1}" + (f", {title}" if len(passes) > 1 else ""), report))
-            self.shown.documents.append({"picture": before + image, "pass": title, **report.as_json()})
+            named.append((f"Image {before + image + 1}" + (f", {title}" if len(passes) > 1 else ""), report))
+            self.shown.documents.append({"image": before + image, "pass": title, **report.as_json()})
         self.shown.panel += str(panel.panel(named))
         for line in panel.plain_text(named).splitlines():
             self.p.comment(f"{TITLE}: {line}")

@@ -51,8 +51,8 @@ class Family(ABC):
     def holds(self, shapes: Shapes) -> bool:
         """Whether a single-file checkpoint is of this family, from the names and shapes of its tensors."""
 
-    def takes_pictures(self, shapes: Shapes) -> bool:
-        """Whether such a checkpoint takes a picture beside the prompt (inpainting, editing)."""
+    def takes_images(self, shapes: Shapes) -> bool:
+        """Whether such a checkpoint takes an image beside the prompt (inpainting, editing)."""
         return False
 
     def unclear(self, shapes: Shapes) -> str:
@@ -95,17 +95,17 @@ class Family(ABC):
     # -------------------------------------------------------------------------------------- prompts
 
     @abstractmethod
-    def encode(self, prompt: str, encoders: Sequence[tuple[Any, Any]], picture_size: tuple[int, int]) -> Conditioning:
+    def encode(self, prompt: str, encoders: Sequence[tuple[Any, Any]], image_size: tuple[int, int]) -> Conditioning:
         """The conditioning of a prompt, with its words, and with the extras that an evaluation needs beside its rows.
 
-        ``encoders`` are the (tokenizer, text encoder) of ``text_encoders``, ``picture_size`` is (height, width) in
+        ``encoders`` are the (tokenizer, text encoder) of ``text_encoders``, ``image_size`` is (height, width) in
         pixels. Raises PromptTooLong for more than can be read.
         """
 
 
-def takes_pictures(name: str) -> ModelError:
+def takes_images(name: str) -> ModelError:
     return ModelError(
-        f"{name} takes a picture beside the prompt (inpainting or editing); such models cannot be measured here"
+        f"{name} takes an image beside the prompt (inpainting or editing); such models cannot be measured here"
     )
 
 

@@ -22,7 +22,7 @@ class StableDiffusion(UNetFamily):
         is_2 = any(key.startswith("cond_stage_model.model.") for key in shapes)
         return "Stable Diffusion 2.x file, which does not tell epsilon- from v-prediction" if is_2 else ""
 
-    def conditioning(self, outputs: Sequence[Any], picture_size: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
+    def conditioning(self, outputs: Sequence[Any], image_size: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
         return outputs[0].last_hidden_state, {}
 
 

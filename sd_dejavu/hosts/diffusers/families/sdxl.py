@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two text encoders beside each other, a vector of the whole prompt, and the picture's size."""
+"""Stable Diffusion XL: two text encoders beside each other, a vector of the whole prompt, and the image's size."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class StableDiffusionXL(UNetFamily):
     text_encoders = (("text_encoder", "CLIPTextModel"), ("text_encoder_2", "CLIPTextModelWithProjection"))
     text_keys = "conditioner.embedders.1."
 
-    def conditioning(self, outputs: Sequence[Any], picture_size: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
+    def conditioning(self, outputs: Sequence[Any], image_size: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
         """The last layers but one; the vector is the second encoder's for the first chunk."""
         rows = torch.cat([output.hidden_states[-2].float() for output in outputs], dim=-1)
-        height, width = picture_size
+        height, width = image_size
         size = torch.tensor([[height, width, 0, 0, height, width]], device=rows.device, dtype=torch.float32)
         return rows, {"text_embeds": outputs[1].text_embeds[:1].float(), "time_ids": size}
 

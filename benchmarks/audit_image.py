@@ -1,6 +1,6 @@
-"""The README's picture of an audit: a LoRA that overfits eight pictures, audited with eight more it never saw.
+"""The README's image of an audit: a LoRA that overfits eight images, audited with eight more it never saw.
 
-python benchmarks/audit_picture.py [--out docs]
+python benchmarks/audit_image.py [--out docs]
 """
 
 from __future__ import annotations

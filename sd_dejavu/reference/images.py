@@ -1,4 +1,4 @@
-"""Pictures from files' bytes, as a trainer sees them, and their thumbnails."""
+"""Images from files' bytes, as a trainer sees them, and their thumbnails."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-LONGEST = 50  # times as long as wide: more is no picture, and would fill the memory at a network's size
+LONGEST = 50  # times as long as wide: more is no image, and would fill the memory at a network's size
 
 
-class PictureError(Unreadable):
-    """Bytes that are no usable picture; the text says why."""
+class ImageError(Unreadable):
+    """Bytes that are no usable image; the text says why."""
 
 
-def open_picture(data: bytes) -> Image:
+def open_image(data: bytes) -> Image:
     """In RGB, turned as its EXIF data says; what lies under transparency stays, as with the trainers.
 
-    Raises PictureError with the reason.
+    Raises ImageError with the reason.
     """
     from PIL import Image, ImageOps
 
@@ -38,14 +38,14 @@ def open_picture(data: bytes) -> Image:
             _check_size(*image.size)  # as its header says: nothing is decoded yet
             image.load()
             upright = ImageOps.exif_transpose(image)
-    except PictureError:
+    except ImageError:
         raise
     except Image.UnidentifiedImageError as error:
-        raise PictureError(f"not a picture of a known format ({', '.join(FORMATS)})") from error
+        raise ImageError(f"not an image of a known format ({', '.join(FORMATS)})") from error
     except Image.DecompressionBombError as error:  # Pillow's own limit is higher, unless a host has lowered it
-        raise PictureError(f"too large: more than {PIXELS:,} pixels") from error
+        raise ImageError(f"too large: more than {PIXELS:,} pixels") from error
     except Exception as error:  # Pillow's decoders raise many types for broken bytes
-        raise PictureError(f"broken: {one_line(error)}") from error
+        raise ImageError(f"broken: {one_line(error)}") from error
     if upright.mode == "I;16":
         upright = upright.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     return upright.convert("RGB")
@@ -62,7 +62,7 @@ def digest(image: Image) -> str:
 
 
 def thumbnail(image: Image, side: int) -> bytes:
-    """JPEG, at most ``side`` x ``side``; smaller pictures stay as they are."""
+    """JPEG, at most ``side`` x ``side``; smaller images stay as they are."""
     small = image.copy()
     small.thumbnail((side, side))
     file = io.BytesIO()
@@ -72,6 +72,6 @@ def thumbnail(image: Image, side: int) -> bytes:
 
 def _check_size(width: int, height: int) -> None:
     if width * height > PIXELS:
-        raise PictureError(f"too large: {width} x {height} pixels, and at most {PIXELS:,} are read")
+        raise ImageError(f"too large: {width} x {height} pixels, and at most {PIXELS:,} are read")
     if max(width, height) > LONGEST * min(width, height):
-        raise PictureError(f"{width} x {height} pixels: too long and narrow")
+        raise ImageError(f"{width} x {height} pixels: too long and narrow")

@@ -1,4 +1,4 @@
-"""Pictures for pages: PNG data URIs, and the where-map laid over the picture it belongs to."""
+"""Images for pages: PNG data URIs, and the where-map laid over the image it belongs to."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def colours(values: NDArray[Any]) -> NDArray[np.float64]:
     return np.stack([np.interp(values, _STOPS, channel) for channel in _COLOURS.T], axis=-1)
 
 
-def where_overlay(picture: Pixels, squared_difference: Tensor | NDArray[Any], opacity: float = 0.65) -> Pixels:
-    """The map [h, w], scaled from its lowest to its highest value, in colour over the greyed picture [H, W, 3].
+def where_overlay(image: Pixels, squared_difference: Tensor | NDArray[Any], opacity: float = 0.65) -> Pixels:
+    """The map [h, w], scaled from its lowest to its highest value, in colour over the greyed image [H, W, 3].
 
     A map that is the same everywhere shows as the lowest colour; values that are not finite count as lowest.
     """
     from PIL import Image
 
-    height, width = _checked(picture).shape[:2]
+    height, width = _checked(image).shape[:2]
     values = _numbers(squared_difference)
     if values.ndim != 2 or not values.size:
         raise ValueError(f"a where-map must have shape [height, width], not {list(values.shape)}")
@@ -48,7 +48,7 @@ def where_overlay(picture: Pixels, squared_difference: Tensor | NDArray[Any], op
     low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 0.0)
     scaled = np.where(finite, (values - low) / ((high - low) or 1), 0).astype(np.float32)
     smooth = np.asarray(Image.fromarray(scaled).resize((width, height), Image.Resampling.BILINEAR))
-    grey = picture.astype(float) @ (0.299, 0.587, 0.114)
+    grey = image.astype(float) @ (0.299, 0.587, 0.114)
     mixed = (1 - opacity) * grey[..., None] + opacity * colours(smooth)
     return np.clip(np.rint(mixed), 0, 255).astype(np.uint8)
 
@@ -61,5 +61,5 @@ def _numbers(values: Tensor | NDArray[Any]) -> NDArray[np.float64]:
 
 def _checked(pixels: Pixels) -> Pixels:
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise ValueError(f"a picture must be uint8 [height, width, 3], not {pixels.dtype} {list(pixels.shape)}")
+        raise ValueError(f"an image must be uint8 [height, width, 3], not {pixels.dtype} {list(pixels.shape)}")
     return pixels

@@ -1,6 +1,6 @@
-"""The README's pictures: memorised prompts drawn, their training pictures, and both mitigations; the graded curve.
+"""The README's images: memorised prompts drawn, their training images, and both mitigations; the graded curve.
 
-python benchmarks/pictures.py [--out docs]     # reads benchmarks/results/graded.json for the curve
+python benchmarks/images.py [--out docs]     # reads benchmarks/results/graded.json for the curve
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sd_dejavu.mitigations import Start, available, optimise_conditioning, remov
 from sd_dejavu.run.measure import Measurement, guidance_of, measure_runs
 
 SIDE, GAP, LABEL = 128, 8, 210
-ROWS = ("training picture", "generated", "optimise-tokens", "remove-trigger")
+ROWS = ("training image", "generated", "optimise-tokens", "remove-trigger")
 
 
 def comparison(model, wanted: Measurement, profile: Profile) -> Image.Image:
@@ -38,15 +38,15 @@ def comparison(model, wanted: Measurement, profile: Profile) -> Image.Image:
         draw.text((GAP, GAP + row * (SIDE + GAP) + SIDE // 2 - 8), name, fill="black", font=font)
     for column, pair in enumerate(pairs):
         conditioning = model.encode(pair.caption)
-        shown = [bundled.training_picture(pair.caption)]
+        shown = [bundled.training_image(pair.caption)]
         for name in (None, *settings):
             chosen = conditioning
             if name is not None:
                 chosen = available()[name].apply(model, conditioning, start, settings[name]).conditioning
             (drawn,) = measure_runs(model, [chosen], noise, wanted)
             shown.append(model.decode(drawn.latents)[0])
-        for row, picture in enumerate(shown):
-            tile = Image.fromarray(pixels(picture)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        for row, image in enumerate(shown):
+            tile = Image.fromarray(pixels(image)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
             sheet.paste(tile, (LABEL + column * (SIDE + GAP), GAP + row * (SIDE + GAP)))
     return sheet
 

@@ -1,4 +1,4 @@
-"""The prompt as a picture: each word shaded by its significance, the verdict above. For hosts that pass images."""
+"""The prompt as an image: each word shaded by its significance, the verdict above. For hosts that pass images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..core.conditioning import split_words
 from ..core.verdict import Explanation, Verdict
-from .picture import Pixels
+from .image import Pixels
 from .wording import sentence, top_words_text
 
 WIDTH, MARGIN, SIZE, LINE = 768, 16, 20, 34
@@ -19,7 +19,7 @@ _PAPER = np.array([255, 255, 255], dtype=float)
 _INK = (24, 24, 28)
 
 
-def word_picture(verdict: Verdict, notes: Sequence[str] = ()) -> Pixels:
+def word_image(verdict: Verdict, notes: Sequence[str] = ()) -> Pixels:
     """uint8 [H, 768, 3]: the verdict's sentence, then the prompt; darker ground and thicker line mean more.
 
     A prompt whose text is not known shows as its numbered tokens. ``notes`` stand below.
@@ -37,8 +37,8 @@ def word_picture(verdict: Verdict, notes: Sequence[str] = ()) -> Pixels:
     else:
         legend = ". ".join(notes) or "The words were not looked at."
     lines += [[], *([(word, 0.0) for word in line] for line in _wrapped(legend.split()))]
-    picture = Image.new("RGB", (WIDTH, 2 * MARGIN + LINE * len(lines)), "white")
-    draw, space = ImageDraw.Draw(picture), _length(" ")
+    image = Image.new("RGB", (WIDTH, 2 * MARGIN + LINE * len(lines)), "white")
+    draw, space = ImageDraw.Draw(image), _length(" ")
     for number, line in enumerate(lines):
         x, y = float(MARGIN), MARGIN + LINE * number
         for word, share in line:
@@ -47,9 +47,9 @@ def word_picture(verdict: Verdict, notes: Sequence[str] = ()) -> Pixels:
                 shade = tuple(int(v) for v in _PAPER + (_SHADE - _PAPER) * 0.6 * share)
                 draw.rectangle([x - 3, y, x + length + 3, y + LINE - 8], fill=shade)
                 draw.line([(x - 3, y + LINE - 7), (x + length + 3, y + LINE - 7)], _INK, max(1, round(4 * share)))
-            picture.paste(_INK, (round(x) - MARGIN, y), _drawn(word))
+            image.paste(_INK, (round(x) - MARGIN, y), _drawn(word))
             x += length + space
-    return np.asarray(picture).copy()
+    return np.asarray(image).copy()
 
 
 @cache
@@ -79,7 +79,7 @@ def _wrapped(words: list[str]) -> list[list[str]]:
 
 
 def _wrapped_pairs(words: list[tuple[str, float]]) -> list[list[tuple[str, float]]]:
-    """Lines that fit; a word longer than a line stands alone and is cut by the picture's edge."""
+    """Lines that fit; a word longer than a line stands alone and is cut by the image's edge."""
     lines: list[list[tuple[str, float]]] = [[]]
     used = 0.0
     space = _length(" ")

@@ -1,4 +1,4 @@
-"""The worst captions of an audit as pictures: the training picture beside those drawn again. For hosts that pass images."""
+"""The worst captions of an audit as images: the training image beside those drawn again. For hosts that pass images."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from collections.abc import Mapping
 
 from PIL import Image
 
-from ..reference.pictures import open_picture
+from ..reference.images import open_image
 from ..training.audit import Audit, Row
 from .audit_rows import ranked, verdict_of
-from .picture import Pixels
+from .image import Pixels
 from .tiles import SIDE, side_by_side
 from .wording import number
 
 
-def audit_pictures(audit: Audit, thumbnails: Mapping[str, bytes]) -> list[Pixels]:
+def audit_images(audit: Audit, thumbnails: Mapping[str, bytes]) -> list[Pixels]:
     """uint8 [H, W, 3] for each row that was drawn, worst first, all of one size; a blank one where none was."""
-    drawn = [row for row in ranked(audit) if row.pictures]
+    drawn = [row for row in ranked(audit) if row.images]
     if not drawn:
         return [side_by_side([Image.new("RGB", (SIDE, SIDE), "white")], [["No caption was drawn"]])]
     return [_of_row(row, audit.counts, thumbnails[row.image]) for row in drawn]
 
 
 def _of_row(row: Row, counts: str, training: bytes) -> Pixels:
-    tiles = [open_picture(training), *(open_picture(picture) for picture in row.pictures)]
+    tiles = [open_image(training), *(open_image(image) for image in row.images)]
     texts = [_told(row, counts), *([f"Drawn again {place}"] for place in range(1, len(tiles)))]
     return side_by_side(tiles, texts, marked=1 if row.copies or row.flagged else 0)
 
