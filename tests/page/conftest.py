@@ -73,6 +73,8 @@ def _shown_by(request: pytest.FixtureRequest) -> None:
 @pytest.fixture(scope="session")
 def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The source of axe, the accessibility checker, as the front end's tests pin it."""
+    if missing():
+        pytest.skip(f"not found: {', '.join(missing())}")
     if shutil.which("npm") is None:
         pytest.skip("npm was not found: accessibility was not checked")
     folder = tmp_path_factory.mktemp("axe")
