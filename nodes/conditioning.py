@@ -80,14 +80,8 @@ class MitigateConditioning(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="The prompt; from Text Encode (Déjà Vu) it works best."),
                 _NEGATIVE,
                 *sockets.run_inputs(),
-                sockets.Calibration.Input("calibration", optional=True, tooltip="Scores of ordinary prompts."),
-                io.Float.Input(
-                    "target",
-                    default=0.0,
-                    min=0.0,
-                    max=1000.0,
-                    step=0.01,
-                    tooltip="The score to come down to; 0 takes the median of ordinary prompts from the calibration.",
+                *sockets.target_inputs(
+                    "The score to come down to; 0 takes the median of ordinary prompts from the calibration."
                 ),
                 *sockets.inputs_of(Settings),
                 # Optional, as all below: workflows that were made before they came go on as they were.
@@ -117,16 +111,11 @@ class MitigateConditioning(io.ComfyNode):
         model: Any,
         positive: Any,
         negative: Any,
-        latent_image: dict[str, Any],
         seed: int,
-        steps: int,
-        sampler_name: str,
-        scheduler: str,
-        denoise: float,
         target: float,
         calibration: Any = None,
         method: str = OPTIMISE,
-        **settings: Any,
+        **values: Any,
     ) -> io.NodeOutput:
         chosen = (
             Settings if method == OPTIMISE else sockets.methods("prompt", "conditioning", "attention")[method].settings
@@ -135,11 +124,11 @@ class MitigateConditioning(io.ComfyNode):
             model,
             positive,
             negative,
-            sockets.start_of(model, latent_image, seed, steps, sampler_name, scheduler, denoise),
+            sockets.start_of(model, seed=seed, **values),
             seed,
             target,
             method,
-            sockets.settings_of(chosen, settings),
+            sockets.settings_of(chosen, values),
             calibration,
             sockets.user_folder(),
         )

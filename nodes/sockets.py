@@ -81,6 +81,14 @@ def _input(known: Option, optional: bool = False) -> io.Input:
     return io.String.Input(known.id, default=known.default, multiline=True, **shown)
 
 
+def target_inputs(target: str) -> list[io.Input]:
+    """What a mitigation comes down to; ``target`` is the help of its number."""
+    return [
+        Calibration.Input("calibration", optional=True, tooltip="Scores of ordinary prompts."),
+        io.Float.Input("target", default=0.0, min=0.0, max=1000.0, step=0.01, tooltip=target),
+    ]
+
+
 def run_inputs() -> list[io.Input]:
     """The settings of a sampler that decide where its run begins."""
     return [
@@ -96,9 +104,16 @@ def run_inputs() -> list[io.Input]:
 
 
 def start_of(
-    model: Any, latent_image: dict[str, Any], seed: int, steps: int, sampler_name: str, scheduler: str, denoise: float
+    model: Any,
+    latent_image: dict[str, Any],
+    seed: int,
+    steps: int,
+    sampler_name: str,
+    scheduler: str,
+    denoise: float,
+    **others: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(latent, noise, sigmas) as the KSampler node would begin with them."""
+    """(latent, noise, sigmas) as the KSampler node would begin with them; ``others`` are values of other inputs."""
     known = signature(comfy.sample.fix_empty_latent_channels).parameters
     ratios = {name: latent_image.get(name) for name in DOWNSCALE_RATIOS if name in known}
     latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"], **ratios)

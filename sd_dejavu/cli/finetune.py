@@ -14,7 +14,6 @@ from types import FrameType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import TaskID
 
 from ..reference.sources import open_source
 from ..training.filter import FilterSettings
@@ -57,15 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_device(arguments.device)
     model = load(arguments.model, arguments.device, config=arguments.config)
     with common.progress_bar(Console(stderr=True)) as bar, _stopping() as stop:
-        tasks: dict[str, TaskID] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage)
-            bar.update(tasks[stage], completed=done, total=total)
-
         try:
-            summary = finetune(model, source, arguments.out, wanted, filtering, show, stop)
+            summary = finetune(model, source, arguments.out, wanted, filtering, common.stages(bar), stop)
         except Stopped as stopped:
             common.tell(stopped, stderr=True)
             raise KeyboardInterrupt from stopped

@@ -7,6 +7,7 @@ refset search REFSET IMAGE...  the nearest training images
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -80,32 +81,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _build(arguments: argparse.Namespace) -> int:
     """Build a reference set. One that was stopped goes on where it stood when the command is given again."""
-    chosen = common.from_arguments(FeatureSettings, arguments)
-    wanted = common.from_arguments(BuildSettings, arguments)
-    features = load(chosen, arguments.device)
     bundled = arguments.source == BUNDLED and not Path(BUNDLED).exists()
     with common.progress_bar(Console(stderr=True)) as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage)
-            _show(bar, tasks[stage], done, total)
-
         if bundled:
-            made = _bundled(arguments, features, chosen, wanted)
+            made = _bundled(arguments)
         else:
-            made = build(
-                Path(arguments.source),
-                arguments.out,
-                features,
-                wanted,
-                made_with(chosen),
-                arguments.batch_size,
-                arguments.device,
-                arguments.restart,
-                show,
-            )
+            made, _ = built(arguments, Path(arguments.source), arguments.out, common.stages(bar))
     summary = _summary(made, arguments.out)
     if arguments.json:
         common.print_json(summary)
@@ -120,17 +101,28 @@ def _build(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _bundled(
-    arguments: argparse.Namespace, features: Features, chosen: FeatureSettings, wanted: BuildSettings
-) -> ReferenceSet:
+def built(
+    arguments: argparse.Namespace, source: Path, out: Path, show: Callable[[str, int, int], None]
+) -> tuple[ReferenceSet, Features]:
+    """The reference set of a source as the options ask for it, and its features."""
+    chosen = common.from_arguments(FeatureSettings, arguments)
+    features = load(chosen, arguments.device)
+    wanted, how = common.from_arguments(BuildSettings, arguments), made_with(chosen)
+    batch_size, device, restart = arguments.batch_size, arguments.device, arguments.restart
+    return build(source, out, features, wanted, how, batch_size, device, restart, show), features
+
+
+def _bundled(arguments: argparse.Namespace) -> ReferenceSet:
     from ..demo.reference import bundled_reference
 
+    chosen = common.from_arguments(FeatureSettings, arguments)
+    wanted = common.from_arguments(BuildSettings, arguments)
     with only_writer(arguments.out):
         if files_of(arguments.out)[1].exists() and not arguments.restart:
             raise ValueError(
                 f"{files_of(arguments.out)[1]} is there already: give another name, or --restart to replace it"
             )
-        made = bundled_reference(features, wanted.near_threshold, wanted.thumbnail_side)
+        made = bundled_reference(load(chosen, arguments.device), wanted.near_threshold, wanted.thumbnail_side)
         details = {"source": "the bundled model's training images", "made_with": made_with(chosen)}
         made = replace(made, details=details)
         made.save(arguments.out)
