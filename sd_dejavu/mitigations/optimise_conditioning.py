@@ -22,14 +22,14 @@ from torch import Tensor
 from ..core.conditioning import Conditioning
 from ..core.denoiser import Denoiser, Model
 from ..core.gradients import LossScale, value_and_gradients, with_gradients
-from ..core.settings import option, validate
+from ..core.settings import Checked, option
 from . import Mitigation, Outcome, Start
 
 LEARNING_RATE = 0.05  # the paper's
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     """The paper's 10 iterations do not always reach the median of ordinary prompts, 25 do."""
 
     iterations: int = option(25, "largest number of updates; it stops at the target", minimum=1, maximum=1000)
@@ -42,9 +42,6 @@ class Settings:
         exclusive=True,
     )
     checkpointing: bool = option(False, "recompute activations: less memory, more time")
-
-    def __post_init__(self) -> None:
-        validate(self)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.settings import option, validate
+from ..core.settings import Checked, option
 from ..core.similarity import COPY_THRESHOLD, structure
 from ..kept import file_digest
 from ..kept.foreign import one_line
@@ -91,7 +91,7 @@ KINDS: dict[str, Kind] = {
 
 
 @dataclass(frozen=True)
-class FeatureSettings:
+class FeatureSettings(Checked):
     """Which features, and what they are made from."""
 
     features: str = option("pixels", "; ".join(f"{n}: {k.help}" for n, k in KINDS.items()), choices=tuple(KINDS))
@@ -109,9 +109,6 @@ class FeatureSettings:
         maximum=2048,
     )
     sscd_size: str = option("288", "sscd: short side 288, or 320 x 320 without regard to shape", choices=("288", "320"))
-
-    def __post_init__(self) -> None:
-        validate(self)
 
 
 class FeatureError(ValueError):

@@ -14,7 +14,7 @@ from ..core.conditioning import Baseline, Conditioning
 from ..core.denoiser import Model, initial_latent
 from ..core.memory import one_by_one
 from ..core.sampling import Guidance, first_readings
-from ..core.settings import option, validate
+from ..core.settings import Checked, option
 from ..core.trace import NotMeasured
 from ..core.verdict import Explanation, Verdict
 from ..detectors import scores
@@ -25,7 +25,7 @@ from .reference import Run, sample_prompt, sample_prompts
 
 
 @dataclass(frozen=True)
-class Measurement:
+class Measurement(Checked):
     """Settings of a measurement, the same in every front end."""
 
     score: str = option("first step", "which evaluations the score averages", choices=tuple(scores()))
@@ -40,9 +40,6 @@ class Measurement:
     alpha: float = option(
         ALPHA_DEFAULT, "flag a prompt when its p-value is at most this", minimum=0, maximum=1, exclusive=True
     )
-
-    def __post_init__(self) -> None:
-        validate(self)
 
 
 @dataclass(frozen=True)

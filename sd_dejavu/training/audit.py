@@ -35,7 +35,7 @@ from torch import Tensor
 
 from ..calibration.calibrate import PROMPTS_A_SEED
 from ..calibration.misfit import stranger_nulls
-from ..core.settings import by_id, option, validate
+from ..core.settings import Checked, by_id, option
 from ..core.statistics import benjamini_hochberg, spread
 from ..kept import digest_of, json_digest
 from ..reference.build import embed
@@ -56,7 +56,7 @@ NEAREST_SHOWN = 5  # near duplicates that are named
 
 
 @dataclass(frozen=True)
-class AuditSettings:
+class AuditSettings(Checked):
     """How a training set is audited, apart from how a prompt is measured."""
 
     false_discovery_rate: float = option(
@@ -76,7 +76,7 @@ class AuditSettings:
     )
 
     def __post_init__(self) -> None:
-        validate(self)
+        super().__post_init__()
         if self.partition % PROMPTS_A_SEED:
             raise ValueError(f"partition must be a multiple of {PROMPTS_A_SEED}, not {self.partition}")
 

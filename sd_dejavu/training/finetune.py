@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 from ..core.conditioning import Conditioning, stack
 from ..core.schedule import Schedule
-from ..core.settings import option, validate
+from ..core.settings import Checked, option
 from ..kept import (
     PARTIAL,
     Resumable,
@@ -84,7 +84,7 @@ class Stopped(Exception):
 
 
 @dataclass(frozen=True)
-class FinetuneSettings:
+class FinetuneSettings(Checked):
     """How a UNet is fine-tuned, apart from the filter."""
 
     rank: int | None = option(
@@ -112,9 +112,6 @@ class FinetuneSettings:
     save_every: int = option(1, "save the result every so many epochs", minimum=1)
     state_every: int = option(500, "optimizer steps between the states from which a stopped run goes on", minimum=1)
     seed: int = option(0, "seed of everything random", minimum=0, maximum=2**63 - 1)
-
-    def __post_init__(self) -> None:
-        validate(self)
 
 
 @dataclass(frozen=True)
