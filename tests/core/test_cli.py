@@ -623,9 +623,6 @@ class Colliding(Checked):
     out: bool = option(False, "shared with the command")
     own: float = option(0.5, "its own", minimum=0, maximum=1)
 
-    def __post_init__(self):
-        validate(self)
-
 
 def test_methods_may_share_the_names_of_their_settings(capsys, monkeypatch):
     seen = []
