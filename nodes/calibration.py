@@ -72,16 +72,19 @@ class Calibrate(io.ComfyNode):
         cls,
         model: Any,
         clip: Any,
+        latent_image: dict[str, Any],
+        steps: int,
         sampler_name: str,
+        scheduler: str,
+        denoise: float,
         negative: str,
         count: int,
         whole_runs: int,
         cfg: float,
         replace: bool = False,
         like: str = "",
-        **run: Any,
     ) -> io.NodeOutput:
-        latent, noise, sigmas = sockets.start_of(model, seed=0, sampler_name=sampler_name, **run)
+        latent, noise, sigmas = sockets.start_of(model, latent_image, 0, steps, sampler_name, scheduler, denoise)
         bar = comfy.utils.ProgressBar(count + whole_runs)
         profile = comfyui.calibrate(
             model,

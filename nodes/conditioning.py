@@ -111,11 +111,16 @@ class MitigateConditioning(io.ComfyNode):
         model: Any,
         positive: Any,
         negative: Any,
+        latent_image: dict[str, Any],
         seed: int,
+        steps: int,
+        sampler_name: str,
+        scheduler: str,
+        denoise: float,
         target: float,
         calibration: Any = None,
         method: str = OPTIMISE,
-        **values: Any,
+        **settings: Any,
     ) -> io.NodeOutput:
         chosen = (
             Settings if method == OPTIMISE else sockets.methods("prompt", "conditioning", "attention")[method].settings
@@ -124,11 +129,11 @@ class MitigateConditioning(io.ComfyNode):
             model,
             positive,
             negative,
-            sockets.start_of(model, seed=seed, **values),
+            sockets.start_of(model, latent_image, seed, steps, sampler_name, scheduler, denoise),
             seed,
             target,
             method,
-            sockets.settings_of(chosen, values),
+            sockets.settings_of(chosen, settings),
             calibration,
             sockets.user_folder(),
         )

@@ -104,16 +104,9 @@ def run_inputs() -> list[io.Input]:
 
 
 def start_of(
-    model: Any,
-    latent_image: dict[str, Any],
-    seed: int,
-    steps: int,
-    sampler_name: str,
-    scheduler: str,
-    denoise: float,
-    **others: Any,
+    model: Any, latent_image: dict[str, Any], seed: int, steps: int, sampler_name: str, scheduler: str, denoise: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(latent, noise, sigmas) as the KSampler node would begin with them; ``others`` are values of other inputs."""
+    """(latent, noise, sigmas) as the KSampler node would begin with them."""
     known = signature(comfy.sample.fix_empty_latent_channels).parameters
     ratios = {name: latent_image.get(name) for name in DOWNSCALE_RATIOS if name in known}
     latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"], **ratios)

@@ -227,7 +227,8 @@ class Run:
         """Lets go of all that is the host's: the run is kept for its report."""
         self.controller.end(finished)
         self._guider = self._x = self._cond = self._uncond = self.sigmas = self._attention = None
-        self._given, self._options = [], {}
+        self._options = {}
+        self._given = []
 
     def read(self, arguments: dict[str, Any]) -> None:
         """The last function after guidance: both predictions, where it tells them."""
