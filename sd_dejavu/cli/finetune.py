@@ -16,12 +16,11 @@ from typing import Any
 from rich.console import Console
 
 from ..reference.sources import open_source
+from ..report.wording import skipped
 from ..training.filter import FilterSettings
 from ..training.finetune import FinetuneSettings, Stopped, finetune
 from . import common
 from .refset import check_device
-
-_SHOWN = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,11 +104,5 @@ def _told(summary: dict[str, Any], out: Path) -> str:
             f" ({1 - counts['kept_share']:.1%}), {counts['not_finite']} of them as not finite; "
             f"{counts['kept_alone']} stayed only because their whole batch would have gone (see {out / 'filter.jsonl'})"
         )
-    skipped = summary["skipped"]
-    if skipped:
-        lines.append(f"{len(skipped)} images skipped:")
-        lines += [f"  {s['name']}: {s['reason']}" for s in skipped[:_SHOWN]]
-        if len(skipped) > _SHOWN:
-            lines.append(f"  and {len(skipped) - _SHOWN} more, all listed in {out / 'result.json'}")
-    lines.append(f"saved as {out / summary['result']}")
-    return "\n".join(lines)
+    lines += skipped(summary["skipped"], out / "result.json")
+    return "\n".join([*lines, f"saved as {out / summary['result']}"])

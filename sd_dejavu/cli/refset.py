@@ -27,10 +27,10 @@ from ..reference.nearest import answer, same_features
 from ..reference.qdrant import QdrantSearch
 from ..reference.reference_set import ReferenceSet, files_of
 from ..report.terminal import plain
+from ..report.wording import skipped
 from . import common
 
 BUNDLED = "bundled"
-_SHOWN = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,12 +92,8 @@ def _build(arguments: argparse.Namespace) -> int:
         common.print_json(summary)
         return 0
     common.tell(_told(summary))
-    skipped = summary["skipped"]
-    if skipped:
-        listed = "\n".join(f"  {s['name']}: {s['reason']}" for s in skipped[:_SHOWN])
-        more = f"\n  and {len(skipped) - _SHOWN} more, all listed in {files_of(arguments.out)[1]}"
-        text = f"{len(skipped)} images skipped:\n{listed}{more if len(skipped) > _SHOWN else ''}"
-        common.tell(text, stderr=True)
+    if lines := skipped(summary["skipped"], files_of(arguments.out)[1]):
+        common.tell("\n".join(lines), stderr=True)
     return 0
 
 
