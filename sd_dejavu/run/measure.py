@@ -21,7 +21,7 @@ from ..detectors import scores
 from ..detectors.magnitude import magnitude, rounding
 from ..mitigations import Outcome
 from .judge import judge
-from .reference import Run, sample_prompt, sample_prompts
+from .reference import Run, sample_prompts, sampled
 
 
 @dataclass(frozen=True)
@@ -185,8 +185,8 @@ def sampled_with(model: Model, outcome: Outcome, x: Tensor, wanted: Measurement,
     start = x if outcome.x is None else outcome.x
     rule = None if outcome.rule is None else outcome.rule()
     guidance, sigmas = guidance_of(model, wanted), model.sigmas(wanted.steps)
-    empty = model.encode("")
-    run = sample_prompt(model, outcome.conditioning, guidance, start, sigmas, rule, batch_size, wanted.baseline, empty)
+    given, empty = [outcome.conditioning], model.encode("")
+    (run,) = sampled(model, given, guidance, start, sigmas, rule, batch_size, wanted.baseline, empty)
     return _measured(run, outcome.conditioning.prompt, wanted)
 
 
