@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from ..kept.foreign import IMAGE_BYTES, Unreadable, contents
@@ -170,9 +169,9 @@ def _search(arguments: argparse.Namespace) -> int:
         else:
             beside = str(files_of(arguments.refset)[0].with_suffix(".qdrant"))
             bar = stack.enter_context(common.progress_bar(Console(stderr=True)))
-            task = bar.add_task("uploading", total=len(reference))
             place = beside if arguments.qdrant == "-" else arguments.qdrant
-            searched = stack.enter_context(QdrantSearch(reference, place, partial(_show, bar, task)))
+            show = partial(common.stages(bar), "uploading")
+            searched = stack.enter_context(QdrantSearch(reference, place, show))
         for path, query in zip(arguments.images, queries, strict=True):
             found = searched.search(query, arguments.count)
             record = {"image": str(path), **answer(reference, found, 0, arguments.threshold).as_json()}
@@ -181,10 +180,6 @@ def _search(arguments: argparse.Namespace) -> int:
             else:
                 Console().print(_table(record))
     return 0
-
-
-def _show(bar: Progress, task: TaskID, done: int, total: int) -> None:
-    bar.update(task, completed=done, total=total)
 
 
 def _query(path: Path, features: Features, device: str) -> torch.Tensor:

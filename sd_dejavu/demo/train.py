@@ -37,6 +37,7 @@ from .world import Pair, Size
 LATENT_CHANNELS, TOKENS = 4, 77
 CAPTION_DROPOUT = 0.1
 SAVE_EVERY = 200
+_CLIP_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 class World(Protocol):
@@ -97,13 +98,13 @@ def _set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def train_tokenizer(folder: Path, world: World) -> None:
     """A byte-level BPE with '</w>' word ends, start and end tokens last, in CLIP's file format."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(_clip_pattern(), "removed", invert=True),
+            pre_tokenizers.Split(Regex(_CLIP_PATTERN), "removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -127,12 +128,6 @@ def train_tokenizer(folder: Path, world: World) -> None:
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2))
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": TOKENS, "do_lower_case": True, **special}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
-
-
-def _clip_pattern() -> object:
-    from tokenizers import Regex
-
-    return Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
 
 
 # ------------------------------------------------------------------------------------ autoencoder
