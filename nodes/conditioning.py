@@ -80,14 +80,8 @@ class MitigateConditioning(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="The prompt; from Text Encode (Déjà Vu) it works best."),
                 _NEGATIVE,
                 *sockets.run_inputs(),
-                sockets.Calibration.Input("calibration", optional=True, tooltip="Scores of ordinary prompts."),
-                io.Float.Input(
-                    "target",
-                    default=0.0,
-                    min=0.0,
-                    max=1000.0,
-                    step=0.01,
-                    tooltip="The score to come down to; 0 takes the median of ordinary prompts from the calibration.",
+                *sockets.target_inputs(
+                    "The score to come down to; 0 takes the median of ordinary prompts from the calibration."
                 ),
                 *sockets.inputs_of(Settings),
                 # Optional, as all below: workflows that were made before they came go on as they were.

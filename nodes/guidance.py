@@ -84,15 +84,7 @@ class InitialNoise(io.ComfyNode):
                     tooltip="The guider's negative prompt. The prompt is measured against it where no text encoder is at hand for the empty prompt.",
                 ),
                 *sockets.run_inputs(),
-                sockets.Calibration.Input("calibration", optional=True, tooltip="Scores of ordinary prompts."),
-                io.Float.Input(
-                    "target",
-                    default=0.0,
-                    min=0.0,
-                    max=1000.0,
-                    step=0.01,
-                    tooltip="The score that counts as ordinary; 0 takes it from the calibration.",
-                ),
+                *sockets.target_inputs("The score that counts as ordinary; 0 takes it from the calibration."),
                 io.Combo.Input(
                     "method", options=list(sockets.methods("noise")), tooltip="How the noise is changed; see the help."
                 ),

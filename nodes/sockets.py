@@ -81,6 +81,14 @@ def _input(known: Option, optional: bool = False) -> io.Input:
     return io.String.Input(known.id, default=known.default, multiline=True, **shown)
 
 
+def target_inputs(target: str) -> list[io.Input]:
+    """What a mitigation comes down to; ``target`` is the help of its number."""
+    return [
+        Calibration.Input("calibration", optional=True, tooltip="Scores of ordinary prompts."),
+        io.Float.Input("target", default=0.0, min=0.0, max=1000.0, step=0.01, tooltip=target),
+    ]
+
+
 def run_inputs() -> list[io.Input]:
     """The settings of a sampler that decide where its run begins."""
     return [

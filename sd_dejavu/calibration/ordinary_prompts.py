@@ -41,7 +41,7 @@ _NOT_CASED_IN_TITLES = _SMALL_WORDS | frozenset(_LISTS["not cased in titles"])
 _SENTENCE_WORDS = frozenset(_LISTS["sentence words"])
 
 
-def ordinary_prompts(count: int, seed: int = 0, styles: Sequence[str] = STYLES) -> list[tuple[str, str]]:
+def ordinary_prompts(count: int, seed: int = 0) -> list[tuple[str, str]]:
     """``count`` distinct (prompt, style), styles in equal shares and in turn.
 
     Distinct also without regard to letter case, which CLIP's tokenizer drops. The same arguments give
@@ -50,16 +50,12 @@ def ordinary_prompts(count: int, seed: int = 0, styles: Sequence[str] = STYLES) 
     """
     if count < 0:
         raise ValueError(f"the number of prompts is {count}: give 0 or more")
-    if unknown := [style for style in styles if style not in STYLES]:
-        raise ValueError(f"prompt style {unknown[0]!r} is unknown; known styles: {', '.join(STYLES)}")
-    if not styles:
-        raise ValueError(f"no prompt style is given: name at least one of {', '.join(STYLES)}")
     rng = Random(seed)
     found: list[tuple[str, str]] = []
     seen: set[str] = set()
     failures = 0
     while len(found) < count:
-        style = styles[len(found) % len(styles)]
+        style = STYLES[len(found) % len(STYLES)]
         prompt = _one(style, rng)
         if (folded := prompt.casefold()) not in seen:
             seen.add(folded)
@@ -67,8 +63,7 @@ def ordinary_prompts(count: int, seed: int = 0, styles: Sequence[str] = STYLES) 
             failures = 0
         elif (failures := failures + 1) > _MAX_FAILURES_IN_A_ROW:
             raise ValueError(
-                f"{count} distinct prompts are too many: style {style!r} ran out after {len(found)} prompts; "
-                "ask for fewer, or for more styles"
+                f"{count} distinct prompts are too many: style {style!r} ran out after {len(found)} prompts; ask for fewer"
             )
     return found
 

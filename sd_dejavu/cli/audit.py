@@ -17,9 +17,8 @@ from rich.table import Table
 
 from ..hosts.diffusers.audit import Load
 from ..kept import LOCK, file_digest, locked, replacing, write_bytes, write_text
-from ..reference.build import BuildSettings, build
+from ..reference.build import BuildSettings
 from ..reference.features import Features, FeatureSettings
-from ..reference.features import load as load_features
 from ..reference.nearest import same_features
 from ..reference.reference_set import ReferenceSet
 from ..report.audit_html import AuditPage, render_audit
@@ -43,7 +42,7 @@ from ..training.ledger import Ledger
 from ..training.tasks import Engine, Work, one_process
 from . import common
 from .prompt_files import read_prompts
-from .refset import check_device, made_with
+from .refset import built, check_device
 
 LIST_ENDINGS = (".txt", ".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 FIXED = ("score", "alpha")  # an audit measures the first step, and corrects for many tests instead
@@ -111,13 +110,7 @@ def _audited(
     engine: Engine,
 ) -> int:
     with common.progress_bar(Console(stderr=True)) as bar:
-        known: dict[str, Any] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in known:
-                known[stage] = bar.add_task(stage, total=total)
-            bar.update(known[stage], completed=done, total=total)
-
+        show = common.stages(bar)
         subject = _subject(arguments, wanted, measurement, show)
         captions = [case.caption for case in subject.cases] if arguments.like_captions else None
         ordinary, _ = common.ordinary_prompts_of(arguments, arguments.null_prompts, captions, wanted.nulls)
@@ -162,19 +155,7 @@ def _subject(arguments: argparse.Namespace, wanted: AuditSettings, measurement: 
         reference = ReferenceSet.load(arguments.reference)
         features = same_features(reference, arguments.weights, arguments.device)
     else:
-        chosen = common.from_arguments(FeatureSettings, arguments)
-        features = load_features(chosen, arguments.device)
-        reference = build(
-            Path(arguments.dataset),
-            arguments.out / "images",
-            features,
-            common.from_arguments(BuildSettings, arguments),
-            made_with(chosen),
-            arguments.batch_size,
-            arguments.device,
-            arguments.restart,
-            show,
-        )
+        reference, features = built(arguments, Path(arguments.dataset), arguments.out / "images", show)
     return Subject(sampled(entries_of(reference), wanted.sample, measurement.seed), reference, features)
 
 

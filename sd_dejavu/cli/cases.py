@@ -27,7 +27,6 @@ class MitigatedRun:
     verdict: Verdict
     images: Tensor
     similarity: float | None
-    caption_score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,6 @@ class Case:
     where: Tensor | None
     training_image: Tensor | None
     similarity: float | None
-    caption_score: float | None
     mitigated: tuple[MitigatedRun, ...]
 
 
@@ -51,12 +49,11 @@ def run_case(
     start: Start,
     methods: Mapping[str, Any],
     training_image: Tensor | None = None,
-    caption_score: Callable[[Tensor], float] | None = None,
     on_run: Callable[[], None] = lambda: None,
 ) -> Case:
     """Draw one prompt as it is and once for each of ``methods`` (name -> settings), all from the same noise.
 
-    ``caption_score`` rates final latents [images, C, H, W]; ``on_run`` is called after each drawing.
+    ``on_run`` is called after each drawing.
     """
     setting, conditioning = setting_of(model, wanted), model.encode(prompt)
 
@@ -77,25 +74,10 @@ def run_case(
         on_run()
         assert after.latents is not None
         drawn = model.decode(after.latents)
-        mitigated.append(
-            MitigatedRun(
-                name,
-                outcome,
-                verdict_of(after, outcome.conditioning.prompt),
-                drawn,
-                similarity_to(training_image, drawn),
-                caption_score(after.latents) if caption_score else None,
-            )
-        )
-    return Case(
-        verdict_of(plain, prompt),
-        images,
-        plain.where,
-        training_image,
-        similarity_to(training_image, images),
-        caption_score(plain.latents) if caption_score else None,
-        tuple(mitigated),
-    )
+        verdict = verdict_of(after, outcome.conditioning.prompt)
+        mitigated.append(MitigatedRun(name, outcome, verdict, drawn, similarity_to(training_image, drawn)))
+    similarity = similarity_to(training_image, images)
+    return Case(verdict_of(plain, prompt), images, plain.where, training_image, similarity, tuple(mitigated))
 
 
 def similarity_to(training_image: Tensor | None, images: Tensor) -> float | None:
@@ -149,7 +131,5 @@ def _shown(run: MitigatedRun, case: Case) -> html.Mitigated:
         similarity=run.similarity,
         losses=details.get("losses", ()),
         moved=details.get("moved"),
-        caption_score_before=case.caption_score,
-        caption_score_after=run.caption_score,
         note=f"dropped: {', '.join(removed)}" if removed else "",
     )

@@ -7,7 +7,7 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from ..calibration.profile import Ordinary, Profile
 from ..calibration.recombined import recombined
 from ..core.denoiser import Model, PromptTooLong
 from ..core.memory import OutOfMemory, release, telling
-from ..core.settings import Option, options_of
+from ..core.settings import options_of
 from ..core.verdict import Explanation, Verdict, View
 from ..explain.views import explain
 from ..report.terminal import one_line, plain, verdict_panel
@@ -49,11 +49,13 @@ def add_settings(
     for known in options_of(settings):
         if known.name in leave_out:
             continue
-        given: dict[str, Any] = {"dest": _place(known.name, of), "default": known.default, "help": _help(known)}
+        told = f"{known.help} (default: {known.default})" if known.default not in (None, "") else known.help
+        given: dict[str, Any] = {"dest": _place(known.name, of), "default": known.default, "help": told}
         if known.kind is bool:
             given["action"] = argparse.BooleanOptionalAction
         else:
-            given |= {"type": known.kind, **_choices(known)}
+            shown = {"choices": known.choices} if known.choices else {"metavar": known.kind.__name__.upper()}
+            given |= {"type": known.kind, **shown}
         flag = known.name.replace("_", "-")
         try:
             group.add_argument(*dict.fromkeys((f"--{flag}", f"--{known.id.replace('_', '-')}")), **given)
@@ -66,14 +68,6 @@ def add_settings(
 def _place(name: str, of: str) -> str:
     """Where the value of an option is put among the arguments; methods have places of their own."""
     return f"{of}.{name}" if of else name
-
-
-def _help(known: Option) -> str:
-    return f"{known.help} (default: {known.default})" if known.default not in (None, "") else known.help
-
-
-def _choices(known: Option) -> dict[str, Any]:
-    return {"choices": known.choices} if known.choices else {"metavar": known.kind.__name__.upper()}
 
 
 def from_arguments(settings: type[Settings], arguments: argparse.Namespace, of: str = "") -> Settings:
@@ -259,6 +253,18 @@ def progress_bar(console: Console) -> Progress:
     """Hidden where standard error is no terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def stages(bar: Progress) -> Callable[[str, int, int], None]:
+    """Shows (stage, done, total), one line of the bar a stage."""
+    tasks: dict[str, TaskID] = {}
+
+    def show(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            tasks[stage] = bar.add_task(stage)
+        bar.update(tasks[stage], completed=done, total=total)
+
+    return show
 
 
 def write_rows(document: dict[str, Any], json_file: Path | None, csv_file: Path | None) -> None:

@@ -14,15 +14,13 @@ from types import FrameType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import TaskID
 
 from ..reference.sources import open_source
+from ..report.wording import skipped
 from ..training.filter import FilterSettings
 from ..training.finetune import FinetuneSettings, Stopped, finetune
 from . import common
 from .refset import check_device
-
-_SHOWN = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,15 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_device(arguments.device)
     model = load(arguments.model, arguments.device, config=arguments.config)
     with common.progress_bar(Console(stderr=True)) as bar, _stopping() as stop:
-        tasks: dict[str, TaskID] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage)
-            bar.update(tasks[stage], completed=done, total=total)
-
         try:
-            summary = finetune(model, source, arguments.out, wanted, filtering, show, stop)
+            summary = finetune(model, source, arguments.out, wanted, filtering, common.stages(bar), stop)
         except Stopped as stopped:
             common.tell(stopped, stderr=True)
             raise KeyboardInterrupt from stopped
@@ -113,11 +104,5 @@ def _told(summary: dict[str, Any], out: Path) -> str:
             f" ({1 - counts['kept_share']:.1%}), {counts['not_finite']} of them as not finite; "
             f"{counts['kept_alone']} stayed only because their whole batch would have gone (see {out / 'filter.jsonl'})"
         )
-    skipped = summary["skipped"]
-    if skipped:
-        lines.append(f"{len(skipped)} images skipped:")
-        lines += [f"  {s['name']}: {s['reason']}" for s in skipped[:_SHOWN]]
-        if len(skipped) > _SHOWN:
-            lines.append(f"  and {len(skipped) - _SHOWN} more, all listed in {out / 'result.json'}")
-    lines.append(f"saved as {out / summary['result']}")
-    return "\n".join(lines)
+    lines += skipped(summary["skipped"], out / "result.json")
+    return "\n".join([*lines, f"saved as {out / summary['result']}"])

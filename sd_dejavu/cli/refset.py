@@ -7,6 +7,7 @@ refset search REFSET IMAGE...  the nearest training images
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -15,7 +16,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from ..kept.foreign import IMAGE_BYTES, Unreadable, contents
@@ -26,10 +26,10 @@ from ..reference.nearest import answer, same_features
 from ..reference.qdrant import QdrantSearch
 from ..reference.reference_set import ReferenceSet, files_of
 from ..report.terminal import plain
+from ..report.wording import skipped
 from . import common
 
 BUNDLED = "bundled"
-_SHOWN = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,57 +80,44 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _build(arguments: argparse.Namespace) -> int:
     """Build a reference set. One that was stopped goes on where it stood when the command is given again."""
-    chosen = common.from_arguments(FeatureSettings, arguments)
-    wanted = common.from_arguments(BuildSettings, arguments)
-    features = load(chosen, arguments.device)
     bundled = arguments.source == BUNDLED and not Path(BUNDLED).exists()
     with common.progress_bar(Console(stderr=True)) as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage)
-            _show(bar, tasks[stage], done, total)
-
         if bundled:
-            made = _bundled(arguments, features, chosen, wanted)
+            made = _bundled(arguments)
         else:
-            made = build(
-                Path(arguments.source),
-                arguments.out,
-                features,
-                wanted,
-                made_with(chosen),
-                arguments.batch_size,
-                arguments.device,
-                arguments.restart,
-                show,
-            )
+            made, _ = built(arguments, Path(arguments.source), arguments.out, common.stages(bar))
     summary = _summary(made, arguments.out)
     if arguments.json:
         common.print_json(summary)
         return 0
     common.tell(_told(summary))
-    skipped = summary["skipped"]
-    if skipped:
-        listed = "\n".join(f"  {s['name']}: {s['reason']}" for s in skipped[:_SHOWN])
-        more = f"\n  and {len(skipped) - _SHOWN} more, all listed in {files_of(arguments.out)[1]}"
-        text = f"{len(skipped)} images skipped:\n{listed}{more if len(skipped) > _SHOWN else ''}"
-        common.tell(text, stderr=True)
+    if lines := skipped(summary["skipped"], files_of(arguments.out)[1]):
+        common.tell("\n".join(lines), stderr=True)
     return 0
 
 
-def _bundled(
-    arguments: argparse.Namespace, features: Features, chosen: FeatureSettings, wanted: BuildSettings
-) -> ReferenceSet:
+def built(
+    arguments: argparse.Namespace, source: Path, out: Path, show: Callable[[str, int, int], None]
+) -> tuple[ReferenceSet, Features]:
+    """The reference set of a source as the options ask for it, and its features."""
+    chosen = common.from_arguments(FeatureSettings, arguments)
+    features = load(chosen, arguments.device)
+    wanted, how = common.from_arguments(BuildSettings, arguments), made_with(chosen)
+    batch_size, device, restart = arguments.batch_size, arguments.device, arguments.restart
+    return build(source, out, features, wanted, how, batch_size, device, restart, show), features
+
+
+def _bundled(arguments: argparse.Namespace) -> ReferenceSet:
     from ..demo.reference import bundled_reference
 
+    chosen = common.from_arguments(FeatureSettings, arguments)
+    wanted = common.from_arguments(BuildSettings, arguments)
     with only_writer(arguments.out):
         if files_of(arguments.out)[1].exists() and not arguments.restart:
             raise ValueError(
                 f"{files_of(arguments.out)[1]} is there already: give another name, or --restart to replace it"
             )
-        made = bundled_reference(features, wanted.near_threshold, wanted.thumbnail_side)
+        made = bundled_reference(load(chosen, arguments.device), wanted.near_threshold, wanted.thumbnail_side)
         details = {"source": "the bundled model's training images", "made_with": made_with(chosen)}
         made = replace(made, details=details)
         made.save(arguments.out)
@@ -182,9 +169,9 @@ def _search(arguments: argparse.Namespace) -> int:
         else:
             beside = str(files_of(arguments.refset)[0].with_suffix(".qdrant"))
             bar = stack.enter_context(common.progress_bar(Console(stderr=True)))
-            task = bar.add_task("uploading", total=len(reference))
             place = beside if arguments.qdrant == "-" else arguments.qdrant
-            searched = stack.enter_context(QdrantSearch(reference, place, partial(_show, bar, task)))
+            show = partial(common.stages(bar), "uploading")
+            searched = stack.enter_context(QdrantSearch(reference, place, show))
         for path, query in zip(arguments.images, queries, strict=True):
             found = searched.search(query, arguments.count)
             record = {"image": str(path), **answer(reference, found, 0, arguments.threshold).as_json()}
@@ -193,10 +180,6 @@ def _search(arguments: argparse.Namespace) -> int:
             else:
                 Console().print(_table(record))
     return 0
-
-
-def _show(bar: Progress, task: TaskID, done: int, total: int) -> None:
-    bar.update(task, completed=done, total=total)
 
 
 def _query(path: Path, features: Features, device: str) -> torch.Tensor:

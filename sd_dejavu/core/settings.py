@@ -1,7 +1,7 @@
 """Settings, declared once: a frozen dataclass next to its method, read by every front end.
 
 Each field carries its help sentence and range. Command-line options, node inputs, script controls and
-saved parameters are all derived from :func:`options_of`; :func:`validate` speaks for all of them.
+saved parameters are all derived from :func:`options_of`; :class:`Checked` speaks for all of them.
 """
 
 from __future__ import annotations
@@ -70,10 +70,13 @@ def by_id(settings: Any) -> dict[str, Any]:
     return {known.id: getattr(settings, known.name) for known in options_of(type(settings))}
 
 
-def validate(settings: Any) -> None:
-    """Raises ValueError naming the setting, the value seen and what is allowed."""
-    for known in options_of(type(settings)):
-        check(known, getattr(settings, known.name))
+class Checked:
+    """What settings classes derive from: one with a value out of range cannot be made."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError naming the setting, the value seen and what is allowed."""
+        for known in options_of(type(self)):
+            check(known, getattr(self, known.name))
 
 
 def check(known: Option, value: Any) -> None:

@@ -20,7 +20,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from ..core.schedule import Schedule
+from ..kept import replacing
 from ..training.loss import noised, stratified_timesteps
 from . import second_world, world
 from .bundled import make_sheet
@@ -36,6 +37,7 @@ from .world import Pair, Size
 LATENT_CHANNELS, TOKENS = 4, 77
 CAPTION_DROPOUT = 0.1
 SAVE_EVERY = 200
+_CLIP_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 class World(Protocol):
@@ -65,10 +67,19 @@ def _to_tensor(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def _save_atomically(state: dict[str, object], path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)
+def _resumed(path: Path, parts: dict[str, Any]) -> int:
+    """The step to go on with; the parts are then as a stopped run has saved them."""
+    if not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state["step"]
+
+
+def _save(path: Path, parts: dict[str, Any], step: int) -> None:
+    with replacing(path) as partial:
+        torch.save({**{name: part.state_dict() for name, part in parts.items()}, "step": step}, partial)
 
 
 def _learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
@@ -87,13 +98,13 @@ def _set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def train_tokenizer(folder: Path, world: World) -> None:
     """A byte-level BPE with '</w>' word ends, start and end tokens last, in CLIP's file format."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(_clip_pattern(), "removed", invert=True),
+            pre_tokenizers.Split(Regex(_CLIP_PATTERN), "removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -119,12 +130,6 @@ def train_tokenizer(folder: Path, world: World) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
 
 
-def _clip_pattern() -> object:
-    from tokenizers import Regex
-
-    return Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
-
-
 # ------------------------------------------------------------------------------------ autoencoder
 
 
@@ -146,12 +151,8 @@ def train_autoencoder(work: Path, world: World, steps: int, seed: int, batch: in
     torch.manual_seed(seed)
     model = new_autoencoder(world.MODEL)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
-    first = 0
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
+    parts = {"model": model, "optimizer": optimizer}
+    first = _resumed(path, parts)
     pairs = world.training_pairs()
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="autoencoder")
     for step in bar:
@@ -171,8 +172,7 @@ def train_autoencoder(work: Path, world: World, steps: int, seed: int, batch: in
             bar.set_postfix(squared_error=f"{error.item():.4f}", std=f"{variance.mean().sqrt().item():.2f}")
             _log(work / "autoencoder.csv", step=step, squared_error=error.item())
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            _save_atomically(state, path)
+            _save(path, parts, step + 1)
     return model.eval().requires_grad_(False)
 
 
@@ -253,13 +253,8 @@ def train_unet(
     )
     averaged = copy.deepcopy(models).requires_grad_(False)
     optimizer = torch.optim.AdamW(models.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
-    first = 0
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        models.load_state_dict(state["models"])
-        averaged.load_state_dict(state["averaged"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
+    parts = {"models": models, "averaged": averaged, "optimizer": optimizer}
+    first = _resumed(path, parts)
     schedule = Schedule(new_scheduler().alphas_cumprod)
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="unet")
     for step, (tokens, latents, memorised) in zip(
@@ -284,8 +279,7 @@ def train_unet(
             bar.set_postfix({k: f"{v:.3f}" for k, v in row.items()})
             _log(work / "unet.csv", step=step, **row)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-            parts = {"models": models, "averaged": averaged, "optimizer": optimizer}
-            _save_atomically({**{k: v.state_dict() for k, v in parts.items()}, "step": step + 1}, path)
+            _save(path, parts, step + 1)
     return {name: module.eval() for name, module in averaged.items()}
 
 

@@ -41,7 +41,7 @@ def rounding(elements: int, sigma: float) -> float:
 
 
 def over_channels(difference: Tensor) -> Tensor:
-    """Delta^2 averaged over channels, [B, H, W], from Delta [B, C, H, W]."""
+    """Where the prompt acts: Delta^2 averaged over channels, [B, H, W], from Delta [B, C, H, W] (Kim & Lee, ICML 2026)."""
     return difference.square().mean(dim=1)
 
 
@@ -53,11 +53,6 @@ def magnitude(predictions: Predictions) -> Tensor:
 def magnitude_of_noise_predictions(conditional: Tensor, unconditional: Tensor) -> Tensor:
     """The same from two noise predictions [B, C, H, W]."""
     return length(conditional.float() - unconditional.float())
-
-
-def squared_difference_map(predictions: Predictions) -> Tensor:
-    """Where the prompt acts: Delta^2 averaged over channels, [B, H, W] (Kim & Lee, ICML 2026)."""
-    return over_channels(difference(predictions))
 
 
 DETECTORS = (

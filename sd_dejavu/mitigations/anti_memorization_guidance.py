@@ -51,7 +51,7 @@ from ..core.gradients import LossScale, scaled_gradients
 from ..core.guidance import GuidedStep
 from ..core.memory import in_pieces
 from ..core.schedule import Schedule
-from ..core.settings import option, validate
+from ..core.settings import Checked, option
 from ..reference.features import Features
 from . import Mitigation, Outcome, Start
 from .guard import Guard
@@ -63,7 +63,7 @@ GRADIENT_SCALE = 2.0**12  # exact in fp32; in a half-precision decoder the gradi
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     """A strength of 0 switches its term off."""
 
     despecification: float = option(13.0, "the paper's c1: less guidance towards the prompt", minimum=0, maximum=1e6)
@@ -90,9 +90,6 @@ class Settings:
     training_schedule: TrainingSchedule = option(
         "stable diffusion", "the noise levels in which t is counted", choices=get_args(TrainingSchedule)
     )
-
-    def __post_init__(self) -> None:
-        validate(self)
 
 
 DDPM = Settings(

@@ -25,20 +25,17 @@ from torch import Tensor
 from ..core.attention import AttentionRule
 from ..core.conditioning import Conditioning
 from ..core.denoiser import Model
-from ..core.settings import option, validate
+from ..core.settings import Checked, option
 from . import Mitigation, Outcome, Start
 from .start_token import is_padding
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     attenuation: float = option(0.3, "factor on an outlying token's attention logits", minimum=0, maximum=1)
     outlier_deviations: float = option(
         3.0, "a token is outlying this many robust standard deviations above the median", minimum=0, maximum=100
     )
-
-    def __post_init__(self) -> None:
-        validate(self)
 
 
 def outlying(mass: Tensor, conditioning: Conditioning, deviations: float = 3.0) -> Tensor:

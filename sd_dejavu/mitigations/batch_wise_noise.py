@@ -26,14 +26,14 @@ from ..core.conditioning import Conditioning
 from ..core.denoiser import Model, Predictions, PredictionType, initial_latent
 from ..core.guidance import GuidedStep, OfImages
 from ..core.sampling import predict
-from ..core.settings import option, validate
+from ..core.settings import Checked, option
 from ..detectors.magnitude import difference
 from . import Mitigation, Outcome, Start
 from .anti_memorization_guidance import level_of
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     noise_rounds: int = option(2, "how often the noise is adjusted", minimum=1, maximum=100)
     noise_strength: float = option(0.7, "the paper's gamma: how far each round goes", minimum=0, maximum=100)
     noise_radius: float = option(
@@ -49,9 +49,6 @@ class Settings:
         minimum=0,
         maximum=1,
     )
-
-    def __post_init__(self) -> None:
-        validate(self)
 
 
 class LateGuidance:

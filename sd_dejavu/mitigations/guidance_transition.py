@@ -21,7 +21,7 @@ from torch import Tensor
 from ..core.conditioning import Conditioning
 from ..core.denoiser import Model
 from ..core.guidance import GuidedStep, OfImages, guided
-from ..core.settings import option, validate
+from ..core.settings import Checked, option
 from ..detectors.magnitude import magnitude
 from . import Mitigation, Outcome, Start
 
@@ -29,15 +29,12 @@ Before = Literal["off", "opposite"]
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     before_transition: Before = option(
         "off",
         "guidance before the transition; off: the prediction without the prompt, opposite: away from the prompt",
         choices=get_args(Before),
     )
-
-    def __post_init__(self) -> None:
-        validate(self)
 
 
 class Transition:

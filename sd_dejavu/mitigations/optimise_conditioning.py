@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,14 +22,14 @@ from torch import Tensor
 from ..core.conditioning import Conditioning
 from ..core.denoiser import Denoiser, Model
 from ..core.gradients import LossScale, value_and_gradients, with_gradients
-from ..core.settings import option, validate
+from ..core.settings import Checked, option
 from . import Mitigation, Outcome, Start
 
 LEARNING_RATE = 0.05  # the paper's
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     """The paper's 10 iterations do not always reach the median of ordinary prompts, 25 do."""
 
     iterations: int = option(25, "largest number of updates; it stops at the target", minimum=1, maximum=1000)
@@ -41,9 +42,6 @@ class Settings:
         exclusive=True,
     )
     checkpointing: bool = option(False, "recompute activations: less memory, more time")
-
-    def __post_init__(self) -> None:
-        validate(self)
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,22 @@ class Leaf:
     learning_rate: float
 
 
+Rebuild = Callable[[Sequence[Tensor]], Conditioning]
+"""Makes a conditioning from moved embeddings."""
+
+Movable = Callable[[Conditioning, float | None], tuple[Sequence[Leaf], Rebuild]]
+"""(conditioning, learning rate or None for the method's own) -> the embeddings to move, and the way back from them."""
+
+
+def output_rows(conditioning: Conditioning, learning_rate: float | None) -> tuple[Sequence[Leaf], Rebuild]:
+    """The rows that the text encoder puts out, but for those of start tokens."""
+    start = conditioning.rows.detach().float()
+    # Where the tokens are unknown: every chunk of 77 rows begins with a start token in all these text encoders.
+    fixed = conditioning.row_mask("start") if conditioning.tokens else torch.arange(start.shape[1]) % 77 == 0
+    free = ~fixed.to(start.device)[None, :, None]
+    return [Leaf(start, free, learning_rate or LEARNING_RATE)], lambda moved: conditioning.with_rows(moved[0])
+
+
 def optimise(
     denoiser: Denoiser,
     x: Tensor,
@@ -83,50 +97,14 @@ def optimise(
     settings: Settings = Settings(),
     on_iteration: Callable[[int, float], None] = lambda iteration, loss: None,
     batch_size: int | None = None,
+    movable: Movable = output_rows,
 ) -> Optimised:
     """x [B, C, H, W] at sigma [B]; ``unconditional`` is the denoised prediction there without the prompt.
 
     At most ``batch_size`` images share a pass. Returns the conditioning at which the worst image scores lowest.
     Raises ValueError when a loss is not finite or the target is not positive.
     """
-    start = conditioning.rows.detach().float()
-    # Where the tokens are unknown: every chunk of 77 rows begins with a start token in all these text encoders.
-    fixed = conditioning.row_mask("start") if conditioning.tokens else torch.arange(start.shape[1]) % 77 == 0
-    free = ~fixed.to(start.device)[None, :, None]
-    leaf = Leaf(start, free, settings.learning_rate or LEARNING_RATE)
-
-    def rebuild(moved: Sequence[Tensor]) -> Conditioning:
-        return conditioning.with_rows(moved[0])
-
-    return descend(
-        denoiser,
-        x,
-        sigma,
-        conditioning,
-        unconditional,
-        target,
-        [leaf],
-        rebuild,
-        settings.iterations,
-        on_iteration,
-        batch_size,
-    )
-
-
-def descend(
-    denoiser: Denoiser,
-    x: Tensor,
-    sigma: Tensor,
-    conditioning: Conditioning,
-    unconditional: Tensor,
-    target: float,
-    leaves: Sequence[Leaf],
-    rebuild: Callable[[Sequence[Tensor]], Conditioning],
-    iterations: int,
-    on_iteration: Callable[[int, float], None] = lambda iteration, loss: None,
-    batch_size: int | None = None,
-) -> Optimised:
-    """The loop itself, over any embeddings from which ``rebuild`` makes a conditioning; see :func:`optimise`."""
+    leaves, rebuild = movable(conditioning, settings.learning_rate)
     if not target > 0:
         raise ValueError(f"the target magnitude must be positive, not {target:g}")
     moving = [leaf.start.clone().requires_grad_(True) for leaf in leaves]
@@ -140,7 +118,7 @@ def descend(
     losses: list[float] = []
     worst: list[float] = []
     best, found, scale = 0, conditioning, LossScale()
-    for iteration in range(iterations + 1):
+    for iteration in range(settings.iterations + 1):
         taken = value_and_gradients(denoiser, x, sigma, unconditional, mixed, moving, batch_size, scale, target)
         losses.append(taken.loss)
         worst.append(float(taken.magnitudes.max()))
@@ -151,7 +129,7 @@ def descend(
         if iteration == 0 or worst[-1] < worst[best]:
             best, found = iteration, taken.conditioning
         on_iteration(iteration, losses[-1])
-        if worst[-1] <= target or iteration == iterations:
+        if worst[-1] <= target or iteration == settings.iterations:
             break
         for tensor, gradient in zip(moving, taken.gradients, strict=True):
             tensor.grad = gradient
@@ -164,17 +142,16 @@ def descend(
     return Optimised(conditioning.with_rows(rows, found.extras), tuple(losses), target, moved, (worst[0], worst[best]))
 
 
-def outcome_of(found: Optimised) -> Outcome:
+def apply(movable: Movable, model: Model, conditioning: Conditioning, start: Start, settings: Settings) -> Outcome:
+    """The mitigation that moves these embeddings."""
+
+    def work() -> Optimised:
+        given = (model, start.x, start.sigma, conditioning, start.base, start.target, settings)
+        return optimise(*given, batch_size=start.batch_size, movable=movable)
+
+    found = with_gradients(model, work, settings.checkpointing)
     details = {"losses": found.losses, "moved": found.moved, "reached": found.reached, "target": found.target}
     return Outcome(found.conditioning, *found.scores, details)
-
-
-def _apply(model: Model, conditioning: Conditioning, start: Start, settings: Settings) -> Outcome:
-    def work() -> Outcome:
-        given = (model, start.x, start.sigma, conditioning, start.base, start.target, settings)
-        return outcome_of(optimise(*given, batch_size=start.batch_size))
-
-    return with_gradients(model, work, settings.checkpointing)
 
 
 MITIGATIONS = (
@@ -184,7 +161,7 @@ MITIGATIONS = (
         touches="conditioning",
         cost="one forward and backward pass an iteration",
         settings=Settings,
-        work=_apply,
+        work=partial(apply, output_rows),
         release=(0, 1),
     ),
 )

@@ -9,71 +9,35 @@ in units of the embeddings' root mean square, which differs from encoder to enco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import torch
-from torch import Tensor
 
 from ..core.conditioning import Conditioning
-from ..core.denoiser import Denoiser, Model
-from ..core.gradients import with_gradients
-from . import Mitigation, Outcome, Start
-from .optimise_conditioning import Leaf, Optimised, Settings, descend, outcome_of
+from . import Mitigation, optimise_conditioning
+from .optimise_conditioning import Leaf, Rebuild, Settings
 
 LEARNING_RATE = 0.1  # of the embeddings' root mean square
 
 
-def optimise(
-    denoiser: Denoiser,
-    x: Tensor,
-    sigma: Tensor,
-    conditioning: Conditioning,
-    unconditional: Tensor,
-    target: float,
-    settings: Settings = Settings(),
-    on_iteration: Callable[[int, float], None] = lambda iteration, loss: None,
-    batch_size: int | None = None,
-) -> Optimised:
-    """x [B, C, H, W] at sigma [B]; ``unconditional`` is the denoised prediction there without the prompt.
+def input_embeddings(conditioning: Conditioning, learning_rate: float | None) -> tuple[Sequence[Leaf], Rebuild]:
+    """The embeddings that enter the text encoders, but for those of start tokens.
 
-    At most ``batch_size`` images share a pass. Returns the conditioning at which the worst image scores lowest.
-    Raises ValueError when the conditioning carries no way back through its encoder, a loss is not finite or the target
-    is not positive.
+    Raises ValueError when the conditioning carries no way back through its encoder.
     """
     reencoding = conditioning.reencoding
     if reencoding is None:
         raise ValueError("the text encoder is not at hand for this conditioning; use optimise-conditioning")
-    rate = settings.learning_rate or LEARNING_RATE
     leaves = []
     for given in reencoding.inputs:
         start = given.embeddings.detach().float()
         free = torch.tensor([token.role != "start" for token in given.tokens], device=start.device)[:, None]
-        leaves.append(Leaf(start, free, rate * float(start.square().mean().sqrt())))
-
-    def rebuild(moved: Sequence[Tensor]) -> Conditioning:
-        return conditioning.with_rows(*reencoding.encode(moved))
-
-    return descend(
-        denoiser,
-        x,
-        sigma,
-        conditioning,
-        unconditional,
-        target,
-        leaves,
-        rebuild,
-        settings.iterations,
-        on_iteration,
-        batch_size,
-    )
+        leaves.append(Leaf(start, free, (learning_rate or LEARNING_RATE) * float(start.square().mean().sqrt())))
+    return leaves, lambda moved: conditioning.with_rows(*reencoding.encode(moved))
 
 
-def _apply(model: Model, conditioning: Conditioning, start: Start, settings: Settings) -> Outcome:
-    def work() -> Outcome:
-        given = (model, start.x, start.sigma, conditioning, start.base, start.target, settings)
-        return outcome_of(optimise(*given, batch_size=start.batch_size))
-
-    return with_gradients(model, work, settings.checkpointing)
+optimise = partial(optimise_conditioning.optimise, movable=input_embeddings)
 
 
 MITIGATIONS = (
@@ -83,7 +47,7 @@ MITIGATIONS = (
         touches="conditioning",
         cost="one forward and backward pass an iteration, text encoder included",
         settings=Settings,
-        work=_apply,
+        work=partial(optimise_conditioning.apply, input_embeddings),
         release=(0, 1),
     ),
 )

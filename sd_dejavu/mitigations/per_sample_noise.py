@@ -20,18 +20,15 @@ from ..core.conditioning import Conditioning
 from ..core.denoiser import Denoiser, Model, Predictions, initial_latent
 from ..core.gradients import LossScale, scaled_gradients, together, with_gradients
 from ..core.memory import in_pieces
-from ..core.settings import option, validate
+from ..core.settings import Checked, option
 from ..detectors.magnitude import magnitude
 from . import Mitigation, Outcome, Start
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     noise_iterations: int = option(100, "largest number of updates of the noise", minimum=1, maximum=10000)
     noise_rate: float = option(0.01, "AdamW's learning rate for the noise", minimum=0, maximum=10, exclusive=True)
-
-    def __post_init__(self) -> None:
-        validate(self)
 
 
 @dataclass(frozen=True)

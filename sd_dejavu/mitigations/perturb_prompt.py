@@ -15,18 +15,15 @@ from typing import Literal, get_args
 
 from ..core.conditioning import Conditioning
 from ..core.denoiser import Model
-from ..core.settings import option, validate
+from ..core.settings import Checked, option
 from . import Mitigation, Outcome, Start
 
 Perturbation = Literal["random-word", "random-number", "repeat-word"]
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     insertions: int = option(4, "words put into the prompt", minimum=0, maximum=50)
-
-    def __post_init__(self) -> None:
-        validate(self)
 
 
 _WORDS = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").split()

@@ -14,19 +14,16 @@ from ..core import prompt_weights
 from ..core.conditioning import Conditioning
 from ..core.denoiser import Denoiser, Model
 from ..core.gradients import with_gradients
-from ..core.settings import option, validate
+from ..core.settings import Checked, option
 from ..explain import input_gradient, output_gradient
 from ..explain.leave_one_out import drop_word
 from . import Mitigation, Outcome, Start
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     max_words: int = option(3, "largest number of words to drop", minimum=1, maximum=100)
     keep: float = option(0.0, "weight the named word keeps: 0 drops it, 0.5 weakens it", minimum=0, maximum=0.95)
-
-    def __post_init__(self) -> None:
-        validate(self)
 
 
 @dataclass(frozen=True)

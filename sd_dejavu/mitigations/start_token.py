@@ -20,17 +20,14 @@ import torch
 from ..core.attention import AttentionRule
 from ..core.conditioning import Conditioning, TokenRow
 from ..core.denoiser import Model
-from ..core.settings import option, validate
+from ..core.settings import Checked, option
 from . import Mitigation, Outcome, Start
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     start_factor: float = option(1.25, "factor on the start token's attention logits", minimum=0, maximum=100)
     mask_padding: bool = option(True, "leave padding out of the attention")
-
-    def __post_init__(self) -> None:
-        validate(self)
 
 
 def is_padding(tokens: Sequence[TokenRow]) -> list[bool]:

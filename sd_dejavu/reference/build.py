@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..core.settings import option, validate
+from ..core.settings import Checked, option
 from ..kept import Resumable, is_finite, locked, write_tensors
 from .features import KINDS, Features, Staged
 from .images import ImageError, digest, open_image, thumbnail, to_tensor
@@ -43,7 +43,7 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class BuildSettings:
+class BuildSettings(Checked):
     """How a reference set is built, apart from its features."""
 
     near_threshold: float | None = option(
@@ -61,9 +61,6 @@ class BuildSettings:
     ignore_repeats: bool = option(False, "do not read folder names such as 10_cat as 'shown 10 times an epoch'")
     image_column: str = option("", "Parquet column that holds the images (default: image, jpg, png, ...)")
     caption_column: str = option("", "Parquet column that holds the captions (default: caption, text, prompt)")
-
-    def __post_init__(self) -> None:
-        validate(self)
 
 
 def near_threshold_of(features: Features, wanted: float | None = None) -> float:

@@ -25,9 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.settings import option, validate
+from ..core.settings import Checked, option
 from ..core.similarity import COPY_THRESHOLD, structure
 from ..kept import file_digest
+from ..kept.foreign import one_line
 from ..quiet import quiet
 from ..weights import digest, named, of_module, sampled
 
@@ -90,7 +91,7 @@ KINDS: dict[str, Kind] = {
 
 
 @dataclass(frozen=True)
-class FeatureSettings:
+class FeatureSettings(Checked):
     """Which features, and what they are made from."""
 
     features: str = option("pixels", "; ".join(f"{n}: {k.help}" for n, k in KINDS.items()), choices=tuple(KINDS))
@@ -108,9 +109,6 @@ class FeatureSettings:
         maximum=2048,
     )
     sscd_size: str = option("288", "sscd: short side 288, or 320 x 320 without regard to shape", choices=("288", "320"))
-
-    def __post_init__(self) -> None:
-        validate(self)
 
 
 class FeatureError(ValueError):
@@ -149,21 +147,16 @@ class Pixels(_InTwoSteps):
         return prepared.flatten(1)
 
 
-class Latents(_InTwoSteps):
+class Latents(Pixels):
     """Latents of the image reduced to ``side`` x ``side``, for the normalised L2 distance.
 
     ``encode`` takes images [B, 3, side, side] in 0..1 and gives latents [B, C, h, w]; ``name`` tells encoders apart.
     """
 
-    metric: Metric = "normalised L2"
-
     def __init__(self, encode: Callable[[Tensor], Tensor], name: str, side: int = _LATENTS_SIDE) -> None:
+        super().__init__(side)
         self._encode = encode
-        self.side = side
         self.name = f"latents {side} {name}"
-
-    def prepare(self, images: Tensor) -> Tensor:
-        return resized(images.float(), self.side, self.side)
 
     def embed(self, prepared: Tensor) -> Tensor:
         return self._encode(prepared).float().flatten(1)
@@ -316,7 +309,7 @@ def _torchscript(path: Path, device: str) -> Any:
             warnings.simplefilter("ignore")  # the only format in which SSCD is published, and an old one
             module = torch.jit.load(str(path), map_location=device)
     except (RuntimeError, ValueError) as error:
-        raise FeatureError(f"{path} cannot be loaded as TorchScript: {_first_line(error)}") from error
+        raise FeatureError(f"{path} cannot be loaded as TorchScript: {one_line(error)}") from error
     module.eval()
     for parameter in module.parameters():
         parameter.requires_grad_(False)
@@ -347,7 +340,7 @@ def _transformers_model(kind: str, weights: str, device: str) -> tuple[torch.nn.
     except FeatureError:
         raise
     except Exception as error:  # the loaders raise dozens of types; all mean that this is not a usable model
-        raise FeatureError(f"{weights} cannot be loaded as a {kind} vision model: {_first_line(error)}") from error
+        raise FeatureError(f"{weights} cannot be loaded as a {kind} vision model: {one_line(error)}") from error
     module.to(device).eval().requires_grad_(False)
     return module, preprocessing
 
@@ -390,7 +383,7 @@ def _autoencoder(weights: str, side: int | None, device: str) -> Latents:
         with quiet():
             module = chosen.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except Exception as error:  # as above
-        raise FeatureError(f"{folder} cannot be loaded as an autoencoder: {_first_line(error)}") from error
+        raise FeatureError(f"{folder} cannot be loaded as an autoencoder: {one_line(error)}") from error
     module = module.to(device).eval().requires_grad_(False)
 
     def encode(images: Tensor) -> Tensor:
@@ -412,10 +405,6 @@ def _check_rows(features: Features, weights: str, device: str) -> None:
         with torch.no_grad():
             rows = features(torch.linspace(0, 1, 3 * 48 * 64, device=device).view(1, 3, 48, 64))
     except Exception as error:  # whatever a network of another shape raises
-        raise FeatureError(f"{weights} does not take an image: {_first_line(error)}") from error
+        raise FeatureError(f"{weights} does not take an image: {one_line(error)}") from error
     if rows.ndim != 2 or rows.shape[0] != 1 or not torch.isfinite(rows).all():
         raise FeatureError(f"{weights} does not give one row of finite numbers for one image: it is not such a network")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0][:300]

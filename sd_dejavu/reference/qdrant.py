@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..kept.foreign import one_line
 from .reference_set import NEIGHBOURHOOD, Neighbours, ReferenceSet, neighbourhood
 
 if TYPE_CHECKING:
@@ -145,8 +146,7 @@ class QdrantSearch:
         except ValueError:
             raise
         except Exception as error:  # the client passes on whatever its transports raise
-            said = (str(error).strip() or type(error).__name__).split("\n")[0][:300]
-            raise ValueError(f"Qdrant at {self._place} cannot be used: {said}") from error
+            raise ValueError(f"Qdrant at {self._place} cannot be used: {one_line(error)}") from error
 
 
 def is_address(place: str) -> bool:

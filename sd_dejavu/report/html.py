@@ -25,8 +25,8 @@ class Mitigated:
     """The same prompt run again under one mitigation.
 
     ``prompt`` is the new text where the method changes it. ``similarity`` compares the new images
-    with the training image, ``moved`` is the distance the conditioning was moved by, relative to its norm, ``losses``
-    has one value an optimisation step, and the caption scores tell what the prompt lost.
+    with the training image, ``moved`` is the distance the conditioning was moved by, relative to its norm, and ``losses``
+    has one value an optimisation step.
     """
 
     method: str
@@ -36,8 +36,6 @@ class Mitigated:
     similarity: float | None = None
     losses: Sequence[float] = ()
     moved: float | None = None
-    caption_score_before: float | None = None
-    caption_score_after: float | None = None
     note: str = ""
 
 
@@ -141,8 +139,6 @@ def _rows(case: Case, after: Mitigated) -> list[tuple[str, str, str]]:
         rows.append(("p", _p(case.verdict), _p(after.verdict)))
     if after.similarity is not None:
         rows.append(("Similarity", _shown(case.similarity, 2), _shown(after.similarity, 2)))
-    if after.caption_score_after is not None:
-        rows.append(("Caption score", _shown(after.caption_score_before, 2), _shown(after.caption_score_after, 2)))
     return rows
 
 

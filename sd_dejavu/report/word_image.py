@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..core.conditioning import split_words
-from ..core.verdict import Explanation, Verdict
+from ..core.verdict import Verdict
 from .image import Pixels
 from .wording import sentence, top_words_text
 
@@ -27,7 +27,7 @@ def word_image(verdict: Verdict, notes: Sequence[str] = ()) -> Pixels:
     lines = [[(word, 0.0) for word in line] for line in _wrapped(sentence(verdict).split())]
     lines += [[]]
     explanation = verdict.explanation
-    shares = _shares(explanation) if explanation else {}
+    shares = {word.start: word.significance for word in explanation.words} if explanation else {}
     prompt = [(word.text, shares.get(word.start, 0.0)) for word in split_words(verdict.prompt)]
     if not prompt and explanation:
         prompt = [(word.text, word.significance) for word in explanation.words]
@@ -68,10 +68,6 @@ def _drawn(word: str) -> Image.Image:
     shape = Image.new("L", (min(WIDTH, round(_length(word))) + 2 * MARGIN, LINE))
     ImageDraw.Draw(shape).text((MARGIN, 0), word, fill=255, font=_font())
     return shape
-
-
-def _shares(explanation: Explanation) -> dict[int, float]:
-    return {word.start: word.significance for word in explanation.words}
 
 
 def _wrapped(words: list[str]) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Context, Decimal
 from typing import TYPE_CHECKING
 
@@ -98,6 +99,14 @@ def misfit(prompts: str = "prompts", advice: str = "calibrate with prompts like 
         f"The ordinary prompts are stranger to this model than your {prompts}, so p-values are too large and too little is "
         f"flagged: {advice}."
     )
+
+
+def skipped(images: Sequence[Mapping[str, str]], listed_in: object, most: int = 10) -> list[str]:
+    """Lines on images that could not be used (name and reason of each); none where all could."""
+    if not images:
+        return []
+    more = [f"  and {len(images) - most} more, all listed in {listed_in}"] if len(images) > most else []
+    return [f"{len(images)} images skipped:", *(f"  {one['name']}: {one['reason']}" for one in images[:most]), *more]
 
 
 def changed(outcome: Outcome) -> str:

@@ -14,18 +14,18 @@ from ..core.conditioning import Baseline, Conditioning
 from ..core.denoiser import Model, initial_latent
 from ..core.memory import one_by_one
 from ..core.sampling import Guidance, first_readings
-from ..core.settings import option, validate
+from ..core.settings import Checked, option
 from ..core.trace import NotMeasured
 from ..core.verdict import Explanation, Verdict
 from ..detectors import scores
 from ..detectors.magnitude import magnitude, rounding
 from ..mitigations import Outcome
 from .judge import judge
-from .reference import Run, sample_prompt, sample_prompts
+from .reference import Run, sample_prompts, sampled
 
 
 @dataclass(frozen=True)
-class Measurement:
+class Measurement(Checked):
     """Settings of a measurement, the same in every front end."""
 
     score: str = option("first step", "which evaluations the score averages", choices=tuple(scores()))
@@ -40,9 +40,6 @@ class Measurement:
     alpha: float = option(
         ALPHA_DEFAULT, "flag a prompt when its p-value is at most this", minimum=0, maximum=1, exclusive=True
     )
-
-    def __post_init__(self) -> None:
-        validate(self)
 
 
 @dataclass(frozen=True)
@@ -188,8 +185,8 @@ def sampled_with(model: Model, outcome: Outcome, x: Tensor, wanted: Measurement,
     start = x if outcome.x is None else outcome.x
     rule = None if outcome.rule is None else outcome.rule()
     guidance, sigmas = guidance_of(model, wanted), model.sigmas(wanted.steps)
-    empty = model.encode("")
-    run = sample_prompt(model, outcome.conditioning, guidance, start, sigmas, rule, batch_size, wanted.baseline, empty)
+    given, empty = [outcome.conditioning], model.encode("")
+    (run,) = sampled(model, given, guidance, start, sigmas, rule, batch_size, wanted.baseline, empty)
     return _measured(run, outcome.conditioning.prompt, wanted)
 
 

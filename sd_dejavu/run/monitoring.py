@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from ..calibration.profile import ALPHA_DEFAULT
 from ..core.conditioning import Baseline, Conditioning
-from ..core.settings import option, validate
+from ..core.settings import Checked, option
 from ..detectors import scores
 from ..mitigations import Mitigation, available
 
@@ -29,7 +29,7 @@ def method_for(name: str, conditioning: Conditioning) -> Mitigation:
 
 
 @dataclass(frozen=True)
-class Monitoring:
+class Monitoring(Checked):
     """Settings of a monitor, the same in every host."""
 
     baseline: Baseline = option(
@@ -56,9 +56,6 @@ class Monitoring:
     alpha: float = option(
         ALPHA_DEFAULT, "flag an image when its p-value is at most this", minimum=0, maximum=1, exclusive=True
     )
-
-    def __post_init__(self) -> None:
-        validate(self)
 
     @property
     def deciding(self) -> str:

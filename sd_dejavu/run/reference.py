@@ -94,29 +94,13 @@ def sample_prompts(
     for part in batches(sharing(conditionings), 1, max(1, batch_size // images)):
         prompts = [prompt for prompt, _ in part]
         chosen = [conditionings[p] for p in prompts]
-        found = _sampled(denoiser, chosen, guidance, x, path, None, batch_size, baseline, empty)
+        found = sampled(denoiser, chosen, guidance, x, path, None, batch_size, baseline, empty)
         runs.update(zip(prompts, found, strict=True))
         on_prompts(len(prompts))
     return [runs[p] for p in range(len(conditionings))]
 
 
-def sample_prompt(
-    denoiser: Denoiser,
-    conditioning: Conditioning,
-    guidance: Guidance,
-    x: Tensor,
-    sigmas: Sequence[float],
-    rule: GuidanceRule | None,
-    batch_size: int,
-    baseline: Baseline | None = None,
-    empty: Conditioning | None = None,
-) -> Run:
-    """One prompt from x [images, C, H, W] at ``sigmas[0]``, under a rule in the place of plain guidance."""
-    (run,) = _sampled(denoiser, [conditioning], guidance, x, sigmas, rule, batch_size, baseline, empty)
-    return run
-
-
-def _sampled(
+def sampled(
     denoiser: Denoiser,
     conditionings: Sequence[Conditioning],
     guidance: Guidance,
@@ -124,10 +108,11 @@ def _sampled(
     sigmas: Sequence[float],
     rule: GuidanceRule | None,
     batch_size: int,
-    baseline: Baseline | None,
-    empty: Conditioning | None,
+    baseline: Baseline | None = None,
+    empty: Conditioning | None = None,
 ) -> list[Run]:
-    """Prompts that may share a batch, each from x [images, C, H, W]."""
+    """Prompts that may share a batch, each from x [images, C, H, W] at ``sigmas[0]``, under a rule in the place of plain
+    guidance."""
     images = x.shape[0]
     wanted = Monitoring(baseline=baseline or guidance.kind, explain="never")
     states = [

@@ -91,9 +91,14 @@ class RunState:
         found.trace = self.trace.so_far()
         return found
 
-    def mitigated(self, outcome: Outcome) -> None:
-        """From here on another conditioning is sampled: its readings go into a trace of their own."""
-        self.outcome, self.before = outcome, self.trace
+    def mitigated(self, outcome: Outcome | None) -> None:
+        """From here on the run goes on otherwise: its readings go into a trace of their own.
+
+        ``outcome`` is None where another monitor of this run has brought that about.
+        """
+        if outcome is None:
+            self.note("another monitor mitigates this run: the score is of the step before it did")
+        self.outcome, self.before = outcome or self.outcome, self.before or self.trace
         self.begin_again()
 
     def find_words(self, model: Model, conditioning: Conditioning, at: Beginning) -> None:
@@ -142,8 +147,13 @@ class RunState:
         return method.apply(model, conditioning, start, method.settings())
 
     def verdicts(self, kind: str | None = None) -> list[Verdict]:
-        """A verdict for each image, on the conditioning that came in; one without a score when nothing was read."""
-        return self._judge(self.before or self.trace, kind or self.monitoring.score)
+        """A verdict for each image, on the conditioning that came in; one without a score when nothing was read.
+
+        Of a run that was mitigated, by the score that decides: no other step had that conditioning.
+        """
+        if self.before is not None:
+            return self._judge(self.before, self.monitoring.deciding)
+        return self._judge(self.trace, kind or self.monitoring.score)
 
     def is_flagged(self) -> bool:
         """Whether any image is flagged at the first step. Waits for that step alone."""

@@ -23,6 +23,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -34,7 +35,7 @@ from torch import Tensor
 
 from ..calibration.calibrate import PROMPTS_A_SEED
 from ..calibration.misfit import stranger_nulls
-from ..core.settings import by_id, option, validate
+from ..core.settings import Checked, by_id, option
 from ..core.statistics import benjamini_hochberg, spread
 from ..kept import digest_of, json_digest
 from ..reference.build import embed
@@ -55,7 +56,7 @@ NEAREST_SHOWN = 5  # near duplicates that are named
 
 
 @dataclass(frozen=True)
-class AuditSettings:
+class AuditSettings(Checked):
     """How a training set is audited, apart from how a prompt is measured."""
 
     false_discovery_rate: float = option(
@@ -75,7 +76,7 @@ class AuditSettings:
     )
 
     def __post_init__(self) -> None:
-        validate(self)
+        super().__post_init__()
         if self.partition % PROMPTS_A_SEED:
             raise ValueError(f"partition must be a multiple of {PROMPTS_A_SEED}, not {self.partition}")
 
@@ -174,6 +175,11 @@ class Judged:
     p: tuple[float | None, ...]
     q: tuple[float | None, ...]
 
+    @classmethod
+    def of(cls, p: Sequence[float | None]) -> Judged:
+        q = iter(benjamini_hochberg([value for value in p if value is not None]))
+        return cls(tuple(p), tuple(None if value is None else next(q) for value in p))
+
     def named(self, rate: float) -> list[bool | None]:
         return [None if q is None else q <= rate for q in self.q]
 
@@ -182,9 +188,7 @@ def judged(scores: Sequence[float | None], nulls: Sequence[float]) -> Judged:
     """Conformal p-values of the scores among those of ordinary prompts, and their q-values."""
     ordered = np.sort(np.asarray(nulls, dtype=float))
     above = [None if score is None else len(ordered) - int(np.searchsorted(ordered, score)) for score in scores]
-    p = [None if count is None else (1 + count) / (len(ordered) + 1) for count in above]
-    q = iter(benjamini_hochberg([value for value in p if value is not None]))
-    return Judged(tuple(p), tuple(None if value is None else next(q) for value in p))
+    return Judged.of([None if count is None else (1 + count) / (len(ordered) + 1) for count in above])
 
 
 def least_named(captions: int, nulls: int, rate: float) -> int:
@@ -343,7 +347,8 @@ def audit(
         case_tasks[BASE] = _caption_tasks(subject, cases, BASE, wanted)
     null_tasks = {v: _null_tasks(subject, ordinary, v, wanted, work.wanted.seed) for v in case_tasks}
     every = [task for v in case_tasks for task in (*null_tasks[v], *case_tasks[v])]
-    _finish(every, "measuring", load, work, ledger, engine, on_progress)
+    finish = partial(_finish, load=load, work=work, ledger=ledger, engine=engine, on_progress=on_progress)
+    finish(every, "measuring")
 
     on_base: list[dict[str, Any]] = list(ledger.values(case_tasks[BASE])) if counts == "gain" else [{}] * len(cases)
     base_cases = [counted(value, counts) for value in on_base]
@@ -365,9 +370,7 @@ def audit(
         scores, found = judged_on(variant, base_cases if swept_all else [base_cases[number] for number in sweep])
         if swept_all:  # judged as the others are: among the sample
             scores = [scores[number] for number in sweep]
-            p = [found.p[number] for number in sweep]
-            q = iter(benjamini_hochberg([value for value in p if value is not None]))
-            found = Judged(tuple(p), tuple(None if value is None else next(q) for value in p))
+            found = Judged.of([found.p[number] for number in sweep])
         known = [score for score in scores if score is not None]
         named = sum(bool(one) for one in found.named(wanted.false_discovery_rate))
         return Point(strength, epoch, len(known), named, float(np.median(known)) if known else None)
@@ -376,9 +379,10 @@ def audit(
     scores, found = judged_on(final, base_cases)
     ranked = [(-np.inf if score is None else score) for score in scores]
     order = sorted(range(len(cases)), key=lambda n: (-ranked[n], n))
-    prompts = dict.fromkeys(cases[n].caption for n in order if "why" not in values[n])
-    seen = _drawn(list(prompts)[: wanted.worst], final, load, work, ledger, engine, on_progress)
-    judge = _Judge(subject, seen)
+    prompts = list(dict.fromkeys(cases[n].caption for n in order if "why" not in values[n]))[: wanted.worst]
+    drawing = [Task("images", final, number, (prompt,), words=True) for number, prompt in enumerate(prompts)]
+    finish(drawing, "drawing")
+    judge = _Judge(subject, dict(zip(prompts, ledger.values(drawing), strict=True)))
     named = found.named(wanted.false_discovery_rate)
     rows = {
         (case.caption, case.row): judge.row(case, value, base, score, p, q, flag)
@@ -492,28 +496,10 @@ def _finish(
             on_progress(stage, done, total)
 
 
-def _drawn(
-    prompts: Sequence[str],
-    variant: Variant,
-    load: Callable[[Variant], Trained],
-    work: Work,
-    ledger: Ledger,
-    engine: Engine,
-    on_progress: Progress,
-) -> dict[str, dict[str, Any]]:
-    tasks = [Task("images", variant, number, (prompt,), words=True) for number, prompt in enumerate(prompts)]
-    _finish(tasks, "drawing", load, work, ledger, engine, on_progress)
-    return dict(zip(prompts, ledger.values(tasks), strict=True))
-
-
 class _Judge:
     """Puts together what is known of one training image."""
 
-    def __init__(
-        self,
-        subject: Subject,
-        seen: dict[str, dict[str, Any]],
-    ) -> None:
+    def __init__(self, subject: Subject, seen: dict[str, dict[str, Any]]) -> None:
         self._reference, self._features = subject.reference, subject.features
         self._drawn = {
             caption: tuple(base64.b64decode(data) for data in found["images"]) for caption, found in seen.items()

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from ..core.settings import option, validate
+from ..core.settings import Checked, option
 from .tasks import Bench, Engine, Task, Trained, Variant, Work
 
 
 @dataclass(frozen=True)
-class Cluster:
+class Cluster(Checked):
     """Where a Ray audit runs."""
 
     workers: int = option(1, "model replicas", minimum=1, maximum=10_000)
@@ -27,9 +27,6 @@ class Cluster:
         "", "address of a running cluster, such as ray://host:10001 or auto (default: this machine)"
     )
     gpus_a_worker: float = option(0.0, "GPUs for each replica; parts of one are possible", minimum=0, maximum=16)
-
-    def __post_init__(self) -> None:
-        validate(self)
 
 
 class Worker:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ..core.schedule import Schedule
-from ..core.settings import option, validate
+from ..core.settings import Checked, option
 from ..detectors.magnitude import magnitude_of_noise_predictions
 
 PUBLISHED_NUMEL = 4 * 64 * 64
@@ -40,7 +40,7 @@ Reason = Literal["at or above the threshold", "above the quantile", "not finite"
 
 
 @dataclass(frozen=True)
-class FilterSettings:
+class FilterSettings(Checked):
     """Which samples are left out of the loss."""
 
     filter: str = option(
@@ -73,7 +73,7 @@ class FilterSettings:
     )
 
     def __post_init__(self) -> None:
-        validate(self)
+        super().__post_init__()
         if self.filter_warm_up > self.filter_history:
             raise ValueError(
                 f"filter warm up must be at most filter history ({self.filter_history}), not {self.filter_warm_up}: "

@@ -12,7 +12,6 @@ import csv
 import io
 import json
 import shutil
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -28,7 +27,7 @@ from safetensors.torch import load_file
 
 from ..core.conditioning import Conditioning, stack
 from ..core.schedule import Schedule
-from ..core.settings import option, validate
+from ..core.settings import Checked, option
 from ..kept import (
     PARTIAL,
     Resumable,
@@ -85,7 +84,7 @@ class Stopped(Exception):
 
 
 @dataclass(frozen=True)
-class FinetuneSettings:
+class FinetuneSettings(Checked):
     """How a UNet is fine-tuned, apart from the filter."""
 
     rank: int | None = option(
@@ -113,9 +112,6 @@ class FinetuneSettings:
     save_every: int = option(1, "save the result every so many epochs", minimum=1)
     state_every: int = option(500, "optimizer steps between the states from which a stopped run goes on", minimum=1)
     seed: int = option(0, "seed of everything random", minimum=0, maximum=2**63 - 1)
-
-    def __post_init__(self) -> None:
-        validate(self)
 
 
 @dataclass(frozen=True)
@@ -461,7 +457,7 @@ class _Captions:
 
     def __init__(self, model: Trainable, size: tuple[int, int]) -> None:
         self._model, self._size = model, size
-        self._known: OrderedDict[str, Conditioning] = OrderedDict()
+        self._of = lru_cache(_KNOWN_CAPTIONS)(self._encoded)
         self._empty = self._encoded("")
 
     def together(self, captions: Sequence[str]) -> tuple[Conditioning, Conditioning]:
@@ -469,14 +465,6 @@ class _Captions:
         found = [self._of(caption) for caption in captions]
         rows = max(c.rows.shape[1] for c in found)
         return stack([self._filled(c, rows) for c in found]), self._filled(self._empty, rows)
-
-    def _of(self, caption: str) -> Conditioning:
-        if caption not in self._known:
-            self._known[caption] = self._encoded(caption)
-            if len(self._known) > _KNOWN_CAPTIONS:
-                self._known.popitem(last=False)
-        self._known.move_to_end(caption)
-        return self._known[caption]
 
     def _encoded(self, caption: str) -> Conditioning:
         made = self._model.encode(caption, self._size)

@@ -24,13 +24,14 @@ WIDGETS = {"STRING", "INT", "FLOAT", "BOOLEAN", "COMBO"}
 
 @dataclass(frozen=True)
 class Slot:
-    """An input or an output; ``given`` is all else that the node says of it."""
+    """An input or an output; ``label`` is its name as it is shown, ``given`` all else that the node says of it."""
 
     name: str
     type: str
     tooltip: str
     is_optional: bool
     given: dict[str, Any]
+    label: str
 
     @property
     def id(self) -> str:
@@ -129,7 +130,7 @@ class _Api:
 
 def _kind(type_: str) -> Any:
     def slot(name: str = "", display_name: str = "", tooltip: str = "", optional: bool = False, **given: Any) -> Slot:
-        return Slot(name, type_, tooltip, optional, given)
+        return Slot(name, type_, tooltip, optional, given, display_name or name.replace("_", " "))
 
     def output(display_name: str = "", **given: Any) -> Slot:
         return slot(display_name or type_, **given)

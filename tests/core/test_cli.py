@@ -24,7 +24,7 @@ from sd_dejavu.calibration.profile import Profile
 from sd_dejavu.cli import demo, mitigate
 from sd_dejavu.cli.common import from_arguments
 from sd_dejavu.cli.main import main, parser
-from sd_dejavu.core.settings import option, validate
+from sd_dejavu.core.settings import Checked, option
 from sd_dejavu.core.verdict import Verdict
 from sd_dejavu.demo import bundled
 from sd_dejavu.demo.evaluation import held_out_pairs
@@ -614,7 +614,7 @@ def test_output_and_input_are_utf8_whatever_the_code_page(monkeypatch):
 
 
 @dataclass(frozen=True)
-class Colliding:
+class Colliding(Checked):
     """Settings of a method that shares the names of others and of the command itself."""
 
     steps: int = option(3, "shared with the measurement", minimum=1, maximum=9)
@@ -622,9 +622,6 @@ class Colliding:
     prompts: int = option(5, "shared with what has no flag", minimum=1, maximum=9)
     out: bool = option(False, "shared with the command")
     own: float = option(0.5, "its own", minimum=0, maximum=1)
-
-    def __post_init__(self):
-        validate(self)
 
 
 def test_methods_may_share_the_names_of_their_settings(capsys, monkeypatch):

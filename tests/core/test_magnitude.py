@@ -8,7 +8,7 @@ from hand_made import LinearDenoiser, v_scale
 
 from sd_dejavu.core.conditioning import Conditioning
 from sd_dejavu.core.denoiser import Predictions, seeded_noise
-from sd_dejavu.detectors.magnitude import magnitude, magnitude_of_noise_predictions, squared_difference_map
+from sd_dejavu.detectors.magnitude import difference, magnitude, magnitude_of_noise_predictions, over_channels
 
 
 def with_and_without(denoiser: LinearDenoiser, sigma: float, images: int = 3) -> tuple[Predictions, torch.Tensor]:
@@ -47,7 +47,7 @@ def test_half_precision_predictions_do_not_overflow() -> None:
 def test_the_map_times_the_channels_sums_to_the_squared_magnitude() -> None:
     conditional, unconditional = seeded_noise((4, 5, 6), 0, 2), seeded_noise((4, 5, 6), 1, 2)
     predictions = Predictions(conditional, unconditional, torch.tensor([0.5, 3.0]))
-    found = squared_difference_map(predictions)
+    found = over_channels(difference(predictions))
     assert found.shape == (2, 5, 6)
     torch.testing.assert_close(4 * found.sum(dim=(1, 2)), magnitude(predictions) ** 2)
     one = (conditional - unconditional)[1, :, 2, 3] / 3

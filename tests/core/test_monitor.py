@@ -121,6 +121,21 @@ def test_a_mitigation_keeps_the_verdict_on_what_came_in() -> None:
     assert document["setting"]["sigma"] == 14.6
 
 
+@pytest.mark.parametrize("by_another", [True, False])
+@pytest.mark.parametrize("score", ["first 5 steps", "all steps"])
+def test_no_score_mixes_what_came_before_a_mitigation_with_what_came_after(score: str, by_another: bool) -> None:
+    found = RunState(Monitoring(score=score))
+    found.trace.record(predictions(3.0))
+    changed = Outcome(Conditioning(torch.zeros(1, 2, 4)), 3.0, 0.3, {})
+    found.mitigated(None if by_another else changed)
+    for _ in range(5):
+        found.trace.record(predictions(0.3))
+    (verdict,) = found.verdicts()
+    assert verdict.score == pytest.approx(3.0) and verdict.score_kind == "first step"
+    assert any("another monitor" in note for note in found.notes) == by_another
+    assert (found.outcome is None) == by_another
+
+
 @pytest.mark.parametrize(
     ("score", "needed"),
     [("first step", [True, False, False]), ("first 5 steps", [True, True, False]), ("all steps", [True] * 3)],

@@ -20,7 +20,7 @@ from sd_dejavu.core.denoiser import (
 )
 from sd_dejavu.core.sampling import Guidance, batches, first_step, predict, sample
 from sd_dejavu.core.trace import Trace
-from sd_dejavu.run.reference import sample_prompt, sample_prompts
+from sd_dejavu.run.reference import sample_prompts, sampled
 
 ABAR = [0.05, 0.3, 0.7, 0.95, 1.0]
 SIGMAS = [((1 - a) / a) ** 0.5 for a in ABAR]
@@ -90,9 +90,9 @@ def test_a_negative_prompt_is_measured_as_such_or_beside_the_empty_one() -> None
     prompt, negative, empty = conditioning(1), conditioning(2), conditioning(3)
     x = seeded_noise((1, 2, 2), 0, 1)
     network, guidance = LinearDenoiser(), Guidance(negative, is_negative_prompt=True)
-    first = sample_prompt(network, prompt, guidance, x, SIGMAS, None, 1)
+    (first,) = sampled(network, [prompt], guidance, x, SIGMAS, None, 1)
     assert len(network.calls) == 8
-    second = sample_prompt(network, prompt, guidance, x, SIGMAS, None, 1, "empty prompt", empty)
+    (second,) = sampled(network, [prompt], guidance, x, SIGMAS, None, 1, "empty prompt", empty)
     assert len(network.calls) == 8 + 12  # one evaluation more at each step
     named, beside = first.trace, second.trace
     assert (named.baseline, beside.baseline) == ("negative prompt", "empty prompt")

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import pytest
 
-from sd_dejavu.core.settings import Option, named, of_page, of_text, option, options_of, validate
+from sd_dejavu.core.settings import Checked, Option, named, of_page, of_text, option, options_of
 
 
 @dataclass(frozen=True)
-class Example:
+class Example(Checked):
     steps: int = option(10, "how many", minimum=1, maximum=100)
     learning_rate: float = option(0.5, "how fast", minimum=0, maximum=1, exclusive=True)
     floor: float = option(0.0, "from below", minimum=-1)
@@ -21,9 +21,6 @@ class Example:
     way: str = option("up", "where to", choices=("up", "down"))
     loud: bool = option(False, "say more")
     title: str = option("", "what it is called")
-
-    def __post_init__(self) -> None:
-        validate(self)
 
 
 def test_options_come_in_order_with_name_kind_and_range() -> None:

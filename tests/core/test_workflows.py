@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -183,23 +181,12 @@ def test_both_calibration_workflows_fit_together() -> None:
     assert calibrating["DejaVuCalibrate"][4] == "" and watching["DejaVuMonitor"][0] == "empty prompt"
 
 
-# --------------------------------------------------------------------------------- help pages and texts
+# --------------------------------------------------------------------------------- help pages and names
 
 
-# The host shows what a method declares; help pages and texts take it in with the release that brings the method.
+# The host shows what a method declares; help pages take it in with the release that brings the method.
 NEW = [method for method in available().values() if method.release == NEXT_RELEASE]
 UNRELEASED = {known.name for method in NEW for known in options_of(method.settings)}
-
-
-def shown(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def released(tooltip: str) -> str:
-    """Without what a list of the methods says of the new ones."""
-    for method in NEW:
-        tooltip = tooltip.replace(f"; {method.name}: {method.help}", "")
-    return tooltip
 
 
 @pytest.mark.parametrize("node", list(declared().values()), ids=list(declared()))
@@ -208,36 +195,18 @@ def test_every_node_has_a_help_page_that_names_its_slots(node: Node) -> None:
     sections = {part.split("\n", 1)[0]: part for part in page.split("\n## ")}
     for heading, slots in (("Inputs", node.inputs), ("Outputs", node.outputs)):
         rows = [line.split("|")[1].strip() for line in sections[heading].splitlines() if line.startswith("|")]
-        assert rows[2:] == [shown(s.name) for s in slots if s.name not in UNRELEASED or shown(s.name) in rows], heading
+        assert rows[2:] == [s.label for s in slots if s.name not in UNRELEASED or s.label in rows], heading
     assert {"How to wire it", "What to know"} <= sections.keys()
 
 
-@cache
-def texts() -> dict[str, Any]:
-    return json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
-
-
-@pytest.mark.parametrize("node", list(declared().values()), ids=list(declared()))
-def test_the_texts_are_those_of_the_source(node: Node) -> None:
-    """The front end shows these instead of the source's, so they must not fall behind."""
-    written = texts()[node.id]
-    inputs = [i for i in node.inputs if i.name not in UNRELEASED or i.name in written["inputs"]]
-    assert written == {
-        "display_name": node.display_name,
-        "description": node.description,
-        "inputs": {i.name: {"name": shown(i.name), "tooltip": released(i.tooltip)} for i in inputs},
-        "outputs": {str(n): {"name": o.name, "tooltip": o.tooltip} for n, o in enumerate(node.outputs)},
+def test_older_front_ends_show_the_names_of_the_source() -> None:
+    """The front end of ComfyUI 0.3 knows an input's other name from this file alone; all else is told by the source."""
+    written = json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
+    unreleased = UNRELEASED - {name for node in written.values() for name in node["inputs"]}
+    names = {
+        n.id: {i.name: {"name": i.label} for i in n.inputs if i.label != i.name and i.name not in unreleased}
+        for n in declared().values()
     }
-
-
-def test_the_texts_hold_nothing_that_the_front_end_would_interpret() -> None:
-    assert texts().keys() == declared().keys()
-    assert not set("@{}|") & set("".join(_strings(texts())))
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    else:
-        for part in value.values():
-            yield from _strings(part)
+    assert written == {node: {"inputs": inputs} for node, inputs in names.items() if inputs}
+    assert written["DejaVuMonitor"]["inputs"]["without"] == {"name": "baseline"}
+    assert not set("@{}|") & {c for inputs in names.values() for one in inputs.values() for c in one["name"]}

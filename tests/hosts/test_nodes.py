@@ -248,6 +248,25 @@ def test_the_trigger_is_named_in_the_run(comfy: ComfyServer) -> None:
     assert verdict["view"] == "confirmed gradient"
 
 
+@pytest.mark.parametrize("remedy", ["remove-trigger", "guidance-transition"])
+@pytest.mark.parametrize("score", ["all steps", "first 5 steps"])
+def test_a_monitor_within_one_that_mitigates_gives_no_mixed_score(
+    comfy: ComfyServer, memorised: str, remedy: str, score: str
+) -> None:
+    graph = demo(memorised, steps=6)
+    (alone,) = report(comfy, watched(graph))["verdicts"]
+    inner = watched(demo(memorised, steps=6), score=score, explain="always")
+    outer = {**inner["monitor"]["inputs"], "when_flagged": "mitigate", "remedy": remedy, "score": "first step"}
+    graphs.splice(inner, "monitor", "model", "outer", node("DejaVuMonitor", **outer))
+    document = report(comfy, inner)
+    (verdict,) = document["verdicts"]
+    assert verdict["score"] == pytest.approx(alone["score"], rel=1e-5) and verdict["score_kind"] == "first step"
+    assert verdict["score_per_step"][0] == pytest.approx(alone["score_per_step"][0], rel=1e-5)
+    assert len(verdict["score_per_step"]) == 1
+    assert [word["text"] for word in verdict["words"]] == memorised.split()
+    assert document["mitigation"] is None and "another monitor mitigates this run" in document["notes"][0]
+
+
 @pytest.mark.parametrize("remedy", ["optimise", "remove-trigger"])
 def test_a_flagged_run_goes_on_with_another_conditioning(comfy: ComfyServer, memorised: str, remedy: str) -> None:
     document = report(comfy, watched(demo(memorised, steps=2), when_flagged="mitigate", remedy=remedy))

@@ -34,7 +34,7 @@ from . import graph
 from .attention import attending
 from .evaluation import covers, guided_step, level_of, negative_of, unconditional_of
 from .model import ComfyModel, as_host, as_images, fingerprint, remember_beginning, why_no_images
-from .run_options import forget_steps, in_guidance
+from .run_options import AGAIN, forget_steps, in_guidance
 from .setting import kind_of, negative_name, profile_for, setting_of
 from .text import SOURCE, Source, conditioning_of, empty_prompt
 
@@ -103,6 +103,7 @@ class Run:
         self.sigmas: Readout | None = None
         self._no_images = why_no_images(noise)
         self._level: float | None = None  # of this evaluation's noise, where a conditioning has a range
+        self._given: list[dict[str, Any]] = []  # the host's conditioning at the first evaluation
         self._kind: Unconditional | None = None  # what the host's negative conditioning was found to be
         self._attention: AttentionRule | None = None
         self._cond: Tensor | None = None  # what guidance gave at this evaluation
@@ -133,7 +134,7 @@ class Run:
         return model.of_the_host(negative), self._negative_kind()
 
     def words(self, state: RunState, model: ComfyModel) -> Conditioning | None:
-        entries = self._positive
+        entries = self._given  # another monitor may have changed them since
         if len(entries) != 1:
             state.note(f"the prompt is combined from {len(entries)} conditionings, so its words are not told apart")
             return None
@@ -185,7 +186,10 @@ class Run:
         """One evaluation of the host, and what the controller makes of it."""
         self._level = level_of(self._guider.conds, sigma)
         self._x, self._options = x, options
+        if AGAIN in options:
+            self.state.mitigated(None)
         if not self.evaluations:
+            self._given = self._positive
             with self.controller.faults():
                 self._name_source()
         denoised: Tensor = executor(x, sigma, attending(options, self._attention), seed)
@@ -203,7 +207,7 @@ class Run:
                 entry = self.model(self.state).entry_with(changed, as_images(x))
                 self._guider.conds["positive"], self._attention = [entry], changed.attention
             forget_steps(options)
-            denoised = executor(x, sigma, attending(options, self._attention), seed)
+            denoised = executor(x, sigma, {**attending(options, self._attention), AGAIN: True}, seed)
             with self.controller.faults():
                 self._handed_over(x, sigma)
         return denoised
@@ -224,6 +228,7 @@ class Run:
         self.controller.end(finished)
         self._guider = self._x = self._cond = self._uncond = self.sigmas = self._attention = None
         self._options = {}
+        self._given = []
 
     def read(self, arguments: dict[str, Any]) -> None:
         """The last function after guidance: both predictions, where it tells them."""

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 _POST_CFG = "sampler_post_cfg_function"
+AGAIN = "dejavu_again"  # key in the options of an evaluation that a monitor has made again, otherwise
 _CACHE = "easycache"  # of the host's EasyCache and LazyCache, for their state and for their wrappers
 
 Function = Callable[[dict[str, Any]], Any]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...core.memory import OutOfMemory, ran_out, too_large
 from ...demo.bundled import FOLDER as BUNDLED
+from ...kept.foreign import one_line
 from ...quiet import quiet
 from . import ModelError
 from .adapter import DiffusersModel
@@ -66,8 +67,7 @@ def load(
     except Exception as error:  # the loaders raise dozens of types; all mean that this is not a usable model
         if ran_out(error):
             raise OutOfMemory(f"{name} does not fit: {too_large(error)}") from error
-        first_line = str(error).strip().split("\n")[0][:300]
-        raise ModelError(f"{name} cannot be loaded: {first_line}") from error
+        raise ModelError(f"{name} cannot be loaded: {one_line(error)}") from error
 
 
 def _device(name: str) -> torch.device:
@@ -103,8 +103,7 @@ def _merge_lora(pipeline: Any, file: Path, strength: float, name: str) -> None:
     try:  # warnings are of keys that fit no part of the model: told below, if it is all of them
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name, local_files_only=True)
     except Exception as error:  # the loaders raise many types; all mean that the file is no LoRA for this model
-        told = (str(error).strip() or type(error).__name__).split("\n")[0][:300]
-        raise ModelError(f"the LoRA {file} cannot be merged into {name}: {told}") from error
+        raise ModelError(f"the LoRA {file} cannot be merged into {name}: {one_line(error)}") from error
     if not pipeline.get_list_adapters():
         raise ModelError(f"the LoRA {file} holds nothing for {name}: it was made for another kind of model")
     pipeline.fuse_lora(components=sorted(pipeline.get_list_adapters()), lora_scale=strength, safe_fusing=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...calibration.ordinary_prompts import ordinary_prompts
 from ...core.conditioning import Conditioning
-from ...core.settings import Option, named, option, options_of, validate
+from ...core.settings import Checked, Option, named, option, options_of
 from ...kept import file_digest
 from ...report.audit_html import AuditPage, render_audit
 from ...report.audit_rows import as_json, settings_shown, thumbnails_of
@@ -41,7 +41,7 @@ SAMPLER, SCHEDULER, BATCH = "Euler", "Automatic", 8
 
 
 @dataclass(frozen=True)
-class Audited:
+class Audited(Checked):
     """What is audited, and at what size."""
 
     references: str = option("", "the training set with its captions: a reference set of it")
@@ -51,7 +51,7 @@ class Audited:
     height: int = option(512, "height that was trained on, in pixels", minimum=64, maximum=2048)
 
     def __post_init__(self) -> None:
-        validate(self)
+        super().__post_init__()
         check_size(self.width, self.height)
 
 

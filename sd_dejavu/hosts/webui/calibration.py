@@ -15,7 +15,7 @@ from ...calibration.ordinary_prompts import ordinary_prompts
 from ...calibration.profile import Ordinary, Profile
 from ...calibration.recombined import recombined
 from ...core.conditioning import Baseline
-from ...core.settings import option, options_of, validate
+from ...core.settings import Checked, option, options_of
 from ...run.measure import Measurement, setting_of
 from .guidance import GuidedModel
 from .run import Host
@@ -27,7 +27,7 @@ _STEPS = next(known for known in options_of(Measurement) if known.name == "steps
 
 
 @dataclass(frozen=True)
-class Calibrating:
+class Calibrating(Checked):
     """What is calibrated for; the checkpoint is the loaded one."""
 
     count: int = option(1000, "ordinary prompts", minimum=20, maximum=100_000)
@@ -44,7 +44,7 @@ class Calibrating:
     like: str = option("", "prompts like those to be judged, one a line; ordinary ones are recombined from their words")
 
     def __post_init__(self) -> None:
-        validate(self)
+        super().__post_init__()
         check_size(self.width, self.height)
 
 
