@@ -1,6 +1,7 @@
-"""What this pack uses of ComfyUI, as types: for annotations alone, since the host has few of its own.
+"""What this pack uses of ComfyUI, as types for annotations alone: the host has few of its own.
 
-Names are the host's. What only some of its releases have is read by ``getattr`` with a default, and not listed.
+Classes and their members bear the host's names. What only some of its releases have is read by ``getattr`` with a
+default and does not stand here; nothing is checked against these types while the pack runs.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class GuidanceArguments(TypedDict, total=False):  # what a sampler_post_cfg_func
     uncond: list[Entry] | None
     cond_denoised: Tensor
     uncond_denoised: Tensor
-    empty_cond: list[Entry]  # these two with perpendicular guidance
+    empty_cond: list[Entry] | None  # these two with perpendicular guidance
     empty_cond_denoised: Tensor
     cond_scale: float
     input: Tensor
@@ -86,14 +87,9 @@ class CLIP(Protocol):
     load_model: Callable[[], object]
 
 
-class Autoencoder(nn.Module):
-    encode: Callable[[Tensor], Tensor]
-    decode: Callable[[Tensor], Tensor]
-
-
 class VAE(Protocol):
     patcher: ModelPatcher
-    first_stage_model: Autoencoder
+    first_stage_model: Any  # a network with an encode and a decode of its own
     device: torch.device
     vae_dtype: torch.dtype
     latent_dim: int
@@ -127,10 +123,6 @@ class Executor(Protocol):  # what a wrapper is given, to go on with
     class_obj: Guider
 
     def __call__(self, *arguments: Any, **named: Any) -> Tensor: ...
-
-
-class Sampler(Protocol):
-    max_denoise: Callable[[Guider, Tensor], bool]
 
 
 class Layer(nn.Module):  # one that the host hands its weights when it runs

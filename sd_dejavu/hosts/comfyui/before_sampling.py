@@ -21,7 +21,7 @@ from ...run.measure import Measurement
 from ...run.monitoring import Monitoring, method_for
 from ...run.report import Report
 from ...run.state import RunState
-from .api import CLIP, Entry, HostConditioning, ModelPatcher, Sampler
+from .api import CLIP, Entry, HostConditioning, ModelPatcher
 from .attention import RULE, heeding
 from .evaluation import covers
 from .model import ComfyModel, ordinary_for, with_model
@@ -175,7 +175,7 @@ def calibrate(
     count: int,
     on_prompt: Callable[[str], None],
     whole_runs: int = 0,
-    sampler: Sampler | None = None,
+    sampler: object = None,
     scale: float = 7.0,
     like: Sequence[str] = (),
 ) -> Profile:

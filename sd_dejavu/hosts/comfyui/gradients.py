@@ -155,7 +155,7 @@ def _is_quantised(weight: Tensor) -> bool:
 
 
 @contextmanager
-def _weight_and_bias(layer: Layer, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Any, Any]]:
+def _weight_and_bias(layer: Layer, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Any, Tensor | None]]:
     """What the host would hand the layer for an input of this dtype, for as long as this is open."""
     if layer.weight is None or not (layer.comfy_cast_weights or layer.weight_function or layer.bias_function):
         yield layer.weight, layer.bias

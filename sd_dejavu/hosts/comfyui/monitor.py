@@ -31,7 +31,7 @@ from ...run.monitoring import Monitoring
 from ...run.report import Report
 from ...run.state import RunState
 from . import graph
-from .api import CLIP, Entry, Executor, GuidanceArguments, Guider, ModelPatcher, Options, Sampler
+from .api import CLIP, Entry, Executor, GuidanceArguments, Guider, ModelPatcher, Options
 from .attention import attending
 from .evaluation import covers, guided_step, level_of, negative_of, unconditional_of
 from .model import ComfyModel, as_host, as_images, fingerprint, remember_beginning, why_no_images
@@ -348,14 +348,7 @@ class Monitor:
         return self._profile or profile_for(setting, model, self.monitoring, self._folder)
 
     def _outer_sample(
-        self,
-        executor: Executor,
-        noise: Tensor,
-        latent_image: Tensor,
-        sampler: Sampler,
-        sigmas: Tensor,
-        *a: Any,
-        **k: Any,
+        self, executor: Executor, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *a: Any, **k: Any
     ) -> Tensor:
         guider = executor.class_obj
         name = getattr(getattr(sampler, "sampler_function", None), "__name__", "")
@@ -422,7 +415,7 @@ class Monitor:
         return self._open[-1].predict(executor, x, timestep, options, seed)
 
 
-def _noise_unit(guider: Guider, sampler: Sampler, sigmas: Tensor) -> Tensor:
+def _noise_unit(guider: Guider, sampler: Any, sigmas: Tensor) -> Tensor:
     """What one unit of noise is in the x that a run of these sigmas begins with."""
     sampling = guider.inner_model.model_sampling
     all_noise = sampler.max_denoise(guider, sigmas)
