@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import torch
 from comfy_api.latest import io
 
 from ..sd_dejavu.calibration.calibrate import PROMPTS_A_SEED
 from ..sd_dejavu.hosts import comfyui
+from ..sd_dejavu.hosts.comfyui.api import CLIP, VAE, Latent, ModelPatcher
 from ..sd_dejavu.hosts.comfyui.audit import Loaded, Start
+from ..sd_dejavu.hosts.comfyui.reference import HostReferences
 from ..sd_dejavu.report.audit_image import audit_images
 from ..sd_dejavu.report.audit_rows import as_markdown, ranked, row_as_json, sentence, thumbnails_of
 from ..sd_dejavu.run.measure import Measurement
@@ -59,14 +60,14 @@ class AuditLora(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: Any,
-        clip: Any,
-        vae: Any,
-        references: Any,
-        latent_image: dict[str, Any],
-        base_model: Any = None,
-        base_clip: Any = None,
-        **settings: Any,
+        model: ModelPatcher,
+        clip: CLIP,
+        vae: VAE,
+        references: HostReferences,
+        latent_image: Latent,
+        base_model: ModelPatcher | None = None,
+        base_clip: CLIP | None = None,
+        **settings: object,
     ) -> io.NodeOutput:
         if base_model is None and base_clip is not None:
             raise ValueError("a base clip alone makes no base model: link the model without the LoRA too")

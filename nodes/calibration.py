@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import comfy.samplers
 import comfy.utils
@@ -12,6 +11,7 @@ from comfy_api.latest import io
 from ..sd_dejavu.calibration import store
 from ..sd_dejavu.calibration.profile import Profile
 from ..sd_dejavu.hosts import comfyui
+from ..sd_dejavu.hosts.comfyui.api import CLIP, Latent, ModelPatcher
 from ..sd_dejavu.report.wording import calibrated
 from . import sockets
 
@@ -70,9 +70,9 @@ class Calibrate(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: Any,
-        clip: Any,
-        latent_image: dict[str, Any],
+        model: ModelPatcher,
+        clip: CLIP,
+        latent_image: Latent,
         steps: int,
         sampler_name: str,
         scheduler: str,

@@ -7,7 +7,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..sd_dejavu.calibration.profile import Profile
 from ..sd_dejavu.hosts import comfyui
+from ..sd_dejavu.hosts.comfyui.api import HostConditioning, Latent, ModelPatcher
 from ..sd_dejavu.mitigations.optimise_conditioning import Settings
 from ..sd_dejavu.run.monitoring import OPTIMISE, Monitoring
 from . import sockets
@@ -43,7 +45,14 @@ class Explain(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, positive: Any, negative: Any, calibration: Any = None, **run: Any) -> io.NodeOutput:
+    def execute(
+        cls,
+        model: ModelPatcher,
+        positive: HostConditioning,
+        negative: HostConditioning,
+        calibration: Profile | None = None,
+        **run: Any,
+    ) -> io.NodeOutput:
         from ..sd_dejavu.report.word_image import word_image
         from ..sd_dejavu.report.wording import sentence
 
@@ -108,19 +117,19 @@ class MitigateConditioning(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: Any,
-        positive: Any,
-        negative: Any,
-        latent_image: dict[str, Any],
+        model: ModelPatcher,
+        positive: HostConditioning,
+        negative: HostConditioning,
+        latent_image: Latent,
         seed: int,
         steps: int,
         sampler_name: str,
         scheduler: str,
         denoise: float,
         target: float,
-        calibration: Any = None,
+        calibration: Profile | None = None,
         method: str = OPTIMISE,
-        **settings: Any,
+        **settings: object,
     ) -> io.NodeOutput:
         chosen = (
             Settings if method == OPTIMISE else sockets.methods("prompt", "conditioning", "attention")[method].settings

@@ -8,7 +8,10 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..sd_dejavu.calibration.profile import Profile
 from ..sd_dejavu.hosts import comfyui
+from ..sd_dejavu.hosts.comfyui.api import CLIP, VAE, HostConditioning, Latent, ModelPatcher
+from ..sd_dejavu.hosts.comfyui.reference import HostReferences
 from ..sd_dejavu.mitigations import anti_memorization_guidance, guidance_transition
 from . import sockets
 
@@ -38,7 +41,9 @@ class AMG(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, vae: Any, references: Any, clip: Any = None, **settings: Any) -> io.NodeOutput:
+    def execute(
+        cls, model: ModelPatcher, vae: VAE, references: HostReferences, clip: CLIP | None = None, **settings: Any
+    ) -> io.NodeOutput:
         wanted = anti_memorization_guidance.Settings(**settings)
         tell = partial(comfyui.tell, str(cls.hidden.unique_id))
         return io.NodeOutput(comfyui.anti_memorization(references, vae, clip, wanted, tell).attach(model))
@@ -62,7 +67,7 @@ class GuidanceTransition(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, **settings: Any) -> io.NodeOutput:
+    def execute(cls, model: ModelPatcher, **settings: Any) -> io.NodeOutput:
         wanted = guidance_transition.Settings(**settings)
         tell = partial(comfyui.tell, str(cls.hidden.unique_id))
         return io.NodeOutput(comfyui.transition(wanted, tell).attach(model))
@@ -100,10 +105,10 @@ class InitialNoise(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: Any,
-        positive: Any,
-        negative: Any,
-        latent_image: dict[str, Any],
+        model: ModelPatcher,
+        positive: HostConditioning,
+        negative: HostConditioning,
+        latent_image: Latent,
         seed: int,
         steps: int,
         sampler_name: str,
@@ -111,8 +116,8 @@ class InitialNoise(io.ComfyNode):
         denoise: float,
         target: float,
         method: str,
-        calibration: Any = None,
-        **settings: Any,
+        calibration: Profile | None = None,
+        **settings: object,
     ) -> io.NodeOutput:
         chosen = sockets.methods("noise")[method]
         noise, guided, document = comfyui.adjust_noise(

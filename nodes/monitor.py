@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from comfy_api.latest import io
 
+from ..sd_dejavu.calibration.profile import Profile
 from ..sd_dejavu.hosts import comfyui
+from ..sd_dejavu.hosts.comfyui.api import CLIP, Latent, ModelPatcher
 from ..sd_dejavu.run.monitoring import Monitoring
 from ..sd_dejavu.run.report import flagged
 from . import sockets
@@ -44,7 +45,9 @@ class MonitorNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, calibration: Any = None, clip: Any = None, **settings: Any) -> io.NodeOutput:
+    def execute(
+        cls, model: ModelPatcher, calibration: Profile | None = None, clip: CLIP | None = None, **settings: object
+    ) -> io.NodeOutput:
         if clip is not None:
             comfyui.encode_text(clip, "")  # while nothing is sampled, with its LoRAs: runs measure against it
         shown = comfyui.LiveReport(str(cls.hidden.unique_id))
@@ -83,7 +86,7 @@ class VerdictNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, monitor: Any, samples: dict[str, Any]) -> io.NodeOutput:
+    def execute(cls, monitor: comfyui.Monitor, samples: Latent) -> io.NodeOutput:
         from ..sd_dejavu.report.word_image import word_image
         from ..sd_dejavu.report.wording import sentence
 

@@ -6,13 +6,13 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import folder_paths
 import torch
 from comfy_api.latest import io
 
 from ..sd_dejavu.hosts.comfyui import reference as host
+from ..sd_dejavu.hosts.comfyui.api import ClipVision
 from ..sd_dejavu.reference.reference_set import files_of
 from ..sd_dejavu.reference.sources import open_source
 from . import sockets
@@ -61,7 +61,7 @@ class BuildReferenceSet(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, folder: str, **others: Any) -> str:
+    def fingerprint_inputs(cls, folder: str, **others: object) -> str:
         path = _input_folder(folder)
         return open_source(path).identity if path is not None else ""
 
@@ -70,7 +70,9 @@ class BuildReferenceSet(io.ComfyNode):
         return _fault_of(folder, name) or True
 
     @classmethod
-    def execute(cls, folder: str, name: str, features: str, restart: bool, clip_vision: Any = None) -> io.NodeOutput:
+    def execute(
+        cls, folder: str, name: str, features: str, restart: bool, clip_vision: ClipVision | None = None
+    ) -> io.NodeOutput:
         path, fault = _input_folder(folder), _fault_of(folder, name)
         if path is None or fault:
             raise ValueError(fault)
@@ -103,7 +105,7 @@ class LoadReferenceSet(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, name: str, **others: Any) -> float:
+    def fingerprint_inputs(cls, name: str, **others: object) -> float:
         path = _set_file(name)
         return path.stat().st_mtime if path is not None else 0.0
 
@@ -112,7 +114,7 @@ class LoadReferenceSet(io.ComfyNode):
         return True if name in _names() else _absent(name)
 
     @classmethod
-    def execute(cls, name: str, clip_vision: Any = None) -> io.NodeOutput:
+    def execute(cls, name: str, clip_vision: ClipVision | None = None) -> io.NodeOutput:
         if name == BUNDLED:
             return io.NodeOutput(host.bundled_set())
         path = _set_file(name)
@@ -151,7 +153,7 @@ class NearestReference(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, image: torch.Tensor, references: Any, count: int) -> io.NodeOutput:
+    def execute(cls, image: torch.Tensor, references: host.HostReferences, count: int) -> io.NodeOutput:
         from ..sd_dejavu.report.neighbour_image import neighbour_image
 
         answers = host.nearest(references, image, count)

@@ -14,6 +14,7 @@ import torch
 from comfy_api.latest import io
 
 from ..sd_dejavu.core.settings import Option, options_of
+from ..sd_dejavu.hosts.comfyui.api import Latent, ModelPatcher
 from ..sd_dejavu.mitigations import Mitigation, available
 
 CATEGORY = "Déjà Vu"
@@ -52,7 +53,7 @@ def methods(*touches: str) -> dict[str, Mitigation]:
     }
 
 
-def settings_of(settings: type, values: dict[str, Any]) -> Any:
+def settings_of(settings: type, values: dict[str, object]) -> Any:
     """A method's own settings out of those of all methods; what is missing has its default."""
     given = {known.name: values.get(known.id, known.default) for known in options_of(settings)}
     left_open = {known.name for known in options_of(settings) if known.default is None and not given[known.name]}
@@ -104,7 +105,7 @@ def run_inputs() -> list[io.Input]:
 
 
 def start_of(
-    model: Any, latent_image: dict[str, Any], seed: int, steps: int, sampler_name: str, scheduler: str, denoise: float
+    model: ModelPatcher, latent_image: Latent, seed: int, steps: int, sampler_name: str, scheduler: str, denoise: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(latent, noise, sigmas) as the KSampler node would begin with them."""
     known = signature(comfy.sample.fix_empty_latent_channels).parameters
@@ -132,6 +133,6 @@ def audits_folder() -> Path:
     return user_folder().parent / "audits"
 
 
-def image_of(pixels: Any) -> torch.Tensor:
+def image_of(pixels: np.ndarray) -> torch.Tensor:
     """uint8 [H, W, 3] -> the host's IMAGE [1, H, W, 3] in 0..1."""
     return torch.from_numpy(np.ascontiguousarray(pixels)).float()[None] / 255

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import get_args
 
 from comfy_api.latest import io
 
 from ..sd_dejavu.hosts import comfyui
+from ..sd_dejavu.hosts.comfyui.api import CLIP
 from ..sd_dejavu.mitigations.perturb_prompt import Perturbation, Settings, perturb
 from . import sockets
 
@@ -29,7 +30,7 @@ class TextEncode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip: Any, text: str) -> io.NodeOutput:
+    def execute(cls, clip: CLIP, text: str) -> io.NodeOutput:
         return io.NodeOutput(comfyui.encode_text(clip, text, str(cls.hidden.unique_id)))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..sd_dejavu.hosts import comfyui
+from ..sd_dejavu.hosts.comfyui.api import HostConditioning, ModelPatcher
 from ..sd_dejavu.training.filter import FilterSettings
 from . import sockets
 
@@ -31,7 +32,7 @@ class TrainingFilter(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, empty: Any, **settings: Any) -> io.NodeOutput:
+    def execute(cls, model: ModelPatcher, empty: HostConditioning, **settings: Any) -> io.NodeOutput:
         wanted = FilterSettings(**settings)
         if wanted.filter == "none":
             return io.NodeOutput(model)

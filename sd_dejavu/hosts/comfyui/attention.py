@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import uuid
-from typing import Any
 
 import comfy.patcher_extension
 import torch
 from torch import Tensor
 
 from ...core.attention import AttentionRule
+from .api import Executor, ModelPatcher, Options
 
 POSITIVE = 0  # the host's number for the prompt among the conditionings of a batch
 RULE = "dejavu_attention"  # key in a conditioning's dict that holds the rule by which it is attended to
 
 
-def attending(options: dict[str, Any], rule: AttentionRule | None) -> dict[str, Any]:
+def attending(options: Options, rule: AttentionRule | None) -> Options:
     """The host's options of an evaluation, in which the prompt is attended to by ``rule``."""
     if rule is None:
         return options
@@ -23,7 +23,7 @@ def attending(options: dict[str, Any], rule: AttentionRule | None) -> dict[str, 
     patches = transformer.get("patches", {})
     factors = rule.kept_factors
 
-    def scale(n: Tensor, context: Tensor, values: Tensor, extra: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    def scale(n: Tensor, context: Tensor, values: Tensor, extra: Options) -> tuple[Tensor, Tensor, Tensor]:
         # The keys are linear in the context and have no bias: scaling a row scales its logits.
         times, rest = divmod(context.shape[1], len(factors))
         which = extra["cond_or_uncond"]
@@ -38,14 +38,15 @@ def attending(options: dict[str, Any], rule: AttentionRule | None) -> dict[str, 
     return {**options, "transformer_options": {**transformer, "patches": {**patches, "attn2_patch": known}}}
 
 
-def heeding(patcher: Any) -> Any:
+def heeding(patcher: ModelPatcher) -> ModelPatcher:
     """A clone of the model whose runs attend to their prompt by the rule that its conditioning carries, if it does."""
 
-    def predict_noise(executor: Any, x: Tensor, timestep: Tensor, options: Any = None, seed: Any = None) -> Tensor:
+    def predict_noise(
+        executor: Executor, x: Tensor, timestep: Tensor, options: Options | None = None, seed: object = None
+    ) -> Tensor:
         positive = executor.class_obj.conds.get("positive") or []
         rule = positive[0].get(RULE) if len(positive) == 1 else None
-        found: Tensor = executor(x, timestep, attending(options or {}, rule), seed)
-        return found
+        return executor(x, timestep, attending(options or {}, rule), seed)
 
     clone = patcher.clone()
     key = f"dejavu-attention-{uuid.uuid4().hex[:8]}"

@@ -22,19 +22,21 @@ from ...run.measure import Measurement
 from ...training.audit import Audit, AuditSettings, Subject, audit, entries_of, identity, sampled
 from ...training.ledger import Ledger
 from ...training.tasks import Task, Trained, Variant, Work, nothing_apart
+from .api import CLIP, VAE, ModelPatcher
 from .model import ComfyModel, fingerprint, ordinary_for, with_model
 from .reference import HostReferences, image_device
 from .text import as_typed, encode_text
 
 BATCH = 8
+Values = list[dict[str, Any]]  # of a task's prompts
 
 
 @dataclass(frozen=True)
 class Loaded:
     """A model with its text encoder, as the host's loaders give them."""
 
-    patcher: Any
-    clip: Any
+    patcher: ModelPatcher
+    clip: CLIP
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Start:
 class TrainedModel(ComfyModel):
     """A model with both ends of its autoencoder; it reads captions as they are, without weights."""
 
-    def __init__(self, vae: Any, *arguments: Any) -> None:
+    def __init__(self, vae: VAE, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._vae = vae
 
@@ -63,14 +65,13 @@ class TrainedModel(ComfyModel):
 
     def decode(self, latents: Tensor) -> Tensor:
         with self._elsewhere():
-            images: Tensor = self._vae.decode(self._inner.process_latent_out(latents))
+            images = self._vae.decode(self._inner.process_latent_out(latents))
         return images.movedim(-1, 1).float().cpu()
 
     def latents_of(self, images: Tensor) -> Tensor:
         with self._elsewhere():
-            latents: Tensor = self._vae.encode(images.movedim(1, -1))
-        found: Tensor = self._inner.process_latent_in(latents.to(self._device)).float()
-        return found
+            latents = self._vae.encode(images.movedim(1, -1))
+        return self._inner.process_latent_in(latents.to(self._device)).float()
 
     @contextmanager
     def _elsewhere(self) -> Iterator[None]:
@@ -101,7 +102,7 @@ class _Features:
 def audit_lora(
     trained: Loaded,
     base: Loaded | None,
-    vae: Any,
+    vae: VAE,
     guard: HostReferences,
     start: Start,
     wanted: AuditSettings,
@@ -128,9 +129,7 @@ def audit_lora(
     )
     bar = comfy.utils.ProgressBar(1)
 
-    def engine(
-        tasks: Sequence[Task], load: Callable[[Variant], Trained], work: Work
-    ) -> Iterator[tuple[Task, list[dict[str, Any]]]]:
+    def engine(tasks: Sequence[Task], load: Callable[[Variant], Trained], work: Work) -> Iterator[tuple[Task, Values]]:
         for task in tasks:
             asked = base if task.variant.base and base is not None else trained
             yield task, _done(asked, vae, start, work, task)
@@ -150,7 +149,7 @@ def audit_lora(
     return found, subject
 
 
-def _check(vae: Any, start: Start) -> None:
+def _check(vae: VAE | None, start: Start) -> None:
     if vae is None:
         raise ValueError("the VAE input is empty: the checkpoint that was loaded may hold no autoencoder")
     vae.throw_exception_if_invalid()
@@ -160,10 +159,10 @@ def _check(vae: Any, start: Start) -> None:
         )
 
 
-def _done(asked: Loaded, vae: Any, start: Start, work: Work, task: Task) -> list[dict[str, Any]]:
+def _done(asked: Loaded, vae: VAE, start: Start, work: Work, task: Task) -> Values:
     """The values of one piece of work, in a run of the host's own."""
     asked.clip.load_model()  # a base model may share its text encoder: the LoRA's patches must be on it, or off
-    found: list[dict[str, Any]] = with_model(
+    return with_model(
         asked.patcher,
         encode_text(asked.clip, ""),
         start.latent,
@@ -172,9 +171,8 @@ def _done(asked: Loaded, vae: Any, start: Start, work: Work, task: Task) -> list
         lambda model, x, sigma: work(model, task),
         partial(TrainedModel, vae),
     )
-    return found
 
 
-def _name(loaded: Loaded) -> list[Any]:
+def _name(loaded: Loaded) -> list[object]:
     clip = loaded.clip
     return [fingerprint(loaded.patcher), fingerprint(clip.patcher, ""), clip.layer_idx]

@@ -21,6 +21,7 @@ from ...run.measure import Measurement
 from ...run.monitoring import Monitoring, method_for
 from ...run.report import Report
 from ...run.state import RunState
+from .api import CLIP, Entry, HostConditioning, ModelPatcher
 from .attention import RULE, heeding
 from .evaluation import covers
 from .model import ComfyModel, ordinary_for, with_model
@@ -30,9 +31,9 @@ from .text import SOURCE, Source, conditioning_of, empty_prompt, encode_text, op
 
 
 def examine(
-    patcher: Any,
-    positive: Any,
-    negative: Any,
+    patcher: ModelPatcher,
+    positive: HostConditioning,
+    negative: HostConditioning,
     start: tuple[Tensor, Tensor, Tensor],
     monitoring: Monitoring,
     profile: Profile | None,
@@ -58,17 +59,17 @@ def examine(
 
 
 def mitigate(
-    patcher: Any,
-    positive: Any,
-    negative: Any,
+    patcher: ModelPatcher,
+    positive: HostConditioning,
+    negative: HostConditioning,
     start: tuple[Tensor, Tensor, Tensor],
     seed: int,
     target: float,
     name: str,
-    settings: Any,
+    settings: object,
     profile: Profile | None,
     folder: Path | None,
-) -> tuple[list[list[Any]], Any, dict[str, Any]]:
+) -> tuple[HostConditioning, ModelPatcher, dict[str, object]]:
     """The conditioning that the method of this name gives, the model to sample it with, and what was done as plain values.
 
     ``start`` is the run's latent, noise and sigmas, ``seed`` for methods that draw words. Raises ValueError where the
@@ -90,7 +91,7 @@ def mitigate(
         return method, method.apply(model, conditioning, replace(begin, seed=seed), settings)
 
     method, outcome = with_model(patcher, positive, latent, noise, sigmas, work, negative=negative)
-    changed: Conditioning = outcome.conditioning
+    changed = outcome.conditioning
     rows = changed.rows
     options = options_with(options, changed)
     source: Source | None = options.pop(SOURCE, None)
@@ -116,7 +117,7 @@ def begin_of(
     model: ComfyModel,
     x: Tensor,
     sigma: Tensor,
-    positive: Any,
+    positive: HostConditioning,
     target: float,
     profile: Profile | None,
     folder: Path | None,
@@ -153,7 +154,7 @@ def begin_of(
 
 
 def _calibration_for(
-    model: ComfyModel, kind: Unconditional, entries: Any, profile: Profile | None, folder: Path | None
+    model: ComfyModel, kind: Unconditional, entries: list[Entry], profile: Profile | None, folder: Path | None
 ) -> tuple[Profile | None, str]:
     """The calibration to take a target from, and why it is of no use."""
     setting = setting_of(model, kind, entries, 1.0)
@@ -165,8 +166,8 @@ def _calibration_for(
 
 
 def calibrate(
-    patcher: Any,
-    clip: Any,
+    patcher: ModelPatcher,
+    clip: CLIP,
     latent: Tensor,
     noise: Tensor,
     sigmas: Tensor,
@@ -174,7 +175,7 @@ def calibrate(
     count: int,
     on_prompt: Callable[[str], None],
     whole_runs: int = 0,
-    sampler: Any = None,
+    sampler: object = None,
     scale: float = 7.0,
     like: Sequence[str] = (),
 ) -> Profile:
@@ -192,7 +193,7 @@ def calibrate(
         baseline="negative prompt" if negative.strip() else "empty prompt",
     )
     clip.load_model()
-    profile: Profile = with_model(
+    profile = with_model(
         patcher,
         encode_text(clip, ""),
         latent,

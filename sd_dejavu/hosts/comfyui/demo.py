@@ -28,9 +28,11 @@ from torch import Tensor, nn
 
 from ...calibration.profile import Profile
 from ...demo import bundled
+from .api import CLIP, VAE, ModelPatcher
 from .model import FINGERPRINT
 
 BUNDLED = bundled.FOLDER
+Config = dict[str, Any]  # one of a network, as its JSON file holds it
 PIXELS_PER_LATENT = 4  # a side; the host's EmptyLatentImage counts 8, so it draws half the width it is asked for
 
 _PREDICTIONS = {
@@ -40,7 +42,7 @@ _PREDICTIONS = {
 _SCHEDULES = {"scaled_linear": "linear"}  # diffusers' name: the host's name
 
 
-def load_demo_model(folder: Path = BUNDLED) -> tuple[Any, Any, Any]:
+def load_demo_model(folder: Path = BUNDLED) -> tuple[ModelPatcher, CLIP, VAE]:
     """MODEL, CLIP and VAE from a diffusers folder of the bundled model's architecture."""
     model = _load_model(folder)
     model.set_attachments(FINGERPRINT, Profile.load(folder / bundled.CALIBRATION.name).setting.model)
@@ -53,7 +55,7 @@ def empty_latent(batch: int, folder: Path = BUNDLED) -> Tensor:
     return torch.zeros(batch, unet["in_channels"], unet["sample_size"], unet["sample_size"])
 
 
-def _config(folder: Path, part: str, name: str = "config.json") -> dict[str, Any]:
+def _config(folder: Path, part: str, name: str = "config.json") -> Config:
     return json.loads((folder / part / name).read_text(encoding="utf-8"))
 
 
@@ -65,7 +67,7 @@ def _weights(folder: Path, part: str, name: str = "diffusion_pytorch_model.safet
 
 
 class _Configuration(comfy.supported_models_base.BASE):
-    unet_extra_config: ClassVar[dict[str, Any]] = {}
+    unet_extra_config: ClassVar[Config] = {}
     supported_inference_dtypes: ClassVar[list[torch.dtype]] = [torch.float32]
     memory_usage_factor = 1.0
 
@@ -85,7 +87,7 @@ class _LatentFormat(comfy.latent_formats.LatentFormat):
         return latent / self.scale_factor + self.shift
 
 
-def _load_model(folder: Path) -> Any:
+def _load_model(folder: Path) -> ModelPatcher:
     schedule, autoencoder = _config(folder, "scheduler", "scheduler_config.json"), _config(folder, "vae")
     weights = _weights(folder, "unet")
     configuration = _Configuration(_unet_config(_config(folder, "unet")))
@@ -111,7 +113,7 @@ def _load_model(folder: Path) -> Any:
     return comfy.model_patcher.ModelPatcher(model.eval(), load_device=device, offload_device=offload_device)
 
 
-def _unet_config(config: dict[str, Any]) -> dict[str, Any]:
+def _unet_config(config: Config) -> Config:
     """diffusers' configuration of the UNet in the words of the original one, depths level by level."""
     widths, blocks, depth = config["block_out_channels"], config["layers_per_block"], 1
     down = [depth if "CrossAttn" in name else 0 for name in config["down_block_types"]]
@@ -142,7 +144,7 @@ def _unet_config(config: dict[str, Any]) -> dict[str, Any]:
 class _TextTransformer(comfy.clip_model.CLIPTextModel):
     """The host's, with a vocabulary of the configuration's size (the host's own takes CLIP's 49408 for granted)."""
 
-    def __init__(self, config: dict[str, Any], dtype: torch.dtype | None, device: Any, operations: Any) -> None:
+    def __init__(self, config: Config, dtype: torch.dtype | None, device: object, operations: Any) -> None:
         super().__init__(config, dtype, device, operations)
         table = operations.Embedding(config["vocab_size"], config["hidden_size"], dtype=dtype, device=device)
         self.set_input_embeddings(table)
@@ -151,7 +153,7 @@ class _TextTransformer(comfy.clip_model.CLIPTextModel):
 class _TextEncoder(comfy.sd1_clip.SDClipModel):
     """The last layer's rows after the final layer norm, as Stable Diffusion 1.x reads them."""
 
-    def __init__(self, config: dict[str, Any], **options: Any) -> None:
+    def __init__(self, config: Config, **options: Any) -> None:
         super().__init__(
             textmodel_json_config=dict(config),
             model_class=_TextTransformer,
@@ -165,7 +167,7 @@ class _TextEncoder(comfy.sd1_clip.SDClipModel):
         )
 
 
-def _load_clip(folder: Path) -> Any:
+def _load_clip(folder: Path) -> CLIP:
     config = _config(folder, "text_encoder")
     tokenizer = partial(
         comfy.sd1_clip.SDTokenizer,
@@ -215,7 +217,7 @@ class _Layers(nn.Module):
 class _Autoencoder(nn.Module):
     """diffusers' AutoencoderTiny by its arithmetic and its weights' names; images lie in -1..1."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
         latent = config["latent_channels"]
         encoder_widths, decoder_widths = config["encoder_block_out_channels"], config["decoder_block_out_channels"]
@@ -248,7 +250,7 @@ def _conv(inputs: int, outputs: int, **options: Any) -> nn.Module:
     return comfy.ops.disable_weight_init.Conv2d(inputs, outputs, 3, padding=1, **options)
 
 
-def _load_vae(folder: Path) -> Any:
+def _load_vae(folder: Path) -> VAE:
     """The host's VAE around our network: made for the host's own tiny autoencoder, which is then replaced."""
     config = _config(folder, "vae")
     network = _Autoencoder(config)

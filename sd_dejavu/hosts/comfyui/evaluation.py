@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ...core.conditioning import Conditioning
+from .api import Entry, GuidanceArguments, Guider
 from .model import ComfyModel, HostStep, as_images
 
 
-def negative_of(guider: Any) -> list[dict[str, Any]]:
+def negative_of(guider: Guider) -> list[Entry]:
     """The host's conditioning that guidance measures the prompt against; empty where it has none."""
     conds = guider.conds
     return conds.get("empty_negative_prompt", conds.get("negative")) or []  # the first with perpendicular guidance
 
 
-def unconditional_of(arguments: dict[str, Any], negative: list[dict[str, Any]]) -> Tensor | None:
+def unconditional_of(arguments: GuidanceArguments, negative: list[Entry]) -> Tensor | None:
     """The prediction without the prompt in what a post-cfg function is given; None where it tells none.
 
     Guidance leaves zeros for what it did not evaluate, and guiders of other kinds hand over other conditionings.
     """
     name = "empty_cond" if "empty_cond_denoised" in arguments else "uncond"
-    return arguments[f"{name}_denoised"] if negative and arguments.get(name) is negative else None
+    return arguments[f"{name}_denoised"] if negative and arguments.get(name) is negative else None  # type: ignore[literal-required]
 
 
-def level_of(conds: dict[str, Any], sigma: Tensor) -> float | None:
+def level_of(conds: Mapping[str, list[Entry]], sigma: Tensor) -> float | None:
     """The noise level, where the prompt or the negative prompt acts in a part of the steps only; read from the device.
 
     None where it does not matter, so that nothing is waited for.
@@ -37,7 +37,7 @@ def level_of(conds: dict[str, Any], sigma: Tensor) -> float | None:
     return float(sigma[0]) if any("timestep_start" in e or "timestep_end" in e for e in entries) else None
 
 
-def covers(entries: Any, level: float | None) -> bool:
+def covers(entries: Sequence[Entry], level: float | None) -> bool:
     """Whether some conditioning acts on the whole image at this level (see :func:`level_of`): the host leaves zeros
     where none does.
     """
@@ -50,7 +50,7 @@ def covers(entries: Any, level: float | None) -> bool:
 
 
 def guided_step(
-    arguments: dict[str, Any], guider: Any, level: float | None, number: int, make_model: Callable[[], ComfyModel]
+    arguments: GuidanceArguments, guider: Guider, level: float | None, number: int, make_model: Callable[[], ComfyModel]
 ) -> HostStep | None:
     """The step of a guidance rule, from what a post-cfg function is given; None where it is no guidance of the prompt.
 

@@ -23,7 +23,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import comfy.model_management
 import comfy.ops
@@ -35,6 +35,7 @@ from torch.nn import grad
 
 from ...core.gradients import BYTES_A_LATENT_PIXEL, RECOMPUTED_FROM, TOGETHER, recomputing
 from ..aliases import aliased, as_normal, refuse_unusual
+from .api import Layer, ModelPatcher
 
 _HAND_BACK = "offloadable" in inspect.signature(comfy.ops.cast_bias_weight).parameters  # 0.3.64 needs nothing back
 _CONVOLUTIONS: dict[type, Callable[..., Tensor]] = {
@@ -64,13 +65,13 @@ def differentiable(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
         yield
 
 
-def is_layer(module: torch.nn.Module) -> bool:
+def is_layer(module: torch.nn.Module) -> TypeGuard[Layer]:
     """Whether the host hands this module its weights when it runs."""
     return isinstance(module, comfy.ops.CastWeightBiasOp)
 
 
 @contextmanager
-def _running(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+def _running(module: torch.nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
     """While open, the module runs by another forward; then what it had shows again."""
     before = vars(module).get("forward")
     module.forward = forward
@@ -83,14 +84,14 @@ def _running(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
             module.forward = before
 
 
-def _run(layer: Any, forward: Callable[..., Tensor], x: Tensor, **named: Any) -> Tensor:
+def _run(layer: Layer, forward: Callable[..., Tensor], x: Tensor, **named: object) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
         result: Tensor = _Layer.apply(x, layer, forward, named)
         return result
     return _forward(forward, x, named)
 
 
-def _forward(forward: Callable[..., Tensor], x: Tensor, named: dict[str, Any]) -> Tensor:
+def _forward(forward: Callable[..., Tensor], x: Tensor, named: dict[str, object]) -> Tensor:
     with torch.inference_mode():
         return as_normal(forward(x.detach(), **named))
 
@@ -99,7 +100,7 @@ class _Layer(torch.autograd.Function):
     """One layer of the host's as a node of the graph that keeps no weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Any, forward: Callable[..., Tensor], named: dict[str, Any]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: Layer, forward: Callable[..., Tensor], named: dict[str, object]) -> Tensor:
         ctx.layer, ctx.shape, ctx.dtype = layer, x.shape, x.dtype
         ctx.formula = _formula(layer, named)
         kept = [] if ctx.formula is None else [x.clone()]  # the host goes on to add to x in place
@@ -121,7 +122,7 @@ class _Layer(torch.autograd.Function):
 Formula = Callable[[Tensor, "Tensor | None", "Tensor | None"], Tensor]  # of input, weight and bias
 
 
-def _formula(layer: Any, named: dict[str, Any]) -> Formula | None:
+def _formula(layer: Layer, named: dict[str, object]) -> Formula | None:
     """What a layer that needs its input for the gradient does; None where its weight is enough.
 
     Raises ValueError for layers that are not the host's own: how they come by a weight, and what they do with it, is
@@ -154,7 +155,7 @@ def _is_quantised(weight: Tensor) -> bool:
 
 
 @contextmanager
-def _weight_and_bias(layer: Any, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Any, Any]]:
+def _weight_and_bias(layer: Layer, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Any, Tensor | None]]:
     """What the host would hand the layer for an input of this dtype, for as long as this is open."""
     if layer.weight is None or not (layer.comfy_cast_weights or layer.weight_function or layer.bias_function):
         yield layer.weight, layer.bias
@@ -170,7 +171,7 @@ def _weight_and_bias(layer: Any, dtype: torch.dtype, device: torch.device) -> It
         comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
 
 
-def _of_linear_map(layer: Any, shape: torch.Size, weight: Tensor, gradient: Tensor) -> Tensor:
+def _of_linear_map(layer: Layer, shape: torch.Size, weight: Tensor, gradient: Tensor) -> Tensor:
     known = next((formula for kind, formula in _CONVOLUTIONS.items() if isinstance(layer, kind)), None)
     if known is None:
         return gradient @ weight
@@ -199,19 +200,19 @@ def _without_fused_kernels() -> Iterator[None]:
         managed.in_training = before
 
 
-def kept_by_an_image(patcher: Any, latent_pixels: int) -> int:
+def kept_by_an_image(patcher: ModelPatcher, latent_pixels: int) -> int:
     """Bytes that the backward pass of one image needs kept from its forward pass."""
     computes_in = patcher.model.manual_cast_dtype or patcher.model.get_dtype()
     return latent_pixels * BYTES_A_LATENT_PIXEL * int(comfy.model_management.dtype_size(computes_in)) // 2
 
 
-def must_recompute(patcher: Any, latent_pixels: int) -> bool:
+def must_recompute(patcher: ModelPatcher, latent_pixels: int) -> bool:
     """Whether one image's activations are more than fits beside the weights on a card of 12 GB, or than is free."""
     count_free = getattr(patcher, "get_free_memory", comfy.model_management.get_free_memory)
     return kept_by_an_image(patcher, latent_pixels) > min(RECOMPUTED_FROM, count_free(patcher.load_device))
 
 
-def make_room(patcher: Any, images: int, latent_pixels: int) -> None:
+def make_room(patcher: ModelPatcher, images: int, latent_pixels: int) -> None:
     """Ask the host for the memory of a backward pass: its own estimate knows only the forward pass.
 
     Other models are unloaded for it where need be, never the one that is being sampled. To be called in inference
@@ -226,7 +227,7 @@ def make_room(patcher: Any, images: int, latent_pixels: int) -> None:
     managed.free_memory(min(images * one, max(TOGETHER, one)), patcher.load_device, keep_loaded=own)
 
 
-def plain_attention(function: Any, *arguments: Any, **settings: Any) -> Tensor:
+def plain_attention(function: object, *arguments: object, **settings: object) -> Tensor:
     """PyTorch's own attention: every other kind of the host may lack a backward pass."""
     return attention_pytorch(*arguments, **settings)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from comfy_execution.utils import get_executing_context
@@ -19,7 +19,7 @@ def place() -> tuple[str | None, str | None]:
     return (None, None) if context is None else (str(context.prompt_id), str(context.node_id))
 
 
-def behind(graph: Graph, values: Iterable[Any], wanted: Collection[str]) -> list[str]:
+def behind(graph: Graph, values: Iterable[object], wanted: Collection[str]) -> list[str]:
     """Those of the ``wanted`` nodes that these values of inputs come from, without what lies behind these."""
     links, seen, found = list(values), set(), []
     while links:
@@ -75,7 +75,7 @@ def typed_prompt(graph: Graph, node: str) -> tuple[str, str] | None:
     return None
 
 
-def _text(graph: Graph, value: Any, node: str) -> tuple[str, str] | None:
+def _text(graph: Graph, value: str | Sequence[object], node: str) -> tuple[str, str] | None:
     """A text as typed into the node, or into a primitive that is linked to it."""
     if isinstance(value, str):
         return value, node

@@ -21,6 +21,7 @@ from ...core.guidance import GuidanceRule
 from ...mitigations import anti_memorization_guidance as amg
 from ...mitigations import guidance_transition
 from ...run.faults import caught
+from .api import CLIP, VAE, BaseModel, Executor, GuidanceArguments, Guider, ModelPatcher
 from .evaluation import guided_step, level_of
 from .gradients import differentiable
 from .model import ComfyModel, as_host, as_images, remember_beginning
@@ -32,7 +33,7 @@ from .text import as_typed
 GOES_ON = "guidance goes on as usual, nothing is mitigated: "
 KEPT = 4  # times the memory of a decoder's forward pass that its backward pass needs
 
-MakeRule = Callable[[ComfyModel, Any, Tensor], GuidanceRule]
+MakeRule = Callable[[ComfyModel, Guider, Tensor], GuidanceRule]
 """(the model, the host's guider, the x of its first evaluation) -> a rule for this run."""
 
 
@@ -48,13 +49,13 @@ class Steering:
         make: MakeRule,
         summary: Callable[[Any], str] = lambda rule: "",
         tell: Callable[[str], None] = lambda text: None,
-        patchers: Sequence[Any] = (),
-        clip: Any = None,
+        patchers: Sequence[ModelPatcher] = (),
+        clip: CLIP | None = None,
     ) -> None:
         self.make, self.summary, self.tell, self.clip = make, summary, tell, clip
         self._patchers = tuple(patchers)
 
-    def attach(self, patcher: Any) -> Any:
+    def attach(self, patcher: ModelPatcher) -> ModelPatcher:
         """A clone of the model whose runs are steered."""
         clone = patcher.clone()
         key = f"{KEY}-{uuid.uuid4().hex[:8]}"
@@ -66,7 +67,7 @@ class Steering:
             clone.set_additional_models(key, list(self._patchers))
         return clone
 
-    def _outer_sample(self, executor: Any, *arguments: Any, **named: Any) -> Tensor:
+    def _outer_sample(self, executor: Executor, *arguments: object, **named: object) -> Tensor:
         run = _Run(self, executor.class_obj)
         try:
             with in_guidance(executor.class_obj.model_options, first=[lambda step: run.guided(step)]):
@@ -78,15 +79,15 @@ class Steering:
 class _Run:
     """One run of a sampler."""
 
-    def __init__(self, steering: Steering, guider: Any) -> None:
+    def __init__(self, steering: Steering, guider: Guider) -> None:
         self._steering, self._guider = steering, guider
         self._rule: GuidanceRule | None = None
         self._evaluations = 0
         self._fault = ""
 
-    def guided(self, arguments: dict[str, Any]) -> Tensor:
+    def guided(self, arguments: GuidanceArguments) -> Tensor:
         """The host's prediction, or what the rule makes of it. Faults of ours never cost an image."""
-        plain: Tensor = arguments["denoised"]
+        plain = arguments["denoised"]
         if self._fault:
             return plain
         with caught((INTERRUPTION,), self._tell, GOES_ON, "there was not enough memory: take a smaller image or batch"):
@@ -97,7 +98,7 @@ class _Run:
         self._fault = f"{GOES_ON}{text}"
         return True
 
-    def _guided(self, arguments: dict[str, Any]) -> Tensor:
+    def _guided(self, arguments: GuidanceArguments) -> Tensor:
         guider, x, sigma, options = self._guider, arguments["input"], arguments["sigma"], arguments["model_options"]
 
         def make_model() -> ComfyModel:
@@ -109,7 +110,7 @@ class _Run:
                 self._rule = self._steering.make(model, guider, as_images(x))
             return model
 
-        plain: Tensor = arguments["denoised"]
+        plain = arguments["denoised"]
         step = guided_step(arguments, guider, level_of(guider.conds, sigma), self._evaluations, make_model)
         if step is None or self._rule is None:
             return plain
@@ -127,7 +128,7 @@ def transition(settings: guidance_transition.Settings, tell: Callable[[str], Non
         guiding = [] if rule.guiding is None else rule.guiding.tolist()
         return f"guidance began in {sum(guiding)} of {len(guiding)} images"
 
-    def make(model: ComfyModel, guider: Any, x: Tensor) -> guidance_transition.Transition:
+    def make(model: ComfyModel, guider: Guider, x: Tensor) -> guidance_transition.Transition:
         if why := guidance_transition.TRANSITION.refusal(model.prediction_type):
             raise ValueError(why)
         return guidance_transition.Transition(settings.before_transition)
@@ -139,7 +140,7 @@ def transition(settings: guidance_transition.Settings, tell: Callable[[str], Non
 
 
 def anti_memorization(
-    guard: HostReferences, vae: Any, clip: Any, settings: amg.Settings, tell: Callable[[str], None]
+    guard: HostReferences, vae: VAE, clip: CLIP | None, settings: amg.Settings, tell: Callable[[str], None]
 ) -> Steering:
     """Raises ValueError where this could never act: a VAE of another kind, or a threshold above every similarity."""
     if vae is None:
@@ -158,7 +159,7 @@ def anti_memorization(
     patchers = (vae.patcher, *guard.networks.patchers)
     modules = [patcher.model for patcher in patchers]
 
-    def make(model: ComfyModel, guider: Any, x: Tensor) -> amg.AntiMemorization:
+    def make(model: ComfyModel, guider: Guider, x: Tensor) -> amg.AntiMemorization:
         _make_room(vae, x, (guider.model_patcher, *patchers))
         images = partial(_images, vae, guider.inner_model)
         encode = None if model.clip is None else lambda caption: model.encode(as_typed(caption))
@@ -168,13 +169,13 @@ def anti_memorization(
     return Steering(make, _steered, tell, patchers, clip)
 
 
-def _images(vae: Any, inner: Any, latents: Tensor) -> Tensor:
+def _images(vae: VAE, inner: BaseModel, latents: Tensor) -> Tensor:
     """[B, C, H, W] of the sampled model's latents -> images [B, 3, height, width] in 0..1."""
     given = inner.process_latent_out(latents).to(vae.device, vae.vae_dtype)
     return vae.process_output(vae.first_stage_model.decode(given).float()).to(image_device())
 
 
-def _make_room(vae: Any, x: Tensor, in_use: Sequence[Any]) -> None:
+def _make_room(vae: VAE, x: Tensor, in_use: Sequence[ModelPatcher]) -> None:
     """Ask the host for the memory of a backward pass through the decoder; in inference mode, as all of its moves."""
     managed = comfy.model_management
     needed = KEPT * vae.memory_used_decode(tuple(x.shape), vae.vae_dtype) * x.shape[0]

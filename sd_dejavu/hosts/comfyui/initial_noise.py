@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import comfy.samplers
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ...calibration.profile import Profile
 from ...mitigations import Mitigation, Outcome
+from .api import HostConditioning, Latent, ModelPatcher
 from .before_sampling import begin_of
 from .guidance import Steering
 from .model import ComfyModel, as_host, with_model
@@ -25,7 +25,7 @@ class FixedNoise:
     noise: Tensor
     seed: int
 
-    def generate_noise(self, input_latent: dict[str, Any]) -> Tensor:
+    def generate_noise(self, input_latent: Latent) -> Tensor:
         wanted = tuple(input_latent["samples"].shape)
         if wanted != tuple(self.noise.shape):
             raise ValueError(
@@ -36,17 +36,17 @@ class FixedNoise:
 
 
 def adjust_noise(
-    patcher: Any,
-    positive: Any,
-    negative: Any,
+    patcher: ModelPatcher,
+    positive: HostConditioning,
+    negative: HostConditioning,
     start: tuple[Tensor, Tensor, Tensor],
     seed: int,
     target: float,
     method: Mitigation,
-    settings: Any,
+    settings: object,
     profile: Profile | None,
     folder: Path | None,
-) -> tuple[FixedNoise, Any, dict[str, Any]]:
+) -> tuple[FixedNoise, ModelPatcher, dict[str, object]]:
     """The noise, the model with the method's guidance rule where it has one, and what was done as plain values.
 
     ``start`` is the run's latent, noise and sigmas. Raises ValueError where the prompt has several conditionings, or
@@ -64,7 +64,7 @@ def adjust_noise(
             moved.append((outcome.x - x).cpu())
         return outcome
 
-    outcome: Outcome = with_model(patcher, positive, latent, noise, sigmas, work, negative=negative)
+    outcome = with_model(patcher, positive, latent, noise, sigmas, work, negative=negative)
     if moved:
         noise = noise + as_host(moved[0], noise.ndim) / _scale(patcher, sigmas)
     if outcome.rule is not None:
@@ -81,7 +81,7 @@ def adjust_noise(
     return FixedNoise(noise, seed), patcher, document
 
 
-def _scale(patcher: Any, sigmas: Tensor) -> float:
+def _scale(patcher: ModelPatcher, sigmas: Tensor) -> float:
     """How far one unit of noise moves the x of a run's first step: the host's scaling is affine in the noise."""
     sampling = patcher.get_model_object("model_sampling")
     wrapped = SimpleNamespace(inner_model=SimpleNamespace(model_sampling=sampling))

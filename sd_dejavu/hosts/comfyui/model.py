@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import comfy.model_management
@@ -32,6 +32,7 @@ from ...demo import bundled
 from ...weights import Identity, Named, digest, named, of_text_encoder, sampled, unpatched
 from ...weights import fingerprint as fingerprint_of
 from ..aliases import normal
+from .api import CLIP, BaseModel, Entry, Executor, Guider, HostConditioning, ModelPatcher, Options
 from .attention import attending
 from .gradients import checkpointed, differentiable, make_room, must_recompute, plain_attention
 from .run_options import uncached
@@ -39,6 +40,7 @@ from .text import SOURCE, encode, options_with
 
 FINGERPRINT = "dejavu_fingerprint"  # attachment of the bundled model: its name in the profiles that come with it
 _CHANGING = ("model_function_wrapper", "sampler_pre_cfg_function")  # options that change a prediction
+T = TypeVar("T")
 BEGAN = "dejavu_began"  # key in a run's model options that holds what the host made its conditionings for
 
 
@@ -66,15 +68,15 @@ def as_host(images: Tensor, dimensions: int) -> Tensor:
     return images.unsqueeze(2) if dimensions == 5 else images
 
 
-def remember_beginning(patcher: Any, key: str) -> None:
+def remember_beginning(patcher: ModelPatcher, key: str) -> None:
     """Let every run of this clone keep what the host made its conditionings for, in the model options of the run."""
 
     def sampler_sample(
-        executor: Any,
-        guider: Any,
+        executor: Executor,
+        guider: Guider,
         sigmas: Tensor,
-        extra_args: dict[str, Any],
-        callback: Any,
+        extra_args: Options,
+        callback: object,
         noise: Tensor,
         latent_image: Tensor | None = None,
         denoise_mask: Tensor | None = None,
@@ -82,15 +84,14 @@ def remember_beginning(patcher: Any, key: str) -> None:
     ) -> Tensor:
         seed = extra_args.get("seed")
         extra_args["model_options"][BEGAN] = beginning(guider, noise, latent_image, denoise_mask, seed)
-        drawn: Tensor = executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
-        return drawn
+        return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
 
     patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, key, sampler_sample)
 
 
 def beginning(
-    guider: Any, noise: Tensor, latent_image: Tensor | None, denoise_mask: Tensor | None, seed: Any
-) -> dict[str, Any]:
+    guider: Guider, noise: Tensor, latent_image: Tensor | None, denoise_mask: Tensor | None, seed: object
+) -> dict[str, object]:
     """What the host hands to a model for each conditioning of a run, and what other packs had put to the prompt's."""
     shapes = getattr(guider.inner_model, "latent_shapes", None)
     prompts = guider.original_conds.get("positive") or [{}]
@@ -104,7 +105,7 @@ def beginning(
     }
 
 
-def prediction_type_of(sampling: Any) -> PredictionType:
+def prediction_type_of(sampling: object) -> PredictionType:
     """What the network puts out, from the host's model_sampling object. Raises ValueError for others."""
     if isinstance(sampling, comfy.model_sampling.COSMOS_RFLOW):
         return "epsilon"  # a flow in the network's scale; x = x0 + sigma * noise is what the sampler and we see
@@ -138,10 +139,10 @@ class ComfyModel:
 
     def __init__(
         self,
-        patcher: Any,
-        inner: Any,
-        entry: dict[str, Any],
-        model_options: dict[str, Any],
+        patcher: ModelPatcher,
+        inner: BaseModel,
+        entry: Entry,
+        model_options: Options,
         sigmas: Tensor | Sequence[float],
         x: Tensor,
     ) -> None:
@@ -150,10 +151,10 @@ class ComfyModel:
         self._sigmas = [float(s) for s in sigmas]
         self._dimensions = x.ndim
         self._device, self.latent_shape, self._images = x.device, tuple(as_images(x).shape[1:]), x.shape[0]
-        self._own: list[tuple[Tensor, list[dict[str, Any]]]] = []  # stand-ins for entries of the host
-        self.negative: list[dict[str, Any]] = []  # the run's own, processed, where the model was made for a node
+        self._own: list[tuple[Tensor, list[Entry]]] = []  # stand-ins for entries of the host
+        self.negative: list[Entry] = []  # the run's own, processed, where the model was made for a node
         self.prediction_type = prediction_type_of(inner.model_sampling)
-        self.clip = source.clip if (source := entry.get(SOURCE)) is not None else None
+        self.clip: CLIP | None = source.clip if (source := entry.get(SOURCE)) is not None else None
         self.name = "the loaded model"
         self._plain_attention = False
 
@@ -222,7 +223,7 @@ class ComfyModel:
         entry = self.entry_with(conditioning, x)
         return self.calculate([entry], x, sigma, conditioning.attention, conditioning.images)
 
-    def of_the_host(self, entries: list[dict[str, Any]]) -> Conditioning:
+    def of_the_host(self, entries: list[Entry]) -> Conditioning:
         """A conditioning that stands for the host's own processed ``entries``, whatever they hold.
 
         The model predicts with the entries themselves wherever it is given this very conditioning.
@@ -233,7 +234,7 @@ class ComfyModel:
 
     def calculate(
         self,
-        entries: list[dict[str, Any]],
+        entries: list[Entry],
         x: Tensor,
         sigma: Tensor,
         attention: AttentionRule | None = None,
@@ -257,7 +258,7 @@ class ComfyModel:
         (found,) = comfy.samplers.calc_cond_batch(self._inner, [entries], given, normal(sigma), options)
         return as_images(found).float()
 
-    def entry_with(self, conditioning: Conditioning, x: Tensor) -> dict[str, Any]:
+    def entry_with(self, conditioning: Conditioning, x: Tensor) -> Entry:
         """The entry that the host makes for another prompt in this run, where its rows lie as those of the prompt do.
 
         Differentiable in the rows and in the pooled vector. x [B, C, H, W] is what it will be evaluated at.
@@ -288,7 +289,7 @@ class ComfyModel:
         }
         return {**made, "model_conds": held}
 
-    def _refuse_other_weights(self, entries: list[dict[str, Any]]) -> None:
+    def _refuse_other_weights(self, entries: list[Entry]) -> None:
         """The host may not change weights for a conditioning's hooks while gradients are taken through them."""
         current = self._inner.current_patcher.current_hooks
         if any(entry.get("hooks") != current for entry in entries):
@@ -313,10 +314,10 @@ class ComfyModel:
             self._plain_attention = before
 
 
-def _of_images(entry: dict[str, Any], start: int, stop: int, count: int) -> dict[str, Any]:
+def _of_images(entry: Entry, start: int, stop: int, count: int) -> Entry:
     """The entry for some images of a batch of ``count``: the host would give each of them what the first ones have."""
 
-    def part(value: Any) -> Any:
+    def part(value: object) -> object:
         return value[start:stop] if isinstance(value, Tensor) and value.ndim and value.shape[0] == count else value
 
     conds = {
@@ -329,7 +330,7 @@ def _of_images(entry: dict[str, Any], start: int, stop: int, count: int) -> dict
     return {**entry, **changed, "model_conds": conds, "uuid": uuid.uuid4()}
 
 
-def _control_of_images(control: Any, part: Callable[[Any], Any]) -> Any:
+def _control_of_images(control: Any, part: Callable[[object], object]) -> object:
     """A control net's copy with hints of these images alone; the run's own keeps what it has prepared for all."""
     copied = copy.copy(control)
     copied.cond_hint = None
@@ -348,14 +349,14 @@ def _normal(value: Any) -> Any:
     return value
 
 
-def _usual_layer(clip: Any) -> int | None:
+def _usual_layer(clip: CLIP) -> int | None:
     """The layer that a CLIP is read at where nobody asks for another one, counted from its end; None for others."""
     encoders = (getattr(clip.cond_stage_model, f"clip_{name}", None) for name in "lgh")
     usual = {defaults[1] or -1 for encoder in encoders if (defaults := getattr(encoder, "options_default", None))}
     return usual.pop() if len(usual) == 1 else None
 
 
-def fingerprint(patcher: Any, network: str = "diffusion_model") -> Identity:
+def fingerprint(patcher: ModelPatcher, network: str = "diffusion_model") -> Identity:
     """The network's identity, see :mod:`sd_dejavu.weights`; with patches (LoRAs) another one, the same in every run.
 
     ``network`` is its place in the patcher's model; empty for the whole of it, as with text encoders. Weights that a
@@ -374,7 +375,7 @@ def fingerprint(patcher: Any, network: str = "diffusion_model") -> Identity:
     return known[key]
 
 
-def text_encoder_of(clip: Any) -> str:
+def text_encoder_of(clip: CLIP) -> str:
     """16 digits of a text encoder's weights, see :mod:`sd_dejavu.weights`. Read once for an encoder and its patches."""
     known = _text_encoders.setdefault(clip.patcher.model, {})
     if clip.patcher.patches_uuid not in known:
@@ -383,11 +384,11 @@ def text_encoder_of(clip: Any) -> str:
     return known[clip.patcher.patches_uuid]
 
 
-_identities: WeakKeyDictionary[Any, dict[Any, Identity]] = WeakKeyDictionary()
-_text_encoders: WeakKeyDictionary[Any, dict[Any, str]] = WeakKeyDictionary()
+_identities: WeakKeyDictionary[BaseModel, dict[object, Identity]] = WeakKeyDictionary()
+_text_encoders: WeakKeyDictionary[BaseModel, dict[object, str]] = WeakKeyDictionary()
 
 
-def _weights(patcher: Any, network: str) -> Iterator[Named]:
+def _weights(patcher: ModelPatcher, network: str) -> Iterator[Named]:
     """A network's weights without patches, each with the precision it is used in where the host tells it."""
     held = patcher.model.get_submodule(network)
 
@@ -407,7 +408,7 @@ def _weights(patcher: Any, network: str) -> Iterator[Named]:
     return unpatched(tensors(), kept)
 
 
-def _told(patcher: Any) -> bytes:
+def _told(patcher: ModelPatcher) -> bytes:
     """A model's patches: where they act, how strongly, and a few values of each; nothing where there are none."""
     heads: list[tuple[str, int]] = []
     tensors: list[Named] = []
@@ -422,7 +423,7 @@ def _told(patcher: Any) -> bytes:
     )
 
 
-def _tensors(patch: Any) -> Iterator[Tensor]:
+def _tensors(patch: object) -> Iterator[Tensor]:
     if isinstance(patch, Tensor):
         yield patch
     elif isinstance(patch, (tuple, list)):
@@ -432,7 +433,7 @@ def _tensors(patch: Any) -> Iterator[Tensor]:
         yield from _tensors(patch.weights)
 
 
-def ordinary_for(patcher: Any, count: int, like: Sequence[str] = ()) -> list[str]:
+def ordinary_for(patcher: ModelPatcher, count: int, like: Sequence[str] = ()) -> list[str]:
     """Ordinary prompts like the given ones, or else of the world that a model knows: the bundled one knows its own alone."""
     if like:
         return recombined(like, count)
@@ -444,16 +445,16 @@ def ordinary_for(patcher: Any, count: int, like: Sequence[str] = ()) -> list[str
 class _Body(comfy.samplers.Sampler):
     """Runs a function where a sampler would run: models loaded, conditionings processed."""
 
-    def __init__(self, work: Callable[[Any, Tensor, Tensor], Any], make: Callable[..., ComfyModel]) -> None:
+    def __init__(self, work: Callable[[Any, Tensor, Tensor], object], make: Callable[..., ComfyModel]) -> None:
         self._work, self._make = work, make
         self.result: Any = None
 
     def sample(  # the host's signature
         self,
-        model_wrap: Any,
+        model_wrap: Guider,
         sigmas: Tensor,
-        extra_args: dict[str, Any],
-        callback: Any,
+        extra_args: Options,
+        callback: object,
         noise: Tensor,
         latent_image: Tensor | None = None,
         denoise_mask: Tensor | None = None,
@@ -471,15 +472,15 @@ class _Body(comfy.samplers.Sampler):
 
 
 def with_model(
-    patcher: Any,
-    positive: Any,
+    patcher: ModelPatcher,
+    positive: HostConditioning,
     latent: Tensor,
     noise: Tensor,
     sigmas: Tensor,
-    work: Callable[[Any, Tensor, Tensor], Any],
+    work: Callable[[Any, Tensor, Tensor], T],
     make: Callable[..., ComfyModel] = ComfyModel,
-    negative: Any = None,
-) -> Any:
+    negative: HostConditioning | None = None,
+) -> T:
     """``work(model, x, sigma)`` at the start of the run that a sampler would make of this noise and these sigmas.
 
     x is [B, C, H, W]. ``make`` is the kind of model that ``work`` is given; it has ``negative`` as the host processes
@@ -489,4 +490,5 @@ def with_model(
     guider.set_conds(positive, positive if negative is None else negative)
     body = _Body(work, make)
     guider.sample(noise, latent, body, sigmas, disable_pbar=True)
-    return body.result
+    found: T = body.result
+    return found

@@ -31,6 +31,7 @@ from ...run.monitoring import Monitoring
 from ...run.report import Report
 from ...run.state import RunState
 from . import graph
+from .api import CLIP, Entry, Executor, GuidanceArguments, Guider, ModelPatcher, Options
 from .attention import attending
 from .evaluation import covers, guided_step, level_of, negative_of, unconditional_of
 from .model import ComfyModel, as_host, as_images, fingerprint, remember_beginning, why_no_images
@@ -90,7 +91,7 @@ class Run:
 
     interruptions = (INTERRUPTION, Stopped, OtherNoise)
 
-    def __init__(self, monitor: Monitor, guider: Any, noise: Tensor, from_image: Readout, sampler: str) -> None:
+    def __init__(self, monitor: Monitor, guider: Guider, noise: Tensor, from_image: Readout, sampler: str) -> None:
         self._monitor, self._guider, self._from_image, self.sampler = monitor, guider, from_image, sampler
         self.place = graph.place()  # the execution, and the sampler's node
         self.number = uuid.uuid4().hex
@@ -109,7 +110,7 @@ class Run:
         self._cond: Tensor | None = None  # what guidance gave at this evaluation
         self._uncond: Tensor | None = None
         self._x: Tensor | None = None  # of this evaluation, as the host has it
-        self._options: dict[str, Any] = {}
+        self._options: Options = {}
 
     # ----------------------------------------------------------------- as the controller's host
 
@@ -182,7 +183,7 @@ class Run:
             self._negative_kind()
             negative_name(negative)
 
-    def predict(self, executor: Any, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any) -> Tensor:
+    def predict(self, executor: Executor, x: Tensor, sigma: Tensor, options: Options, seed: object) -> Tensor:
         """One evaluation of the host, and what the controller makes of it."""
         self._level = level_of(self._guider.conds, sigma)
         self._x, self._options = x, options
@@ -192,7 +193,7 @@ class Run:
             self._given = self._positive
             with self.controller.faults():
                 self._name_source()
-        denoised: Tensor = executor(x, sigma, attending(options, self._attention), seed)
+        denoised = executor(x, sigma, attending(options, self._attention), seed)
         decision: Decision = GO
         with self.controller.faults():
             decision = self._handed_over(x, sigma)
@@ -226,11 +227,11 @@ class Run:
     def end(self, finished: bool) -> None:
         """Lets go of all that is the host's: the run is kept for its report."""
         self.controller.end(finished)
-        self._guider = self._x = self._cond = self._uncond = self.sigmas = self._attention = None
+        self._guider = self._x = self._cond = self._uncond = self.sigmas = self._attention = None  # type: ignore[assignment]
         self._options = {}
         self._given = []
 
-    def read(self, arguments: dict[str, Any]) -> None:
+    def read(self, arguments: GuidanceArguments) -> None:
         """The last function after guidance: both predictions, where it tells them."""
         negative = negative_of(self._guider)
         if arguments.get("cond") is self._positive and not self._no_images:
@@ -239,9 +240,9 @@ class Run:
             if found is not None and covers(negative, self._level):
                 self._uncond = as_images(found)
 
-    def guide(self, arguments: dict[str, Any]) -> Tensor:
+    def guide(self, arguments: GuidanceArguments) -> Tensor:
         """The first function after guidance: the host's guided prediction, or what a mitigation's rule makes of it."""
-        denoised: Tensor = arguments["denoised"]
+        denoised = arguments["denoised"]
         if self.state.rule is None:
             return denoised
         number = len(self.state.trace)
@@ -254,9 +255,8 @@ class Run:
         return denoised
 
     @property
-    def _positive(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self._guider.conds["positive"]
-        return found
+    def _positive(self) -> list[Entry]:
+        return self._guider.conds["positive"]
 
     def _negative_kind(self) -> Unconditional:
         if self._kind is None:
@@ -286,7 +286,7 @@ class Monitor:
         monitoring: Monitoring,
         profile: Profile | None = None,
         folder: Path | None = None,
-        clip: Any = None,
+        clip: CLIP | None = None,
         on_progress: Callable[[str, RunState], None] = lambda run, state: None,
         every_score: bool = False,
     ) -> None:
@@ -301,7 +301,7 @@ class Monitor:
         self._open: list[Run] = []
         self._lock = threading.Lock()
 
-    def attach(self, patcher: Any) -> Any:
+    def attach(self, patcher: ModelPatcher) -> ModelPatcher:
         """A clone of the model whose runs are watched."""
         types = comfy.patcher_extension.WrappersMP
         clone = patcher.clone()
@@ -353,7 +353,7 @@ class Monitor:
         return self._profile or profile_for(setting, model, self.monitoring, self._folder)
 
     def _outer_sample(
-        self, executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *a: Any, **k: Any
+        self, executor: Executor, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *a: Any, **k: Any
     ) -> Tensor:
         guider = executor.class_obj
         name = getattr(getattr(sampler, "sampler_function", None), "__name__", "")
@@ -362,17 +362,16 @@ class Monitor:
         options, finished = guider.model_options, False
         try:
             # Plain functions: the host deep-copies what it finds, and a method would bring its object along.
-            def guide(arguments: dict[str, Any]) -> Tensor:
-                denoised: Tensor = arguments["denoised"]
+            def guide(arguments: GuidanceArguments) -> Tensor:
+                denoised = arguments["denoised"]
                 with run.controller.faults():
                     denoised = run.guide(arguments)
                 return denoised
 
-            def read(arguments: dict[str, Any]) -> Tensor:
+            def read(arguments: GuidanceArguments) -> Tensor:
                 with run.controller.faults():
                     run.read(arguments)
-                denoised: Tensor = arguments["denoised"]
-                return denoised
+                return arguments["denoised"]
 
             with in_guidance(options, first=[guide], last=[read]):
                 try:
@@ -400,7 +399,7 @@ class Monitor:
             while len(self.runs) > RUNS_KEPT and (execution is None or self.runs[0].place[0] != execution):
                 self.runs.popleft()
 
-    def _sampler_sample(self, executor: Any, guider: Any, sigmas: Tensor, *a: Any, **k: Any) -> Tensor:
+    def _sampler_sample(self, executor: Executor, guider: Guider, sigmas: Tensor, *a: Any, **k: Any) -> Tensor:
         """The sampler's loop, with models loaded and conditionings processed before and after it."""
         if not self._open:
             return executor(guider, sigmas, *a, **k)
@@ -413,7 +412,7 @@ class Monitor:
         return samples
 
     def _predict_noise(
-        self, executor: Any, x: Tensor, timestep: Tensor, model_options: Any = None, seed: Any = None
+        self, executor: Executor, x: Tensor, timestep: Tensor, model_options: Options | None = None, seed: object = None
     ) -> Tensor:
         options = {} if model_options is None else model_options
         if not self._open:
@@ -421,10 +420,9 @@ class Monitor:
         return self._open[-1].predict(executor, x, timestep, options, seed)
 
 
-def _noise_unit(guider: Any, sampler: Any, sigmas: Tensor) -> Tensor:
+def _noise_unit(guider: Guider, sampler: Any, sigmas: Tensor) -> Tensor:
     """What one unit of noise is in the x that a run of these sigmas begins with."""
     sampling = guider.inner_model.model_sampling
     all_noise = sampler.max_denoise(guider, sigmas)
     one = torch.ones((), device=sigmas.device)  # a number alone goes with tensors of any device
-    unit: Tensor = sampling.noise_scaling(sigmas[0], one, torch.zeros_like(one), all_noise)
-    return unit
+    return sampling.noise_scaling(sigmas[0], one, torch.zeros_like(one), all_noise)

@@ -16,6 +16,7 @@ from comfy_execution.utils import get_executing_context
 from ...run.report import Report
 from ...run.state import RunState
 
+Document = dict[str, Any]  # a report, or a part of a saved workflow
 EVENT = "dejavu.run"
 PAUSE = 0.5  # seconds between two reports on one run
 
@@ -49,7 +50,7 @@ class LiveReport:
         message["workflow"] = _workflow(server, context.prompt_id)
         _writer().submit(self._send, server, server.client_id, message, state.so_far())
 
-    def _send(self, server: Any, page: str, message: dict[str, Any], state: RunState) -> None:
+    def _send(self, server: Any, page: str, message: dict[str, object], state: RunState) -> None:
         try:
             report = {**Report.of(state).as_json(), "monitor": self._node}
             server.send_sync(EVENT, {**message, "report": report}, page)
@@ -87,7 +88,7 @@ def tell(node: str, text: str) -> None:
         server.send_progress_text(text, node, server.client_id)
 
 
-def keep_in_image(extra: Any, node: str, document: dict[str, Any]) -> None:
+def keep_in_image(extra: object, node: str, document: Document) -> None:
     """Put a report into what the host saves with images: by node, and into the workflow, which shows it again.
 
     A node that runs for each item of a list has all of its reports made before the first image is saved, and one
@@ -108,21 +109,21 @@ def keep_in_image(extra: Any, node: str, document: dict[str, Any]) -> None:
         found["properties"]["dejavu"] = document
 
 
-def _is_report(document: dict[str, Any]) -> bool:
+def _is_report(document: Document) -> bool:
     """Whether it is one of ours: of what clients of the host's API have put there, nothing is read."""
     lists = all(isinstance(document.get(name), list) for name in ("verdicts", "notes"))
     return document.get("format") == "dejavu-report" and lists
 
 
-def _highest_score(document: dict[str, Any]) -> float:
+def _highest_score(document: Document) -> float:
     found = (_entry(verdict, "score") for verdict in document["verdicts"])
     return max((score for score in found if isinstance(score, int | float)), default=0.0)
 
 
-def _node_of(workflow: Any, node: str) -> dict[str, Any] | None:
+def _node_of(workflow: object, node: str) -> Document | None:
     """The node of a saved workflow; '12:5' is node 5 of the subgraph that node 12 stands for."""
     subgraphs = {str(graph.get("id")): graph for graph in _entries(_entry(workflow, "definitions"), "subgraphs")}
-    graph: Any = workflow
+    graph: object = workflow
     found = None
     for part in node.split(":"):
         found = next((n for n in _entries(graph, "nodes") if str(n.get("id")) == part), None)
@@ -130,11 +131,11 @@ def _node_of(workflow: Any, node: str) -> dict[str, Any] | None:
     return found
 
 
-def _entry(value: Any, key: str) -> Any:
+def _entry(value: object, key: str) -> object:
     return value.get(key) if isinstance(value, dict) else None
 
 
-def _entries(value: Any, key: str) -> list[dict[str, Any]]:
+def _entries(value: object, key: str) -> list[Document]:
     """The dictionaries of a list in a dictionary."""
     found = _entry(value, key)
     return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []

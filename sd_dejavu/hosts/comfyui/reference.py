@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import comfy.model_management
 import comfy.utils
@@ -32,6 +32,7 @@ from ...reference.features import (
 )
 from ...reference.nearest import Answer, answer
 from ...reference.reference_set import ReferenceSet
+from .api import ClipVision, ModelPatcher
 from .demo import load_demo_model
 
 CLIP_VISION = "the linked CLIP Vision model"
@@ -44,7 +45,7 @@ class HostFeatures:
     """Features, and the host's networks (its model patchers) that must be loaded before they are asked."""
 
     features: Features
-    patchers: tuple[Any, ...] = ()
+    patchers: tuple[ModelPatcher, ...] = ()
 
     def load(self) -> None:
         """To be called in inference mode: weights that the host moves outside of it cannot be used again."""
@@ -75,7 +76,7 @@ def feature_choices(sscd_files: Sequence[str]) -> list[str]:
     return [*plain, CLIP_VISION, *(f"sscd {size}: {file}" for file in sscd_files for size in _SSCD_SIZES)]
 
 
-def chosen_features(choice: str, clip_vision: Any, sscd_files: Mapping[str, Path]) -> HostFeatures:
+def chosen_features(choice: str, clip_vision: ClipVision | None, sscd_files: Mapping[str, Path]) -> HostFeatures:
     """What one of :func:`feature_choices` stands for. Raises ValueError with a sentence where it cannot be had."""
     if choice == CLIP_VISION:
         if clip_vision is None:
@@ -95,7 +96,9 @@ def chosen_features(choice: str, clip_vision: Any, sscd_files: Mapping[str, Path
     return plain[choice]()
 
 
-def features_of(reference: ReferenceSet, clip_vision: Any, sscd_files: Mapping[str, Path]) -> HostFeatures:
+def features_of(
+    reference: ReferenceSet, clip_vision: ClipVision | None, sscd_files: Mapping[str, Path]
+) -> HostFeatures:
     """The features that a set was made with. Raises ValueError with a sentence where they are not at hand."""
     name = reference.features
     kind, *details = name.split()
@@ -114,7 +117,7 @@ def features_of(reference: ReferenceSet, clip_vision: Any, sscd_files: Mapping[s
     )
 
 
-def _clip_vision(clip_vision: Any) -> HostFeatures:
+def _clip_vision(clip_vision: ClipVision) -> HostFeatures:
     """The embedding of the host's network. Its own preprocessing rounds to 8 bits, through which no gradient goes."""
     network, side = clip_vision.model, clip_vision.image_size
     mean, std = clip_vision.image_mean, clip_vision.image_std
@@ -184,7 +187,7 @@ def build_set(source: Path, out: Path, networks: HostFeatures, restart: bool) ->
     return HostReferences.of(made, networks)
 
 
-def load_set(path: Path, clip_vision: Any, sscd_files: Mapping[str, Path]) -> HostReferences:
+def load_set(path: Path, clip_vision: ClipVision | None, sscd_files: Mapping[str, Path]) -> HostReferences:
     references = ReferenceSet.load(path)
     return HostReferences.of(references, features_of(references, clip_vision, sscd_files))
 
@@ -202,7 +205,7 @@ def nearest(guard: HostReferences, images: Tensor, count: int) -> list[Answer]:
     return [answer(guard.references, found, row) for row in range(len(queries))]
 
 
-def _made_with(features: Features) -> dict[str, Any]:
+def _made_with(features: Features) -> dict[str, object]:
     """What the command line needs to make the same features; nothing where only a host can."""
     kind, *details = features.name.split()
     if kind not in KINDS:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+
+from torch import Tensor
+
+from .api import GuidanceArguments, Options
 
 _POST_CFG = "sampler_post_cfg_function"
 AGAIN = "dejavu_again"  # key in the options of an evaluation that a monitor has made again, otherwise
 _CACHE = "easycache"  # of the host's EasyCache and LazyCache, for their state and for their wrappers
 
-Function = Callable[[dict[str, Any]], Any]
+Function = Callable[[GuidanceArguments], Tensor]
 
 
 @contextmanager
-def in_guidance(
-    options: dict[str, Any], first: Sequence[Function] = (), last: Sequence[Function] = ()
-) -> Iterator[None]:
+def in_guidance(options: Options, first: Sequence[Function] = (), last: Sequence[Function] = ()) -> Iterator[None]:
     """While open, these take part in guidance; then they alone are taken out, whatever others did to the list since.
 
     Where another pack left something that is no list, it stays for the host to refuse.
@@ -32,7 +33,7 @@ def in_guidance(
             options[_POST_CFG] = [function for function in found if all(function is not mine for mine in own)]
 
 
-def uncached(options: dict[str, Any]) -> dict[str, Any]:
+def uncached(options: Options) -> Options:
     """The options of a run for an evaluation of our own, which the host's cache between steps shall not see.
 
     It would keep what each conditioning gave, with the graph of its gradients, and take our evaluations for steps.
@@ -47,7 +48,7 @@ def uncached(options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "transformer_options": {**transformer, "wrappers": wrappers}}
 
 
-def forget_steps(options: dict[str, Any]) -> None:
+def forget_steps(options: Options) -> None:
     """Let the host's cache between steps begin anew: it follows the conditioning that it saw first."""
     cache = options.get("transformer_options", {}).get(_CACHE)
     if cache is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from ...calibration.profile import Profile, Setting
 from ...core.conditioning import Unconditional
 from ...run.monitoring import Monitoring
 from ...weights import digest, named, sampled
+from .api import CLIP, Entry
 from .model import ComfyModel, text_encoder_of
 from .text import SOURCE, empty_prompt
 
@@ -21,7 +21,7 @@ from .text import SOURCE, empty_prompt
 def setting_of(
     model: ComfyModel,
     baseline: Unconditional,
-    negative: Any,
+    negative: list[Entry],
     scale: float,
     from_image: bool = False,
     sampler: str = "",
@@ -46,7 +46,7 @@ def profile_for(setting: Setting, model: ComfyModel, monitoring: Monitoring, fol
     return store.find_for_monitor(setting, monitoring.score, model.brought_along, folder)
 
 
-def kind_of(negative: Any, clip: Any = None) -> Unconditional:
+def kind_of(negative: list[Entry], clip: CLIP | None = None) -> Unconditional:
     """The empty prompt where the host's negative conditioning comes from one, or equals what ``clip`` makes of it.
 
     Conditionings that no text encodes to are told apart: those without rows, and those of zeros. Asked before the
@@ -69,18 +69,18 @@ def kind_of(negative: Any, clip: Any = None) -> Unconditional:
     return "empty prompt"
 
 
-def _is_zeroed(entry: dict[str, Any]) -> bool:
+def _is_zeroed(entry: Entry) -> bool:
     """A conditioning that ConditioningZeroOut gave: it keeps the dict of the prompt, its text included."""
     rows = entry.get("cross_attn")
     return rows is not None and not bool(torch.count_nonzero(rows))
 
 
-def _equals_empty(rows: Tensor, clip: Any) -> bool:
+def _equals_empty(rows: Tensor, clip: CLIP) -> bool:
     empty = empty_prompt(clip).rows
     return empty.shape == rows.shape and torch.allclose(empty.to(rows), rows, atol=1e-3, rtol=1e-3)
 
 
-def negative_name(negative: Any) -> str:
+def negative_name(negative: list[Entry]) -> str:
     """The negative prompt as typed, or a digest of its rows where the text is unknown: read from them once."""
     names = []
     for entry in negative or ():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...core.conditioning import Conditioning, EncoderInput, Reencoding, TokenRow, Word, rows_of_chunks
 from ...core.prompt_weights import parse, words_as_typed
+from .api import CLIP, Chunks, Entry, HostConditioning, TextModel
 
 SOURCE = "dejavu_source"  # key in a conditioning's dict that holds its Source
 # What the host's text encoders give with the rows, some of them for one prompt and not for the next. Everything else
@@ -47,12 +48,12 @@ class Source:
     ``clip`` is None where only the text is known, as read from the workflow.
     """
 
-    clip: Any
+    clip: CLIP | None
     text: str
     node: str | None = None
 
 
-def encode_text(clip: Any, text: str, node: str | None = None) -> list[list[Any]]:
+def encode_text(clip: CLIP | None, text: str, node: str | None = None) -> HostConditioning:
     """What CLIPTextEncode gives, with the text and the encoder kept along. Raises ValueError without a CLIP."""
     if clip is None:
         raise ValueError("the CLIP input is empty: the checkpoint that was loaded may hold no text encoder")
@@ -63,10 +64,10 @@ def encode_text(clip: Any, text: str, node: str | None = None) -> list[list[Any]
     return encoded
 
 
-_empty_prompts: WeakKeyDictionary[Any, dict[Any, Conditioning]] = WeakKeyDictionary()
+_empty_prompts: WeakKeyDictionary[TextModel, dict[object, Conditioning]] = WeakKeyDictionary()
 
 
-def empty_prompt(clip: Any) -> Conditioning:
+def empty_prompt(clip: CLIP) -> Conditioning:
     """What the empty prompt encodes to, kept for as long as the encoder and its patches are the same."""
     known = _empty_prompts.setdefault(clip.cond_stage_model, {})
     key = (clip.patcher.patches_uuid, clip.layer_idx)
@@ -75,7 +76,7 @@ def empty_prompt(clip: Any) -> Conditioning:
     return known[key]
 
 
-def conditioning_of(rows: Tensor, options: dict[str, Any]) -> Conditioning:
+def conditioning_of(rows: Tensor, options: Entry) -> Conditioning:
     """One entry of a host's conditioning as the core's, with words and way back where the encoder is known.
 
     Without a source the tokens stay unknown: rows can be measured and optimised, words not named.
@@ -96,13 +97,13 @@ def conditioning_of(rows: Tensor, options: dict[str, Any]) -> Conditioning:
     return replace(found, rows=rows, extras=extras, host_values=plain.host_values)
 
 
-def options_with(options: dict[str, Any], conditioning: Conditioning) -> dict[str, Any]:
+def options_with(options: Entry, conditioning: Conditioning) -> Entry:
     """A host's conditioning's dict with what belongs to another prompt in place of what belonged to its own."""
     kept = {name: value for name, value in options.items() if name not in OF_THE_PROMPT}
     return {**kept, **conditioning.extras, **conditioning.host_values}
 
 
-def encode(clip: Any, text: str) -> Conditioning:
+def encode(clip: CLIP, text: str) -> Conditioning:
     """The conditioning of a text, encoded where the encoder's weights lie, or to where they are streamed.
 
     The host's own call would load the encoder first, which in the middle of a run may push the sampled model out.
@@ -150,7 +151,7 @@ def _clip_tokenizer() -> Any:
     return comfy.sd1_clip.SDTokenizer(embedding_directory=folder_paths.get_folder_paths("embeddings"))
 
 
-def _run_encoder(clip: Any, tokens: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
+def _run_encoder(clip: CLIP, tokens: Mapping[str, Chunks]) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
     """(rows, the pooled vector where there is one, what else the encoder gives with them)."""
     encoder = clip.cond_stage_model
     encoder.reset_clip_options()
@@ -165,12 +166,12 @@ def _run_encoder(clip: Any, tokens: dict[str, Any]) -> tuple[Tensor, dict[str, T
     return rows, {} if pooled is None else {"pooled_output": pooled}, dict(values[0]) if values else {}
 
 
-def _is_streamed(clip: Any) -> bool:
+def _is_streamed(clip: CLIP) -> bool:
     """Dynamic VRAM: the weights lie in main memory, and go to the card layer by layer."""
     return bool(getattr(clip.patcher, "is_dynamic", lambda: False)())
 
 
-def _token_rows(chunks: Sequence[Sequence[tuple[Any, ...]]], tokenizer: Any, text: str) -> tuple[TokenRow, ...]:
+def _token_rows(chunks: Chunks, tokenizer: Any, text: str) -> tuple[TokenRow, ...]:
     """What each (token, weight) of the chunks stands for; ``text`` is the prompt without its weights."""
     names, end = tokenizer.inv_vocab, tokenizer.inv_vocab.get(tokenizer.end_token)
     pieces = [["" if isinstance(token, Tensor) else names.get(token, "") for token, *_ in chunk] for chunk in chunks]
@@ -180,7 +181,7 @@ def _token_rows(chunks: Sequence[Sequence[tuple[Any, ...]]], tokenizer: Any, tex
 class _Encoder:
     """One CLIP encoder of a host's text model, with the chunks of (token, weight) it is about to read."""
 
-    def __init__(self, clip: Any, name: str, chunks: list[list[tuple[Any, float]]]) -> None:
+    def __init__(self, clip: CLIP, name: str, chunks: Chunks) -> None:
         self.chunks = chunks
         self._tokenizer = getattr(clip.tokenizer, f"clip_{name}")
         self._table = getattr(clip.cond_stage_model, f"clip_{name}").transformer.get_input_embeddings()
@@ -204,7 +205,7 @@ class _Encoder:
         """While open, the table gives these instead; it is asked once a chunk, and then for the empty prompt."""
         parts = iter(embeddings.split([len(chunk) for chunk in self.chunks]))
 
-        def give(module: Any, arguments: Any, output: Tensor) -> Tensor:
+        def give(module: object, arguments: object, output: Tensor) -> Tensor:
             part = next(parts, None)
             return output if part is None else part[None].to(output)
 

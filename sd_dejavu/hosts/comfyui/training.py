@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
-from typing import Any
 
 import comfy.patcher_extension
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from ...core.denoiser import over_pixels
 from ...training.filter import FilterSettings, TrainingFilter, weights_of
+from .api import Executor, Guider, HostConditioning, ModelPatcher, Options
 from .model import ComfyModel, prediction_type_of, remember_beginning
 from .monitor import KEY
 from .text import conditioning_of
@@ -28,13 +28,15 @@ class HostFilter:
     ``empty`` is the host's conditioning of the empty prompt. ``tell`` is given a sentence at the end of a training.
     """
 
-    def __init__(self, settings: FilterSettings, empty: Any, tell: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(
+        self, settings: FilterSettings, empty: HostConditioning, tell: Callable[[str], None] = lambda text: None
+    ) -> None:
         rows, options = empty[0]
         self.settings, self.tell = settings, tell
         self._empty = conditioning_of(rows, options)
         self._filter: TrainingFilter | None = None
 
-    def attach(self, patcher: Any) -> Any:
+    def attach(self, patcher: ModelPatcher) -> ModelPatcher:
         """A clone of the model. Raises ValueError for flow models, and for settings that leave nothing out."""
         self._new_filter(prediction_type_of(patcher.model.model_sampling))
         types = comfy.patcher_extension.WrappersMP
@@ -52,7 +54,7 @@ class HostFilter:
         # Noise predictions are what it is given, whatever the network puts out.
         return TrainingFilter(self.settings, may_empty=True)
 
-    def _outer_sample(self, executor: Any, *arguments: Any, **named: Any) -> Tensor:
+    def _outer_sample(self, executor: Executor, *arguments: object, **named: object) -> Tensor:
         sampling = executor.class_obj.model_patcher.model.model_sampling
         self._filter = made = self._new_filter(prediction_type_of(sampling))
         try:
@@ -64,16 +66,16 @@ class HostFilter:
                 self.tell(f"left {counts.left_out} of {counts.seen} samples out of the loss")
 
     def _predict_noise(
-        self, executor: Any, x: Tensor, sigma: Tensor, model_options: Any = None, seed: Any = None
+        self, executor: Executor, x: Tensor, sigma: Tensor, model_options: Options | None = None, seed: object = None
     ) -> Tensor:
         options = model_options or {}
-        denoised: Tensor = executor(x, sigma, options, seed)
+        denoised = executor(x, sigma, options, seed)
         if self._filter is not None and denoised.requires_grad:
             weights = self._weights(executor.class_obj, x, sigma, options, denoised.detach())
             denoised.register_hook(lambda gradient: gradient * weights.to(gradient))
         return denoised
 
-    def _weights(self, guider: Any, x: Tensor, sigma: Tensor, options: dict[str, Any], denoised: Tensor) -> Tensor:
+    def _weights(self, guider: Guider, x: Tensor, sigma: Tensor, options: Options, denoised: Tensor) -> Tensor:
         """[B, 1, 1, 1]: 0 for what is left out."""
         assert self._filter is not None
         entry = guider.conds["positive"][0]
