@@ -79,6 +79,7 @@ class Processing(Protocol):
     prompts: list[str]
     negative_prompts: list[str]
     all_prompts: list[str]
+    all_hr_prompts: list[str]  # with the hires fix
     seeds: list[int]
     all_seeds: list[int]
     batch_size: int
