@@ -13,7 +13,7 @@ from sd_dejavu.hosts.webui import controls, options, references, routes, run, ta
 from sd_dejavu.hosts.webui.accordion import Accordion
 from sd_dejavu.hosts.webui.controls import TITLE
 from sd_dejavu.hosts.webui.here import Here
-from sd_dejavu.hosts.webui.hosted import Processing
+from sd_dejavu.hosts.webui.hosted import Component, Processing
 from sd_dejavu.hosts.webui.session import Watched
 from sd_dejavu.report import panel
 from sd_dejavu.run.faults import caught
@@ -39,22 +39,22 @@ class DejaVuScript(scripts.Script):
     def title(self) -> str:
         return TITLE
 
-    def show(self, is_img2img: bool) -> Any:
+    def show(self, is_img2img: bool) -> object:
         return scripts.AlwaysVisible
 
     @cached_property
     def accordion(self) -> Accordion:
         return Accordion(HERE, "img2img" if self.is_img2img else "txt2img")
 
-    def ui(self, is_img2img: bool) -> list[Any]:
+    def ui(self, is_img2img: bool) -> list[Component]:
         components = self.accordion.build()
         self.infotext_fields = self.accordion.infotext_fields
         return components
 
-    def after_component(self, component: Any, **kwargs: Any) -> None:
+    def after_component(self, component: Component, **kwargs: Any) -> None:
         self.accordion.after(component, kwargs.get("elem_id") or "")
 
-    def process(self, p: Processing, *arguments: Any) -> None:
+    def process(self, p: Processing, *arguments: object) -> None:
         watched = SESSION.begin(p)
         if watched.within:  # perhaps copied from the run around it, whose infotext is not ours to change
             p.extra_generation_params = dict(p.extra_generation_params)
@@ -72,7 +72,7 @@ class DejaVuScript(scripts.Script):
             watched.wanted = wanted
             p.extra_generation_params[controls.INFOTEXT] = controls.as_infotext(wanted)
 
-    def before_process_batch(self, p: Processing, *arguments: Any, **kwargs: Any) -> None:
+    def before_process_batch(self, p: Processing, *arguments: object, **kwargs: Any) -> None:
         """Put the published baselines in, when other extensions have said what the prompts are."""
         watched = SESSION.of(p)
         if watched is None or watched.wanted is None or watched.wanted.perturb == controls.NOT_CHANGED:
@@ -87,27 +87,27 @@ class DejaVuScript(scripts.Script):
                 p.all_hr_prompts = [*hires[:begin], *own, *hires[begin + len(own) :]]
             p.all_prompts = [*p.all_prompts[:begin], *p.prompts, *p.all_prompts[begin + len(p.prompts) :]]
 
-    def process_batch(self, p: Processing, *arguments: Any, **kwargs: Any) -> None:
+    def process_batch(self, p: Processing, *arguments: object, **kwargs: Any) -> None:
         if (watched := SESSION.of(p)) and watched.run:
             watched.run.forget()
             for name in controls.LINES:
                 p.extra_generation_params.pop(name, None)  # of the batch before
 
-    def process_before_every_sampling(self, p: Processing, *arguments: Any, **kwargs: Any) -> None:
+    def process_before_every_sampling(self, p: Processing, *arguments: object, **kwargs: Any) -> None:
         if (watched := SESSION.of(p)) and watched.run:
             with _guarded(watched):
                 watched.run.begin(p, from_image=getattr(p, "init_latent", None) is not None)
                 if HERE.host.name == "Forge":
                     run.read_forge(p, SESSION.after_forge)
 
-    def postprocess_batch(self, p: Processing, *arguments: Any, **kwargs: Any) -> None:
+    def postprocess_batch(self, p: Processing, *arguments: object, **kwargs: Any) -> None:
         if (watched := SESSION.of(p)) and watched.run:
             with _guarded(watched):
                 watched.run.end()
                 before = kwargs.get("batch_number", 0) * p.batch_size
                 watched.tell(before, shared.opts.data.get("dejavu_infotext", True))
 
-    def postprocess(self, p: Processing, processed: Any, *arguments: Any) -> None:
+    def postprocess(self, p: Processing, processed: object, *arguments: object) -> None:
         SESSION.close(p)
 
 

@@ -32,7 +32,11 @@ def stranger_nulls(scores: Sequence[float], nulls: Sequence[float]) -> bool:
 
 
 def smirnov(lower: Sequence[float], higher: Sequence[float]) -> float:
-    """The largest excess, over all values, of the share of ``lower`` that lies up to there over that of ``higher``."""
+    """The largest excess, over all values, of the share of ``lower`` that lies up to there over that of ``higher``.
+
+    >>> smirnov([1, 2], [2, 3])  # half of the first lie up to 1, and none of the second
+    0.5
+    """
     a, b = np.sort(np.asarray(lower, dtype=float)), np.sort(np.asarray(higher, dtype=float))
     excess = np.arange(1, len(a) + 1) / len(a) - np.searchsorted(b, a, "right") / len(b)
     return max(0.0, float(excess.max()))

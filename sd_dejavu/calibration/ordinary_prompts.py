@@ -47,6 +47,9 @@ def ordinary_prompts(count: int, seed: int = 0) -> list[tuple[str, str]]:
     Distinct also without regard to letter case, which CLIP's tokenizer drops. The same arguments give
     the same prompts on every machine, and a smaller count gives the beginning of a larger one, so that
     a profile can be extended.
+
+    >>> [style for prompt, style in ordinary_prompts(6)]
+    ['sentence', 'title', 'tags', 'short', 'long', 'sentence']
     """
     if count < 0:
         raise ValueError(f"the number of prompts is {count}: give 0 or more")
@@ -79,6 +82,9 @@ def style_of(prompt: str) -> str:
     6. all else: *sentence*.
 
     A word is anything between blanks that holds a letter or a digit.
+
+    >>> style_of("castle, sunset, oil painting"), style_of("The Edge of a Lake")
+    ('tags', 'title')
     """
     words = [w for w in prompt.split() if any(c.isalnum() for c in w)]
     if len(words) <= 2:

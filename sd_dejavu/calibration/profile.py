@@ -124,7 +124,11 @@ class PValue:
 
 
 def conformal_p(score: float, nulls: Sequence[float]) -> float:
-    """(1 + #{null >= score}) / (n + 1), from sorted nulls: found by bisection, however many there are."""
+    """(1 + #{null >= score}) / (n + 1), from sorted nulls: found by bisection, however many there are.
+
+    >>> conformal_p(3.0, [1.0, 2.0, 3.0, 4.0])  # two nulls are as high: (1 + 2) / (4 + 1)
+    0.6
+    """
     return (1 + len(nulls) - bisect_left(nulls, score)) / (len(nulls) + 1)
 
 
@@ -134,6 +138,12 @@ class Profile:
 
     ``nulls`` are in the order of the prompts; the scores of each kind are sorted once, when they are first asked for.
     ``ordinary`` is None where it is not known which prompts they are, as in profiles of release 0.1.
+
+    >>> run = Setting(model="sd", prediction_type="epsilon", latent_shape=(4, 64, 64), steps=50, sigma=14.6,
+    ...               guidance_scale=7.5, baseline="empty prompt")
+    >>> profile = Profile(run, tuple(Null("tags", {"first step": (score,)}) for score in (0.0, 1.0, 2.0, 3.0, 4.0)))
+    >>> profile.p_value(3.0, run).p, profile.quantile(0.625)
+    (0.5, 2.5)
     """
 
     setting: Setting

@@ -175,6 +175,9 @@ def split_words(prompt: str) -> tuple[Word, ...]:
 
     Punctuation stays with its word: 'a river,blue' has the words 'a', 'river,' and 'blue'. Every Chinese character is
     a word, and so is a row of Hiragana or of Katakana.
+
+    >>> [word.text for word in split_words("a river,blue")]
+    ['a', 'river,', 'blue']
     """
     words, start = [], None
     for i, character in enumerate(prompt + " "):
@@ -217,6 +220,10 @@ def align(prompt: str, tokens: Sequence[str]) -> tuple[tuple[Word, ...], tuple[i
     The tokens' bytes are matched in order with the prompt's, letter case and white space aside. A
     tokenizer may drop or change characters (unicode normalisation): what cannot be matched any more
     is counted to the word reached last, so that no token is lost. None only for an empty prompt.
+
+    >>> words, owners = align("a river", ["a</w>", "riv", "er</w>"])
+    >>> owners
+    (0, 1, 1)
     """
     words = split_words(prompt)
     if not words:
@@ -243,7 +250,12 @@ def align(prompt: str, tokens: Sequence[str]) -> tuple[tuple[Word, ...], tuple[i
 
 
 def merge_by_word(values: Tensor, tokens: Sequence[TokenRow], words: Sequence[Word]) -> Tensor:
-    """Token values [N] summed over each word's real tokens: [number of words]."""
+    """Token values [N] summed over each word's real tokens: [number of words].
+
+    >>> tokens = [TokenRow("<start>", "start"), TokenRow("riv", "word", 0), TokenRow("er</w>", "word", 0)]
+    >>> merge_by_word(torch.tensor([9.0, 1.0, 2.0]), tokens, split_words("river"))
+    tensor([3.])
+    """
     merged = torch.zeros(len(words), dtype=values.dtype)
     for value, token in zip(values.detach().cpu(), tokens, strict=True):
         if token.role == "word" and token.word is not None:
@@ -252,7 +264,11 @@ def merge_by_word(values: Tensor, tokens: Sequence[TokenRow], words: Sequence[Wo
 
 
 def rows_of_chunks(text: str, chunks: Sequence[Sequence[str]], end: str) -> tuple[TokenRow, ...]:
-    """What the tokens of each chunk stand for: a start token, byte-level words of ``text``, then ``end`` and padding."""
+    """What the tokens of each chunk stand for: a start token, byte-level words of ``text``, then ``end`` and padding.
+
+    >>> [row.role for row in rows_of_chunks("a", [["<start>", "a</w>", "<end>", "<end>"]], "<end>")]
+    ['start', 'word', 'end', 'end']
+    """
     pieces: list[str] = []
     roles: list[Role] = []
     for chunk in chunks:

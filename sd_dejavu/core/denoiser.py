@@ -149,6 +149,9 @@ def noise_to_signal(sigma: Tensor, prediction_type: PredictionType) -> Tensor:
     """sigma [B] -> the noise over the signal in x: sigma itself, and s / (1 - s) for flow, infinite at pure noise.
 
     x / (1 - s) = x0 + s / (1 - s) * noise, so that a formula made for epsilon-models holds for flow at this level.
+
+    >>> noise_to_signal(torch.tensor([0.5, 0.75]), "flow")
+    tensor([1., 3.])
     """
     return sigma.float() / (1 - sigma.float()).clamp_min(0) if prediction_type == "flow" else sigma.float()
 
@@ -163,6 +166,10 @@ def denoised_from_output(output: Tensor, x: Tensor, sigma: Tensor, prediction_ty
 
     epsilon: x - sigma * eps. v (Salimans & Ho, 2022, in this scale): x / (1 + sigma^2)
     - v * sigma / sqrt(1 + sigma^2). flow: x - sigma * velocity.
+
+    >>> x, sigma = torch.full((1, 1, 1, 1), 5.0), torch.tensor([2.0])
+    >>> denoised_from_output(torch.ones(1, 1, 1, 1), x, sigma, "epsilon").item()  # 5 - 2 * 1
+    3.0
     """
     s, output, x = over_pixels(sigma), output.float(), x.float()
     match prediction_type:

@@ -68,6 +68,10 @@ class OfImages:
 
 
 def guided(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
-    """D_u + s (D_c - D_u); ``scale`` is one number, or one an image [B]."""
+    """D_u + s (D_c - D_u); ``scale`` is one number, or one an image [B].
+
+    >>> guided(torch.tensor([3.0]), torch.tensor([1.0]), 7.5)  # 1 + 7.5 * 2
+    tensor([16.])
+    """
     strength = over_pixels(scale) if isinstance(scale, Tensor) else scale
     return unconditional + strength * (conditional - unconditional)

@@ -50,6 +50,12 @@ def option(
 
     ``kind`` must be given where the default is None. ``former`` is the name it was released with, where it has another
     now; front ends take both.
+
+    >>> @dataclass
+    ... class Settings:
+    ...     steps: int = option(50, "denoising steps", minimum=1)
+    >>> options_of(Settings)[0].minimum, Settings().steps
+    (1, 50)
     """
     details = Option("", default, help, kind or type(default), minimum, maximum, tuple(choices), exclusive, former)
     return field(default=default, metadata={"option": details})
@@ -80,7 +86,12 @@ class Checked:
 
 
 def check(known: Option, value: Any) -> None:
-    """The same for the value of one setting."""
+    """The same for the value of one setting.
+
+    >>> check(Option("steps", 50, "denoising steps", int, minimum=1), 0)
+    Traceback (most recent call last):
+    ValueError: steps must be at least 1, not 0
+    """
     label = known.name.replace("_", " ")
     if value is None and known.default is None:
         return
@@ -120,7 +131,11 @@ def named(values: Mapping[str, Any], options: Iterable[Option], title: str) -> d
 
 
 def of_page(known: Option, value: Any) -> Any:
-    """A value as the pages of hosts and JSON give it: they know whole numbers only as floats that happen to be whole."""
+    """A value as the pages of hosts and JSON give it: they know whole numbers only as floats that happen to be whole.
+
+    >>> of_page(Option("steps", 50, "denoising steps", int), 20.0)
+    20
+    """
     return int(value) if known.kind is int and isinstance(value, float) and value.is_integer() else value
 
 

@@ -20,6 +20,10 @@ def grey_correlation(a: Tensor, b: Tensor) -> Tensor:
     """Pearson correlation of grey values, [A, B], for images a [A, 3, H, W] and b [B, 3, H, W].
 
     An image of one single grey correlates with nothing (0).
+
+    >>> ramp = torch.linspace(0, 1, 32).expand(1, 3, 32, 32)
+    >>> grey_correlation(ramp, torch.cat([0.5 * ramp, 1 - ramp])).round(decimals=3).tolist()
+    [[1.0, -1.0]]
     """
     first, second = structure(a), structure(b)
     norms = first.norm(dim=1)[:, None] * second.norm(dim=1)[None]

@@ -104,6 +104,9 @@ def scores() -> dict[str, Score]:
     """All scores that can be read while a sampler runs, by name; 'first step' comes first.
 
     Raises ValueError where two detectors give one name.
+
+    >>> scores()["first 5 steps"].detector, scores()["first 5 steps"].evaluations
+    ('magnitude', 5)
     """
     found: dict[str, Score] = {}
     for detector in available().values():

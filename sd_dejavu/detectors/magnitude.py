@@ -46,7 +46,12 @@ def over_channels(difference: Tensor) -> Tensor:
 
 
 def magnitude(predictions: Predictions) -> Tensor:
-    """|| Delta ||_2 of each image, [B], fp32. Differentiable except where the difference is zero."""
+    """|| Delta ||_2 of each image, [B], fp32. Differentiable except where the difference is zero.
+
+    >>> with_prompt, without = torch.tensor([[[[3.0, 4.0]]]]), torch.zeros(1, 1, 1, 2)
+    >>> magnitude(Predictions(with_prompt, without, sigma=torch.tensor([2.0])))  # 5 / 2
+    tensor([2.5000])
+    """
     return length(difference(predictions))
 
 

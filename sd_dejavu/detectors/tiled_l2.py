@@ -19,7 +19,13 @@ TILES = 4
 
 
 def tiled_distance(a: Tensor, b: Tensor, tiles: int = TILES) -> Tensor:
-    """Largest per-tile RMS difference of two images [3, H, W]; a rest that fills no tile is left out."""
+    """Largest per-tile RMS difference of two images [3, H, W]; a rest that fills no tile is left out.
+
+    >>> a, b = torch.zeros(3, 8, 8), torch.zeros(3, 8, 8)
+    >>> b[:, :2, :2] = 0.5  # the first of 4 x 4 tiles
+    >>> tiled_distance(a, b)
+    tensor(0.5000)
+    """
     height, width = a.shape[-2] // tiles, a.shape[-1] // tiles
     gap = (a - b)[:, : height * tiles, : width * tiles].square()
     return gap.reshape(3, tiles, height, tiles, width).mean(dim=(0, 2, 4)).sqrt().max()

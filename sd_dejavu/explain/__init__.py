@@ -16,6 +16,10 @@ def explanation(
     """Raw values [number of words] with their significance: the share of the largest one, 0 for negative values.
 
     Raises ValueError when there is no word to explain or a value is not finite.
+
+    >>> found = explanation("leave one out", [Word("red", 0, 3), Word("boat", 4, 8)], Tensor([2.0, 0.5]), "L2")
+    >>> [word.significance for word in found.words]
+    [1.0, 0.25]
     """
     if not words:
         raise ValueError("the prompt has no words, so there is nothing to explain")

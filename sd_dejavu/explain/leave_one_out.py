@@ -23,7 +23,11 @@ from . import explanation
 
 
 def drop_word(prompt: str, word: Word) -> str:
-    """The prompt without one word; white space is closed up, emptied brackets and dangling separators go too."""
+    """The prompt without one word; white space is closed up, emptied brackets and dangling separators go too.
+
+    >>> drop_word("a (red:1.3) boat", Word("red", 3, 6))
+    'a boat'
+    """
     before, after = prompt[: word.start], prompt[word.end :]
     has_gap = not (before and after) or before[-1].isspace() or after[0].isspace()
     kept = drop_empty_groups(f"{before}{' ' if has_gap else ''}{after}", before=prompt)

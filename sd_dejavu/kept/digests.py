@@ -28,7 +28,11 @@ def digest_of(
 
 
 def json_digest(value: Any) -> str:
-    """16 digits of what JSON can hold; the order of keys counts."""
+    """16 digits of what JSON can hold; the order of keys counts.
+
+    >>> json_digest({"a": 1, "b": 2}) == json_digest({"b": 2, "a": 1})
+    False
+    """
     return digest_of([json.dumps(value)])
 
 

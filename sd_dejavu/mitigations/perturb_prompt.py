@@ -33,6 +33,10 @@ def perturb(prompt: str, kind: Perturbation, insertions: int = 4, seed: int = 0)
     """The prompt with ``insertions`` random words, numbers (0 to 1,000,000) or copies of its own words put in.
 
     Raises ValueError for an unknown kind, a negative number of insertions or an empty prompt.
+
+    >>> perturbed = perturb("a boat", "random-number", insertions=2).split()
+    >>> len(perturbed), sum(word.isdecimal() for word in perturbed)
+    (4, 2)
     """
     if kind not in get_args(Perturbation):
         raise ValueError(f"perturbation {kind!r} is unknown: use one of {', '.join(get_args(Perturbation))}")

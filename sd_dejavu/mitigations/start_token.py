@@ -31,7 +31,11 @@ class Settings(Checked):
 
 
 def is_padding(tokens: Sequence[TokenRow]) -> list[bool]:
-    """Which tokens come after the end token of their chunk."""
+    """Which tokens come after the end token of their chunk.
+
+    >>> is_padding([TokenRow("a</w>", "word", 0), TokenRow("<end>", "end"), TokenRow("<end>", "end")])
+    [False, False, True]
+    """
     found, ended = [], False
     for token in tokens:
         found.append(token.role == "end" and ended)

@@ -27,7 +27,11 @@ def label(verdict: Verdict) -> str:
 
 
 def sentence(verdict: Verdict) -> str:
-    """What was found and how sure that is, without a full stop at the end."""
+    """What was found and how sure that is, without a full stop at the end.
+
+    >>> sentence(Verdict("a boat", score=9.1, p_value=0.001, flagged=True, alpha=0.01, nulls=999))
+    'Likely memorised, p <= 0.001: none of 999 ordinary prompts scores as high'
+    """
     if verdict.flagged is None or verdict.p_value is None:
         return f"No verdict: {_reason(verdict)}"
     ordinary = "Nothing unusual" if verdict.p_value >= UNUSUAL else "Unusual"
@@ -55,7 +59,11 @@ def is_smallest_p(verdict: Verdict) -> bool:
 
 
 def number(value: float) -> str:
-    """Three significant digits; whole numbers from 100 up."""
+    """Three significant digits; whole numbers from 100 up.
+
+    >>> number(0.01234), number(1234.6)
+    ('0.0123', '1,235')
+    """
     return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.3g}"
 
 

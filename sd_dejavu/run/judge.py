@@ -42,5 +42,9 @@ def judge(verdict: Verdict, setting: Setting, profile: Profile) -> Verdict:
 
 
 def needed_nulls(alpha: float, times: int = 1) -> int:
-    """The least number of ordinary prompts with which a p-value that counts ``times`` can reach alpha."""
+    """The least number of ordinary prompts with which a p-value that counts ``times`` can reach alpha.
+
+    >>> needed_nulls(0.01), needed_nulls(0.01, times=2)
+    (99, 199)
+    """
     return math.ceil(times / alpha - 1e-9) - 1

@@ -35,7 +35,12 @@ NEAREST_OF = 4  # of these the one with the highest contrast counts, without a b
 
 
 def alignment(predictions: Predictions, latents: Tensor) -> Tensor:
-    """[B, N]: the cosine of D_c - D_u [B, C, H, W] with the way from D_u to each latent [N, C, H, W]."""
+    """[B, N]: the cosine of D_c - D_u [B, C, H, W] with the way from D_u to each latent [N, C, H, W].
+
+    >>> with_prompt, without = torch.tensor([[[[1.0, 0.0]]]]), torch.zeros(1, 1, 1, 2)
+    >>> alignment(Predictions(with_prompt, without, torch.ones(1)), torch.tensor([[[[2.0, 0.0]]], [[[0.0, 1.0]]]]))
+    tensor([[1., 0.]])
+    """
     moved = (predictions.conditional - predictions.unconditional).float().flatten(1)
     start = predictions.unconditional.float().flatten(1)
     ways = latents.float().flatten(1)[None] - start[:, None]

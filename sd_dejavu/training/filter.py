@@ -119,6 +119,11 @@ class TrainingFilter:
     schedule is needed. The log grows until :meth:`write_log` takes it. A batch never goes altogether, unless it
     ``may_empty``: for trainers that weigh samples by 0, whose loss is defined then too. Raises ValueError for settings
     that leave nothing out, and for flow models, whose difference at one t is not that of noise predictions.
+
+    >>> found = TrainingFilter()  # 2 for latents of 4 x 64 x 64, so 2 * sqrt(16 / 16384) = 0.0625 for 16 numbers
+    >>> with_prompt = torch.stack([torch.full((1, 4, 4), 0.01), torch.full((1, 4, 4), 0.02)])  # 4 * 0.01, 4 * 0.02
+    >>> found.keep(with_prompt, torch.zeros(2, 1, 4, 4), torch.tensor([500, 500]))
+    tensor([ True, False])
     """
 
     def __init__(

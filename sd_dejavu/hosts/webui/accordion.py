@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 from ...core.settings import options_of
 from . import components, controls
 from .calibration import Calibrating
 from .components import gr
 from .here import Here
+from .hosted import Component
 from .work import calibrate_from_page
 
 ON_PAGE = {  # of what is calibrated for, where the page has a component of the host's or of ours
@@ -31,13 +32,13 @@ class Accordion:
     def __init__(self, here: Here, tab: str) -> None:
         """``tab`` is txt2img or img2img."""
         self.tab = tab
-        self.infotext_fields: list[tuple[Any, Any]] = []
+        self.infotext_fields: list[tuple[Component, Callable[[Mapping[str, object]], object]]] = []
         self._here = here
-        self._shown: Any = None  # the panel
-        self._parts: dict[str, Any] = {}
+        self._shown: Component = None  # the panel
+        self._parts: dict[str, Component] = {}
         self._bound = False
 
-    def build(self) -> list[Any]:
+    def build(self) -> list[Component]:
         """The components, whose values the script is given."""
         tab, parts = self.tab, self._parts
         calibrating = {known.name: known for known in options_of(Calibrating)}
@@ -70,7 +71,7 @@ class Accordion:
         ]
         return [enabled, *built]
 
-    def after(self, component: Any, elem_id: str) -> None:
+    def after(self, component: Component, elem_id: str) -> None:
         """The host has built a component: ours are tied to it, or put below it."""
         tab, parts = self.tab, self._parts
         for name in ON_PAGE.values():
@@ -88,5 +89,5 @@ class Accordion:
             inputs = [parts[name] for name in ON_PAGE.values()]
             parts["calibrate"].click(self._calibrate, inputs=inputs, outputs=[parts["told"]])
 
-    def _calibrate(self, *values: Any) -> str:
+    def _calibrate(self, *values: object) -> str:
         return calibrate_from_page(self._here, dict(zip(ON_PAGE, values, strict=True)))

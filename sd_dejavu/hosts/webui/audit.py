@@ -32,7 +32,7 @@ from ...training.tasks import Task, Trained, Variant, Work, nothing_apart, top_w
 from . import references
 from .calibration import PIXELS_PER_LATENT, check_size
 from .guidance import GuidedModel, checkpoint_of
-from .hosted import Processing
+from .hosted import Before, Image, Options, Processing
 from .run import Host, drawn
 from .text import as_typed
 
@@ -76,7 +76,7 @@ class Finding:
     asked: Asked
     checkpoint: str
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> Options:
         return as_json(self.audit, self.checkpoint, _loras_of(self.asked))
 
     def page(self) -> str:
@@ -88,7 +88,7 @@ class Finding:
         return render_audit(AuditPage(audit, self.checkpoint, lora, asked.what.references, thumbnails, shown))
 
 
-def read(values: Mapping[str, Any]) -> Asked:
+def read(values: Mapping[str, object]) -> Asked:
     """From values by their names; what is missing has its default. Raises ValueError naming what is wrong."""
     given = named(values, OPTIONS, "an audit")
     made = [kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given}) for kind in _SETTINGS]
@@ -197,14 +197,14 @@ class TrainedModel(GuidedModel):
 class Piece:
     """For one run: some work at its first evaluation, where the run ends unless it is to draw."""
 
-    def __init__(self, host: Host, steps: int, do: Callable[[TrainedModel], Any], lora: str, draws: bool) -> None:
+    def __init__(self, host: Host, steps: int, do: Callable[[TrainedModel], object], lora: str, draws: bool) -> None:
         self.host, self.steps, self.lora, self.draws = host, steps, lora, draws
         self.result: Any = None
         self.fault: Exception | None = None
         self._do = do
         self._begun = False
 
-    def before(self, params: Any) -> None:
+    def before(self, params: Before) -> None:
         from modules import sd_samplers_common
 
         if self._begun:
@@ -233,16 +233,16 @@ class _Runs:
 
     def engine(
         self, tasks: Sequence[Task], load: Callable[[Variant], Trained], work: Work
-    ) -> Iterator[tuple[Task, list[dict[str, Any]]]]:
+    ) -> Iterator[tuple[Task, list[Options]]]:
         for task in tasks:
             yield task, self._drawn(task) if task.kind == "images" else self._measured(task, work)
 
-    def _measured(self, task: Task, work: Work) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]]
+    def _measured(self, task: Task, work: Work) -> list[Options]:
+        found: list[Options]
         found, _ = self._run("" if task.variant.base else self._tag, 1, lambda model: work(model, task), draws=False)
         return found
 
-    def _drawn(self, task: Task) -> list[dict[str, Any]]:
+    def _drawn(self, task: Task) -> list[Options]:
         (caption,) = task.prompts
 
         def word(model: TrainedModel) -> str | None:
@@ -255,7 +255,7 @@ class _Runs:
         found, generated = self._run(prompt, self._asked.measurement.images, word, draws=True)
         return [{"images": [_png(image) for image in generated], "word": found}]
 
-    def _run(self, prompt: str, images: int, do: Callable[[TrainedModel], Any], draws: bool) -> tuple[Any, list[Any]]:
+    def _run(self, prompt: str, images: int, do: Callable[[TrainedModel], Any], draws: bool) -> tuple[Any, list[Image]]:
         """(what the work gave, the images that were drawn)."""
         from modules import processing, shared
 
@@ -289,7 +289,7 @@ class _Runs:
         return piece.result, processed.images[processed.index_of_first_image :][:images]
 
 
-def _png(image: Any) -> str:
+def _png(image: Image) -> str:
     file = io.BytesIO()
     image.convert("RGB").save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode("ascii")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 
@@ -18,6 +18,7 @@ from ...core.conditioning import Baseline
 from ...core.settings import Checked, option, options_of
 from ...run.measure import Measurement, setting_of
 from .guidance import GuidedModel
+from .hosted import Before
 from .run import Host
 
 PIXELS_PER_LATENT = 8
@@ -65,7 +66,7 @@ class Calibration:
         self.fault: Exception | None = None
         self._folder, self._on_prompt = folder, on_prompt
 
-    def before(self, params: Any) -> None:
+    def before(self, params: Before) -> None:
         from modules import shared
 
         asked = self.asked

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
 
 from modules import shared, ui_components
 
 from ...core.settings import Option
 from .controls import TITLE, shown_as
+from .hosted import Component
 
-gr: Any = import_module("gradio")  # the host's: two major versions are in use
+gr: Component = import_module("gradio")  # the host's: two major versions are in use
 
 
 @contextmanager
-def accordion(tab: str) -> Iterator[Any]:
+def accordion(tab: str) -> Iterator[Component]:
     """Holds our controls, and switches them on; a host without switches on its accordions gets a checkbox in it."""
     kind = getattr(ui_components, "InputAccordion", None)
     if kind is not None:
@@ -27,7 +27,7 @@ def accordion(tab: str) -> Iterator[Any]:
         yield gr.Checkbox(False, label="Enable", elem_id=f"dejavu_enabled_{tab}")
 
 
-def component(known: Option, tab: str, choices: Sequence[str]) -> Any:
+def component(known: Option, tab: str, choices: Sequence[str]) -> Component:
     """A component for one option of the core."""
     default = shared.opts.data.get(f"dejavu_{known.id}", known.default)
     shown = {"label": known.name.replace("_", " "), "info": known.help, "elem_id": f"dejavu_{known.id}_{tab}"}
@@ -42,7 +42,7 @@ def component(known: Option, tab: str, choices: Sequence[str]) -> Any:
     return gr.Slider(known.minimum or 0, known.maximum, value=default, step=step, **shown)
 
 
-def stopping(tab: str) -> Any:
+def stopping(tab: str) -> Component:
     """A button that ends what the host is at."""
     stop = gr.Button("Stop", elem_id=f"dejavu_stop_{tab}")
     stop.click(lambda: shared.state.interrupt(), inputs=[], outputs=[])

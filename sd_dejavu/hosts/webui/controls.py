@@ -53,7 +53,7 @@ class Wanted:
     references: str
 
 
-def read(arguments: Sequence[Any], changes: Mapping[str, Any] | None = None) -> Wanted:
+def read(arguments: Sequence[object], changes: Mapping[str, object] | None = None) -> Wanted:
     """From the script's arguments: (enabled, a value for each option), or one dictionary with some of them by name.
 
     A tail that is missing takes the defaults; ``changes`` go over all. Raises ValueError naming what is wrong.
@@ -96,7 +96,7 @@ def _quoted(text: str) -> str:
     )
 
 
-def pasted(known: Mapping[str, Any], name: str) -> Any:
+def pasted(known: Mapping[str, object], name: str) -> object:
     """The value of one option in an image's parameters: its default where they do not name it, None without any.
 
     None also for a value that the option cannot have, of another version: the control then stays as it is.

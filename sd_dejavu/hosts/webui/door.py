@@ -18,8 +18,10 @@ from contextlib import contextmanager
 from hmac import compare_digest
 from pathlib import Path
 from threading import Lock
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import urlsplit
+
+from .hosted import App, Options, Request, State
 
 Found = TypeVar("Found")
 
@@ -37,7 +39,7 @@ class Refused(Exception):
 # ------------------------------------------------------------------------------------------ who
 
 
-def check_user(request: Any, app: Any, api_auth: str | None) -> None:
+def check_user(request: Request, app: App, api_auth: str | None) -> None:
     """Raises Refused where the host asks for a password, by ``api_auth`` or its ``app``, and this request has none."""
     signs_in = any(getattr(app, name, None) is not None for name in ("auth", "auth_dependency"))
     if not api_auth and not signs_in:
@@ -68,7 +70,7 @@ def _has_password(header: str, api_auth: str) -> bool:
     return any(same)
 
 
-def _has_signed_in(request: Any, app: Any) -> bool:
+def _has_signed_in(request: Request, app: App) -> bool:
     """Gradio's own answer; its versions have named the cookies differently."""
     for route in app.routes:
         if getattr(route, "name", "") == "get_current_user":
@@ -79,7 +81,7 @@ def _has_signed_in(request: Any, app: Any) -> bool:
 # ----------------------------------------------------------------------------------------- what
 
 
-def check_site(request: Any, origins: str | None = None, pattern: str | None = None) -> None:
+def check_site(request: Request, origins: str | None = None, pattern: str | None = None) -> None:
     """Raises Refused for what the page of another site asks in a user's browser.
 
     ``origins`` and ``pattern`` are what the host lets in all the same (``--cors-allow-origins``, ``-regex``).
@@ -93,7 +95,7 @@ def check_site(request: Any, origins: str | None = None, pattern: str | None = N
         raise Refused(403, f"the page of another site asked for this ({origin or site}): only the host's own page may")
 
 
-async def body_of(request: Any) -> dict[str, Any]:
+async def body_of(request: Request) -> Options:
     """The JSON object in the body. Raises Refused for anything else: nothing of it is guessed."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -131,7 +133,7 @@ class Turn:
     ``state`` is the host's, of the job that it is at; only a job of this turn is ever interrupted.
     """
 
-    def __init__(self, state: Any) -> None:
+    def __init__(self, state: State) -> None:
         self._state, self._lock = state, Lock()
         self._is_on = self.left = False
 
@@ -158,11 +160,11 @@ class Turn:
                 self._state.interrupt()
 
 
-async def while_there(request: Any, turn: Turn, work: Callable[[], Found]) -> Found:
+async def while_there(request: Request, turn: Turn, work: Callable[[], Found]) -> Found:
     """What ``work`` gives, done in a thread of its own; when the client hangs up its turn is over."""
     working = asyncio.get_running_loop().run_in_executor(None, work)
     leaving = asyncio.ensure_future(_left(request))
-    both: set[asyncio.Future[Any]] = {working, leaving}
+    both: set[asyncio.Future[Found] | asyncio.Future[None]] = {working, leaving}
     try:
         await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if leaving.done():
@@ -174,7 +176,7 @@ async def while_there(request: Any, turn: Turn, work: Callable[[], Found]) -> Fo
             turn.leave()
 
 
-async def _left(request: Any) -> None:
+async def _left(request: Request) -> None:
     """Returns when the client has hung up; its body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -25,16 +25,15 @@ from ...core.gradients import recomputing
 from ...core.schedule import Schedule
 from ...weights import Identity, Named, digest, fingerprint, of_module, of_text_encoder, sampled, unpatched
 from ..aliases import differentiable
+from .hosted import Before, Checkpoint, Cond, Denoiser, Options, Unet
 from .text import encode, engines_of, modules_of
-
-Cond = Tensor | dict[str, Tensor]
 
 
 @dataclass
 class Step:
     """An evaluation that the host is about to make; all tensors by image, the conditionings as the host has them."""
 
-    denoiser: Any
+    denoiser: Denoiser
     x: Tensor
     level: Tensor  # sigma, or a timestep
     image_cond: Tensor | None
@@ -42,7 +41,7 @@ class Step:
     text_uncond: Cond | None
 
     @property
-    def sd_model(self) -> Any:
+    def sd_model(self) -> Checkpoint:
         return self.denoiser.p.sd_model
 
     def of(self, images: list[int]) -> Step:
@@ -51,7 +50,7 @@ class Step:
         return Step(self.denoiser, self.x[images], self.level[images], image_cond, self.text_cond, self.text_uncond)
 
 
-def checkpoint_of(sd_model: Any) -> str:
+def checkpoint_of(sd_model: Checkpoint) -> str:
     """The host's hash of the file that a model was loaded from."""
     from modules import shared
 
@@ -94,9 +93,9 @@ def patched(network: torch.nn.Module) -> list[str]:
     return sorted(found)
 
 
-def _denoiser_of(params: Any) -> Any:
+def _denoiser_of(params: Before) -> Denoiser:
     """The host's object that evaluates the model. Raises ValueError for a host that does not tell it."""
-    denoiser = getattr(params, "denoiser", None)
+    denoiser: Denoiser | None = getattr(params, "denoiser", None)
     if denoiser is None:
         raise ValueError(
             "this host does not tell extensions of its denoiser, as Automatic1111 does since 1.8: update it"
@@ -109,7 +108,7 @@ class Automatic1111:
 
     name = "Automatic1111"
 
-    def step(self, params: Any) -> Step:
+    def step(self, params: Before) -> Step:
         """From the parameters of its callback before an evaluation: the images come last, for the negative prompt."""
         uncond, denoiser = params.text_uncond, _denoiser_of(params)
         images = (uncond["crossattn"] if isinstance(uncond, dict) else uncond).shape[0]
@@ -165,7 +164,7 @@ class Automatic1111:
         prompts = (step.text_cond["crossattn"] if isinstance(step.text_cond, dict) else step.text_cond).shape[0]
         place = [0, 0]  # where the rows of this call begin and end among those of the evaluation
 
-        def call(module: Any, given: tuple[Any, ...]) -> None:
+        def call(module: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
             place[:] = place[1], place[1] + given[0].shape[0]
 
         handle = self.network(step).register_forward_pre_hook(call)
@@ -213,7 +212,7 @@ class Automatic1111:
         with torch.enable_grad():
             yield
 
-    def chosen_model(self) -> Any:
+    def chosen_model(self) -> Checkpoint:
         """The checkpoint that runs are made with, loaded."""
         from modules import shared
 
@@ -264,7 +263,7 @@ class Forge:
 
     name = "Forge"
 
-    def step(self, params: Any) -> Step:
+    def step(self, params: Before) -> Step:
         image_cond = params.image_cond if isinstance(params.image_cond, Tensor) else None
         return Step(_denoiser_of(params), params.x, params.sigma, image_cond, params.text_cond, params.text_uncond)
 
@@ -316,7 +315,7 @@ class Forge:
         """While open, an evaluation of the host's attends to its prompts by ``rule``: the host marks their rows."""
         marks: list[int] = []
 
-        def call(module: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        def call(module: torch.nn.Module, given: tuple[Tensor, ...], named: Options) -> None:
             marks[:] = named["transformer_options"]["cond_or_uncond"]
 
         def prompts(batch: int) -> Tensor:
@@ -372,7 +371,7 @@ class Forge:
         memory_management.load_models_gpu([self._unet(step), vae.patcher])
         return vae
 
-    def chosen_model(self) -> Any:
+    def chosen_model(self) -> Checkpoint:
         """The checkpoint that runs are made with: the host loads another one only when a run begins."""
         from modules import sd_models
 
@@ -418,7 +417,7 @@ class Forge:
         network = unpatched(of_module(self.network(step)), lambda key: kept.get(f"diffusion_model.{key}"))
         return list(network), list(unpatched(of_module(clip.model), clip.lora_loader.backup.get))
 
-    def _unet(self, step: Step) -> Any:
+    def _unet(self, step: Step) -> Unet:
         return step.denoiser.inner_model.inner_model.forge_objects.unet
 
 
@@ -559,7 +558,7 @@ class GuidedModel:
             yield
 
 
-_identities: WeakKeyDictionary[Any, tuple[tuple[str, ...], tuple[str, str]]] = WeakKeyDictionary()
+_identities: WeakKeyDictionary[Checkpoint, tuple[tuple[str, ...], tuple[str, str]]] = WeakKeyDictionary()
 
 
 def _told(encoders: list[Named]) -> str:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .hosted import Denoiser, Processing
+
 
 class OtherNoise(BaseException):
     """A mitigation has changed the noise: the run begins again, ``moved`` [B, C, H, W] away in the sampler's own scale.
@@ -26,7 +28,7 @@ class OtherNoise(BaseException):
         self.moved = moved
 
 
-def let_begin_again(p: Any, tell: Callable[[bool], None]) -> None:
+def let_begin_again(p: Processing, tell: Callable[[bool], None]) -> None:
     """The sampling that ``p``, the host's processing object, is about to begin heeds :class:`OtherNoise`.
 
     ``tell`` is told when it does so and when no longer; never where the host samples in another way.
@@ -34,7 +36,7 @@ def let_begin_again(p: Any, tell: Callable[[bool], None]) -> None:
     sampler, func = p.sampler, p.sampler.func
 
     @wraps(func)  # the host reads from the signature what the function takes
-    def sample(model: Any, x: Tensor, *arguments: Any, **named: Any) -> Tensor:
+    def sample(model: Denoiser, x: Tensor, *arguments: object, **named: object) -> Tensor:
         sampler.func = func
         wind_back = _winding_back(p.rng)
         tell(True)
@@ -63,7 +65,7 @@ def _winding_back(rng: Any) -> Callable[[], None]:
     return wind_back
 
 
-def _returning(generator: Any) -> Callable[[], Any]:
+def _returning(generator: Any) -> Callable[[], object]:
     if isinstance(generator, torch.Generator):
         return partial(generator.set_state, generator.get_state())
     return partial(setattr, generator, "offset", generator.offset)  # the host's own, which draws as an NVIDIA GPU does

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from modules import scripts, shared
 
@@ -11,6 +11,7 @@ from ...core.settings import of_text
 from . import controls
 from .components import gr
 from .here import Here
+from .hosted import Processing
 
 
 def add_settings() -> None:
@@ -38,13 +39,13 @@ def add_axes(here: Here) -> None:
     plots = [data.module for data in scripts.scripts_data if data.script_class.__module__ == "xyz_grid.py"]
     for grid in plots:
 
-        def change(p: Any, value: Any, values: Any, name: str) -> None:
+        def change(p: Processing, value: object, values: object, name: str) -> None:
             p.dejavu_changes = {**getattr(p, "dejavu_changes", {}), "enabled": True, name: value}
 
         known = {axis.label for axis in grid.axis_options}
         for option in controls.OPTIONS:
             label = f"[{controls.TITLE}] {option.name.replace('_', ' ')}"
-            choices: Any = here.sets if option.name == "references" else None
+            choices: Callable[[], list[str]] | None = here.sets if option.name == "references" else None
             choices = partial(list, option.choices) if option.choices else choices
             if label not in known:
                 kind = partial(of_text, option) if option.kind is bool else option.kind  # numbers by ranges too

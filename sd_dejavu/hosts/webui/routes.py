@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import HTTPException, Request
 from modules import shared
@@ -13,6 +13,7 @@ from modules import shared
 from ...calibration import store
 from . import audit, door, work
 from .here import Here
+from .hosted import App, Options
 
 Asked = TypeVar("Asked")
 Found = TypeVar("Found")
@@ -20,24 +21,24 @@ Found = TypeVar("Found")
 log = logging.getLogger("dejavu")
 
 
-def add_routes(here: Here, app: Any) -> None:
+def add_routes(here: Here, app: App) -> None:
     """``app`` is the host's, of FastAPI."""
 
     @app.get("/dejavu/reports")
-    def reports(request: Request) -> list[dict[str, Any]]:
+    def reports(request: Request) -> list[Options]:
         """The reports on the last run that was watched: one for each image and pass."""
         with _at_the_door(here):
             door.check_user(request, app, shared.cmd_opts.api_auth)
             return here.session.shown.documents
 
     @app.post("/dejavu/calibrate")
-    async def calibrate(request: Request) -> dict[str, Any]:
+    async def calibrate(request: Request) -> Options:
         """Calibrate for the loaded checkpoint; a JSON object of count, width, height, steps, and more by their names."""
         profile, path = await _let_in(here, request, app, work.read_calibrating, work.calibrate)
         return {"file": path.name, "prompts": len(profile.nulls), "text": work.calibrated(profile, path)}
 
     @app.post("/dejavu/audit")
-    async def audit_named(request: Request) -> dict[str, Any]:
+    async def audit_named(request: Request) -> Options:
         """Audit a training set; a JSON object of the tab's arguments by their names."""
         found = await _let_in(here, request, app, audit.read, work.run_audit)
         return found.as_json()
@@ -46,8 +47,8 @@ def add_routes(here: Here, app: Any) -> None:
 async def _let_in(
     here: Here,
     request: Request,
-    app: Any,
-    read: Callable[[dict[str, Any]], Asked],
+    app: App,
+    read: Callable[[Options], Asked],
     do: Callable[[Here, Asked, door.Turn], Found],
 ) -> Found:
     """What is done with what is ``read`` from the body, in the host's queue and while the client is there."""

@@ -29,8 +29,8 @@ from ...run.controller import Again, Decision, Evaluation, Restart, RunControlle
 from ...run.monitoring import Monitoring
 from ...run.report import Report
 from ...run.state import RunState
-from .guidance import Automatic1111, Cond, Forge, GuidedModel, Step, attended_rows, checkpoint_of, rows_of
-from .hosted import Processing
+from .guidance import Automatic1111, Forge, GuidedModel, Step, attended_rows, checkpoint_of, rows_of
+from .hosted import After, Before, Cond, Guided, Processed, Processing
 from .noise import OtherNoise, let_begin_again
 from .references import rule_of
 
@@ -49,7 +49,7 @@ def this_host() -> Host:
     return Forge() if importlib.util.find_spec("modules_forge") is not None else Automatic1111()
 
 
-def drawn(p: Processing) -> Any:
+def drawn(p: Processing) -> Processed:
     """What the host draws in a run that we have made. Raises ValueError in one line where it cannot."""
     from modules import processing
 
@@ -183,7 +183,7 @@ class Pass:
 
     # ------------------------------------------------------------------------ in the host's loop
 
-    def before(self, params: Any, step: Step) -> None:
+    def before(self, params: Before, step: Step) -> None:
         """Before an evaluation: put in what is sampled instead."""
         self.step = step
         sampled_by = checkpoint_of(step.sd_model)
@@ -196,7 +196,7 @@ class Pass:
             params.text_cond = self._with(step.text_cond, changed)
             self._attend(step)
 
-    def after_automatic1111(self, params: Any) -> None:
+    def after_automatic1111(self, params: After) -> None:
         """After an evaluation of Automatic1111: ``params.x`` holds the network's results, the negative prompt's last."""
         step = self._step
         images, parts = step.x.shape[0], self._parts()
@@ -224,7 +224,7 @@ class Pass:
             rest = sum((w * scale * (params.x[j] - begin) for j, w in others), torch.zeros_like(begin))
             params.x[row] = begin + (end - begin - rest) / (weight * scale)
 
-    def after_forge(self, arguments: dict[str, Any]) -> Tensor:
+    def after_forge(self, arguments: Guided) -> Tensor:
         """After Forge's guidance; what it shall go on with."""
         denoised: Tensor = arguments["denoised"]
         unconditional, conditional = arguments["uncond_denoised"], arguments["cond_denoised"]
@@ -308,7 +308,7 @@ class Pass:
         parts: list[list[tuple[int, float]]] = prompt_parser.reconstruct_multicond_batch(given, denoiser.step)[0]
         return parts
 
-    def _may_be_skipped(self, options: Mapping[str, Any] = MappingProxyType({})) -> bool:
+    def _may_be_skipped(self, options: Mapping[str, object] = MappingProxyType({})) -> bool:
         """Whether the negative prompt may have been left out of this evaluation, so that its result must be looked at.
 
         To look waits for the device, which the first evaluation does anyway. ``options`` are Forge's, of the model.
@@ -378,7 +378,7 @@ class Pass:
         swapped: Cond = kind({**cond, "crossattn": rows, "vector": vector}, rows.shape)
         return swapped
 
-    def _guided_again(self, arguments: dict[str, Any]) -> Tensor:
+    def _guided_again(self, arguments: Guided) -> Tensor:
         """Forge's guidance once more for this step, with the changed conditionings."""
         from backend.sampling.sampling_function import sampling_function_inner
 
@@ -450,12 +450,12 @@ class Run:
         """Before the next batch."""
         self.passes = []
 
-    def evaluates(self, inner_model: Any = None) -> bool:
+    def evaluates(self, inner_model: object = None) -> bool:
         """Whether an evaluation of this run has begun and is not over; of this model of the host's, where it is given."""
         step = None if self._open is None else self._open.step
         return step is not None and (inner_model is None or step.denoiser.inner_model is inner_model)
 
-    def before(self, params: Any) -> None:
+    def before(self, params: Before) -> None:
         """Before an evaluation of the host."""
         known = self._open
         if known is None:
@@ -464,12 +464,12 @@ class Run:
             known.step = None
             known.before(params, self.host.step(params))
 
-    def after_automatic1111(self, params: Any) -> None:
+    def after_automatic1111(self, params: After) -> None:
         """After an evaluation of Automatic1111 that :meth:`evaluates`."""
         with self._evaluated() as known:
             known.after_automatic1111(params)
 
-    def after_forge(self, arguments: dict[str, Any]) -> Tensor:
+    def after_forge(self, arguments: Guided) -> Tensor:
         """After Forge's guidance, of an evaluation that :meth:`evaluates`; what it shall go on with."""
         denoised: Tensor = arguments["denoised"]
         with self._evaluated() as known:
@@ -487,7 +487,7 @@ class Run:
         known.step = None
 
 
-def read_forge(p: Processing, after: Callable[[dict[str, Any]], Tensor]) -> None:
+def read_forge(p: Processing, after: Callable[[Guided], Tensor]) -> None:
     """Have Forge ask ``after`` what to go on with after guidance, on a clone of the unet that it drops after the run.
 
     Once, however often called.
@@ -497,7 +497,7 @@ def read_forge(p: Processing, after: Callable[[dict[str, Any]], Tensor]) -> None
         return
     unet = unet.clone()
 
-    def read(arguments: dict[str, Any]) -> Tensor:  # the host deep-copies what it finds: a method would bring us along
+    def read(arguments: Guided) -> Tensor:  # the host deep-copies what it finds: a method would bring us along
         return after(arguments)
 
     setattr(read, MARK, True)

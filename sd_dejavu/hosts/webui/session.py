@@ -7,7 +7,6 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from ...report import panel
 from .audit import Piece
 from .calibration import Calibration
 from .controls import TITLE, Wanted, infotexts
-from .hosted import Processing, State
+from .hosted import After, Before, Guided, Options, Processing, State
 from .run import Run
 
 RUNS_SHOWN = 32  # of all pages
@@ -26,7 +25,7 @@ class Shown:
     """What there is to see of a run: its panel, and the reports as JSON."""
 
     panel: str = ""
-    documents: list[dict[str, Any]] = field(default_factory=list)
+    documents: list[Options] = field(default_factory=list)
 
 
 @dataclass
@@ -124,7 +123,7 @@ class Session:
 
     # ------------------------------------------------------------------------ the host's callbacks
 
-    def before(self, params: Any) -> None:
+    def before(self, params: Before) -> None:
         """Before an evaluation: to what watches the run that it is of.
 
         Where the host does not tell whose it is, the innermost run is told, which says that nothing can be measured.
@@ -135,13 +134,13 @@ class Session:
         if watched is not None and watched.watching is not None:
             watched.watching.before(params)
 
-    def after_automatic1111(self, params: Any) -> None:
+    def after_automatic1111(self, params: After) -> None:
         """After an evaluation of Automatic1111, which tells by its model which one that was."""
         for watched in self._open:
             if (run := watched.run) is not None and run.evaluates(params.inner_model):
                 run.after_automatic1111(params)
 
-    def after_forge(self, arguments: dict[str, Any]) -> Tensor:
+    def after_forge(self, arguments: Guided) -> Tensor:
         """After Forge's guidance, of the innermost run that waits for it; what the host shall go on with."""
         for watched in reversed(self._open):
             if (run := watched.run) is not None and run.evaluates():

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from modules import ui_common
 
 from . import audit, references
 from .components import component, gr, stopping
 from .controls import TITLE
 from .here import Here
+from .hosted import Component
 from .work import audit_from_page
 
 
-def audit_tab(here: Here) -> list[tuple[Any, str, str]]:
+def audit_tab(here: Here) -> list[tuple[Component, str, str]]:
     """As the host wants its tabs: (blocks, title, element)."""
     found = {"references": lambda: references.names(here.references), "lora": lambda: [audit.NO_LORA, *audit.loras()]}
 
-    def begun(*values: Any) -> str:
+    def begun(*values: object) -> str:
         return audit_from_page(here, {known.name: value for known, value in zip(audit.OPTIONS, values, strict=True)})
 
     with gr.Blocks(analytics_enabled=False) as tab:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...core.conditioning import Conditioning, EncoderInput, Reencoding, rows_of_chunks
 from ...core.prompt_weights import parse, words_as_typed
+from .hosted import Checkpoint, Chunk, Engine
 
 
 def as_typed(caption: str) -> str:
@@ -23,7 +24,7 @@ def as_typed(caption: str) -> str:
     return re.sub(r"([\\()\[\]])", r"\\\1", re.sub(r"<(?=\w+:)", "< ", joined))
 
 
-def engines_of(sd_model: Any) -> list[Any]:
+def engines_of(sd_model: Checkpoint) -> list[Engine]:
     """The text engines of a loaded model in the order of their columns; empty where it has others than CLIP."""
     names = ("text_processing_engine", "text_processing_engine_l", "text_processing_engine_g")
     found = [engine for name in names if (engine := getattr(sd_model, name, None)) is not None]
@@ -39,7 +40,7 @@ def modules_of(engine: Any) -> torch.nn.Module:
     return network
 
 
-def encode(sd_model: Any, text: str, vector: Tensor | None = None) -> Conditioning:
+def encode(sd_model: Checkpoint, text: str, vector: Tensor | None = None) -> Conditioning:
     """The conditioning of one text, as the host's engines make it, with its words and its way back.
 
     ``vector`` is one that the host made for this run (SDXL): its numbers for the size are kept. Raises
@@ -84,13 +85,13 @@ def encode(sd_model: Any, text: str, vector: Tensor | None = None) -> Conditioni
     return Conditioning(rows, extras, text, words_as_typed(text), known, Reencoding(inputs, encode_from))
 
 
-def _chunks(engine: Any, text: str) -> list[Any]:
+def _chunks(engine: Engine, text: str) -> list[Chunk]:
     batches, _ = engine.process_texts([text])
-    chunks: list[Any] = batches[0]
+    chunks: list[Chunk] = batches[0]
     return chunks
 
 
-def _named(engine: Any, chunk: Any) -> list[str]:
+def _named(engine: Engine, chunk: Chunk) -> list[str]:
     """The pieces of a chunk; a textual inversion's vectors are called by its name, which stands at the last of them."""
     pieces = _pieces(engine, chunk.tokens)
     for offset, embedding in chunk.fixes:
@@ -100,7 +101,7 @@ def _named(engine: Any, chunk: Any) -> list[str]:
     return pieces
 
 
-def _pieces(engine: Any, numbers: Sequence[int]) -> list[str]:
+def _pieces(engine: Engine, numbers: Sequence[int]) -> list[str]:
     tokenizer = getattr(engine, "tokenizer", None)
     if tokenizer is not None and hasattr(tokenizer, "convert_ids_to_tokens"):
         pieces: list[str] = tokenizer.convert_ids_to_tokens(list(numbers))
@@ -110,14 +111,14 @@ def _pieces(engine: Any, numbers: Sequence[int]) -> list[str]:
     return [open_clip_tokenizer.decoder.get(number, "") for number in numbers]
 
 
-def _table(engine: Any) -> torch.nn.Module:
+def _table(engine: Engine) -> torch.nn.Module:
     """The token embedding, with whatever the host has put around it for textual inversions."""
     named = modules_of(engine).named_modules()
     return next(module for name, module in named if name.endswith("token_embedding"))
 
 
 @contextmanager
-def _listening(engine: Any, seen: list[Tensor]) -> Iterator[None]:
+def _listening(engine: Engine, seen: list[Tensor]) -> Iterator[None]:
     """While open, the table's outputs are kept; it is asked once a chunk."""
     handle = _table(engine).register_forward_hook(lambda module, given, output: seen.append(output.detach().clone()))
     try:
@@ -127,11 +128,11 @@ def _listening(engine: Any, seen: list[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def _replaced(engine: Any, embeddings: Tensor) -> Iterator[None]:
+def _replaced(engine: Engine, embeddings: Tensor) -> Iterator[None]:
     """While open, the table gives these [chunks * 77, d] instead."""
     parts = iter(embeddings.split(77))
 
-    def give(module: Any, given: Any, output: Tensor) -> Tensor:
+    def give(module: torch.nn.Module, given: object, output: Tensor) -> Tensor:
         part = next(parts, None)
         return output if part is None else part[None].to(output)
 

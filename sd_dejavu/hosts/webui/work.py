@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ...calibration.profile import Profile
 from ...core.settings import named, options_of
@@ -17,7 +16,7 @@ from .here import Here
 from .run import drawn
 
 
-def read_calibrating(values: Mapping[str, Any]) -> Calibrating:
+def read_calibrating(values: Mapping[str, object]) -> Calibrating:
     """From values by their names; what is missing has its default. Raises ValueError naming what is wrong."""
     from modules import sd_samplers, sd_schedulers
 
@@ -71,7 +70,7 @@ def run_audit(here: Here, asked: audit.Asked, turn: Turn) -> audit.Finding:
         return audit.run_audit(here.host, asked, here.references, here.audits, here.session.own, tell)
 
 
-def calibrate_from_page(here: Here, values: Mapping[str, Any]) -> str:
+def calibrate_from_page(here: Here, values: Mapping[str, object]) -> str:
     """The page's answer, as HTML."""
     from modules import shared
 
@@ -83,7 +82,7 @@ def calibrate_from_page(here: Here, values: Mapping[str, Any]) -> str:
     return str(panel.paragraph(text))
 
 
-def audit_from_page(here: Here, values: Mapping[str, Any]) -> str:
+def audit_from_page(here: Here, values: Mapping[str, object]) -> str:
     """The page's answer, as HTML; of a list nothing is chosen where a value is None."""
     from modules import shared
 
