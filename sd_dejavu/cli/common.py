@@ -79,7 +79,7 @@ def from_arguments(settings: type[Settings], arguments: argparse.Namespace, of: 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", help="diffusers folder, checkpoint file or hub id (default: the bundled model)")
-    group.add_argument("--config", help="diffusers folder or hub id with the configuration a checkpoint file lacks")
+    group.add_argument("--config", help="diffusers folder or hub id that describes a checkpoint file of unusual sizes")
     add_device_options(group)
     group.add_argument("--prompt-weights", action="store_true", help="read '(word:1.3)' and '[word]' as weights")
     group.add_argument(

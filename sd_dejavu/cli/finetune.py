@@ -26,7 +26,7 @@ from .refset import check_device
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--model", help="diffusers folder, checkpoint file or hub id (default: the bundled model)")
-    parser.add_argument("--config", help="diffusers folder or hub id with the configuration a checkpoint file lacks")
+    parser.add_argument("--config", help="diffusers folder or hub id that describes a checkpoint file of unusual sizes")
     parser.add_argument(
         "--dataset",
         type=Path,

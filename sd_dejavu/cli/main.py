@@ -10,9 +10,9 @@ from typing import Any
 
 from ..core.memory import telling
 from ..report.terminal import safe
-from . import audit, bench, calibrate, check, common, compare, demo, explain, finetune, mitigate, refset
+from . import audit, bench, calibrate, check, common, compare, demo, doctor, explain, finetune, mitigate, refset
 
-COMMANDS = (demo, check, explain, mitigate, compare, calibrate, bench, refset, finetune, audit)
+COMMANDS = (demo, doctor, check, explain, mitigate, compare, calibrate, bench, refset, finetune, audit)
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 
 

@@ -237,8 +237,9 @@ def original_names(folder: Path) -> dict[str, Tensor]:
     if second.is_file():
         state |= {f"conditioner.embedders.0.transformer.{k}": v for k, v in text.items()}
         state |= _open_clip(load_file(second), "conditioner.embedders.1.model.")
-    elif text["text_model.final_layer_norm.weight"].shape[0] == SD2_WIDTH:
-        text["text_projection.weight"] = torch.eye(SD2_WIDTH)  # there, but used by no one
+    elif json.loads((folder / "text_encoder" / "config.json").read_text())["hidden_act"] == "gelu":
+        width = text["text_model.final_layer_norm.weight"].shape[0]
+        text["text_projection.weight"] = torch.eye(width)  # there, but used by no one
         state |= _open_clip(text, "cond_stage_model.model.")
     else:
         state |= {f"cond_stage_model.transformer.{k}": v for k, v in text.items()}

@@ -26,6 +26,8 @@ _INDEX = "model_index.json"
 _LAYERS = 4  # of 'state_dict' that weights may lie in
 _UNUSED = ("safety_checker",)  # of a folder's parts
 _CONFIGURATIONS = ("*.json", "*/*.json", "*.txt", "*/*.txt", "*.py", "*/*.py")  # what --config needs of a hub id
+_FILES = Path(__file__).parent / "families" / "files"  # what single files lack
+_PADDING = {"quick_gelu": "<|endoftext|>", "gelu": "!"}  # by the text encoder's activation: OpenAI's CLIP, OpenCLIP's
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -40,8 +42,8 @@ def load(
 ) -> DiffusersModel:
     """The bundled model (None), a diffusers folder, a single-file checkpoint, or a hub id named by the user.
 
-    ``config`` names a diffusers folder (or hub id) with the configuration files and tokenizer that a
-    single-file checkpoint lacks. ``prompt_weights`` reads '(word:1.3)' in prompts. ``lora`` is a .safetensors file
+    ``config`` names a diffusers folder (or hub id) with the configuration files and tokenizer of a single-file
+    checkpoint that is none of the sizes this package describes. ``prompt_weights`` reads '(word:1.3)' in prompts. ``lora`` is a .safetensors file
     in diffusers' or kohya's layout, merged into the weights at ``lora_strength``. Only a hub id given here reaches the
     network. Raises ModelError with a sentence when the model or the LoRA cannot be found or used.
     """
@@ -232,8 +234,9 @@ def _load_single_file(path: Path, name: str, dtype: torch.dtype, config: str | N
     family = family_of_checkpoint(shapes, name)
     if family.takes_images(shapes):
         raise takes_images(name)
+    tokenizers: dict[str, Any] = {}
     if config is None:
-        folder = _cached_configuration(family, shapes, name)
+        folder, tokenizers = _packaged(family, shapes, name)
     elif Path(config).is_dir():
         folder = Path(config)
     elif _is_hub_id(config):
@@ -243,15 +246,50 @@ def _load_single_file(path: Path, name: str, dtype: torch.dtype, config: str | N
     # Without local_files_only diffusers asks the hub for a configuration it does not find.
     try:
         pipeline = getattr(diffusers, _family_of(folder).pipeline).from_single_file(
-            path, config=str(folder), local_files_only=True, safety_checker=None, **{_dtype_argument(): dtype}
+            path,
+            config=str(folder),
+            local_files_only=True,
+            safety_checker=None,
+            **tokenizers,
+            **{_dtype_argument(): dtype},
         )
     except NotImplementedError as error:  # a tensor that was given no value cannot be cast
         raise ModelError(f"{name} is incomplete: it lacks tensors that its configuration asks for") from error
-    if "v_pred" in shapes and pipeline.scheduler.config.get("prediction_type") != "v_prediction":
+    if config is None:
+        for part, changes in _told(family, shapes, path, name).items():
+            pipeline.components[part].register_to_config(**changes)
+    elif "v_pred" in shapes and pipeline.scheduler.config.get("prediction_type") != "v_prediction":
         raise ModelError(
             f"{name} predicts v, but its configuration says otherwise: name one for v-prediction with --config"
         )
     return pipeline
+
+
+def _packaged(family: Family, shapes: Shapes, name: str) -> tuple[Path, dict[str, Any]]:
+    """The configuration of a checkpoint's kind as this package brings it, and its tokenizers: CLIP's, whose empty rows
+    are filled with the end token, or with '!' where the text encoder is OpenCLIP's."""
+    from transformers import CLIPTokenizer
+
+    if (kind := family.files(shapes)) is None:
+        raise ModelError(
+            f"{name} is of the family {family.name}, but of other sizes than those that this package describes: name a diffusers folder "
+            "or hub id of the same sizes with --config"
+        )
+    return _FILES / kind, {
+        part.replace("text_encoder", "tokenizer"): CLIPTokenizer.from_pretrained(
+            _FILES / "clip",
+            pad_token=_PADDING[_read_json(_FILES / kind / part / "config.json", part)["hidden_act"]],
+            model_max_length=77,
+        )
+        for part, _ in family.text_encoders
+    }
+
+
+def _told(family: Family, shapes: Shapes, path: Path, name: str) -> dict[str, dict[str, Any]]:
+    try:
+        return family.tells(shapes, lambda key: _tensor(path, key))
+    except ModelError as error:
+        raise ModelError(f"{name} cannot be read: {error}") from error
 
 
 def _configuration_from_hub(config: str, name: str) -> Path:
@@ -272,8 +310,22 @@ def _shapes(path: Path) -> Shapes:
 
         with safe_open(path, framework="pt") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    return {key: tuple(value.shape) for key, value in _unpickled(path, "meta").items() if isinstance(value, Tensor)}
+
+
+def _tensor(path: Path, key: str) -> Tensor:
+    """The values of one tensor of a checkpoint."""
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(key)
+    return _unpickled(path, "cpu")[key]
+
+
+def _unpickled(path: Path, place: str) -> dict[str, Any]:
     try:
-        state = torch.load(path, map_location="meta", weights_only=True)
+        state = torch.load(path, map_location=place, weights_only=True)
     except Exception as error:  # a broken file makes the reader fail in many ways
         raise pickle.UnpicklingError(str(error)) from error
     for _ in range(_LAYERS):
@@ -281,23 +333,4 @@ def _shapes(path: Path) -> Shapes:
             state = state["state_dict"]
     if "state_dict" in state:
         raise ModelError(f"{path} holds a 'state_dict' within a 'state_dict' without an end: the file is broken")
-    return {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
-
-
-def _cached_configuration(family: Family, shapes: Shapes, name: str) -> Path:
-    """The family's configuration where an earlier download has left it; the network is not asked."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    hint = "name a diffusers folder or hub id of the same family with --config"
-    if what := family.unclear(shapes):
-        raise ModelError(f"{name} is a {what}: {hint}")
-    try:
-        folder = Path(snapshot_download(family.configuration, local_files_only=True))
-        _family_of(folder)
-    except (LocalEntryNotFoundError, ModelError) as error:
-        raise ModelError(
-            f"{name} holds weights only, and the configuration and tokenizer of its family are not on this machine: "
-            f"{hint}"
-        ) from error
-    return folder
+    return dict(state)

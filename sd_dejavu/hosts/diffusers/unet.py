@@ -15,7 +15,8 @@ from . import ModelError, clip
 from .families import Family, Shapes, takes_images
 
 LARGEST_SIDE = 1024  # of a latent, in latent pixels
-_FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+_NETWORK, _ATTENDED = "model.diffusion_model.", "attn2.to_k.weight"
+_FIRST = f"{_NETWORK}input_blocks.0.0.weight"
 
 
 class UNetFamily(Family):
@@ -29,6 +30,11 @@ class UNetFamily(Family):
 
     def takes_images(self, shapes: Shapes) -> bool:
         return shapes[_FIRST][1] != 4
+
+    def widths(self, shapes: Shapes) -> tuple[int, int]:
+        """(channels of the first layer, width of the conditioning's rows); 0 where a checkpoint has none."""
+        rows = (shape[1] for key, shape in shapes.items() if key.startswith(_NETWORK) and key.endswith(_ATTENDED))
+        return shapes[_FIRST][0], next(rows, 0)
 
     def prediction_type(self, pipeline: Any, name: str) -> PredictionType:
         match pipeline.scheduler.config.get("prediction_type", "epsilon"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -39,7 +39,6 @@ class Family(ABC):
 
     name: str  # as messages call it
     pipeline: str  # diffusers' class, as a folder's model_index.json names it
-    configuration: str  # hub id of a folder whose configuration fits the family's single files
     text_encoders: tuple[tuple[str, str], ...]  # the pipeline's parts and their classes in transformers
     network: str  # the pipeline's part that denoises
     blocks: tuple[str, ...]  # diffusers' classes of what is recomputed where memory is short; none lies within another
@@ -55,9 +54,17 @@ class Family(ABC):
         """Whether such a checkpoint takes an image beside the prompt (inpainting, editing)."""
         return False
 
-    def unclear(self, shapes: Shapes) -> str:
-        """What such a checkpoint does not tell, so that ``configuration`` may not fit it; '' where it does."""
-        return ""
+    @abstractmethod
+    def files(self, shapes: Shapes) -> str | None:
+        """The folder below files/ that describes such a checkpoint; None for one of other sizes."""
+
+    def tells(self, shapes: Shapes, tensor: Callable[[str], Tensor]) -> dict[str, dict[str, Any]]:
+        """What the checkpoint itself says against its configuration, by the pipeline's parts.
+
+        ``tensor`` gives the values of one of its tensors. Raises ModelError, without the model's name, for a kind that
+        cannot be measured.
+        """
+        return {}
 
     # ------------------------------------------------------------------------------------ evaluated
 

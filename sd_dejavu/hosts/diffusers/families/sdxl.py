@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import ModelError
 from ..unet import UNetFamily
+from . import Shapes
 
 
 class StableDiffusionXL(UNetFamily):
     name = "Stable Diffusion XL"
     pipeline = "StableDiffusionXLPipeline"
-    configuration = "stabilityai/stable-diffusion-xl-base-1.0"
     text_encoders = (("text_encoder", "CLIPTextModel"), ("text_encoder_2", "CLIPTextModelWithProjection"))
     text_keys = "conditioner.embedders.1."
+
+    def files(self, shapes: Shapes) -> str | None:
+        return {(320, 2048): "sdxl"}.get(self.widths(shapes))
+
+    def tells(self, shapes: Shapes, tensor: Callable[[str], Tensor]) -> dict[str, dict[str, Any]]:
+        """Empty tensors name what the network was trained to predict."""
+        if foreign := next((key for key in shapes if key.startswith("edm_")), None):
+            raise ModelError(f"it has noise levels of its own ({foreign}), which cannot be measured here")
+        if "v_pred" not in shapes:
+            return {}
+        return {"scheduler": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in shapes}}
 
     def conditioning(self, outputs: Sequence[Any], image_size: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
         """The last layers but one; the vector is the second encoder's for the first chunk."""

@@ -1,0 +1,54 @@
+"""What works on this machine, and what does not, and why: packages, devices, gradients, the bundled model."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import asdict
+
+from rich.console import Console
+
+from ..demo import bundled
+from ..doctor import Finding, findings, timed, version
+from ..report.terminal import plain
+from . import common
+
+_MARKS = {True: "works", False: "fails", None: "-"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.add_device_options(parser)
+    parser.add_argument("--json", action="store_true", help="one object a line")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    output, sound = Console(), True
+    for found in _all(arguments):
+        sound = sound and found.works is not False
+        if arguments.json:
+            common.print_json(asdict(found))
+            continue
+        output.print(plain(f"{_MARKS[found.works]:6}{found.name}: {found.value}"), soft_wrap=True)
+        if found.advice:
+            output.print(plain(f"      {found.advice}"), soft_wrap=True)
+    return 0 if sound else common.EXIT_NOT_MEASURED
+
+
+def _all(arguments: argparse.Namespace) -> Iterator[Finding]:
+    yield Finding("Déjà Vu", version())
+    yield from findings()
+    yield timed(lambda: _first_verdict(arguments), "the bundled model", "send this line with your report of the fault")
+
+
+def _first_verdict(arguments: argparse.Namespace) -> str:
+    """A memorised and an ordinary caption measured, on the device and in the precision asked for."""
+    from ..hosts.diffusers.load import load
+    from ..run.measure import Measurement, measure
+
+    model = load(device=arguments.device, dtype=arguments.dtype)
+    prompts = [bundled.held_out_memorised(at_least=1)[0], bundled.held_out_ordinary(1, seed=1)[0]]
+    measured = measure(model, prompts, Measurement(images=1))
+    memorised, ordinary = (0.0 if found.scores is None else float(found.scores.mean()) for found in measured)
+    if not memorised > ordinary:
+        raise ValueError(f"a memorised caption scores {memorised:.2f}, an ordinary one {ordinary:.2f}")
+    return f"memorised {memorised:.2f}, ordinary {ordinary:.2f} on {arguments.device} in {arguments.dtype}"

@@ -1,0 +1,130 @@
+"""What works on this machine, and what does not, and why: packages, devices, gradients, the folder of calibrations.
+
+The command line and the hosts show the same list; a host puts its own findings in front.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+
+import torch
+
+from .calibration.store import user_folder
+from .core.memory import free_memory
+
+GIB = 1024**3
+LEAST_MEMORY = 4 * GIB  # what words of one image take beside Stable Diffusion 1.5's weights in half precision
+_NEEDED = {
+    "torch": "everything",
+    "numpy": "everything",
+    "safetensors": "reading weights and reference sets",
+    "jinja2": "reports",
+    "pillow": "images",
+}
+_COMMAND_LINE = {
+    "diffusers": "reading models",
+    "transformers": "reading models",
+    "peft": "LoRAs, and fine-tuning",
+    "pyarrow": "lists and training sets in Parquet",
+}
+_OPTIONAL = {"peft": "finetune", "pyarrow": "parquet"}  # and the extra that installs it
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: ``name`` and what was found; ``works`` is None where that is nothing to judge, and ``advice`` the one
+    thing to do where it does not work."""
+
+    name: str
+    value: str
+    works: bool | None = None
+    advice: str = ""
+
+
+def findings(command_line: bool = True) -> Iterator[Finding]:
+    """The lines, one after another; with ``command_line`` what only ``sd-dejavu`` needs, too. Asks no network."""
+    yield Finding("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    yield from (_package(name, use) for name, use in _NEEDED.items())
+    if command_line:
+        yield from (_package(name, use) for name, use in _COMMAND_LINE.items())
+    for device in _devices():
+        yield _memory(device)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            yield _gradients(device, dtype)
+    yield _folder(user_folder() / "calibration")
+
+
+def _package(name: str, use: str) -> Finding:
+    if util.find_spec({"pillow": "PIL"}.get(name, name)) is None:
+        extra = _OPTIONAL.get(name)
+        command = f"pip install 'sd-dejavu[{extra}]'" if extra else f"pip install {name}"
+        return Finding(name, "not installed", None if extra else False, f"for {use}: {command}")
+    try:
+        return Finding(name, metadata.version(name), True)
+    except metadata.PackageNotFoundError:
+        return Finding(name, "installed, without its version", True)
+
+
+def _devices() -> list[torch.device]:
+    cards = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    metal = [torch.device("mps")] if torch.backends.mps.is_available() else []
+    return [*cards, *metal, torch.device("cpu")]
+
+
+def _memory(device: torch.device) -> Finding:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores"
+    free = free_memory(device)
+    value = name if free is None else f"{name}, {free / GIB:.1f} GiB free"
+    if free is not None and free < LEAST_MEMORY:
+        return Finding(str(device), value, False, "too little for the words of an image: close other programs")
+    return Finding(str(device), value, True)
+
+
+def _gradients(device: torch.device, dtype: torch.dtype) -> Finding:
+    """The gradient of a small sum of squares, whose value is known."""
+    name = f"{device}, {str(dtype).removeprefix('torch.')}"
+    try:
+        x = torch.full((64, 64), 0.5, device=device, dtype=dtype, requires_grad=True)
+        begun = time.perf_counter()
+        (found,) = torch.autograd.grad((x @ torch.eye(64, device=device, dtype=dtype)).square().sum(), x)
+        right = torch.allclose(found.float().cpu(), torch.ones(64, 64))
+        seconds = time.perf_counter() - begun
+    except Exception as error:  # devices refuse what they cannot do with errors of many kinds
+        return Finding(name, str(error).split("\n")[0][:200], False, "choose another precision")
+    if not right:
+        return Finding(name, "gradients are wrong", False, "choose another precision")
+    return Finding(name, f"gradients in {1000 * seconds:.0f} ms", True)
+
+
+def _folder(folder: Path) -> Finding:
+    count = len(list(folder.glob("*.json"))) if folder.is_dir() else 0
+    place = next(one for one in (folder, *folder.parents) if one.exists())
+    value = f"{count} kept in {folder}"
+    if not os.access(place, os.W_OK):
+        return Finding("calibrations", value, False, f"{place} cannot be written to: change its permissions")
+    return Finding("calibrations", value, True)
+
+
+def timed(work: Callable[[], str], name: str, advice: str) -> Finding:
+    """One piece of real work: what it found and how long it took, or the first line of how it failed."""
+    begun = time.perf_counter()
+    try:
+        found = work()
+    except Exception as error:  # whatever keeps it from working is what was asked
+        return Finding(name, (str(error).strip() or type(error).__name__).split("\n")[0][:200], False, advice)
+    return Finding(name, f"{found}, in {time.perf_counter() - begun:.1f} s", True)
+
+
+def version() -> str:
+    """The version of this package, and whether it is installed or a folder of a host's."""
+    try:
+        return f"{metadata.version('sd-dejavu')}, installed"
+    except metadata.PackageNotFoundError:
+        return f"in {Path(__file__).parents[1].name}, with {Path(sys.executable).name}"
