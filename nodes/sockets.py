@@ -69,6 +69,8 @@ def _input(known: Option, optional: bool = False) -> io.Input:
     if known.kind is int:
         least = -SEED_LIMIT if known.minimum is None else int(known.minimum)
         most = SEED_LIMIT if known.maximum is None else int(known.maximum)
+        if known.id == "seed":  # the page adds such a choice to every seed; another seed would begin the work anew
+            shown["control_after_generate"] = "fixed"
         return io.Int.Input(known.id, default=known.default, min=least, max=most, **shown)
     if known.kind is float:
         low, high = (

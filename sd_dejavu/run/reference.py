@@ -85,7 +85,7 @@ def sample_prompts(
 
     The images of a prompt are sampled together, however few share an evaluation. ``evaluations`` ends each run after
     that many steps (None: to the end of ``sigmas``). ``on_prompts`` gets the prompts just done. All scores are read,
-    ``without`` the prompt as that says, or as guidance has it; ``empty`` is the empty prompt, where guidance has another.
+    against the ``baseline``, or what guidance has; ``empty`` is the empty prompt, where guidance has another.
     """
     images = noise.shape[0]
     x = initial_latent(noise, sigmas[0], denoiser.prediction_type)

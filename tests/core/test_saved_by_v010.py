@@ -30,6 +30,8 @@ def test_nodes_keep_their_widgets_sockets_and_outputs_where_they_were(name: str)
     """Workflows hold widgets and outputs by place: what is new stands behind, and may be left out."""
     saved, node = NODES[name], declared()[name]
     widgets = [known and known.name for known in node.widgets]
+    if name == "DejaVuAuditLora":  # release 0.1 did not say what the page puts behind every seed
+        widgets.remove(None)
     assert widgets[: len(saved["widgets"])] == saved["widgets"]
     assert [o.type for o in node.outputs][: len(saved["outputs"])] == [kind for _, kind in saved["outputs"]]
     assert [[i.name, i.type] for i in node.inputs if [i.name, i.type] in saved["inputs"]] == saved["inputs"]

@@ -32,11 +32,11 @@ class WebUIPage:
     def ours(self) -> dict[str, Any]:
         """What our accordion's controls show."""
         shown: dict[str, Any] = self.browser.evaluate(
-            """(names) => Object.fromEntries(names.map((name) => {
-                const box = document.querySelector(`#dejavu_${name}_txt2img input`);
+            """(options) => Object.fromEntries(options.map(([name, id]) => {
+                const box = document.querySelector(`#dejavu_${id}_txt2img input`);
                 return [name, box?.value];
             }))""",
-            [known.name for known in OPTIONS],
+            [[known.name, known.id] for known in OPTIONS],
         )
         return {"enabled": self.browser.locator("#dejavu_txt2img .input-accordion-checkbox").is_checked(), **shown}
 
