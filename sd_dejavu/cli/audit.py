@@ -63,8 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model_options(parser)
     common.add_settings(parser, AuditSettings, "audit")
     common.add_settings(parser, Measurement, "measurement", leave_out=FIXED)
-    common.add_settings(parser, FeatureSettings, "what compares drawn images with training images")
-    parser.set_defaults(features=FEATURES)
+    own_features = {"features": FEATURES}
+    common.add_settings(
+        parser, FeatureSettings, "what compares drawn images with training images", defaults=own_features
+    )
     common.add_settings(parser, BuildSettings, "reading the training set", leave_out=("thumbnail_side",))
     own = parser.add_argument_group("ordinary prompts")
     own.add_argument("--null-prompts", type=Path, metavar="FILE", help="your own ordinary prompts (default: generated)")
