@@ -16,7 +16,7 @@ from torch import Tensor
 from .conditioning import Conditioning, Reencoding, TokenRow, Word, split_words
 
 ROUND, SQUARE = 1.1, 1 / 1.1
-_WEIGHT = re.compile(r":\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)")
+_WEIGHT = re.compile(r":\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*\)")
 _EMPTY_GROUP = re.compile(r"\(\s*(?::\s*[+-]?[\d.]+\s*)?\)|\[\s*\]")
 
 
