@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,7 @@ def _write(
     wanted: AuditSettings,
     measurement: Measurement,
 ) -> None:
-    common.write_rows(document, arguments.out / "audit.json", None)
+    write_text(arguments.out / "audit.json", json.dumps(document, indent=1) + "\n")
     common.write_rows(document, arguments.json, None)
     if importlib.util.find_spec("pyarrow") is not None:
         import pyarrow as pa
