@@ -1,6 +1,7 @@
 /** A report's document: reading it from anywhere, and its values in words. Pure. */
 
 const FORMAT = 'dejavu-report'
+const LONGEST = 10_000 // of a list: as many steps as the host's samplers take; of longer ones the rest is not read
 const LABELS = ['Flagged', 'Not flagged', 'No verdict']
 
 /**
@@ -36,14 +37,14 @@ export function readReport(value) {
 }
 
 function readVerdict(v) {
-  const steps = list(v?.score_per_step).map(finite)
+  const steps = list(v?.score_per_step).map(finite), sigmas = list(v?.sigmas)
   return {
     label: LABELS.includes(v?.label) ? v.label : 'No verdict',
     sentence: text(v?.sentence) || 'No verdict',
     score: finite(v?.score),
     pValue: finite(v?.p_value),
     steps,
-    sigmas: steps.map((_, i) => finite(list(v?.sigmas)[i])),
+    sigmas: steps.map((_, i) => finite(sigmas[i])),
     facts: list(v?.facts).filter((fact) => Array.isArray(fact) && fact.length === 2).map((fact) => fact.map(text)),
     words: list(v?.words).filter((w) => w && typeof w === 'object').map((w) => ({
       text: text(w.text),
@@ -62,7 +63,7 @@ function readVerdict(v) {
 /** A where-map {width, height, values: bytes}; null where there is none. */
 function readMap(where) {
   const { width, height } = where ?? {}
-  if (!(Number.isInteger(width) && Number.isInteger(height) && width > 0 && height > 0)) return null
+  if (!(Number.isInteger(width) && Number.isInteger(height) && width > 0 && height > 0 && width * height <= LONGEST)) return null
   let values
   try {
     values = Uint8Array.from(atob(text(where.values)), (character) => character.charCodeAt(0))
@@ -160,6 +161,6 @@ export function mapPixels({ width, height, values }) {
 }
 
 const RAMP = [[0, 0, 4], [66, 10, 104], [147, 38, 103], [221, 81, 58], [252, 165, 10], [252, 255, 164]]
-const list = (value) => (Array.isArray(value) ? value : [])
+const list = (value) => (Array.isArray(value) ? value.slice(0, LONGEST) : [])
 const text = (value) => (typeof value === 'string' ? value : '')
 const finite = (value) => (Number.isFinite(value) ? value : null)

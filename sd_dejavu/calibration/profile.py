@@ -284,13 +284,17 @@ def _scores(kind: str, values: Any) -> tuple[float, ...]:
     """
     numbers = tuple(_number(value) for value in _of_kind(values, list))
     known = scores().get(kind)
-    if not numbers or (known is not None and known.detector == "magnitude" and min(numbers) < 0):
+    if (
+        not numbers
+        or math.isinf(sum(numbers))
+        or (known is not None and known.detector == "magnitude" and min(numbers) < 0)
+    ):
         raise ValueError(f"{str(values)[:40]} are no scores")
     return numbers
 
 
 def _setting(raw: Any) -> Setting:
-    """A setting from JSON: its numbers as floats, its shape as whole numbers, and the rest as it was written.
+    """A setting from JSON: its numbers as floats, its shape and steps as whole numbers, and the rest as text.
 
     Release 0.1 called the baseline 'without'.
     """
@@ -298,6 +302,8 @@ def _setting(raw: Any) -> Setting:
     numbers: dict[str, Any] = {name: _number(raw[name]) for name in ("sigma", "guidance_scale")}
     shape = tuple(_of_kind(side, int) for side in _of_kind(raw["latent_shape"], list))
     rest = {
-        name: _of_kind(value, str, int, bool) for name, value in raw.items() if name not in (*numbers, "latent_shape")
+        name: _of_kind(value, int if name == "steps" else str)
+        for name, value in raw.items()
+        if name not in (*numbers, "latent_shape")
     }
     return Setting(**numbers, **rest, latent_shape=shape)

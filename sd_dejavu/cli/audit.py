@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model_options(parser)
     common.add_settings(parser, AuditSettings, "audit")
     common.add_settings(parser, Measurement, "measurement", leave_out=FIXED)
-    common.add_settings(parser, FeatureSettings, "what compares drawn images with training images")
-    parser.set_defaults(features=FEATURES)
+    own_features = {"features": FEATURES}
+    common.add_settings(
+        parser, FeatureSettings, "what compares drawn images with training images", defaults=own_features
+    )
     common.add_settings(parser, BuildSettings, "reading the training set", leave_out=("thumbnail_side",))
     own = parser.add_argument_group("ordinary prompts")
     own.add_argument("--null-prompts", type=Path, metavar="FILE", help="your own ordinary prompts (default: generated)")
@@ -171,7 +174,7 @@ def _write(
     wanted: AuditSettings,
     measurement: Measurement,
 ) -> None:
-    common.write_rows(document, arguments.out / "audit.json", None)
+    write_text(arguments.out / "audit.json", json.dumps(document, indent=1) + "\n")
     common.write_rows(document, arguments.json, None)
     if importlib.util.find_spec("pyarrow") is not None:
         import pyarrow as pa

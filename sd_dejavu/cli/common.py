@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -25,7 +25,7 @@ from ..core.memory import OutOfMemory, release, telling
 from ..core.settings import options_of
 from ..core.verdict import Explanation, Verdict, View
 from ..explain.views import explain
-from ..report.terminal import one_line, plain, verdict_panel
+from ..report.terminal import STEERING, one_line, plain, verdict_panel
 from ..run.measure import Measured, Measurement, measure, setting_of
 from .prompt_files import read_prompts
 
@@ -38,18 +38,25 @@ Settings = TypeVar("Settings")
 
 
 def add_settings(
-    parser: argparse.ArgumentParser, settings: type, title: str, leave_out: Sequence[str] = (), of: str = ""
+    parser: argparse.ArgumentParser,
+    settings: type,
+    title: str,
+    leave_out: Sequence[str] = (),
+    of: str = "",
+    defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Every option of a settings class as a command-line option; ranges are checked by the class itself.
 
     With ``of``, the name of a method, an option whose name is taken is called ``--METHOD-OPTION``, and
-    :func:`from_arguments` finds the values under the same ``of``.
+    :func:`from_arguments` finds the values under the same ``of``. ``defaults`` are a command's own.
     """
     group = parser.add_argument_group(title)
     for known in options_of(settings):
+        known = replace(known, default=defaults.get(known.name, known.default))
         if known.name in leave_out:
             continue
-        told = f"{known.help} (default: {known.default})" if known.default not in (None, "") else known.help
+        shown = f"{known.default:g}" if isinstance(known.default, float) else known.default
+        told = f"{known.help} (default: {shown})" if shown not in (None, "") else known.help
         given: dict[str, Any] = {"dest": _place(known.name, of), "default": known.default, "help": told}
         if known.kind is bool:
             given["action"] = argparse.BooleanOptionalAction
@@ -124,7 +131,7 @@ def tell(text: object, stderr: bool = False) -> None:
 def json_text(record: Any, indent: int | None = None) -> str:
     """JSON in which what could steer a terminal is written as escapes."""
     text = json.dumps(record, ensure_ascii=False, indent=indent)
-    return re.sub("[\x7f-\x9f\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
+    return STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def print_json(record: Any) -> None:

@@ -6,7 +6,7 @@ import argparse
 import io
 import logging
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from ..core.memory import telling
 from ..report.terminal import safe
@@ -27,7 +27,10 @@ _WARNINGS = _Warnings()
 
 
 class Parser(argparse.ArgumentParser):
-    """Its messages repeat what was typed, which can come from a file of somebody else's."""
+    """Its messages repeat what was typed, which can come from a file of somebody else's; errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {common.one_line(message)} (--help tells more)\n")
 
     def _print_message(self, message: str, file: Any = None) -> None:
         super()._print_message(safe(message) if message else message, file)

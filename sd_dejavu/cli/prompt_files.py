@@ -57,9 +57,11 @@ def _from_stdin(stdin: TextIO | None) -> list[str]:
     if stdin is None:
         raise InputError("standard input is not open here: write the prompt in quotation marks, or name a file")
     try:
-        text = stdin.read()
+        text = stdin.read(TEXT_BYTES + 1)
     except UnicodeDecodeError as error:
         raise InputError(f"standard input is not {error.encoding} text: pipe in UTF-8 text") from error
+    if len(text) > TEXT_BYTES:
+        raise InputError(f"standard input has no end in sight: at most {TEXT_BYTES:,} characters are read")
     return _some(_lines(text.removeprefix("\ufeff"), "standard input"), "standard input")
 
 

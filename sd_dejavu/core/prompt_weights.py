@@ -7,7 +7,7 @@ the conditioning as it is at weight 1. Words keep their places in the text as ty
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from .conditioning import Conditioning, Reencoding, TokenRow, Word, split_words
 
 ROUND, SQUARE = 1.1, 1 / 1.1
-_WEIGHT = re.compile(r":\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)")
+_WEIGHT = re.compile(r":\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*\)")
 _EMPTY_GROUP = re.compile(r"\(\s*(?::\s*[+-]?[\d.]+\s*)?\)|\[\s*\]")
 
 
@@ -37,13 +37,15 @@ def parse(prompt: str) -> Weighted:
     ('a red boat', 1.3, 3)
     """
     text: list[str] = []
-    weights: list[float] = []
     places: list[int] = []
     open_groups: list[tuple[str, int]] = []  # bracket, and where its text begins
+    # By where a group's text begins: where it ends and its factor, inner groups first.
+    closed: dict[int, list[tuple[int, float]]] = {}
 
-    def multiply(since: int, factor: float) -> None:
-        for i in range(since, len(weights)):
-            weights[i] *= factor
+    def close(factor: float | None = None) -> None:
+        bracket, since = open_groups.pop()
+        weight = factor if factor is not None else ROUND if bracket == "(" else SQUARE
+        closed.setdefault(since, []).append((len(text), weight))
 
     at = 0
     while at < len(prompt):
@@ -56,23 +58,33 @@ def parse(prompt: str) -> Weighted:
             at += 1
             continue
         elif weight:
-            multiply(open_groups.pop()[1], float(weight[1]))
+            close(float(weight[1]))
             at = weight.end()
             continue
         elif (character == ")" and open_groups and open_groups[-1][0] == "(") or (
             character == "]" and open_groups and open_groups[-1][0] == "["
         ):
-            bracket, since = open_groups.pop()
-            multiply(since, ROUND if bracket == "(" else SQUARE)
+            close()
             at += 1
             continue
         text.append(prompt[at])
-        weights.append(1.0)
         places.append(at)
         at += 1
-    for bracket, since in open_groups:
-        multiply(since, ROUND if bracket == "(" else SQUARE)
-    return Weighted("".join(text), tuple(weights), tuple(places))
+    while open_groups:
+        close()
+    return Weighted("".join(text), tuple(_products(closed, len(text))), tuple(places))
+
+
+def _products(groups: dict[int, list[tuple[int, float]]], count: int) -> Iterator[float]:
+    """The product of the factors of all groups around each of so many characters; each group is looked at once."""
+    around = [(count, 1.0)]  # ends, and the product up to there, from the outermost on
+    for place in range(count):
+        while around[-1][0] <= place:
+            around.pop()
+        for end, factor in reversed(groups.get(place, [])):
+            if end > place:
+                around.append((end, around[-1][1] * factor))
+        yield around[-1][1]
 
 
 def words_as_typed(prompt: str) -> tuple[Word, ...]:

@@ -96,25 +96,25 @@ def check(known: Option, value: Any) -> None:
     if value is None and known.default is None:
         return
     if known.choices and value not in known.choices:
-        raise ValueError(f"{label} must be one of {', '.join(known.choices)}, not {value!r}")
+        raise ValueError(f"{label} must be one of {', '.join(known.choices)}, not {value!r:.60}")
     if known.kind is str and not isinstance(value, str):
-        raise ValueError(f"{label} must be text, not {value!r}")
+        raise ValueError(f"{label} must be text, not {value!r:.60}")
     if known.kind is bool and not isinstance(value, bool):
-        raise ValueError(f"{label} must be true or false, not {value!r}")
+        raise ValueError(f"{label} must be true or false, not {value!r:.60}")
     low, high = known.minimum, known.maximum
     if known.kind in (int, float):
         whole = known.kind is int
         is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
         if not is_number or not _finite(value):
-            raise ValueError(f"{label} must be a {'whole ' if whole else ''}number, not {value!r}")
+            raise ValueError(f"{label} must be a {'whole ' if whole else ''}number, not {value!r:.60}")
         if known.exclusive and low is not None and low < value < low + LEAST_ABOVE:
-            raise ValueError(f"{label} must be at least {low + LEAST_ABOVE:g}, not {value}")
+            raise ValueError(f"{label} must be at least {low + LEAST_ABOVE:g}, not {value!s:.60}")
         below = low is not None and (value < low or (known.exclusive and value == low))
         above = high is not None and (value > high or (known.exclusive and value == high))
         if below or above:
             least, most = ("above", "below") if known.exclusive else ("at least", "at most")
             bounds = [f"{word} {bound:g}" for word, bound in ((least, low), (most, high)) if bound is not None]
-            raise ValueError(f"{label} must be {' and '.join(bounds)}, not {value}")
+            raise ValueError(f"{label} must be {' and '.join(bounds)}, not {value!s:.60}")
 
 
 def named(values: Mapping[str, Any], options: Iterable[Option], title: str) -> dict[str, Any]:

@@ -29,6 +29,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """Where to write a file or a folder that becomes ``path`` when it is whole. Raises NotKept."""
     partial = path.with_name(path.name + PARTIAL)
     try:
+        if partial.is_symlink():  # in a folder of somebody else's: it would lead the writing elsewhere
+            partial.unlink()
         yield partial
         partial.replace(path)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch raises the last for a full disk

@@ -54,7 +54,7 @@ def locked(what: Path, lock: Path) -> Iterator[None]:
 def _opened(what: Path, lock: Path) -> int:
     while True:
         try:
-            number = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+            number = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
         except OSError as error:
             raise not_kept(lock, error) from error
         if not _taken(number):

@@ -13,7 +13,6 @@ All are differentiable in the images. Nothing here reaches the network but a hub
 
 from __future__ import annotations
 
-import json
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from torch import Tensor
 from ..core.settings import Checked, option
 from ..core.similarity import COPY_THRESHOLD, structure
 from ..kept import file_digest
-from ..kept.foreign import one_line
+from ..kept.foreign import json_of, one_line
 from ..quiet import quiet
 from ..weights import digest, named, of_module, sampled
 
@@ -352,7 +351,7 @@ def _preprocessing(kind: str, weights: str, local: bool, config: Any) -> Preproc
     found = cached_file(
         weights, "preprocessor_config.json", local_files_only=local, _raise_exceptions_for_missing_entries=False
     )
-    said = {} if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
+    said = {} if found is None else json_of(Path(found))
     mean, std = OPENAI_CLIP if kind == "clip" else IMAGENET
     size: Any = said.get("size", config.image_size if kind == "clip" else 256)
     square = isinstance(size, dict) and "shortest_edge" not in size
@@ -378,7 +377,7 @@ def _autoencoder(weights: str, side: int | None, device: str) -> Latents:
         raise FeatureError(f"there is no autoencoder in {weights}: name a diffusers folder, or its folder 'vae'")
     classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json_of(folder / "config.json")
         chosen = classes[config["_class_name"]]
         with quiet():
             module = chosen.from_pretrained(folder, local_files_only=True, use_safetensors=True)

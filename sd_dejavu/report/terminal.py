@@ -7,7 +7,7 @@ Everything is said in text too, for NO_COLOR and for pipes. Prompts, captions, p
 from __future__ import annotations
 
 import math
-import unicodedata
+import re
 from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
@@ -21,6 +21,8 @@ from .wording import facts, label, sentence, top_words_text
 BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 GAP = "·"
 _PALE, _STRONG = (255, 236, 214), (224, 112, 20)  # both bear black text at a contrast above 6:1
+# Controls but the line break, turns of the writing direction, and halves of characters.
+STEERING = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _BORDER = {True: "red", False: "green", None: "yellow"}
 
 
@@ -76,4 +78,4 @@ def one_line(text: object) -> str:
 
 def safe(text: str) -> str:
     """The same number of characters, none of which can steer the terminal or fail to be encoded."""
-    return "".join("\ufffd" if c != "\n" and unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
+    return STEERING.sub("\ufffd", text)

@@ -132,6 +132,8 @@ class RunState:
         assert self.profile is not None
         with torch.inference_mode(False):
             x, sigma, base = at.x.clone(), at.sigma.clone(), at.base.float().clone()
+        # Below what alpha flags, too: else a flagged image could be left as it is.
+        ordinary = min(ORDINARY_QUANTILE, max(0.5, 1 - self.monitoring.alpha))
         start = Start(
             x,
             sigma,
@@ -140,7 +142,7 @@ class RunState:
             base,
             self.profile.quantile(0.5, "first step", 1),
             0,
-            self.profile.quantile(ORDINARY_QUANTILE, "first step", 1),
+            self.profile.quantile(ordinary, "first step", 1),
             guided=self.setting is None or self.setting.guidance_scale != 1,
         )
         method = method_for(self.monitoring.mitigation, conditioning)

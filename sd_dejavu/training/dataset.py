@@ -105,7 +105,8 @@ def _cached(path: Path, key: str) -> LatentSet | None:
             latents = file.get_tensor("latents")
         skipped = tuple((name, why) for name, why in about["skipped"])
         return LatentSet(latents, tuple(about["names"]), tuple(about["captions"]), tuple(about["repeats"]), skipped)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError):  # not whole: made again
+    # Not whole: made again.
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

@@ -559,6 +559,9 @@ def test_folders_that_are_no_model(folders: dict[str, Path], tmp_path: Path) -> 
     index = tmp_path / "model_index.json"
     index.write_text("{")
     assert "model_index.json is broken" in sentence(str(tmp_path))
+    with index.open("wb") as file:
+        file.truncate(1 << 40)  # without its bytes on the disk: one that is read would fill any memory
+    assert "model_index.json is broken: too large" in sentence(str(tmp_path))
     index.write_text("[]")
     assert "holds a pipeline without a name; what can be read is: Stable Diffusion" in sentence(str(tmp_path))
     index.write_text(json.dumps({"_class_name": "FluxPipeline"}))

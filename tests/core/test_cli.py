@@ -408,16 +408,26 @@ def test_the_installed_command_runs(tmp_path):
     assert done.stderr == ""
 
 
+def test_help_tells_the_defaults_that_are_taken():
+    (commands,) = (action for action in parser()._actions if isinstance(action.choices, dict))
+    for name, command in commands.choices.items():
+        for action in command._actions:
+            taken, told = action.default, (action.help or "").rpartition("(default: ")[2].rstrip(")")
+            if "(default: " in (action.help or "") and isinstance(taken, (str, int, float)) and taken != "":
+                shown = f"{taken:g}" if isinstance(taken, float) else str(taken)
+                assert told.partition(",")[0] == shown, f"{name} {action.option_strings}"
+
+
 # --------------------------------------------------------------------- what others wrote, at a terminal
 
-HOSTILE = ("\x1b]0;pwned\x07 a red boat", "a \\[/foo] boat", "[/b][bold]boat \x9b31m\r\u2028 \x7f")
+HOSTILE = ("\x1b]0;pwned\x07 a red boat", "a \\[/foo] boat", "[/b][bold]boat \x9b31m\r\u2028 \x7f\u202e")
 
 
 def shown(capsys):
     """All that was printed, which steers no terminal."""
     captured = capsys.readouterr()
     text = captured.out + captured.err
-    assert not [c for c in text if c != "\n" and unicodedata.category(c) in ("Cc", "Cs")]
+    assert not [c for c in text if c == "\u202e" or (c != "\n" and unicodedata.category(c) in ("Cc", "Cs"))]
     assert "Traceback" not in text
     return text
 
@@ -470,10 +480,11 @@ def test_folders_may_be_called_anything(tmp_path, capsys, monkeypatch):
 
 
 def test_messages_about_what_was_typed_steer_no_terminal(tmp_path, capsys):
-    for arguments in (["--view", HOSTILE[0], "a"], ["--pwned\x1b]0;x\x07"]):
-        with pytest.raises(SystemExit):
+    for arguments in (["--view", HOSTILE[0], "a"], ["--pwned\x1b]0;x\x07"], ["--images", "two\npwned"]):
+        with pytest.raises(SystemExit, match="2"):
             main(["explain", *arguments])
-        assert "pwned" in shown(capsys)
+        text = shown(capsys)
+        assert "error: " in text and "pwned" in text and text.count("\n") == 1
     assert main(["check", "--model", "x\n\x1b]0;pwned\x07", "a boat"]) == 2
     assert shown(capsys).count("\n") == 1
     assert main(["check", "--prompts-file", f"{HOSTILE[0]}.txt"]) == 2

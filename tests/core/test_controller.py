@@ -183,6 +183,24 @@ def test_one_flagged_image_among_seven_is_really_mitigated() -> None:
     assert same == [False] + [True] * 7
 
 
+def test_what_a_large_alpha_flags_is_mitigated_too() -> None:
+    """A magnitude of 1.705, as the one of the test above; 29 of 199 ordinary prompts score as high, so p is 30 / 200."""
+    network = LinearDenoiser(gain=1.0)
+    x, sigma = torch.full((1, *SHAPE), 1.705 / 2.2 - 1), torch.full((1,), 2.0)
+    given = Evaluation(x, sigma, network(x, sigma, ENCODE("red fox")), network(x, sigma, ENCODE("")))
+    for alpha, expected in ((0.1, GO), (0.2, Again)):
+        controller = run_of(Hand(network), when_flagged="mitigate", mitigation="remove-trigger", alpha=alpha)
+        decision = controller.evaluation(given)
+        (state,) = controller.states
+        assert [v.p_value for v in state.verdicts()] == pytest.approx([0.15])
+        if expected == GO:
+            assert decision == GO and state.outcome is None
+        else:
+            assert isinstance(decision, Again) and state.outcome is not None
+            assert state.sampled is not None and state.sampled.prompt == "fox"
+            assert state.outcome.score_after < state.outcome.score_before
+
+
 @pytest.mark.parametrize("restart", ["", "begins with an image"])
 def test_a_run_begins_again_from_other_noise_where_it_can(restart: str) -> None:
     host = Hand(network=LinearDenoiser(gain=4.0), restart=restart)

@@ -20,7 +20,7 @@ from test_reference_build import data, write
 
 from sd_dejavu.cli.main import main
 from sd_dejavu.hosts.diffusers.load import load
-from sd_dejavu.kept import LOCK, locked
+from sd_dejavu.kept import LOCK, locked, write_tensors
 from sd_dejavu.reference.sources import open_source
 from sd_dejavu.training import dataset as dataset_of
 from sd_dejavu.training import finetune as finetuning
@@ -229,6 +229,12 @@ def test_weights_that_are_not_finite_are_never_saved(
         trained(models["sd1"], dataset, tmp_path, replace(SMALL, steps=1, **options))
     left = {"finetune.json", "latents.safetensors", "training.csv", "filter.jsonl"}
     assert {file.name for file in tmp_path.iterdir()} == left
+
+
+def test_latents_kept_with_damaged_notes_are_made_again(tmp_path: Path) -> None:
+    for samples in ("[" * 100_000, "null", '{"key": "a"}'):
+        write_tensors(tmp_path / "latents.safetensors", {"latents": torch.zeros(1)}, {"samples": samples})
+        assert dataset_of._cached(tmp_path / "latents.safetensors", "a") is None
 
 
 def test_an_image_for_which_the_autoencoder_gives_nan_is_skipped(

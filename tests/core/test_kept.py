@@ -117,6 +117,19 @@ def test_the_second_process_is_told_who_the_first_is_until_that_is_killed(tmp_pa
     assert not lock.exists()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
+def test_links_in_a_foreign_folder_lead_no_writing_elsewhere(tmp_path: Path) -> None:
+    own = tmp_path / "own.txt"
+    own.write_text("mine")
+    for name in ("report.html.partial", "dejavu.lock", "report.html"):
+        (tmp_path / name).symlink_to(own)
+    write_text(tmp_path / "report.html", "theirs")
+    assert (tmp_path / "report.html").read_text() == "theirs"
+    with pytest.raises(NotKept, match=r"dejavu\.lock cannot be written"), locked(tmp_path, tmp_path / "dejavu.lock"):
+        pass
+    assert own.read_text() == "mine"
+
+
 def test_what_stands_in_a_foreign_lock_file_is_not_repeated(tmp_path: Path) -> None:
     lock = tmp_path / "dejavu.lock"
     with locked(tmp_path, lock):

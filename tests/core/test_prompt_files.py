@@ -58,9 +58,24 @@ def test_nothing_given(stdin: io.StringIO | None) -> None:
         read_prompts(None, [], stdin)
 
 
-def test_standard_input_faults() -> None:
+class Endless(io.RawIOBase):
+    """What a device gives: bytes without an end."""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        buffer[:] = b"a" * len(buffer)
+        return len(buffer)
+
+
+def test_standard_input_faults(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="standard input is not open"):
         read_prompts(None, ["-"], None)
+    endless = io.TextIOWrapper(io.BufferedReader(Endless()), encoding="utf-8")
+    monkeypatch.setattr(prompt_files, "TEXT_BYTES", 50)
+    with pytest.raises(InputError, match="standard input has no end in sight: at most 50 "):
+        read_prompts(None, [], endless)
     with pytest.raises(InputError, match="standard input: holds no prompt"):
         read_prompts(None, [], io.StringIO(" \n"))
     with pytest.raises(InputError, match="standard input is not utf-8 text"):

@@ -37,6 +37,15 @@ def test_brackets_are_read_as_in_automatic1111(prompt, text, weight):
     assert weight_of(prompt, "boat") == weight
 
 
+def test_a_prompt_of_brackets_is_read_in_no_time():
+    """Group by group over the text within it would be billions of products; a weight without an end, of tries."""
+    weights = parse("([" * 25_000 + "a" * 50_000).weights
+    assert len(weights) == 50_000
+    assert set(weights) == {weights[0]}
+    assert weights[0] == pytest.approx((1.1 * (1 / 1.1)) ** 25_000)
+    assert set(parse("(:" + "1" * 100_000).weights) == {1.1}
+
+
 def encode(text):
     """One token a word; row = (number of letters, position); start and end rows are zeros."""
     words, _ = align(text, [])

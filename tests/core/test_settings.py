@@ -53,6 +53,8 @@ def test_values_up_to_the_bounds_are_taken(values) -> None:
     ("values", "sentence"),
     [
         ({"steps": 0}, "steps must be at least 1 and at most 100, not 0"),
+        ({"steps": 10**100}, f"steps must be at least 1 and at most 100, not 1{'0' * 59}"),
+        ({"way": "x" * 1000}, f"way must be one of up, down, not '{'x' * 59}"),
         ({"steps": 101}, "steps must be at least 1 and at most 100, not 101"),
         ({"learning_rate": 0.0}, "learning rate must be above 0 and below 1, not 0.0"),
         ({"learning_rate": 1.0}, "learning rate must be above 0 and below 1, not 1.0"),

@@ -15,6 +15,14 @@ describe('reading a document', () => {
     }
   })
   it('reads the map', () => expect([...readReport(document()).verdicts[0].where.values]).toEqual([0, 64, 128, 255]))
+  it('reads no more of a list than a run can have, so that a page outlives any image', () => {
+    const many = Array(300_000).fill(1)
+    const where = { width: 600, height: 500, values: btoa('a'.repeat(300_000)) }
+    const { verdicts, notes } = readReport({
+      ...document('a', { verdicts: [verdict('a', { score_per_step: many, sigmas: many, where }), ...many] }), notes: many.map(String),
+    })
+    expect([verdicts.length, notes.length, verdicts[0].steps.length, verdicts[0].where]).toEqual([1, 10_000, 10_000, null])
+  })
   it('takes no map of a wrong size', () => {
     const where = { width: 3, height: 3, values: 'AAAA' }
     expect(readReport(document('a', { verdicts: [verdict('a', { where })] })).verdicts[0].where).toBeNull()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import pickle
 import re
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from ...core.memory import OutOfMemory, ran_out, too_large
 from ...demo.bundled import FOLDER as BUNDLED
-from ...kept.foreign import one_line
+from ...kept.foreign import Unreadable, json_of, one_line
 from ...quiet import quiet
 from . import ModelError
 from .adapter import DiffusersModel
@@ -212,9 +211,9 @@ def _read_json(file: Path, missing: str) -> dict[str, Any]:
     if not file.is_file():
         raise ModelError(missing)
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{file} is broken: it is no JSON that can be read") from error
+        found = json_of(file)
+    except Unreadable as error:
+        raise ModelError(f"{file} is broken: {error}") from error
     return found if isinstance(found, dict) else {}
 
 
