@@ -564,6 +564,14 @@ def test_folders_that_are_no_model(folders: dict[str, Path], tmp_path: Path) -> 
     assert "model_index.json is broken: too large" in sentence(str(tmp_path))
     index.write_text("[]")
     assert "holds a pipeline without a name; what can be read is: Stable Diffusion" in sentence(str(tmp_path))
+    index.write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    schedule = tmp_path / "scheduler" / "scheduler_config.json"
+    schedule.parent.mkdir()
+    for levels in (0, 10**9, "many", None):
+        schedule.write_text(json.dumps({"num_train_timesteps": levels}))
+        assert f"scheduler_config.json is broken: {levels!r} noise levels" in sentence(str(tmp_path))
+    schedule.unlink()
+    schedule.parent.rmdir()
     index.write_text(json.dumps({"_class_name": "FluxPipeline"}))
     assert "holds a FluxPipeline; what can be read is: Stable Diffusion 1.x and 2.x, Stable Diffusion XL" in sentence(
         str(tmp_path)

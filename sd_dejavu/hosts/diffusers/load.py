@@ -22,6 +22,7 @@ from .families import Family, Shapes, family_of_checkpoint, family_of_pipeline, 
 
 _LIBRARIES = (None, "diffusers", "transformers", "stable_diffusion")  # where a folder's parts may come from
 _INDEX = "model_index.json"
+_NOISE_LEVELS = 100_000  # of a scheduler, which makes lists of all of them before anything can be refused
 _LAYERS = 4  # of 'state_dict' that weights may lie in
 _UNUSED = ("safety_checker",)  # of a folder's parts
 _CONFIGURATIONS = ("*.json", "*/*.json", "*.txt", "*/*.txt", "*.py", "*/*.py")  # what --config needs of a hub id
@@ -204,6 +205,10 @@ def _family_of(folder: Path) -> Family:
             raise ModelError(
                 f"{folder} brings its own code ({file.relative_to(folder)}), which is not run: this model cannot be read"
             )
+    schedule = folder / "scheduler" / "scheduler_config.json"
+    levels = _read_json(schedule, "").get("num_train_timesteps", 1) if schedule.is_file() else 1
+    if not isinstance(levels, int) or not 1 <= levels <= _NOISE_LEVELS:
+        raise ModelError(f"{schedule} is broken: {levels!r:.40} noise levels, and from 1 to {_NOISE_LEVELS:,} are read")
     return family
 
 
