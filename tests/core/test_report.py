@@ -97,7 +97,7 @@ def image(seed: int = 0) -> np.ndarray:
 def full_case(prompt: str) -> Case:
     before = replace(PLAIN, prompt=prompt, score_per_step=STEPS, explanation=explained(prompt))
     after = replace(before, prompt=prompt, score=2.0, p_value=0.41, flagged=False, score_per_step=((14.6, 2.0),))
-    mitigated = Mitigated(prompt, prompt, after, [image(2)], 0.31, [8.0, 4.0, 2.0], 3.2, 0.31, 0.29, note=prompt)
+    mitigated = Mitigated(prompt, prompt, after, [image(2)], 0.31, [8.0, 4.0, 2.0], 3.2, note=prompt)
     return Case(before, BAND, [image()], torch.rand(8, 8), image(1), 0.93, 0.8, (mitigated, replace(mitigated)))
 
 
@@ -398,7 +398,7 @@ def test_page_is_self_contained_and_ordered():
         "Generated image",
     ]
     order += ["Where the prompt acts", "Training image it copies", "similarity 0.93, a copy (0.80 or more)"]
-    order += ["Nothing unusual, p = 0.41", "similarity 0.31, not a copy (below 0.80)", "Caption score", "Loss 8 to 2"]
+    order += ["Nothing unusual, p = 0.41", "similarity 0.31, not a copy (below 0.80)", "Loss 8 to 2"]
     places = [text.index(part) for part in order]
     assert places == sorted(places)
 
