@@ -104,7 +104,7 @@ class Run:
         self.sigmas: Readout | None = None
         self._no_images = why_no_images(noise)
         self._level: float | None = None  # of this evaluation's noise, where a conditioning has a range
-        self._given: list[dict[str, Any]] = []  # the host's conditioning at the first evaluation
+        self._given: list[Entry] = []  # the host's conditioning at the first evaluation
         self._kind: Unconditional | None = None  # what the host's negative conditioning was found to be
         self._attention: AttentionRule | None = None
         self._cond: Tensor | None = None  # what guidance gave at this evaluation
