@@ -65,6 +65,7 @@ class Calibrate(io.ComfyNode):
                 sockets.Calibration.Output(display_name="calibration", tooltip="For the Monitor node."),
                 io.String.Output(display_name="report", tooltip="What was measured, and where it is kept."),
             ],
+            is_output_node=True,  # its profile is kept whether or not it is wired to a Monitor
         )
 
     @classmethod

@@ -36,7 +36,7 @@ NO_BASELINE = (
     "guidance gives nothing to measure against here, and the empty prompt needs the text encoder: encode the prompt "
     "with the Text Encode (Déjà Vu) node"
 )
-NO_ENCODER = "the empty prompt needs the text encoder, which is not at hand here"
+NO_ENCODER = "connect the text encoder (CLIP) to measure against the empty prompt"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import io
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -172,12 +172,12 @@ def test_scores_are_those_of_the_command_line(comfy: ComfyServer, memorised: str
 
 
 def test_a_plain_text_encode_gets_a_verdict_and_a_word_on_its_words(comfy: ComfyServer, memorised: str) -> None:
-    # Nobody knows that its negative prompt is empty, so the calibration against the empty prompt does not apply...
+    # The workflow tells that its negative prompt is empty, so the calibration against the empty prompt applies,
     graph = watched(demo(memorised, steps=2, seed=50), words=False, explain="always")
     document = report(comfy, graph)
     (verdict,) = document["verdicts"]
-    assert verdict["baseline"] == "negative prompt" and verdict["score"] > 0
-    # ... but the workflow tells the words, and the node where they stand.
+    assert verdict["baseline"] == "empty prompt" and document["flagged"] is True
+    # and the words, and the node where they stand.
     assert document["prompt"] == memorised and document["prompt_node"] == "positive"
     assert verdict["view"] == "output gradient" and [w["text"] for w in verdict["words"]] == memorised.split()
     assert any("Text Encode (Déjà Vu)" in note for note in document["notes"])
@@ -190,6 +190,29 @@ def test_a_plain_text_encode_gets_a_verdict_and_a_word_on_its_words(comfy: Comfy
     assert [w["raw"] for w in document["verdicts"][0]["words"]] == pytest.approx(
         [w["raw"] for w in own["verdicts"][0]["words"]], rel=1e-3
     )
+
+
+@pytest.mark.parametrize("way", [graphs.text_to_image, graphs.custom_sampling])
+def test_stock_nodes_get_a_verdict_after_a_calibration_that_nothing_is_wired_to(
+    comfy: ComfyServer, way: Callable[..., graphs.Graph]
+) -> None:
+    """A user's own workflow with Monitor and Verdict alone: no CLIP linked, no text encode node of ours."""
+    run = {"steps": 3, "scheduler": "karras"}
+    settings = {"sampler_name": "euler", "scheduler": "karras", "steps": 3, "denoise": 1.0, "cfg": 7.0}
+    graph = way(**run)
+    calibrating = {name: graph[name] for name in ("checkpoint", "latent")}
+    links = {"model": ["checkpoint", 0], "clip": ["checkpoint", 1], "latent_image": ["latent", 0]}
+    calibrating["calibrate"] = node("DejaVuCalibrate", **links, **settings, negative="", count=20, whole_runs=0)
+    (told,) = comfy.run(calibrating)["calibrate"]["text"]
+    assert told.startswith("20 ordinary prompts")
+    (verdict,) = report(comfy, watched(way(seed=72, **run), words=False, without="empty prompt"))["verdicts"]
+    assert verdict["baseline"] == "empty prompt" and verdict["p_value"] is not None and verdict["nulls"] == 20
+    # Of a conditioning that is more than one text nobody can say so.
+    graph = watched(way(seed=72, **run), words=False, without="empty prompt")
+    graph["doubled"] = node("ConditioningConcat", conditioning_to=["negative", 0], conditioning_from=["negative", 0])
+    graph["guider" if "guider" in graph else "sampler"]["inputs"]["negative"] = ["doubled", 0]
+    (verdict,) = report(comfy, graph)["verdicts"]
+    assert verdict["baseline"] == "negative prompt" and verdict["p_value"] is None
 
 
 def test_what_the_host_kept_of_another_workflow_does_not_misplace_the_prompt(

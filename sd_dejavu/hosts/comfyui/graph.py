@@ -8,6 +8,7 @@ from typing import Any
 from comfy_execution.utils import get_executing_context
 
 ONWARD = ("positive", "conditioning", "cond1", "guider")  # inputs that lead from a sampler to its prompt
+PLAIN = "CLIPTextEncode"  # the host's own encode node
 REPLACING = ("ConditioningZeroOut",)  # nodes behind which the rows are no longer those of the text
 
 Graph = Mapping[str, Mapping[str, Any]]
@@ -57,21 +58,30 @@ def executing() -> tuple[Graph, str] | None:
     return None if graph is None else (graph, context.node_id)
 
 
-def typed_prompt(graph: Graph, node: str) -> tuple[str, str] | None:
-    """(text, node that holds it) of the prompt that reaches this sampler; None where it is not one plain text."""
-    output = 0
+def typed_prompt(graph: Graph, node: str, negative: bool = False) -> tuple[str, str] | None:
+    """(text, node that holds it) of the prompt that reaches this sampler; None where it is not one plain text.
+
+    With ``negative`` that of the negative prompt: only from the host's own encode node, which adds nothing to the text.
+    """
+    output, to_negative = 0, negative
     for _ in range(len(graph)):
         found = graph.get(node)
         if found is None or found["class_type"] in REPLACING:
             return None
         inputs = found["inputs"]
         if "clip" in inputs and "text" in inputs:
-            return _text(graph, inputs["text"], node)
-        names = ("negative",) if output == 1 and "negative" in inputs else ONWARD
-        link = next((inputs[name] for name in names if isinstance(inputs.get(name), list)), None)
-        if link is None:
+            known = not negative or (found["class_type"] == PLAIN and not to_negative)
+            return _text(graph, inputs["text"], node) if known else None
+        names = ONWARD
+        if to_negative:
+            names = ("negative", "guider")
+        elif output == 1 and "negative" in inputs:
+            names = ("negative",)
+        name = next((name for name in names if isinstance(inputs.get(name), list)), None)
+        if name is None:
             return None
-        node, output = str(link[0]), link[1]
+        to_negative = to_negative and name != "negative"
+        node, output = str(inputs[name][0]), inputs[name][1]
     return None
 
 

@@ -179,6 +179,8 @@ class Run:
         """What is read from the device once for a model or a conditioning, and known by the first step."""
         fingerprint(self._guider.model_patcher)
         negative = negative_of(self._guider)
+        if self._guider.conds.get("positive"):
+            self._name_sources()
         if self._guider.conds.get("positive") and negative:
             self._negative_kind()
             negative_name(negative)
@@ -191,8 +193,6 @@ class Run:
             self.state.mitigated(None)
         if not self.evaluations:
             self._given = self._positive
-            with self.controller.faults():
-                self._name_source()
         denoised = executor(x, sigma, attending(options, self._attention), seed)
         decision: Decision = GO
         with self.controller.faults():
@@ -265,15 +265,15 @@ class Run:
             self._kind = kind_of(negative_of(self._guider), clip)
         return self._kind
 
-    def _name_source(self) -> None:
-        """Give a prompt from a plain encode node the text that the workflow holds for it."""
-        positive = self._positive
-        if len(positive) != 1 or SOURCE in positive[0]:
-            return
-        executing = graph.executing()
-        typed = graph.typed_prompt(*executing) if executing is not None else None
-        if typed is not None:
-            positive[0][SOURCE] = Source(self._monitor.clip, *typed)
+    def _name_sources(self) -> None:
+        """Give prompts from plain encode nodes the texts that the workflow holds for them."""
+        for name, entries in self._guider.conds.items():
+            if name not in ("positive", "negative") or len(entries) != 1 or SOURCE in entries[0]:
+                continue
+            executing = graph.executing()
+            typed = graph.typed_prompt(*executing, negative=name == "negative") if executing is not None else None
+            if typed is not None:
+                entries[0][SOURCE] = Source(self._monitor.clip, *typed)
 
 
 class Monitor:
