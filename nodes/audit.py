@@ -26,6 +26,7 @@ class AuditLora(io.ComfyNode):
             node_id="DejaVuAuditLora",
             display_name="Audit LoRA (Déjà Vu)",
             category=sockets.CATEGORY,
+            **sockets.FOUND_BY,
             description="Does my LoRA copy its training set? Measures every caption of it, and draws the worst ones again. Stopped, it goes on when run again.",
             inputs=[
                 io.Model.Input("model", tooltip="The model with the LoRA."),

@@ -23,6 +23,7 @@ class Calibrate(io.ComfyNode):
             node_id="DejaVuCalibrate",
             display_name="Calibrate (Déjà Vu)",
             category=sockets.CATEGORY,
+            **sockets.FOUND_BY,
             description="Measures ordinary prompts once, one evaluation each; from then on the monitor gives p-values.",
             inputs=[
                 io.Model.Input("model", tooltip="The model as it will be sampled, with its LoRAs."),

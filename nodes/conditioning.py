@@ -27,6 +27,7 @@ class Explain(io.ComfyNode):
             node_id="DejaVuExplain",
             display_name="Explain (Déjà Vu)",
             category=sockets.CATEGORY,
+            **sockets.FOUND_BY,
             description="Which words of the prompt bring its score about, before anything is sampled.",
             inputs=[
                 io.Model.Input("model", tooltip="The model."),

@@ -14,6 +14,7 @@ class DemoModel(io.ComfyNode):
             node_id="DejaVuDemoModel",
             display_name="Load Demo Model (Déjà Vu)",
             category=sockets.CATEGORY,
+            **sockets.FOUND_BY,
             description="A small model that really memorises (64 x 64 images). It comes with the pack.",
             inputs=[
                 io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Images in the latent that is given out.")

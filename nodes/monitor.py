@@ -21,6 +21,7 @@ class MonitorNode(io.ComfyNode):
             node_id="DejaVuMonitor",
             display_name="Monitor (Déjà Vu)",
             category=sockets.CATEGORY,
+            **sockets.FOUND_BY,
             description="Watches the guidance of any sampler that uses the model it gives out. Read it with Verdict.",
             inputs=[
                 io.Model.Input("model", tooltip="The model to watch, with its LoRAs and other patches."),
@@ -64,6 +65,7 @@ class VerdictNode(io.ComfyNode):
             node_id="DejaVuVerdict",
             display_name="Verdict (Déjà Vu)",
             category=sockets.CATEGORY,
+            **sockets.FOUND_BY,
             description="Says whether the images of this run are likely memorised, and writes it into saved PNGs.",
             inputs=[
                 sockets.Monitor.Input("monitor", tooltip="From the Monitor node."),

@@ -18,6 +18,9 @@ from ..sd_dejavu.hosts.comfyui.api import Latent, ModelPatcher
 from ..sd_dejavu.mitigations import Mitigation, available
 
 CATEGORY = "Déjà Vu"
+# What people search for who do not know our names; older hosts have no such words.
+_WORDS = ["memorisation", "memorization", "memorised", "memorized", "replay", "plagiarism", "copied training image"]
+FOUND_BY = {"search_aliases": _WORDS} if "search_aliases" in getattr(io.Schema, "__dataclass_fields__", {}) else {}
 Monitor = io.Custom("DEJAVU_MONITOR")
 Calibration = io.Custom("DEJAVU_CALIBRATION")
 References = io.Custom("DEJAVU_REFERENCES")
