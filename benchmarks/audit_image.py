@@ -1,4 +1,4 @@
-"""The README's image of an audit: a LoRA that overfits eight images, audited with eight more it never saw.
+"""The documentation's image of an audit: a LoRA that overfits eight images, audited with eight more it never saw.
 
 python benchmarks/audit_image.py [--out docs]
 """

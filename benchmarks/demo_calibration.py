@@ -1,7 +1,7 @@
 """The bundled model's calibration where most samplers begin, made by ComfyUI: the Calibrate node at the first example's settings.
 
 1,000 ordinary captions at the first step, and 200 of them sampled to the end for the band under the curve. Needs
-ComfyUI (see the README's tests).
+ComfyUI (see docs/developers.md).
 
     python benchmarks/demo_calibration.py [--out FILE]
 """

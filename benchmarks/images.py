@@ -1,4 +1,4 @@
-"""The README's images: memorised prompts drawn, their training images, and both mitigations; the graded curve.
+"""The documentation's images: memorised prompts drawn, their training images, and both mitigations; the graded curve.
 
 python benchmarks/images.py [--out docs]     # reads benchmarks/results/graded.json for the curve
 """

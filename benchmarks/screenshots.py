@@ -1,4 +1,4 @@
-"""The README's images of ComfyUI's real page: the first example workflow, queued on the bundled model, and its
+"""The documentation's images of ComfyUI's real page: the first example workflow, queued on the bundled model, and its
 Verdict node with a word opened, in the dark and in the light theme.
 
 python benchmarks/screenshots.py [--out docs]

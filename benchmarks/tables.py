@@ -1,4 +1,4 @@
-"""The README's tables and figure for the bundled model: graded repetition, explanation, calibration, and
+"""The documented tables and figure for the bundled model: graded repetition, explanation, calibration, and
 what the two ratings of images say of ordinary captions.
 
     python benchmarks/tables.py [--only NAME ...] [--out DIR]

@@ -1,7 +1,7 @@
 """What the extension costs in a real Automatic1111 and Forge: interleaved pairs of runs in one server, on and off.
 
 The miniature checkpoint in Stable Diffusion 1.5 format draws images on one core; the order within a pair changes from
-pair to pair. Needs the hosts (see the README's tests).
+pair to pair. Needs the hosts (see docs/developers.md).
 
     python benchmarks/webui_cost.py [--pairs 15] [--steps 8] [--size 256] [--json FILE]
 """

@@ -1,7 +1,7 @@
-"""The README's images of our accordion and panel in the real pages of Automatic1111 and Forge.
+"""The documentation's images of our accordion and panel in the real pages of Automatic1111 and Forge.
 
 The memorising miniature of the tests is calibrated, its first prompt drawn, and the page shown from the prompt to the
-panel below the gallery. Needs the hosts (see the README's tests) and Chromium.
+panel below the gallery. Needs the hosts (see docs/developers.md) and Chromium.
 
     python benchmarks/webui_screenshots.py [--out docs]
 """

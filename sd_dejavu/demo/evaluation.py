@@ -1,4 +1,4 @@
-"""What the bundled model shows of the methods: the figures of the README, and of the tests that hold them.
+"""What the bundled model shows of the methods: the documented figures, and of the tests that hold them.
 
 Whether an image is a copy is decided by its likeness to the training image alone
 (:mod:`sd_dejavu.core.similarity`), never by the detector that is being judged.

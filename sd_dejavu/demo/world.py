@@ -218,7 +218,7 @@ class Pair:
     """One caption-image pair of the training set.
 
     ``seed`` draws the image again (see :func:`draw_pair`); ``split`` is 'tune' or 'held-out':
-    detection and calibration were not chosen by looking at the held-out ones; the README names what was.
+    detection and calibration were not chosen by looking at the held-out ones; docs/bundled-model.md names what was.
     """
 
     caption: str

@@ -8,7 +8,7 @@ and without, D_c and D_u,
 
 averaged over noises. It is 1 where the prompt alone brings the image back. This statistic is our own. It is needed
 because a LoRA that overfits raises the magnitude of ordinary prompts too, so that its captions no longer stand out by
-it (README, 'Training clean').
+it (docs/audit.md).
 
 What counts is the contrast, a less the mean alignment with other training images: a LoRA that draws everything in
 the style of its training set moves every prompt towards all of it. A caption that merely describes its image has a

@@ -1,6 +1,6 @@
 """The bundled model really memorises, and the methods work on it. Held-out prompts, on which nothing was chosen.
 
-Each promise is tried on a few prompts; ``-m figures`` tries it on as many as the README's figures are measured on.
+Each promise is tried on a few prompts; ``-m figures`` tries it on as many as the documented figures are measured on.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ WANTED = Measurement()
 
 
 def few_or(whole, few):
-    """The test on ``few`` prompts; on the ``whole``, for the README's figures, where that is asked for."""
+    """The test on ``few`` prompts; on the ``whole``, for the documented figures, where that is asked for."""
     return pytest.mark.parametrize("size", [few, pytest.param(whole, marks=pytest.mark.figures)])
 
 
@@ -125,7 +125,7 @@ def test_memorised_images_are_copies_and_mitigation_ends_that(model, profile):
 
 @pytest.mark.figures
 def test_mitigated_images_are_no_copies_and_follow_the_caption(model, profile):
-    """Every sixth pair of these kinds; all of them by the README's command."""
+    """Every sixth pair of these kinds; all of them by the command in docs/developers.md."""
     pairs = held_out_pairs("hard")[::6] + held_out_pairs("photo")[::6] + held_out_pairs("scene")[::6]
     methods = {**METHODS, "random-word": perturb_prompt.Settings()}
     rows = {r.method: r for r in mitigations(model, profile, Measurement(images=2), pairs, methods)}
@@ -136,7 +136,7 @@ def test_mitigated_images_are_no_copies_and_follow_the_caption(model, profile):
     reference = ordinary_caption_score(model, Measurement(images=2), [p for p in pairs if p.kind == "hard"])
     for name in ("optimise-tokens", "remove-trigger"):
         assert rows[name].caption_score >= reference - 0.15
-    # The published form leaves what the encoder can say, and follows the caption less (README).
+    # The published form leaves what the encoder can say, and follows the caption less (docs/figures.md).
     assert rows["optimise-conditioning"].caption_score < rows["optimise-tokens"].caption_score
     assert rows["random-word"].copies.share > rows["remove-trigger"].copies.share
 
@@ -145,7 +145,7 @@ def test_mitigated_images_are_no_copies_and_follow_the_caption(model, profile):
 def test_guidance_away_from_copies_needs_its_dissimilarity_term_and_leaves_ordinary_images(
     model, profile, monkeypatch, size
 ):
-    monkeypatch.setattr(evaluation, "follows", lambda model, pair, latent: 0.5)  # rated in the README's table
+    monkeypatch.setattr(evaluation, "follows", lambda model, pair, latent: 0.5)  # rated in docs/figures.md
     pairs = [*held_out_pairs("hard")[:2], *held_out_pairs("photo")[:1]][:size]
     methods = {name: s for name, s in every_mitigation().items() if name.startswith("amg")}
     found = mitigations(

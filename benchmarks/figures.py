@@ -1,6 +1,6 @@
-"""Writes the README's figures from benchmarks/results, between its two marks.
+"""Writes the figures of docs/figures.md from benchmarks/results, between its two marks.
 
-    python benchmarks/readme.py
+    python benchmarks/figures.py
 
 The results come from these commands, one after the other on an idle machine:
 
@@ -108,7 +108,7 @@ def graded() -> str:
     return f"""**Memorisation against repetition**: held-out pairs, 2 images a caption; 'hard' captions are told from
 ordinary ones by one trigger name.
 
-![Share of copies and of flagged prompts against repetitions](docs/graded.png)
+![Share of copies and of flagged prompts against repetitions](graded.png)
 
 {table(head, rows)}"""
 
@@ -188,7 +188,7 @@ or more with its training image (images of ordinary captions that this calls a c
 
 {mitigation_table(rows)}
 
-![Copies left against captions followed](docs/compare.svg)
+![Copies left against captions followed](compare.svg)
 
 Similarity is the correlation with the training image, 'top 5%' its 95th percentile. The caption score is a diffusion
 classifier (Li et al., ICCV 2023): the share of nine captions of other things under which the model denoises the image
@@ -360,7 +360,7 @@ PARTS: tuple[Callable[[], str], ...] = (
 
 
 def main() -> None:
-    path = ROOT / "README.md"
+    path = ROOT / "docs" / "figures.md"
     text = path.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
