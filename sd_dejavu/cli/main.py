@@ -9,7 +9,7 @@ import sys
 from typing import Any, NoReturn
 
 from ..core.memory import telling
-from ..report.terminal import safe
+from ..report.terminal import one_line, safe
 from . import audit, bench, calibrate, check, common, compare, demo, doctor, explain, finetune, mitigate, refset
 
 COMMANDS = (demo, doctor, check, explain, mitigate, compare, calibrate, bench, refset, finetune, audit)
@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
     """Its messages repeat what was typed, which can come from a file of somebody else's; errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {common.one_line(message)} (--help tells more)\n")
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {one_line(message)} (--help tells more)\n")
 
     def _print_message(self, message: str, file: Any = None) -> None:
         super()._print_message(safe(message) if message else message, file)
@@ -57,7 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = parser().parse_args(arguments)
     try:
         with telling():
-            return parsed.run(parsed)
+            status: int = parsed.run(parsed)
+            return status
     except KeyboardInterrupt:
         common.warn("interrupted")
         return EXIT_INTERRUPTED

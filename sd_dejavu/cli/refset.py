@@ -75,7 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     check_device(arguments.device)
-    return arguments.do(arguments)
+    status: int = arguments.do(arguments)
+    return status
 
 
 def _build(arguments: argparse.Namespace) -> int:

@@ -126,7 +126,8 @@ def _reader(heads: int, shares: list[Tensor]) -> tuple[Callable[..., None], Call
 def _mass(queries: Tensor, keys: Tensor, heads: int) -> Tensor:
     """queries [B, P, heads * d], keys [B, N, heads * d] -> attention [B, N], averaged over heads and places P."""
     q, k = (t.detach().float().unflatten(2, (heads, -1)).transpose(1, 2) for t in (queries, keys))
-    return (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(-1).mean((1, 2))
+    mass: Tensor = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(-1).mean((1, 2))
+    return mass
 
 
 def _layers(network: nn.Module, ending: str) -> list[nn.Module]:

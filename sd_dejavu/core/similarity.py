@@ -36,4 +36,5 @@ def structure(images: Tensor) -> Tensor:
     flat = F.adaptive_avg_pool2d(grey, _SIDE).flatten(1)
     centred = flat - flat.mean(1, keepdim=True)
     # What is left of an even image is rounding; one 8-bit step in one of 64 x 64 pixels gives ten times this.
-    return centred * (centred.norm(dim=1, keepdim=True) > 1e-4)
+    found: Tensor = centred * (centred.norm(dim=1, keepdim=True) > 1e-4)
+    return found

@@ -10,6 +10,8 @@ For rectified flow that expression is the norm of the velocity difference.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,8 @@ def difference(predictions: Predictions) -> Tensor:
 
 def length(difference: Tensor) -> Tensor:
     """|| Delta ||_2 of each image, [B], from Delta [B, C, H, W]."""
-    return torch.linalg.vector_norm(difference.flatten(1), dim=1)
+    found: Tensor = torch.linalg.vector_norm(difference.flatten(1), dim=1)
+    return found
 
 
 def rounding(elements: int, sigma: float) -> float:
@@ -37,7 +40,7 @@ def rounding(elements: int, sigma: float) -> float:
     1e-5 of unit variance in each element. Above the noise levels of schedules that end before pure noise, only networks
     are sampled that put out v (or EDM's F): there the unit of :func:`magnitude` falls as 1 / sigma, and this with it.
     """
-    return 1e-5 * float(elements) ** 0.5 * min(1.0, HIGHEST_OF_EPSILON / max(sigma, 1e-6))
+    return 1e-5 * math.sqrt(elements) * min(1.0, HIGHEST_OF_EPSILON / max(sigma, 1e-6))
 
 
 def over_channels(difference: Tensor) -> Tensor:

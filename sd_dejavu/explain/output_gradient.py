@@ -37,7 +37,8 @@ def row_gradient_norms(
         return conditioning.with_rows(moved[0])
 
     (gradient,) = value_and_gradients(denoiser, x, sigma, unconditional, rebuild, [rows], batch_size).gradients
-    return gradient[0].norm(dim=1)
+    lengths: Tensor = gradient[0].norm(dim=1)
+    return lengths
 
 
 def explain(

@@ -35,6 +35,7 @@ def explain(
     def work() -> Explanation:
         at, levels = x.clone(), sigma.clone()  # a host in inference mode made tensors that cannot be differentiated
         base = predict(model, at, levels, unconditional, batch_size)
-        return method.explain(model, at, levels, conditioning, base, batch_size)
+        found: Explanation = method.explain(model, at, levels, conditioning, base, batch_size)
+        return found
 
     return with_gradients(model, work)

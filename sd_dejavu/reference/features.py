@@ -346,7 +346,7 @@ def _transformers_model(kind: str, weights: str, device: str) -> tuple[torch.nn.
 
 def _preprocessing(kind: str, weights: str, local: bool, config: Any) -> Preprocessing:
     """What the model's preprocessor_config.json says, else its authors' numbers."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     found = cached_file(
         weights, "preprocessor_config.json", local_files_only=local, _raise_exceptions_for_missing_entries=False
@@ -387,7 +387,8 @@ def _autoencoder(weights: str, side: int | None, device: str) -> Latents:
 
     def encode(images: Tensor) -> Tensor:
         encoded = module.encode(images * 2 - 1)
-        return encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+        latents: Tensor = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+        return latents
 
     own = config.get("sample_size") or (64 if not weights else _LATENTS_SIDE)
     return Latents(encode, weights_digest(module), side or int(own))

@@ -29,7 +29,7 @@ def open_image(data: bytes) -> Image:
 
     Raises ImageError with the reason.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
@@ -40,7 +40,7 @@ def open_image(data: bytes) -> Image:
             upright = ImageOps.exif_transpose(image)
     except ImageError:
         raise
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise ImageError(f"not an image of a known format ({', '.join(FORMATS)})") from error
     except Image.DecompressionBombError as error:  # Pillow's own limit is higher, unless a host has lowered it
         raise ImageError(f"too large: more than {PIXELS:,} pixels") from error

@@ -88,7 +88,8 @@ class QdrantSearch:
         if self.metric == "cosine":
             return (query * rows).sum(1)
         denominator = neighbourhood(self._nearest(query, NEIGHBOURHOOD).similarity)[:, 0]
-        return -torch.linalg.vector_norm(query - rows, dim=1) / denominator.to(query)
+        distances: torch.Tensor = torch.linalg.vector_norm(query - rows, dim=1)
+        return -distances / denominator.to(query)
 
     def _nearest(self, queries: Tensor, k: int) -> Neighbours:
         """Dot products, or negative distances, nearest first; of equals the first row goes first."""

@@ -159,7 +159,8 @@ class ReferenceSet:
         rows = self.embeddings[index.to(self.embeddings.device)].to(query.device, query.dtype)
         if self.metric == "cosine":
             return (query * rows).sum(1)
-        return -torch.linalg.vector_norm(query - rows, dim=1) / self.denominator(query)
+        distances: Tensor = torch.linalg.vector_norm(query - rows, dim=1)
+        return -distances / self.denominator(query)
 
     def denominator(self, queries: Tensor) -> Tensor:
         """0.5 * mean l2 [B] of each query [B, D] to its 50 nearest rows, without gradient."""
@@ -331,9 +332,9 @@ def _text(value: Any) -> str:
 
 
 def _features(value: Any) -> str:
-    if not _text(value).strip():
+    if not (name := _text(value)).strip():
         raise ValueError("its features have no name")
-    return value
+    return name
 
 
 def _said(error: Exception) -> str:
@@ -378,10 +379,11 @@ def _list(details: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 def _relative(name: Any) -> str:
     """A name that stays inside the folder it is joined to, whoever wrote the file."""
-    path = PurePosixPath(_text(name))
-    if path.is_absolute() or ".." in path.parts or "\\" in name or PureWindowsPath(name).drive:
-        raise ValueError(f"the name {name!r:.80} is not relative")
-    return name
+    text = _text(name)
+    path = PurePosixPath(text)
+    if path.is_absolute() or ".." in path.parts or "\\" in text or PureWindowsPath(text).drive:
+        raise ValueError(f"the name {text!r:.80} is not relative")
+    return text
 
 
 def _counts(values: Tensor, least: int) -> Tensor:

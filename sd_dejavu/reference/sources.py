@@ -435,6 +435,7 @@ def _of_group(file: Any, group: int, columns: list[str], rows: int) -> Iterator[
 def _values(row: Any) -> dict[str, Any] | str:
     """The values of a batch of one row."""
     try:
+        values: dict[str, Any]
         (values,) = row.to_pylist()
         return values
     except Exception as error:  # text that is not UTF-8

@@ -110,7 +110,8 @@ class RunState:
         view = confirmed_gradient if named.reencoding is not None else output_gradient
 
         def work() -> Explanation:
-            return view.explain(model, at.x.clone(), at.sigma.clone(), named, at.base.float().clone())
+            found: Explanation = view.explain(model, at.x.clone(), at.sigma.clone(), named, at.base.float().clone())
+            return found
 
         try:
             self.explanation = with_gradients(model, work)

@@ -126,4 +126,5 @@ def _encoded(vae: Any, images: Sequence[Tensor]) -> Tensor:
     encoded = vae.encode(torch.stack(list(images)).to(vae.device, vae.dtype))
     latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
     shift = getattr(vae.config, "shift_factor", None) or 0.0
-    return ((latents - shift) * getattr(vae.config, "scaling_factor", 1.0)).float().cpu()
+    scaled: Tensor = (latents - shift) * getattr(vae.config, "scaling_factor", 1.0)
+    return scaled.float().cpu()

@@ -411,7 +411,7 @@ class _Run:
                 self._save_lora(self.out / f"lora{ending}.safetensors")
 
     def _save_lora(self, path: Path) -> None:
-        from diffusers.utils import convert_state_dict_to_diffusers
+        from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
         from peft.utils import get_peft_model_state_dict
 
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.model.pipeline.unet))

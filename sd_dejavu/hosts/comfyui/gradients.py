@@ -86,7 +86,7 @@ def _running(module: torch.nn.Module, forward: Callable[..., Tensor]) -> Iterato
 
 def _run(layer: Layer, forward: Callable[..., Tensor], x: Tensor, **named: object) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
-        result: Tensor = _Layer.apply(x, layer, forward, named)
+        result: Tensor = _Layer.apply(x, layer, forward, named)  # type: ignore[no-untyped-call]
         return result
     return _forward(forward, x, named)
 

@@ -72,7 +72,7 @@ def typed_prompt(graph: Graph, node: str, negative: bool = False) -> tuple[str, 
         if "clip" in inputs and "text" in inputs:
             known = not negative or (found["class_type"] == PLAIN and not to_negative)
             return _text(graph, inputs["text"], node) if known else None
-        names = ONWARD
+        names: Sequence[str] = ONWARD
         if to_negative:
             names = ("negative", "guider")
         elif output == 1 and "negative" in inputs:

@@ -25,8 +25,9 @@ from torch import Tensor
 from ...calibration.profile import Profile, Setting
 from ...core.attention import AttentionRule
 from ...core.conditioning import Conditioning, Unconditional
+from ...core.denoiser import Evaluation
 from ...core.readout import Readout
-from ...run.controller import GO, Again, Decision, Evaluation, Restart, RunController, Stop
+from ...run.controller import GO, Again, Decision, Restart, RunController, Stop
 from ...run.monitoring import Monitoring
 from ...run.report import Report
 from ...run.state import RunState

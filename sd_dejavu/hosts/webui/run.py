@@ -22,10 +22,11 @@ from torch import Tensor
 from ...calibration import store
 from ...calibration.profile import Profile, Setting
 from ...core.conditioning import Conditioning, Unconditional
+from ...core.denoiser import Evaluation
 from ...core.guidance import GuidanceRule, GuidedStep
 from ...core.memory import ran_out, release
 from ...mitigations.guard import Guard
-from ...run.controller import Again, Decision, Evaluation, Restart, RunController, Stop
+from ...run.controller import Again, Decision, Restart, RunController, Stop
 from ...run.monitoring import Monitoring
 from ...run.report import Report
 from ...run.state import RunState
