@@ -40,11 +40,11 @@ def test_the_image_is_that_of_the_other_noise(webui: WebUIServer, mitigation: st
     assert document["flagged"] is True and document["notes"] == []
     assert f"{NAME} settings: when_flagged=mitigate; mitigation={mitigation}" in generated.infotexts[0]
     # What was read of the run that was drawn is what the method has said of its noise.
-    mitigation = document["mitigation"]
-    (after,) = mitigation["verdicts"]
-    assert mitigation["score_before"] == pytest.approx(document["verdicts"][0]["score"], rel=1e-4)
-    assert after["score"] == pytest.approx(mitigation["score_after"], rel=2e-4)
-    assert after["score"] != pytest.approx(mitigation["score_before"], rel=1e-3)
+    told = document["mitigation"]
+    (after,) = told["verdicts"]
+    assert told["score_before"] == pytest.approx(document["verdicts"][0]["score"], rel=1e-4)
+    assert after["score"] == pytest.approx(told["score_after"], rel=2e-4)
+    assert after["score"] != pytest.approx(told["score_before"], rel=1e-3)
     assert len(after["score_per_step"]) >= 3 and None not in after["score_per_step"]
     # The host's own run from that noise, without us, gives the same image, and nothing of ours has stayed.
     webui_onlooker.want(webui, again=True, late=LATE.get(mitigation, 1))

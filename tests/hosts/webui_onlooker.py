@@ -1,6 +1,6 @@
 """A second extension in Automatic1111 and Forge: it sees each run's x, and begins runs from noise that it is given.
 
-What our remedies do to a run is done here once more, by other means: noise goes in before the host has scaled it, and
+What our mitigations do to a run is done here once more, by other means: noise goes in before the host has scaled it, and
 guidance is late because the negative prompt stands in the prompt's place.
 """
 
