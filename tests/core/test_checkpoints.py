@@ -823,7 +823,7 @@ def test_warnings_before_a_refusal_are_not_shown(
 
     monkeypatch.setattr("sd_dejavu.hosts.diffusers.load._shapes", read)
     (tmp_path / "old.ckpt").touch()
-    assert sentence(str(tmp_path / "old.ckpt")).endswith("cannot be loaded: no weights")
+    assert sentence(str(tmp_path / "old.ckpt")).endswith("cannot be loaded: no weights at all")
     assert not recwarn.list
 
 
