@@ -136,7 +136,7 @@ def json_text(record: Any, indent: int | None = None) -> str:
 
 def print_json(record: Any) -> None:
     """One line on standard output."""
-    print(json_text(record))
+    print(json_text(record), flush=True)  # what cannot be written is told while it can be
 
 
 def load_model(arguments: argparse.Namespace) -> Model:
