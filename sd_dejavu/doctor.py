@@ -1,7 +1,4 @@
-"""What works on this machine, and what does not, and why: packages, devices, gradients, the folder of calibrations.
-
-The command line and the hosts show the same list; a host puts its own findings in front.
-"""
+"""What works on this machine, and what does not, and why: packages, devices, gradients, the folder of calibrations."""
 
 from __future__ import annotations
 
@@ -18,17 +15,16 @@ import torch
 
 from .calibration.store import user_folder
 from .core.memory import free_memory
+from .kept.foreign import one_line
 
 GIB = 1024**3
 LEAST_MEMORY = 4 * GIB  # what words of one image take beside Stable Diffusion 1.5's weights in half precision
-_NEEDED = {
+_PACKAGES = {
     "torch": "everything",
     "numpy": "everything",
     "safetensors": "reading weights and reference sets",
     "jinja2": "reports",
     "pillow": "images",
-}
-_COMMAND_LINE = {
     "diffusers": "reading models",
     "transformers": "reading models",
     "peft": "LoRAs, and fine-tuning",
@@ -48,12 +44,10 @@ class Finding:
     advice: str = ""
 
 
-def findings(command_line: bool = True) -> Iterator[Finding]:
-    """The lines, one after another; with ``command_line`` what only ``sd-dejavu`` needs, too. Asks no network."""
+def findings() -> Iterator[Finding]:
+    """The lines, one after another. Asks no network."""
     yield Finding("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    yield from (_package(name, use) for name, use in _NEEDED.items())
-    if command_line:
-        yield from (_package(name, use) for name, use in _COMMAND_LINE.items())
+    yield from (_package(name, use) for name, use in _PACKAGES.items())
     for device in _devices():
         yield _memory(device)
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -97,7 +91,7 @@ def _gradients(device: torch.device, dtype: torch.dtype) -> Finding:
         right = torch.allclose(found.float().cpu(), torch.ones(64, 64))
         seconds = time.perf_counter() - begun
     except Exception as error:  # devices refuse what they cannot do with errors of many kinds
-        return Finding(name, str(error).split("\n")[0][:200], False, "choose another precision")
+        return Finding(name, one_line(error), False, "choose another precision")
     if not right:
         return Finding(name, "gradients are wrong", False, "choose another precision")
     return Finding(name, f"gradients in {1000 * seconds:.0f} ms", True)
@@ -118,7 +112,7 @@ def timed(work: Callable[[], str], name: str, advice: str) -> Finding:
     try:
         found = work()
     except Exception as error:  # whatever keeps it from working is what was asked
-        return Finding(name, (str(error).strip() or type(error).__name__).split("\n")[0][:200], False, advice)
+        return Finding(name, one_line(error), False, advice)
     return Finding(name, f"{found}, in {time.perf_counter() - begun:.1f} s", True)
 
 

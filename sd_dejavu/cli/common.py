@@ -61,8 +61,8 @@ def add_settings(
         if known.kind is bool:
             given["action"] = argparse.BooleanOptionalAction
         else:
-            shown = {"choices": known.choices} if known.choices else {"metavar": known.kind.__name__.upper()}
-            given |= {"type": known.kind, **shown}
+            values = {"choices": known.choices} if known.choices else {"metavar": known.kind.__name__.upper()}
+            given |= {"type": known.kind, **values}
         flag = known.name.replace("_", "-")
         try:
             group.add_argument(*dict.fromkeys((f"--{flag}", f"--{known.id.replace('_', '-')}")), **given)

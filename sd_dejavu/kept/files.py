@@ -26,7 +26,12 @@ class NotKept(OSError, ValueError):
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Where to write a file or a folder that becomes ``path`` when it is whole. Raises NotKept."""
+    """Where to write a file or a folder that becomes ``path`` when it is whole. Raises NotKept.
+
+    A device or a pipe is no place for it: renaming would put a file where it stands.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise NotKept(f"{path} is a device or a pipe, and would be replaced by a file: give the name of a file")
     partial = path.with_name(path.name + PARTIAL)
     try:
         if partial.is_symlink():  # in a folder of somebody else's: it would lead the writing elsewhere

@@ -51,6 +51,16 @@ def broken_off(path: Path, fault: Exception, folder: bool) -> None:
         raise fault
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes in folders")
+def test_a_pipe_or_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(NotKept, match=f"{name} is a device or a pipe, .* give the name of a file"):
+            write_text(tmp_path / name, "text")
+    assert (tmp_path / "pipe").is_fifo() and sorted(p.name for p in tmp_path.iterdir()) == ["link", "pipe"]
+
+
 def test_what_is_broken_off_leaves_what_was_there(tmp_path: Path) -> None:
     write_text(tmp_path / "a.txt", "first")
     with pytest.raises(ZeroDivisionError):
