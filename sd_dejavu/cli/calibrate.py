@@ -1,4 +1,4 @@
-"""Calibrate: measure ordinary prompts once, so that later scores get p-values.
+"""Measure ordinary prompts once, so that later scores get a verdict.
 
 The profile is kept in the user's data folder and found again by itself for the same weights and setting.
 """

@@ -1,4 +1,4 @@
-"""Check prompts: a score, a p-value and a verdict each.
+"""Is this prompt memorised? A score, a p-value and a verdict for each.
 
 Only the first sampling step is run unless --score asks for more; words are named for flagged prompts.
 """
