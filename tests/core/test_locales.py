@@ -72,7 +72,9 @@ def test_settings_commands_and_headings_are_those_of_the_script(language: str) -
     palettes = re.findall(r"'(\w+)'", SCRIPT.split("const PALETTES = ", 1)[1].split("\n", 1)[0])
     assert sorted(settings["DejaVu_Palette"].pop("options")) == sorted(palettes)
     assert all(set(setting) == {"name", "tooltip"} for setting in settings.values())
-    assert list(written(language, "commands.json")) == ["Workspace_ToggleSidebarTab_dejavu"] and "id: 'dejavu'," in SCRIPT
+    assert (
+        list(written(language, "commands.json")) == ["Workspace_ToggleSidebarTab_dejavu"] and "id: 'dejavu'," in SCRIPT
+    )
     headings = set(re.findall(r"category: \['Déjà Vu', '(\w+)'", SCRIPT))
     assert shape(written(language, "main.json")) == {"settingsCategories": dict.fromkeys(headings - OF_THE_HOST)}
 

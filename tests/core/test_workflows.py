@@ -183,7 +183,9 @@ def test_every_workflow_has_a_thumbnail(path: Path) -> None:
 
 
 def test_an_app_names_widgets_and_nodes_that_are_there() -> None:
-    (document,) = (d for path in WORKFLOWS if "linearData" in (d := json.loads(path.read_text(encoding="utf-8")))["extra"])
+    (document,) = (
+        d for path in WORKFLOWS if "linearData" in (d := json.loads(path.read_text(encoding="utf-8")))["extra"]
+    )
     nodes = {node["id"]: node for node in document["nodes"]}
     shown = document["extra"]["linearData"]
     assert document["extra"]["linearMode"] is True
