@@ -28,6 +28,7 @@ VIEW = (1120, 700)
 WIDTH = 512
 LIMIT = 60 * 1024
 APP = "9"
+OWN_CHECKPOINT = ("2", APP)
 # The nodes that tell most, by what their titles or types begin with; all of them where nothing stands here.
 TELLING = {
     "1": ("DejaVuVerdict", "VAEDecode", "SaveImage"),
@@ -39,7 +40,7 @@ TELLING = {
     "7": ("Beside its nearest",),
     "8": ("The worst",),
 }
-RUN = ("1", "3", "4", "6", "7", "8", APP)
+RUN = ("1", "2", "3", "4", "6", "7", "8", APP)
 SETTINGS = {"Comfy.VueNodes.Enabled": True, "Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False}
 HIDDEN = "body * { visibility: hidden } #graph-canvas, .dom-widget, .dom-widget *, .lg-node, .lg-node * { visibility: visible }"
 
@@ -78,7 +79,7 @@ def main() -> None:
                 number = workflow.stem.split()[0]
                 if arguments.only is None or number in arguments.only:
                     _close_dialogs(page)
-                    page.load(_on_the_bundled_model(workflow, Path(folder)) if number == APP else workflow)
+                    page.load(_on_the_bundled_model(workflow, Path(folder)) if number in OWN_CHECKPOINT else workflow)
                     page.browser.wait_for_timeout(1500)
                     if number in RUN:
                         page.run(300.0)
@@ -105,7 +106,7 @@ def _thumbnail(page: Page, number: str) -> bytes:
 
 
 def _on_the_bundled_model(workflow: Path, folder: Path) -> Path:
-    """The same app with the bundled model for a checkpoint: no other is sure to be here."""
+    """The same workflow with the bundled model for a checkpoint: no other is sure to be here."""
     values: dict[str, list[Any]] = {"CheckpointLoaderSimple": [1], "EmptyLatentImage": [64, 64, 1]}
     document = json.loads(workflow.read_text(encoding="utf-8"))
     for node in document["nodes"]:
