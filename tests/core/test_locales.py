@@ -94,3 +94,14 @@ def test_nothing_is_left_in_english(language: str) -> None:
         assert told["description"] != node.description
         for known in node.inputs:
             assert told["inputs"][known.name]["tooltip"] != known.tooltip, (node.id, known.name)
+
+
+@pytest.mark.parametrize("node", list(declared()))
+def test_the_chinese_help_names_every_slot_as_the_node_does(node: str) -> None:
+    page = (ROOT / "web" / "docs" / node / "zh.md").read_text(encoding="utf-8")
+    sections = {part.split("\n", 1)[0]: part for part in page.split("\n## ")}
+    told = written("zh", "nodeDefs.json")[node]
+    for heading, slots in (("输入", told["inputs"]), ("输出", told["outputs"])):
+        rows = [line.split("|")[1].strip() for line in sections[heading].splitlines() if line.startswith("|")]
+        assert rows[2:] == [slot["name"] for slot in slots.values()], heading
+    assert {"如何连接", "须知"} <= sections.keys()
