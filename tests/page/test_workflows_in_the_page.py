@@ -71,21 +71,6 @@ def test_workflows_on_the_bundled_model_run(page, workflow: Path) -> None:
         page.screenshot(Path(folder) / f"{workflow.stem}.png")
 
 
-def test_the_template_browser_gets_every_workflow_with_its_image(page) -> None:
-    found = page.browser.evaluate(
-        """async () => {
-            const {api} = window.comfyAPI.api, listed = await api.getWorkflowTemplates();
-            const [pack, names] = Object.entries(listed).find(([, names]) => names.some((n) => n.startsWith('1 Try it')));
-            const type = async (name) => {
-                const answer = await fetch(api.apiURL(`/workflow_templates/${pack}/${encodeURIComponent(name)}.jpg`));
-                return answer.ok ? answer.headers.get('content-type') : answer.status;
-            };
-            return await Promise.all(names.map(async (name) => [name, await type(name)]));
-        }"""
-    )
-    assert sorted(map(tuple, found)) == [(path.stem, "image/jpeg") for path in WORKFLOWS]
-
-
 def test_the_app_draws_and_says_a_verdict_on_a_checkpoint_never_seen(page, tmp_path: Path) -> None:
     """Its first run measures the ordinary prompts that it is compared with."""
     (path,) = (w for w in WORKFLOWS if w.name.startswith("9 "))
