@@ -182,6 +182,13 @@ def test_every_workflow_has_a_thumbnail(path: Path) -> None:
     assert thumbnail.stat().st_size <= 60 * 1024
 
 
+def test_the_documentation_lists_the_templates_as_the_page_does() -> None:
+    page = (ROOT / "docs" / "comfyui.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("|")]
+    listed = rows[rows.index("template") + 2 : rows.index("node")]
+    assert listed == [path.stem for path in WORKFLOWS]
+
+
 def test_an_app_names_widgets_and_nodes_that_are_there() -> None:
     (document,) = (
         d for path in WORKFLOWS if "linearData" in (d := json.loads(path.read_text(encoding="utf-8")))["extra"]
