@@ -11,7 +11,7 @@ import torch
 
 from ...calibration import store
 from ...calibration.calibrate import calibrate
-from ...calibration.ordinary_prompts import ordinary_prompts
+from ...calibration.ordinary_prompts import general_prompts
 from ...calibration.profile import Ordinary, Profile
 from ...calibration.recombined import recombined
 from ...core.conditioning import Baseline
@@ -86,9 +86,7 @@ class Calibration:
                 store.check_kept(path, store.Size(asked.count))
             given = [line for line in asked.like.splitlines() if line.strip()]
             ordinary: Ordinary = "recombined" if given else "generated"
-            prompts = (
-                recombined(given, asked.count) if given else [prompt for prompt, _ in ordinary_prompts(asked.count)]
-            )
+            prompts = recombined(given, asked.count) if given else general_prompts(asked.count)
             done = iter(range(1, asked.count + 1))
             with torch.no_grad():
                 self.profile = calibrate(

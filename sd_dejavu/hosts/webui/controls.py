@@ -20,7 +20,7 @@ NOT_CHANGED = "none"
 NO_REFERENCES = "none"
 SLIDER_LIMIT = 5000  # of wider ranges a slider picks nothing
 
-OPTIONS: tuple[Option, ...] = (
+_OWN: tuple[Option, ...] = (
     *options_of(Monitoring),
     Option(
         "perturb",
@@ -37,6 +37,7 @@ OPTIONS: tuple[Option, ...] = (
         str,
     ),
 )
+OPTIONS = tuple(sorted(_OWN, key=lambda known: known.later))  # the host knows saved arguments by their places
 
 
 ENABLED = Option("enabled", False, "watch this run", bool)

@@ -97,7 +97,13 @@ class Pass:
         for image, prompt in enumerate(self.prompts):
             images.setdefault(prompt, []).append(image)
         self.states = [RunState(monitoring, prompt, images=tuple(places)) for prompt, places in images.items()]
-        self.controller: RunController[GuidedModel] = RunController(self, monitoring, self.states, rule)
+        self.controller: RunController[GuidedModel] = RunController(
+            self,
+            monitoring,
+            self.states,
+            rule,
+            keep=lambda made: store.keep(made, store.path_for(made.setting, folder)),
+        )
         self._steered, self._within = rule is not None, within
 
     # ----------------------------------------------------------------- as the controller's host
