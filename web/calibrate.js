@@ -1,8 +1,15 @@
 /** Calibrating with the settings of the workflow at hand: what is queued for it, and how long it still takes. Pure. */
 
-export const ORDINARY_PROMPTS = 100
+const LEAST_PROMPTS = 100
+const ENOUGH = 5 // prompts measured, to say how long the others take
 const MONITOR = 'DejaVuMonitor'
 const LINK_CLIP = 'No text encoder was found for ordinary prompts: link CLIP to the Monitor’s clip input, then press the button again.'
+
+/** How many ordinary prompts a verdict at this alpha takes, in hundreds. */
+export function promptsFor(alpha) {
+  const needed = alpha > 0 ? Math.ceil(1 / alpha - 1e-9) - 1 : 0
+  return Math.max(LEAST_PROMPTS, 100 * Math.ceil(needed / 100))
+}
 
 /**
  * The prompt as the host's queue takes it ({node id: {class_type, inputs}}) with ``count`` ordinary prompts to be measured
@@ -10,7 +17,7 @@ const LINK_CLIP = 'No text encoder was found for ordinary prompts: link CLIP to 
  *
  * A Monitor whose clip is open gets the text encoder of the sampler's own prompt. ``output`` itself stays as it is.
  */
-export function withCalibration(output, id, count = ORDINARY_PROMPTS) {
+export function withCalibration(output, id, count = LEAST_PROMPTS) {
   const monitorId = output[id]?.class_type === MONITOR ? id : source(output[id]?.inputs?.monitor)
   const monitor = output[monitorId]
   if (!output[id]) return { why: 'This node is muted or bypassed, or its workflow is not open: switch it on, then press the button again.' }
@@ -62,7 +69,7 @@ const source = (link) => (Array.isArray(link) && link.length === 2 && typeof lin
  */
 export function timeLeft(since, now, { done, count }) {
   const measured = done - since.done
-  if (measured <= 0) return ''
+  if (measured < ENOUGH) return ''
   const seconds = ((now - since.at) / measured) * (count - done) / 1000
   if (seconds < 10) return 'A few seconds left'
   if (seconds < 55) return 'Less than a minute left'

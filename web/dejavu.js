@@ -113,7 +113,7 @@ app.registerExtension({
 })
 
 function addPanel(node) {
-  const panel = createPanel({ copy, queue, sheet: SHEET, text: textSource, calibrate: () => calibrateOf(node) })
+  const panel = createPanel({ copy, queue, sheet: SHEET, text: textSource, calibrate: (count) => calibrateOf(node, count) })
   panels.set(node, panel)
   const widget = node.addDOMWidget(WIDGET, 'dejavu', panel.element, {
     serialize: false,
@@ -241,10 +241,10 @@ function monitorOf(place) {
 }
 
 /** Queue the workflow once more, so that its run measures ordinary prompts first: {} or {why}. */
-async function calibrate(id) {
+async function calibrate(id, count) {
   try {
     const { output, workflow } = await app.graphToPrompt()
-    const found = withCalibration(output, id)
+    const found = withCalibration(output, id, count)
     if (found.why) return found
     // Not as the host's own button does it: that would change the seed in the graph for the run after.
     const { prompt_id: promptId, node_errors: errors } = await api.queuePrompt(0, { output: found.output, workflow })
@@ -257,14 +257,14 @@ async function calibrate(id) {
   }
 }
 
-function calibrateOf(node) {
+function calibrateOf(node, count) {
   const place = [...places(rootGraph(app))].find((one) => one.node === node)
-  return calibrate(executionId(place))
+  return calibrate(executionId(place), count)
 }
 
-function calibrateRun({ monitor, workflow }) {
+function calibrateRun({ monitor, workflow }, count) {
   if (workflow != null && workflow !== rootGraph(app)?.id) return { why: 'This run is of another workflow: open that, then press the button again.' }
-  return calibrate(monitor)
+  return calibrate(monitor, count)
 }
 
 /** What works on this machine, line by line. */

@@ -1,6 +1,6 @@
 /** The report as it stands inside a node or in the sidebar. Knows no host: what it may do there comes as ``host``. */
 
-import { ORDINARY_PROMPTS, timeLeft } from './calibrate.js'
+import { promptsFor, timeLeft } from './calibrate.js'
 import { drawChart } from './chart.js'
 import { shade, sideBySide } from './compare.js'
 import { badge, button, make } from './dom.js'
@@ -15,11 +15,11 @@ const CHART_HINT = 'Point at the curve for its values, or use the arrow keys.'
 const CHART_TEXT = 44 // its keys and its readout, before it is drawn
 const PADDING = 16 // of the panel and its last line, below
 const EMPTY = 'Nothing was measured yet. Queue the workflow: the verdict appears at the first step.'
-const COST = `Runs this workflow once more and measures ${ORDINARY_PROMPTS} ordinary prompts, which takes as long as two or three images.`
+const cost = (count) => `Runs this workflow once more and measures ${count.toLocaleString('en-GB')} ordinary prompts: as long as about ${Math.ceil(3 * count / 100)} images take.`
 const QUEUED = 'In the queue. The verdict comes by itself.'
 
 /**
- * ``host``: {text(promptNode, prompt) -> {value, set(text)} or {why}, queue(), copy(text), calibrate() -> {why} or {},
+ * ``host``: {text(promptNode, prompt) -> {value, set(text)} or {why}, queue(), copy(text), calibrate(count) -> {why} or {},
  * sheet}; without ``text`` words only tell their values, without ``calibrate`` no calibration is offered. Returned:
  * {element, show(report, state), images(urls), refresh(), idle(), remove()}.
  */
@@ -28,6 +28,7 @@ export function createPanel(host = null) {
   let last = null // the last report on a run that has ended
   let before = null // the one before it, where only words were changed since
   let asked = null // {text, refused} of a calibration that was asked for
+  let awaited = false // whether the next run that ends is to bring a calibration
   let since = null // {at, done} of the first report on a calibration that goes on
   const element = make('section', { class: 'dejavu', 'aria-label': 'Déjà Vu report' })
   const slots = Object.fromEntries(
@@ -68,7 +69,7 @@ export function createPanel(host = null) {
     element.classList.toggle('dejavu-calm', paint < 1)
 
     fill('head', [verdict.label, verdict.sentence, state.live, state.ended, state.steps], () => head(verdict))
-    fill('calibration', [report.calibrating, report.lacksCalibration, state.live, asked], calibration)
+    fill('calibration', [report.calibrating, report.lacksCalibration, state.live, asked, verdict.alpha], () => calibration(promptsFor(verdict.alpha)))
     fill('change', [verdict.label, verdict.score, verdict.pValue, image, before?.prompt, report.mitigation?.verdicts], () => change(verdict))
     fill('chooser', [report.verdicts.map((v) => [v.label, v.score]), image], chooser)
     fill('edited', [current, report.prompt, source?.why], () => edited(current))
@@ -89,7 +90,7 @@ export function createPanel(host = null) {
       told && make('span', { class: 'dejavu-quiet' }, told))
   }
 
-  function calibration() {
+  function calibration(wanted) {
     if (report.calibrating) {
       const { done, count } = report.calibrating
       const left = since ? timeLeft(since, Date.now(), report.calibrating) : ''
@@ -97,15 +98,16 @@ export function createPanel(host = null) {
       return [make('p', { class: 'dejavu-progress' }, `${name}: ${done} of ${count}. ${left}${left && '.'}`, make('progress', { value: done, max: count, 'aria-label': name }))]
     }
     if (asked) {
-      return [make('p', { class: 'dejavu-edited', role: asked.refused ? 'alert' : 'status' }, asked.text), asked.refused && offer()]
+      return [make('p', { class: 'dejavu-edited', role: asked.refused ? 'alert' : 'status' }, asked.text), asked.refused && offer(wanted)]
     }
-    return report.lacksCalibration && host?.calibrate && !state.live ? [offer(), make('p', { class: 'dejavu-quiet' }, COST)] : []
+    return report.lacksCalibration && host?.calibrate && !state.live ? [offer(wanted), make('p', { class: 'dejavu-quiet' }, cost(wanted))] : []
   }
 
-  function offer() {
+  function offer(count) {
     return make('p', { class: 'dejavu-buttons' }, button('Calibrate with these settings', async () => {
-      const { why } = await host.calibrate()
+      const { why } = await host.calibrate(count)
       asked = { text: why ?? QUEUED, refused: Boolean(why) }
+      awaited = !why
       render()
     }, { class: 'dejavu-first' }))
   }
@@ -352,6 +354,10 @@ export function createPanel(host = null) {
       if (!live) last = next
       report = next
       asked = null
+      if (!live && awaited) {
+        awaited = false
+        if (next?.lacksCalibration) asked = { text: `There is still nothing to compare with${next.notes.length ? `: ${next.notes.at(-1).replace(/\.$/, '')}` : ''}.`, refused: true }
+      }
       since = next?.calibrating ? (since ?? { at: Date.now(), done: next.calibrating.done }) : null
       state = { ...state, document, live, ended: false, steps: next ? Math.max(...next.verdicts.map((v) => v.steps.length)) : 0 }
       render()
@@ -364,6 +370,7 @@ export function createPanel(host = null) {
     /** The host's queue is empty: what was live was ended early, and what was asked for is not to come. */
     idle() {
       if (asked && !asked.refused) asked = null
+      awaited = false
       if (state.live) {
         report = { ...report, calibrating: null }
         state = { ...state, live: false, ended: true }

@@ -52,7 +52,9 @@ function readVerdict(v) {
     sentence: text(v?.sentence) || 'No verdict',
     score: finite(v?.score),
     pValue: finite(v?.p_value),
-    nulls: finite(v?.nulls),
+    nulls: finite(v?.nulls) ?? 0,
+    times: Math.ceil((finite(v?.batch) ?? 1) / (finite(v?.null_images) || 1)),
+    alpha: finite(v?.alpha) ?? 0,
     steps,
     sigmas: steps.map((_, i) => finite(sigmas[i])),
     facts: list(v?.facts).filter((fact) => Array.isArray(fact) && fact.length === 2).map((fact) => fact.map(text)),
@@ -94,9 +96,9 @@ export function number(value) {
 }
 
 /** 'p 0.095', or 'p ≤ 0.001' where no ordinary prompt scored as high; '' without one. */
-export function pText({ pValue, nulls }) {
+export function pText({ pValue, nulls, times }) {
   if (pValue === null) return ''
-  return pValue * ((nulls ?? 0) + 1) < 1.5 ? `p ≤ ${rounded(pValue)}` : `p ${rounded(pValue)}`
+  return nulls && pValue / times * (nulls + 1) < 1.5 ? `p ≤ ${rounded(pValue)}` : `p ${rounded(pValue)}`
 }
 
 const rounded = (p) => String(Number(p.toPrecision(2)))

@@ -10,14 +10,14 @@ import { filtered, labelOf, worstOf } from './runs.js'
 const LABELS = ['Flagged', 'Not flagged', 'No verdict']
 
 /**
- * {element, remove(), refresh(), idle()} that follows ``runs``. ``host`` as a panel's, but ``calibrate(run)`` gets the run
+ * {element, remove(), refresh(), idle()} that follows ``runs``. ``host`` as a panel's, but ``calibrate(run, count)`` gets the run
  * that is shown, and ``machine()`` says what works on this machine.
  */
 export function createSidebar(runs, host) {
   let chosen = null, shown = null
   let picked = [] // keys of the runs to be compared, two at most
   const runOf = (key) => runs.all.find((r) => r.key === key)
-  const panel = createPanel({ ...host, calibrate: host.calibrate && (() => host.calibrate(runOf(chosen))) })
+  const panel = createPanel({ ...host, calibrate: host.calibrate && ((count) => host.calibrate(runOf(chosen), count)) })
   const query = make('input', { type: 'search', placeholder: 'Words of the prompt', 'aria-label': 'Filter by words', oninput: () => renderList() })
   const label = make('select', { 'aria-label': 'Filter by verdict', onchange: () => renderList() },
     make('option', { value: '' }, 'All verdicts'), LABELS.map((name) => make('option', { value: name }, name)))

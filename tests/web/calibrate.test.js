@@ -1,5 +1,5 @@
 import { describe, expect, it } from 'vitest'
-import { timeLeft, withCalibration } from '../../web/calibrate.js'
+import { promptsFor, timeLeft, withCalibration } from '../../web/calibrate.js'
 
 const text = (clip = ['1', 1]) => ({ class_type: 'CLIPTextEncode', inputs: { clip, text: 'a cat' } })
 const simple = (changes = {}) => ({
@@ -11,6 +11,8 @@ const simple = (changes = {}) => ({
   ...changes,
 })
 const monitor = (output, id = '7', of = '5') => withCalibration(output, id).output[of].inputs
+
+it.each([[0.01, 100], [0.05, 100], [0.001, 1000], [0.004, 300], [0, 100]])('counts the prompts that alpha %s takes', (alpha, count) => expect(promptsFor(alpha)).toBe(count))
 
 describe('what is queued to calibrate', () => {
   it('has the count and the text encoder of the sampler’s own prompt', () => {
@@ -64,7 +66,7 @@ describe('what is queued to calibrate', () => {
 
 it.each([
   [0, 10, ''], [10, 10, 'A few seconds left'], [10, 55, 'Less than a minute left'], [34, 34, 'About a minute left'],
-  [20, 60, 'About 4 minutes left'], [1, 40, 'About an hour left'], [1, 120, 'About 3 hours left'],
+  [20, 60, 'About 4 minutes left'], [5, 200, 'About an hour left'], [5, 600, 'About 3 hours left'], [4, 200, ''],
 ])('says how long %s of 100 in %s s leave', (done, seconds, told) => {
   const count = told.startsWith('A few') ? 12 : told.startsWith('Less') ? 16 : 100
   expect(timeLeft({ at: 0, done: 0 }, 1000 * seconds, { done, count })).toBe(told)

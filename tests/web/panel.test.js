@@ -235,6 +235,15 @@ describe('a calibration', () => {
     vi.useRealTimers()
   })
 
+  it('that did not come about says why', async () => {
+    await begin({})
+    show(lacking({ notes: ['ordinary prompts are measured from noise, and this run begins with an image'] }), { live: true })
+    show(lacking({ notes: ['ordinary prompts are measured from noise, and this run begins with an image'] }))
+    expect($('[role="alert"]').textContent).toBe('There is still nothing to compare with: ordinary prompts are measured from noise, and this run begins with an image.')
+    show(lacking())
+    expect($('[role="alert"]')).toBeNull()
+  })
+
   it('that the host has ended leaves nothing behind', () => {
     host.calibrate = vi.fn()
     show(lacking({ calibrating: { done: 3, count: 100 } }), { live: true })
