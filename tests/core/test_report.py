@@ -393,7 +393,7 @@ def test_page_is_self_contained_and_ordered():
     order = [
         "Likely memorised, p = 0.002",
         "dejavu-words",
-        "Significance by input gradient",
+        "How much each word counts",
         "<svg",
         "Generated image",
     ]

@@ -44,7 +44,7 @@ def drawn(session: Session, job: str, panel: str, *seeds: int) -> Watched:
     """A run of a job of its own, which is over."""
     session._state.job_timestamp, session._state.time_start = job, float(job)
     watched = session.begin(drawing(*seeds))
-    watched.shown.panel = panel
+    watched.shown.faults = panel
     session.close(watched.p)
     return watched
 
@@ -152,10 +152,10 @@ def test_a_run_that_nobody_watches_is_read_by_none(session: Session, seen: list[
 
 def test_the_panel_is_that_of_the_outer_run(session: Session, state: Any) -> None:
     outer = session.begin(drawing(5))
-    outer.shown.panel = "the outer's"
+    outer.shown.faults = "the outer's"
     for seed in (5, 7):
         inner = session.begin(drawing(seed))
-        inner.shown.panel = "the inner's"
+        inner.shown.faults = "the inner's"
         session.close(inner.p)
     for seed in (5, 7, 9):
         assert session.panel_of(info(state.job_timestamp, seed)) == "the outer's"
