@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sd_dejavu.calibration.calibrate import calibrate
 from sd_dejavu.calibration.misfit import stranger_nulls
-from sd_dejavu.calibration.ordinary_prompts import ordinary_prompts
+from sd_dejavu.calibration.ordinary_prompts import general_prompts
 from sd_dejavu.calibration.profile import ORDINARY_QUANTILE, Profile
 from sd_dejavu.calibration.recombined import recombined
 from sd_dejavu.core.denoiser import Model, PromptTooLong
@@ -123,7 +123,7 @@ def main() -> None:
     replayed = scores_of(model, memorised, 20_000)
     print(f"{found}; medians: held-out {np.median(fresh):.3f}, memorised {np.median(replayed):.3f}", flush=True)
     nulls = {
-        "generated": readable(model, [prompt for prompt, _ in ordinary_prompts(NULLS)]),
+        "generated": readable(model, general_prompts(NULLS)),
         "other captions of its world": second_world.held_out(GIVEN + FRESH + NULLS)[0][GIVEN + FRESH :],
         f"recombined from {GIVEN} captions": recombined(captions[:GIVEN], NULLS),
         f"recombined from {GIVEN} captions and the 40 memorised": recombined([*captions[:GIVEN], *memorised], NULLS),

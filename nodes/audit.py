@@ -7,7 +7,7 @@ import json
 import torch
 from comfy_api.latest import io
 
-from ..sd_dejavu.calibration.calibrate import PROMPTS_A_SEED
+from ..sd_dejavu.calibration.first_step import PROMPTS_A_SEED
 from ..sd_dejavu.hosts import comfyui
 from ..sd_dejavu.hosts.comfyui.api import CLIP, VAE, Latent, ModelPatcher
 from ..sd_dejavu.hosts.comfyui.audit import Loaded, Start

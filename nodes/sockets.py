@@ -64,7 +64,8 @@ def settings_of(settings: type, values: dict[str, object]) -> Any:
 
 
 def _input(known: Option, optional: bool = False) -> io.Input:
-    shown: dict[str, Any] = {"display_name": known.name.replace("_", " "), "tooltip": known.help, "optional": optional}
+    shown: dict[str, Any] = {"display_name": known.name.replace("_", " "), "tooltip": known.help}
+    shown["optional"] = optional or known.later
     if known.choices:
         return io.Combo.Input(known.id, options=list(known.choices), default=known.default, **shown)
     if known.kind is bool:

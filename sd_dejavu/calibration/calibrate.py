@@ -7,21 +7,15 @@ from dataclasses import replace
 from itertools import groupby
 
 import torch
-from torch import Tensor
 
 from ..core.denoiser import Model
-from ..core.memory import OutOfMemory, one_by_one
-from ..core.sampling import first_readings
 from ..core.trace import Trace
 from ..core.verdict import BandStep
 from ..detectors import scores
 from ..run.measure import Measurement, baseline_of, guidance_of, setting_of
 from ..run.reference import sample_prompts
-from .ordinary_prompts import style_of
-from .profile import Null, Ordinary, Profile
-
-SEED_BASE = 1_000_000  # far from the seeds people type
-PROMPTS_A_SEED = 25
+from .first_step import first_step_nulls, seed_of
+from .profile import Ordinary, Profile
 
 
 def calibrate(
@@ -36,57 +30,31 @@ def calibrate(
 ) -> Profile:
     """First-step scores of all prompts, and whole runs of the first ``full_runs`` of them.
 
-    Every 25 prompts share a noise of their own, so that the nulls vary over noises as well as over
-    prompts. The style of a null is what :func:`style_of` calls it, as with the prompts to be judged. They are not
-    quite independent then: of the variance of scores 2% come from the noise on the bundled model with one image, and
-    less than 0.1% with four. ``ordinary`` says which prompts these
-    are. ``on_prompt`` is called with the stage's name after each prompt and may raise to interrupt. A prompt for which memory does not suffice is left out, and
-    ``on_left_out`` told why; without that, or where none is left, OutOfMemory is raised.
+    Every 25 prompts share a noise of their own, so that the nulls vary over noises as well as over prompts. They are
+    not quite independent then: of the variance of scores 2% come from the noise on the bundled model with one image,
+    and less than 0.1% with four. ``ordinary`` says which prompts these are. ``on_prompt`` is called with the stage's
+    name after each prompt and may raise to interrupt; ``on_left_out`` is that of :func:`first_step_nulls`.
     """
     if not prompts:
         raise ValueError("calibration needs ordinary prompts, none were given")
-    sigma = model.sigmas(wanted.steps)[0]
-    base = baseline_of(model, wanted)
-    at_once = {name: score for name, score in scores().items() if score.of_first_step}
-    reads = {score.detector: score.read for score in at_once.values()}
-    nulls: list[Null] = []
-    kept: list[int] = []  # numbers of the prompts that were measured
-    fault: OutOfMemory | None = None
-    for start in range(0, len(prompts), PROMPTS_A_SEED):
-        noise = model.noise(SEED_BASE + start, wanted.images)
+    sigma, base = model.sigmas(wanted.steps)[0], baseline_of(model, wanted)
 
-        def rows(part: Sequence[str], noise: Tensor = noise) -> list[dict[str, Tensor]]:
-            encoded = [model.encode(prompt) for prompt in part]
-            found = first_readings(model, encoded, base, noise, sigma, reads, batch_size)
-            return [{name: values[number] for name, values in found.items()} for number in range(len(part))]
+    def first_step_done() -> None:
+        on_prompt("first step")
 
-        together = prompts[start : start + PROMPTS_A_SEED]
-        for number, row in enumerate(one_by_one(rows, together), start):
-            if isinstance(row, OutOfMemory):
-                if on_left_out is None:
-                    raise row
-                fault = row
-                on_left_out(prompts[number], str(row))
-            else:
-                kept.append(number)
-                nulls.append(
-                    Null(style_of(prompts[number]), {n: tuple(row[s.detector].tolist()) for n, s in at_once.items()})
-                )
-            on_prompt("first step")
-    if not nulls and fault is not None:
-        raise fault
+    nulls = first_step_nulls(model, prompts, base, sigma, wanted.images, batch_size, first_step_done, on_left_out)
     traces: list[Trace] = []
     guidance, sigmas = guidance_of(model, wanted), model.sigmas(wanted.steps)
-    for group, members in groupby(kept[:full_runs], lambda number: number // PROMPTS_A_SEED):
+    for seed, members in groupby(list(nulls)[:full_runs], seed_of):
         part = [model.encode(prompts[number]) for number in members]
-        noise = model.noise(SEED_BASE + group * PROMPTS_A_SEED, wanted.images)
+        noise = model.noise(seed, wanted.images)
         runs = sample_prompts(
             model, part, guidance, noise, sigmas, None, batch_size, baseline=wanted.baseline, empty=model.encode("")
         )
         for run in runs:
             traces.append(run.trace)
             on_prompt("whole runs")
-    return with_whole_runs(Profile(setting_of(model, wanted), tuple(nulls), ordinary=ordinary), traces)
+    return with_whole_runs(Profile(setting_of(model, wanted), tuple(nulls.values()), ordinary=ordinary), traces)
 
 
 def with_whole_runs(profile: Profile, traces: Sequence[Trace]) -> Profile:

@@ -71,6 +71,15 @@ def ordinary_prompts(count: int, seed: int = 0) -> list[tuple[str, str]]:
     return found
 
 
+def general_prompts(count: int) -> list[str]:
+    """The same without their styles, for a model of which nothing more is known.
+
+    >>> general_prompts(2) == [prompt for prompt, style in ordinary_prompts(2)]
+    True
+    """
+    return [prompt for prompt, _ in ordinary_prompts(count)]
+
+
 def style_of(prompt: str) -> str:
     """Which of :data:`STYLES` a prompt is nearest to. The first rule that fits decides:
 

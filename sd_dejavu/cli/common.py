@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from ..calibration import store
-from ..calibration.ordinary_prompts import ordinary_prompts
+from ..calibration.ordinary_prompts import general_prompts
 from ..calibration.profile import Ordinary, Profile
 from ..calibration.recombined import recombined
 from ..core.denoiser import Model, PromptTooLong
@@ -158,7 +158,7 @@ def ordinary_prompts_of(
         from ..demo.world import ordinary_captions
 
         return [caption for caption, _ in ordinary_captions(count, WORLD_SEED)], "generated"
-    return [prompt for prompt, _ in ordinary_prompts(count)], "generated"
+    return general_prompts(count), "generated"
 
 
 def prompts_of(arguments: argparse.Namespace) -> list[str]:

@@ -28,6 +28,7 @@ class Option:
     choices: tuple[str, ...] = ()
     exclusive: bool = False
     former: str = ""
+    later: bool = False
 
     @property
     def id(self) -> str:
@@ -44,12 +45,14 @@ def option(
     choices: Sequence[str] = (),
     exclusive: bool = False,
     former: str = "",
+    later: bool = False,
 ) -> Any:
     """A dataclass field with its help and range; ``exclusive`` leaves the minimum and maximum themselves out, and what
     is nearer to the minimum than 1e-9.
 
     ``kind`` must be given where the default is None. ``former`` is the name it was released with, where it has another
-    now; front ends take both.
+    now; front ends take both. ``later`` options are not in release 0.1, so work that was saved by it lacks them: they come
+    last, and may be left out.
 
     >>> @dataclass
     ... class Settings:
@@ -57,7 +60,9 @@ def option(
     >>> options_of(Settings)[0].minimum, Settings().steps
     (1, 50)
     """
-    details = Option("", default, help, kind or type(default), minimum, maximum, tuple(choices), exclusive, former)
+    details = Option(
+        "", default, help, kind or type(default), minimum, maximum, tuple(choices), exclusive, former, later
+    )
     return field(default=default, metadata={"option": details})
 
 

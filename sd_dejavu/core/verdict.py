@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -74,6 +75,11 @@ class Verdict:
     explanation: Explanation | None = None
     batch: int = 1
     null_images: int = 1
+
+    @property
+    def lacks_calibration(self) -> bool:
+        """Whether there is a score, and only ordinary prompts of its setting are missing to judge it."""
+        return self.flagged is None and self.score is not None and math.isfinite(self.score)
 
     @property
     def times(self) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..calibration.profile import ALPHA_DEFAULT, Ordinary, Profile
 from ..core.verdict import Explanation, Verdict, WordSignificance
 from ..detectors import scores
-from ..run.judge import needed_nulls
+from ..run.judge import NOTHING_TO_COMPARE, needed_nulls
 
 if TYPE_CHECKING:
     from ..mitigations import Outcome
@@ -30,14 +30,14 @@ def sentence(verdict: Verdict) -> str:
     """What was found and how sure that is, without a full stop at the end.
 
     >>> sentence(Verdict("a boat", score=9.1, p_value=0.001, flagged=True, alpha=0.01, nulls=999))
-    'Likely memorised, p <= 0.001: none of 999 ordinary prompts scores as high'
+    'Likely a replay of training images: none of 999 ordinary prompts scores as high (p <= 0.001)'
     """
     if verdict.flagged is None or verdict.p_value is None:
         return f"No verdict: {_reason(verdict)}"
-    ordinary = "Nothing unusual" if verdict.p_value >= UNUSUAL else "Unusual"
-    opening = "Likely memorised" if verdict.flagged else ordinary
+    ordinary = "Nothing unusual" if verdict.p_value >= UNUSUAL else "Unusual, but not enough to flag"
+    opening = "Likely a replay of training images" if verdict.flagged else ordinary
     batch = "" if verdict.batch == 1 else f" for {verdict.batch} images"
-    return f"{opening}, {p_text(verdict)}{batch}: {_frequency(verdict)}"
+    return f"{opening}: {_frequency(verdict)} ({p_text(verdict)}{batch})"
 
 
 def beside_label(verdict: Verdict) -> str:
@@ -142,8 +142,9 @@ def _reason(verdict: Verdict) -> str:
     why = (verdict.why or "").strip().rstrip(".")
     if verdict.score is None:
         return why or "nothing was measured"
-    score = number(verdict.score)
-    return f"{why}; the score is {score}" if why else f"the score is {score}, with no calibration to compare it with"
+    if not verdict.lacks_calibration:
+        return why
+    return f"the score is {number(verdict.score)}, but {why or NOTHING_TO_COMPARE}"
 
 
 def _shown_p(verdict: Verdict) -> Decimal:

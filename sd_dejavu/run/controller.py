@@ -22,6 +22,8 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from ..calibration.first_step import first_step_nulls
+from ..calibration.ordinary_prompts import general_prompts
 from ..calibration.profile import Profile, Setting
 from ..core.conditioning import Conditioning, Unconditional
 from ..core.denoiser import Evaluation, Model, Predictions
@@ -30,7 +32,7 @@ from ..core.sampling import predict
 from ..mitigations import Outcome
 from .faults import caught
 from .monitoring import Monitoring
-from .state import Beginning, RunState
+from .state import Beginning, Calibrating, RunState
 
 NO_BASELINE = (
     "guidance gives nothing to measure against here, and the empty prompt needs the text encoder: encode the prompt "
@@ -119,14 +121,19 @@ class RunController(Generic[AnyModel]):
         states: Sequence[RunState],
         rule: Callable[[AnyModel], GuidanceRule] | None = None,
         explains_later: bool = False,
+        ordinary: Callable[[AnyModel, int], Sequence[str]] = lambda model, count: general_prompts(count),
+        keep: Callable[[Profile], object] = lambda made: None,
     ) -> None:
-        """``rule`` makes a guidance rule for each prompt that no mitigation has given one.
+        """``rule`` makes a guidance rule for each prompt that no mitigation has given one. Where the run calibrates,
+        ``ordinary`` gives so many ordinary prompts for the model, and ``keep`` keeps what was made of them; it may raise
+        ValueError where it does not.
 
         With ``explains_later`` a flagged prompt's words are found when its score has arrived, which may be some
         evaluations later, or when :meth:`explain` is called: for a host whose model can still be asked then.
         """
         self.host, self.monitoring, self.states = host, monitoring, tuple(states)
         self._make_rule, self._explains_later = rule, explains_later
+        self._ordinary, self._keep = ordinary, keep
         self._decided = False
         self._unexplained: list[tuple[RunState, AnyModel]] = []
 
@@ -249,6 +256,7 @@ class RunController(Generic[AnyModel]):
                 model = self.host.model(state)
                 state.setting, state.profile = self.host.identity(state, model)
                 models.append((state, model))
+                self._calibrate(state, model)
         self.host.progress()
         wanted = self.monitoring
         if wanted.when_flagged == "report" and wanted.explain == "never":
@@ -287,6 +295,42 @@ class RunController(Generic[AnyModel]):
             return Restart(moved)
         return Again(tuple(changed)) if changed else GO
 
+    def _calibrate(self, state: RunState, model: AnyModel) -> None:
+        """Where that is asked for and no calibration fits: measure ordinary prompts now, as this prompt was measured."""
+        begin, count = state.beginning, self.monitoring.calibrate_first
+        if not count or begin is None or not state.lacks_calibration(len(begin.x)):
+            return
+        assert state.setting is not None
+        if state.setting.begins_with != "noise":
+            raise ValueError("ordinary prompts are measured from noise, and this run begins with an image")
+        base = self._measured_against(state, model)
+        assert base is not None
+        prompts, images = self._ordinary(model, count), len(begin.x)
+        at_once = max(2, 2 * images)  # as many as the host evaluates together, both of whose predictions fit
+
+        def on_prompt() -> None:
+            assert state.calibrating is not None
+            state.calibrating = replace(state.calibrating, done=state.calibrating.done + 1)
+            self.host.progress()
+
+        state.calibrating = Calibrating(0, count)
+        try:
+            self.host.progress()
+            with torch.no_grad():
+                nulls = first_step_nulls(model, prompts, base[0], float(begin.sigma[0]), images, at_once, on_prompt)
+        finally:
+            state.calibrating = None
+        setting = replace(state.setting, baseline=state.trace.baseline or base[1])
+        state.profile = Profile(setting, tuple(nulls.values()), ordinary="generated")
+        self._keep(state.profile)
+
+    def _measured_against(self, state: RunState, model: AnyModel) -> tuple[Conditioning, Unconditional] | None:
+        """What the first reading was measured against, or the next best thing that is at hand."""
+        found = self.host.unconditional(state, model, empty=False)
+        if found is None or found[1] != state.trace.baseline:
+            found = self.host.unconditional(state, model, empty=True) or found
+        return found
+
     def _mitigated(self, state: RunState, model: AnyModel, words: Conditioning | None) -> Outcome | None:
         """What a flagged prompt goes on with; None where its conditioning cannot be told apart."""
         if self.monitoring.changes_noise and (why := self.host.refuses_restart()):
@@ -297,9 +341,7 @@ class RunController(Generic[AnyModel]):
         conditioning = words or self.host.words(state, model)
         if conditioning is None:
             return None
-        unconditional = self.host.unconditional(state, model, empty=False)
-        if unconditional is None or unconditional[1] != state.trace.baseline:
-            unconditional = self.host.unconditional(state, model, empty=True) or unconditional
+        unconditional = self._measured_against(state, model)
         assert state.beginning is not None
         outcome = state.find_mitigation(
             model, conditioning, state.beginning, None if unconditional is None else unconditional[0]

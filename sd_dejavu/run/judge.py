@@ -13,6 +13,8 @@ from ..calibration.ordinary_prompts import style_of
 from ..calibration.profile import Profile, Setting
 from ..core.verdict import Verdict
 
+NOTHING_TO_COMPARE = "there is nothing to compare it with yet"  # of a score without a calibration
+
 
 def judge(verdict: Verdict, setting: Setting, profile: Profile) -> Verdict:
     """A verdict that has a score, with its p-value.

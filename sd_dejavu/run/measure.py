@@ -20,7 +20,7 @@ from ..core.verdict import Explanation, Verdict
 from ..detectors import scores
 from ..detectors.magnitude import magnitude, rounding
 from ..mitigations import Outcome
-from .judge import judge
+from .judge import NOTHING_TO_COMPARE, judge
 from .reference import Run, sample_prompts, sampled
 
 
@@ -223,8 +223,7 @@ def verdict_on(
     )
     if profile is not None or verdict.score is None:
         return verdict if profile is None else judge(verdict, setting, profile)
-    why = "there is no calibration profile for this model and setting: make one with 'sd-dejavu calibrate'"
-    return replace(verdict, why=why)
+    return replace(verdict, why=f"{NOTHING_TO_COMPARE}: make a calibration with 'sd-dejavu calibrate'")
 
 
 def start_of_run(model: Model, wanted: Measurement) -> tuple[Tensor, Tensor]:

@@ -56,6 +56,14 @@ class Monitoring(Checked):
     alpha: float = option(
         ALPHA_DEFAULT, "flag an image when its p-value is at most this", minimum=0, maximum=1, exclusive=True
     )
+    calibrate_first: int = option(
+        0,
+        "ordinary prompts to measure at the first step of a run that has no calibration yet; 100 take about as long as "
+        "three images, and 0 measures none",
+        minimum=0,
+        maximum=100_000,
+        later=True,
+    )
 
     @property
     def deciding(self) -> str:

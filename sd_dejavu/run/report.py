@@ -131,6 +131,8 @@ class Report:
             "band": [asdict(step) for step in band],
             "ordinary": ordinary,
             "mitigation": mitigation,
+            "lacks_calibration": any(verdict.lacks_calibration for verdict in self.verdicts),
+            "calibrating": None if self.state.calibrating is None else asdict(self.state.calibrating),
             "setting": self._setting(),
             "notes": list(self.state.notes),
         }

@@ -17,7 +17,7 @@ from ..core.verdict import Explanation, Verdict
 from ..detectors import reads, scores
 from ..explain import confirmed_gradient, leave_one_out, output_gradient
 from ..mitigations import Outcome, Start
-from .judge import judge
+from .judge import NOTHING_TO_COMPARE, judge
 from .monitoring import Monitoring, method_for
 
 
@@ -32,6 +32,14 @@ class Beginning:
     def kept(self) -> Beginning:
         """The same for later, whatever the host does with its tensors."""
         return replace(self, x=self.x.clone(), sigma=self.sigma.clone(), base=self.base.clone())
+
+
+@dataclass(frozen=True)
+class Calibrating:
+    """How far a calibration is that is made within a run: ordinary prompts measured, of how many."""
+
+    done: int
+    count: int
 
 
 @dataclass
@@ -55,6 +63,7 @@ class RunState:
     notes: list[str] = field(default_factory=list)
     finished: bool = False
     stopped: bool = False  # ended by us at its first step
+    calibrating: Calibrating | None = None  # while its own calibration is being made
     beginning: Beginning | None = field(default=None, repr=False)
     sampled: Conditioning | None = field(default=None, repr=False)
     rule: GuidanceRule | None = field(default=None, repr=False)
@@ -149,6 +158,19 @@ class RunState:
         method = method_for(self.monitoring.mitigation, conditioning)
         return method.apply(model, conditioning, start, method.settings())
 
+    def lacks_calibration(self, images: int) -> bool:
+        """Whether ordinary prompts are still to be measured to judge the first step of so many images.
+
+        As many as the monitor asks for may be too few for its alpha: then no more are.
+        """
+        if self.setting is None:
+            return False
+        baseline: Unconditional = self.trace.baseline or self.monitoring.baseline
+        kind, alpha = self.monitoring.deciding, self.monitoring.alpha
+        asked = Verdict(self.prompt, 0.0, None, None, alpha, score_kind=kind, baseline=baseline, batch=images)
+        judged = self._with_p(asked)
+        return judged.lacks_calibration and judged.nulls < self.monitoring.calibrate_first
+
     def verdicts(self, kind: str | None = None) -> list[Verdict]:
         """A verdict for each image, on the conditioning that came in; one without a score when nothing was read.
 
@@ -201,5 +223,5 @@ class RunState:
         if self.profile is not None and self.setting is not None:
             judged = judge(verdict, replace(self.setting, baseline=verdict.baseline), self.profile)
         else:
-            judged = replace(verdict, why="there is no calibration for this model and setting: calibrate first")
+            judged = replace(verdict, why=NOTHING_TO_COMPARE + ": calibrate for these settings")
         return judged if judged.why is None else replace(judged, why="; ".join([judged.why, *self.notes]))

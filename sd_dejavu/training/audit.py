@@ -33,7 +33,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..calibration.calibrate import PROMPTS_A_SEED
+from ..calibration.first_step import PROMPTS_A_SEED
 from ..calibration.misfit import stranger_nulls
 from ..core.settings import Checked, by_id, option
 from ..core.statistics import benjamini_hochberg, spread

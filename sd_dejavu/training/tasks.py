@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from ..calibration.calibrate import PROMPTS_A_SEED, SEED_BASE
+from ..calibration.first_step import PROMPTS_A_SEED, SEED_BASE
 from ..core.conditioning import Conditioning
 from ..core.denoiser import Model
 from ..core.memory import OutOfMemory, one_by_one

@@ -60,7 +60,7 @@ def test_check_flags_the_memorised_prompt_only(capsys):
 def test_fail_on_flag_gives_status_3(capsys):
     assert main(["check", "--fail-on-flag", MEMORISED]) == 3
     assert main(["check", "--fail-on-flag", ORDINARY]) == 0
-    assert "Likely memorised" in capsys.readouterr().out
+    assert "Likely a replay" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("score", ["first step", "first 5 steps"])
@@ -209,7 +209,7 @@ def test_demo_needs_no_arguments_and_takes_prompts(tmp_path, capsys):
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), "--images", "1", "a <b>red</b> boat"]) == 0
     text = capsys.readouterr().out
-    assert "Likely memorised" in text
+    assert "Likely a replay" in text
     page = (out / "report.html").read_text(encoding="utf-8")
     parser = Images()
     parser.feed(page)
@@ -284,7 +284,7 @@ def test_words_that_do_not_fit_leave_the_verdict(capsys, monkeypatch):
     monkeypatch.setattr(DiffusersModel, "_denoised", denoised)
     assert main(["check", MEMORISED]) == 4
     shown = capsys.readouterr().out
-    assert "Likely memorised" in shown and "no words: there is not enough memory" in shown
+    assert "Likely a replay" in shown and "no words: there is not enough memory" in shown
     assert main(["check", "--fail-on-flag", MEMORISED]) == 3
 
 
@@ -376,7 +376,7 @@ def test_demo_takes_a_device_and_a_precision(tmp_path, capsys, monkeypatch):
     given = ["--device", "cpu", "--dtype", "bfloat16", "--images", "1", "--out", str(tmp_path / "demo")]
     assert main(["demo", *given]) == 0
     shown = capsys.readouterr().out
-    assert "Likely memorised" in shown and "Not flagged" in shown
+    assert "Likely a replay" in shown and "Not flagged" in shown
     assert set(seen) == {torch.bfloat16}
     monkeypatch.chdir(tmp_path)
     assert main(["demo", "--device", "cuda:9"]) == 2

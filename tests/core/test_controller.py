@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -304,3 +304,102 @@ def test_what_cannot_be_measured_says_why_and_the_run_is_known_all_the_same() ->
     (verdict,) = controller.states[0].verdicts()
     assert verdict.score is None and "acts on an area" in (verdict.why or "")
     assert controller.states[0].setting == SETTING
+
+
+# ---------------------------------------------------------------------- calibrating within a run
+
+NAMES = [f"w{number}" for number in range(1, 200)]
+STRENGTHS = encoder({name: number / 200 for number, name in enumerate(NAMES, 1)})  # a magnitude of number / 100 each
+
+
+class Uncalibrated(Hand):
+    """A host without a calibration, whose model encodes prompts of known strengths."""
+
+    def __init__(self, profile: Profile | None = None, setting: Setting = SETTING) -> None:
+        super().__init__()
+        self.network.encode = STRENGTHS  # type: ignore[method-assign]
+        self.profile, self.setting, self.seen, self.kept = profile, setting, [], []
+
+    def identity(self, state: RunState, model: LinearDenoiser):
+        return self.setting, self.profile
+
+    def progress(self) -> None:
+        (state,) = self.states
+        if state.calibrating is not None:
+            self.seen.append((state.calibrating.done, state.calibrating.count))
+
+    def begin(self, **settings) -> RunController:
+        monitoring = Monitoring(**{"explain": "never", **settings})
+        self.states = [RunState(monitoring, "red fox")]
+        return RunController(
+            self, monitoring, self.states, ordinary=lambda model, count: NAMES[:count], keep=self.kept.append
+        )
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_a_run_without_a_calibration_makes_its_own_first(images: int) -> None:
+    host = Uncalibrated()
+    controller = host.begin(calibrate_first=120)
+    gaps = [1.105, *[0.1] * (images - 1)]
+    controller.evaluation(seen(*gaps))
+    (profile,) = host.kept
+    assert profile.setting == SETTING and profile.ordinary == "generated"
+    assert [null.scores["first step"] for null in profile.nulls] == [
+        pytest.approx([number / 100] * images, abs=1e-5) for number in range(1, 121)
+    ]
+    # 10 of 120 ordinary prompts score as high as 1.105: p = (1 + 10) / (1 + 120)
+    verdict = controller.states[0].verdicts()[0]
+    assert verdict.p_value == pytest.approx(11 / 121) and verdict.nulls == 120 and not verdict.lacks_calibration
+    assert host.seen == [(done, 120) for done in range(121)] and controller.states[0].calibrating is None
+    assert controller.states[0].notes == []
+
+
+def test_a_calibration_that_is_there_is_not_made_again() -> None:
+    fitting, unasked = Uncalibrated(PROFILE), Uncalibrated()
+    fitting.begin(calibrate_first=500).evaluation(seen(3.0))
+    controller = unasked.begin()
+    controller.evaluation(seen(3.0))
+    assert fitting.kept == unasked.kept == [] and fitting.network.calls == unasked.network.calls == []
+    (verdict,) = controller.states[0].verdicts()
+    assert verdict.lacks_calibration and Report.of(controller.states[0]).as_json()["lacks_calibration"] is True
+    # 30 are too few for alpha, and as many as were asked for: to measure them again would change nothing.
+    few = Uncalibrated(Profile(SETTING, PROFILE.nulls[:30]))
+    few.begin(calibrate_first=30).evaluation(seen(3.0))
+    assert few.kept == []
+    few.begin(calibrate_first=100).evaluation(seen(3.0))
+    assert [len(made.nulls) for made in few.kept] == [100]
+
+
+def test_one_for_another_setting_gives_way_and_a_run_from_an_image_cannot_make_its_own() -> None:
+    other = Uncalibrated(Profile(replace(SETTING, sigma=7.0), PROFILE.nulls))
+    other.begin(calibrate_first=100).evaluation(seen(3.0))
+    assert [made.setting for made in other.kept] == [SETTING]
+    from_image = Uncalibrated(setting=replace(SETTING, begins_with="an image"))
+    controller = from_image.begin(calibrate_first=100)
+    controller.evaluation(seen(3.0))
+    assert from_image.kept == [] and "begins with an image" in controller.states[0].notes[0]
+    (verdict,) = controller.states[0].verdicts()
+    assert verdict.score == pytest.approx(3.0) and verdict.flagged is None
+
+
+def test_against_the_negative_prompt_ordinary_prompts_are_measured_too() -> None:
+    host = Uncalibrated(setting=replace(SETTING, baseline="negative prompt", negative_prompt="grey"))
+    host.negative = (NEGATIVE, "negative prompt")
+    host.begin(calibrate_first=99, baseline="negative prompt").evaluation(seen(3.0, kind="negative prompt"))
+    # 4 numbers, number / 200 - (0.25 + 0.25) each
+    expected = [2 * abs(number / 200 - 0.5) for number in range(1, 100)]
+    assert [null.scores["first step"][0] for null in host.kept[0].nulls] == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_hosts_interruption_ends_a_calibration_and_nothing_is_kept() -> None:
+    host = Uncalibrated()
+    controller = host.begin(calibrate_first=100)
+    host.progress = lambda: _interrupt(controller.states[0])  # type: ignore[method-assign]
+    with pytest.raises(Interrupted):
+        controller.evaluation(seen(3.0))
+    assert host.kept == [] and controller.states[0].calibrating is None
+
+
+def _interrupt(state: RunState) -> None:
+    if state.calibrating is not None and state.calibrating.done == 7:
+        raise Interrupted

@@ -75,7 +75,9 @@ def test_without_a_calibration_there_is_a_score_and_no_flag() -> None:
     found.profile = None
     (verdict,) = found.verdicts()
     assert verdict.score == pytest.approx(3.0)
-    assert verdict.flagged is None and "calibrate first" in (verdict.why or "")
+    assert verdict.flagged is None and "nothing to compare it with yet: calibrate for these settings" in (
+        verdict.why or ""
+    )
     assert flagged([verdict]) is None
 
 
@@ -117,7 +119,7 @@ def test_a_mitigation_keeps_the_verdict_on_what_came_in() -> None:
     assert document["mitigation"]["words"] == ["red"]
     assert document["mitigation"]["prompt"] == "a fox"
     assert document["mitigation"]["verdicts"][0]["label"] == "Not flagged"
-    assert document["verdicts"][0]["sentence"].startswith("Likely memorised")
+    assert document["verdicts"][0]["sentence"].startswith("Likely a replay")
     assert document["setting"]["sigma"] == 14.6
 
 

@@ -108,36 +108,42 @@ def full_case(prompt: str) -> Case:
     ("changes", "expected"),
     [
         # p = (1 + count) / (n + 1)
-        ({}, "Likely memorised, p = 0.002: 1 of 999 ordinary prompts scores as high"),
-        ({"p_value": 0.001}, "Likely memorised, p <= 0.001: none of 999 ordinary prompts scores as high"),
+        ({}, "Likely a replay of training images: 1 of 999 ordinary prompts scores as high (p = 0.002)"),
+        (
+            {"p_value": 0.001},
+            "Likely a replay of training images: none of 999 ordinary prompts scores as high (p <= 0.001)",
+        ),
         # 1 / 123 = 0.00813: a bound may only be rounded up.
         (
             {"p_value": 1 / 123, "nulls": 122},
-            "Likely memorised, p <= 0.0082: none of 122 ordinary prompts scores as high",
+            "Likely a replay of training images: none of 122 ordinary prompts scores as high (p <= 0.0082)",
         ),
-        ({"p_value": 41 / 100}, "Nothing unusual, p = 0.41: 409 of 999 ordinary prompts score as high"),
-        ({"p_value": 0.05}, "Nothing unusual, p = 0.05: 49 of 999 ordinary prompts score as high"),
-        ({"p_value": 0.049}, "Unusual, p = 0.049: 48 of 999 ordinary prompts score as high"),
-        ({"p_value": 0.01, "nulls": 1999}, "p = 0.01: 19 of 1,999 ordinary prompts score as high"),
-        ({"p_value": 1.0}, "Nothing unusual, p = 1: practically every ordinary prompt scores as high"),
+        ({"p_value": 41 / 100}, "Nothing unusual: 409 of 999 ordinary prompts score as high (p = 0.41)"),
+        ({"p_value": 0.05}, "Nothing unusual: 49 of 999 ordinary prompts score as high (p = 0.05)"),
+        ({"p_value": 0.049}, "Unusual, but not enough to flag: 48 of 999 ordinary prompts score as high (p = 0.049)"),
+        ({"p_value": 0.01, "nulls": 1999}, "19 of 1,999 ordinary prompts score as high (p = 0.01)"),
+        ({"p_value": 1.0}, "Nothing unusual: practically every ordinary prompt scores as high (p = 1)"),
         # 0.0104 is above alpha = 0.01 and must not be shown as 0.01.
-        ({"p_value": 0.0104, "nulls": 9999}, "Unusual, p = 0.0104: 103 of 9,999 ordinary prompts score as high"),
+        (
+            {"p_value": 0.0104, "nulls": 9999},
+            "Unusual, but not enough to flag: 103 of 9,999 ordinary prompts score as high (p = 0.0104)",
+        ),
         # Counted eight times, or twice where each ordinary prompt has four images.
         (
             {"p_value": 0.008, "batch": 8},
-            "Likely memorised, p <= 0.008 for 8 images: none of 999 ordinary prompts scores as high",
+            "Likely a replay of training images: none of 999 ordinary prompts scores as high (p <= 0.008 for 8 images)",
         ),
-        ({"p_value": 0.08, "batch": 8}, "p = 0.08 for 8 images: 9 of 999 ordinary prompts score as high"),
+        ({"p_value": 0.08, "batch": 8}, "9 of 999 ordinary prompts score as high (p = 0.08 for 8 images)"),
         (
             {"p_value": 0.08, "batch": 8, "null_images": 4},
-            "p = 0.08 for 8 images: 39 of 999 ordinary prompts score as high in one of 4 images",
+            "39 of 999 ordinary prompts score as high in one of 4 images (p = 0.08 for 8 images)",
         ),
     ],
 )
 def test_sentence_counts_the_ordinary_prompts(changes, expected):
     verdict = replace(PLAIN, **changes)
     verdict = replace(verdict, flagged=verdict.p_value <= verdict.alpha)
-    assert sentence(verdict).startswith("Likely memorised") == verdict.flagged
+    assert sentence(verdict).startswith("Likely a replay") == verdict.flagged
     assert sentence(verdict).endswith(expected)
 
 
@@ -145,8 +151,8 @@ def test_sentence_counts_the_ordinary_prompts(changes, expected):
     ("score", "why", "expected"),
     [
         (None, "the model's predictions are not finite.", "No verdict: the model's predictions are not finite"),
-        (7.314, "no profile is loaded", "No verdict: no profile is loaded; the score is 7.31"),
-        (7.314, None, "No verdict: the score is 7.31, with no calibration to compare it with"),
+        (7.314, "no profile is loaded", "No verdict: the score is 7.31, but no profile is loaded"),
+        (7.314, None, "No verdict: the score is 7.31, but there is nothing to compare it with yet"),
         (None, None, "No verdict: nothing was measured"),
     ],
 )
@@ -391,14 +397,14 @@ def test_page_is_self_contained_and_ordered():
     assert {"header", "main", "footer", "h1", "h2", "figure"} <= set(page.tags)
     assert "Déjà Vu" in text
     order = [
-        "Likely memorised, p = 0.002",
+        "Likely a replay of training images: 1 of 999",
         "dejavu-words",
         "How much each word counts",
         "<svg",
         "Generated image",
     ]
     order += ["Where the prompt acts", "Training image it copies", "similarity 0.93, a copy (0.80 or more)"]
-    order += ["Nothing unusual, p = 0.41", "similarity 0.31, not a copy (below 0.80)", "Loss 8 to 2"]
+    order += ["Nothing unusual: 409 of 999", "similarity 0.31, not a copy (below 0.80)", "Loss 8 to 2"]
     places = [text.index(part) for part in order]
     assert places == sorted(places)
 
@@ -435,7 +441,7 @@ def test_panel_says_everything_without_colour():
     verdict = replace(PLAIN, prompt="a red ball", explanation=explained("a red ball"), score_per_step=STEPS)
     text = printed(verdict, no_color=True)
     assert "\x1b" not in text
-    assert "Likely memorised, p = 0.002: 1 of 999 ordinary prompts scores as high" in text
+    assert "Likely a replay of training images: 1 of 999 ordinary prompts scores as high (p = 0.002)" in text
     assert "a red ball" in text
     assert "a 1.00, red 0.50, ball 0.33 (significance by input gradient)" in text
     assert "█·▃" in text, "7.3 is the highest; 2.5 / 7.3 of 8 blocks is the third"

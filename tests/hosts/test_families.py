@@ -12,7 +12,7 @@ import pytest
 from comfyui_server import ComfyServer, make_home
 from graphs import Graph, node
 
-from sd_dejavu.calibration.calibrate import SEED_BASE
+from sd_dejavu.calibration.first_step import SEED_BASE
 from sd_dejavu.calibration.ordinary_prompts import ordinary_prompts
 
 HERE = Path(__file__).parent

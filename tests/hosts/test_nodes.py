@@ -218,6 +218,32 @@ def test_stock_nodes_get_a_verdict_after_a_calibration_that_nothing_is_wired_to(
     assert verdict["baseline"] == "negative prompt" and verdict["p_value"] is None
 
 
+@pytest.mark.parametrize("way", [graphs.text_to_image, graphs.custom_sampling])
+def test_a_run_makes_the_calibration_it_lacks_and_later_ones_are_judged_by_it(
+    comfy: ComfyServer, way: Callable[..., graphs.Graph]
+) -> None:
+    """What the page's button asks for: the encoder linked to the monitor for this once, in the host's own nodes."""
+    folder = comfy.home / "user" / "dejavu" / "calibration"
+    run = {"steps": 2, "scheduler": "exponential"}  # a first noise level that no other test calibrates
+    before = set(folder.glob("*.json"))
+    unjudged = report(comfy, watched(way(seed=73, **run), words=False, without="empty prompt"))
+    assert unjudged["lacks_calibration"] is True and unjudged["calibrating"] is None
+    assert "nothing to compare it with" in unjudged["verdicts"][0]["sentence"]
+    asking = watched(way(seed=73, **run), words=False, without="empty prompt", calibrate_first=100)
+    asking["monitor"]["inputs"]["clip"] = asking["positive"]["inputs"]["clip"]
+    own = report(comfy, asking)
+    made = set(folder.glob("*.json")) - before
+    try:
+        assert len(made) == 1 and own["lacks_calibration"] is False and own["flagged"] in (True, False)
+        later = report(comfy, watched(way(seed=73, **run), words=False, without="empty prompt"))
+        (first,), (second,), (third,) = (document["verdicts"] for document in (unjudged, own, later))
+        assert first["score"] == pytest.approx(second["score"]) == pytest.approx(third["score"])
+        assert second["p_value"] == third["p_value"] is not None and third["nulls"] == 100
+    finally:
+        for path in made:
+            path.unlink()
+
+
 def test_what_the_host_kept_of_another_workflow_does_not_misplace_the_prompt(
     comfy: ComfyServer, memorised: str
 ) -> None:
@@ -376,7 +402,7 @@ def test_of_a_batch_the_flagged_image_alone_is_mitigated(comfy: ComfyServer, mem
 def test_a_flagged_run_can_be_ended_with_a_reason(comfy: ComfyServer, memorised: str) -> None:
     entry = comfy.wait(comfy.post(watched(demo(memorised, steps=2, seed=9), when_flagged="stop")), allow_error=True)
     text = json.dumps(entry["status"], ensure_ascii=False)
-    assert "Likely memorised" in text and "ended this run" in text
+    assert "Likely a replay" in text and "ended this run" in text
     assert report(comfy, watched(demo("a red boat", steps=2, seed=9), when_flagged="stop"))["flagged"] is False
 
 
@@ -413,7 +439,7 @@ def test_what_a_run_adds_to_the_model_makes_another_setting(comfy: ComfyServer, 
         (verdict,) = document["verdicts"]
         assert document["setting"]["patches"] == patches
         assert verdict["score"] > 0 and verdict["p_value"] is None
-        assert "there is no calibration for this model and setting" in verdict["why"]
+        assert "there is nothing to compare it with yet" in verdict["why"]
 
 
 MALFORMED = [

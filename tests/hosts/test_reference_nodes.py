@@ -192,7 +192,7 @@ def _nearest(graph: Graph, image: list[Any], count: int = 3) -> Graph:
     graph["nearest"] = node("DejaVuNearestReference", image=image, references=["references", 0], count=count)
     for name, output in {"similarity": 1, "copy": 2, "report": 3}.items():
         graph[name] = node("PreviewAny", source=["nearest", output])
-    graph["image"] = node("SaveImage", images=["nearest", 0], filename_prefix="nearest")
+    graph["found"] = node("SaveImage", images=["nearest", 0], filename_prefix="nearest")
     return graph
 
 
@@ -249,7 +249,7 @@ def test_a_set_is_built_loaded_and_finds_the_right_image(server: ComfyServer, tr
     assert answer["neighbours"][0]["duplicates"] == 2 and answer["copy"] is True and answer["threshold"] == COPY
     assert outputs["copy"]["text"] == ["True"]
     assert float(outputs["similarity"]["text"][0]) == answer["neighbours"][0]["similarity"]
-    image = Image.open(io.BytesIO(server.view(outputs["image"]["images"][0]))).convert("RGB")
+    image = Image.open(io.BytesIO(server.view(outputs["found"]["images"][0]))).convert("RGB")
     # Side by side: the query first, then the training image that is nearest.
     tiles = [image.crop((left, 16, left + 256, 272)).resize((64, 64), Image.Resampling.BOX) for left in (16, 288)]
     assert _grey_correlation(tiles[0], darker) > 0.999

@@ -70,7 +70,9 @@ def test_the_accordion_fits_one_screen(webui: WebUIServer, tmp_path: Path) -> No
         page.enable()
         box = page.browser.locator("#dejavu_txt2img").first.bounding_box()
         assert box is not None and box["height"] < 400
-        shown = [known.id for known in OPTIONS if page.browser.locator(f"#dejavu_{known.id}_txt2img").first.is_visible()]
+        shown = [
+            known.id for known in OPTIONS if page.browser.locator(f"#dejavu_{known.id}_txt2img").first.is_visible()
+        ]
         assert shown == ["when_flagged", "explain"]
         page.screenshot(artefact(f"{webui.kind.folder}-accordion.png", tmp_path))
         page.more()
@@ -94,7 +96,9 @@ def test_a_button_below_the_gallery_leads_to_a_verdict(uncalibrated: WebUIServer
             timeout=120_000,
         )
         page.screenshot(artefact(f"{webui.kind.folder}-calibrating.png", tmp_path))
-        page.browser.wait_for_selector(f"{PANEL} .dejavu-badge:is(.dejavu-flagged, .dejavu-not-flagged)", timeout=300_000)
+        page.browser.wait_for_selector(
+            f"{PANEL} .dejavu-badge:is(.dejavu-flagged, .dejavu-not-flagged)", timeout=300_000
+        )
         told = page.browser.locator(PANEL).first.inner_text()
         assert "Ready: from now on images of this checkpoint at 64 x 64 get a verdict." in told
         assert "of 100 ordinary prompts" in told and "No verdict" not in told
@@ -123,7 +127,9 @@ def test_a_score_of_whole_runs_is_calibrated_for_with_whole_runs(uncalibrated: W
             ".test(document.querySelector('.dejavu-progress')?.innerText)",
             timeout=120_000,
         )
-        page.browser.wait_for_selector(f"{PANEL} .dejavu-badge:is(.dejavu-flagged, .dejavu-not-flagged)", timeout=500_000)
+        page.browser.wait_for_selector(
+            f"{PANEL} .dejavu-badge:is(.dejavu-flagged, .dejavu-not-flagged)", timeout=500_000
+        )
         told = page.browser.locator(PANEL).first.inner_text()
         assert "Ready: " in told and "5 to 95" in told  # the curve's band
         page.screenshot(artefact(f"{webui.kind.folder}-whole-runs.png", tmp_path))

@@ -115,7 +115,7 @@ def test_live_verdict_then_drop_undo_drop_and_queue_again(
     seen = seen_live(page)
     assert len({s["points"] for s in seen}) > 2, "the curve did not grow"
     first = next(s for s in seen if s["points"])
-    assert first["points"] < 10 and "Likely memorised" in first["verdict"]
+    assert first["points"] < 10 and "Likely a replay" in first["verdict"]
     before = stored(page)["verdicts"][0]
     assert before["flagged"] and page.browser.locator(".dejavu-words").first.inner_text() == PROMPT
 
@@ -195,10 +195,10 @@ def test_a_stored_verdict_shows_without_running(overlay: Page) -> None:
 
 def test_a_run_that_is_stopped_shows_its_verdict(renderer: Page) -> None:
     open_first(renderer, WORKFLOWS / "3 Stop when flagged.json")
-    assert "Likely memorised" in renderer.run()["error"]
+    assert "Likely a replay" in renderer.run()["error"]
     renderer.browser.wait_for_timeout(500)
     renderer.look_at(VERDICT)
-    assert "Likely memorised" in renderer.browser.locator(".dejavu-verdict").first.inner_text()
+    assert "Likely a replay" in renderer.browser.locator(".dejavu-verdict").first.inner_text()
     assert stored(renderer)["flagged"] is True
 
 
@@ -227,7 +227,7 @@ def test_explain_names_words_before_sampling(overlay: Page) -> None:
     page.look_at("DejaVuExplain", 0.8)
     assert page.run()["error"] is None
     page.browser.wait_for_timeout(2500)  # the host looks for changes of the graph that it has not made itself
-    assert "Likely memorised" in page.browser.locator(".dejavu-verdict").first.inner_text()
+    assert "Likely a replay" in page.browser.locator(".dejavu-verdict").first.inner_text()
     assert page.widget(TEXT, "text") == PROMPT
     # Not by the mouse: the host may draw nodes that a script has added elsewhere than where they are.
     word(page, 6).dispatch_event("click")
@@ -294,7 +294,7 @@ def test_sidebar_lists_the_runs(overlay: Page, request: pytest.FixtureRequest, t
     assert runs.count() >= 1
     keep_screenshot(page, request, tmp_path, "sidebar")
     runs.first.click()
-    assert "Likely memorised" in sidebar.locator(".dejavu-verdict").inner_text()
+    assert "Likely a replay" in sidebar.locator(".dejavu-verdict").inner_text()
     sidebar.get_by_role("button", name="Back to the runs").click()
     close_sidebar(page)
 

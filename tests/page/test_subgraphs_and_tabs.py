@@ -121,7 +121,7 @@ def test_a_verdict_in_subgraphs_shows_its_run_and_changes_its_text(opened: Page,
     show(page)
     if page.browser.evaluate("(kind) => !document.querySelector(kind)", "[data-node-id='7']") and is_vue(page):
         pytest.skip("Nodes 2.0 of this front end draws no nodes of a subgraph that is open")
-    assert "Likely memorised" in panel(page) and "\n---\n" not in panel(page)  # one panel
+    assert "Likely a replay" in panel(page) and "\n---\n" not in panel(page)  # one panel
 
     # The host moves what lies beside the pointer: no mouse.
     page.browser.locator(".dejavu [data-index='6']").first.dispatch_event("click")
@@ -172,7 +172,7 @@ def test_a_report_waits_for_the_workflow_that_queued_it(opened: Page) -> None:
     show(page)
     if page.browser.evaluate("(kind) => !document.querySelector(kind)", "[data-node-id='7']") and is_vue(page):
         pytest.skip("Nodes 2.0 of this front end draws no nodes of a subgraph that is open")
-    assert "Likely memorised" in panel(page) and PROMPT in panel(page)
+    assert "Likely a replay" in panel(page) and PROMPT in panel(page)
 
 
 def test_nothing_of_ours_is_an_error_in_the_console(front_end: Page) -> None:

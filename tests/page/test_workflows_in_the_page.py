@@ -51,7 +51,7 @@ def test_workflows_on_the_bundled_model_run(page, workflow: Path) -> None:
     page.load(workflow)
     result = page.run()
     if workflow.name.startswith("3 "):
-        assert "Likely memorised" in result["error"]
+        assert "Likely a replay" in result["error"]
     elif (answers := ANSWERS.get(workflow.name[:2])) is not None:
         assert result["error"] is None
         texts = [text for output in result["outputs"].values() for text in (output or {}).get("text", [])]

@@ -12,8 +12,9 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ...calibration.calibrate import PROMPTS_A_SEED, SEED_BASE, with_whole_runs
 from ...calibration.calibrate import calibrate as run_calibration
+from ...calibration.calibrate import with_whole_runs
+from ...calibration.first_step import seed_of
 from ...calibration.profile import ORDINARY_QUANTILE, Ordinary, Profile
 from ...core.conditioning import Conditioning, Unconditional
 from ...mitigations import Mitigation, Outcome, Start
@@ -211,7 +212,7 @@ def calibrate(
     traces = []
     for number, prompt in enumerate(prompts[:whole_runs]):
         guider.set_conds(encode_text(clip, prompt), encode_text(clip, negative))
-        noise = comfy.sample.prepare_noise(latent, SEED_BASE + number // PROMPTS_A_SEED * PROMPTS_A_SEED)
+        noise = comfy.sample.prepare_noise(latent, seed_of(number))
         guider.sample(noise, latent, sampler, sigmas, disable_pbar=True)
         run = monitor.runs[-1]
         traces.append(run.state.trace)

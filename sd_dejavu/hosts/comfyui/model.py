@@ -21,7 +21,7 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import Tensor
 
-from ...calibration.ordinary_prompts import ordinary_prompts
+from ...calibration.ordinary_prompts import general_prompts
 from ...calibration.profile import UNKNOWN_ENCODER
 from ...calibration.recombined import recombined
 from ...core.attention import AttentionRule, watched_attention
@@ -439,7 +439,7 @@ def ordinary_for(patcher: ModelPatcher, count: int, like: Sequence[str] = ()) ->
         return recombined(like, count)
     if FINGERPRINT in patcher.attachments:
         return bundled.held_out_ordinary(count, 0)
-    return [prompt for prompt, _ in ordinary_prompts(count)]
+    return general_prompts(count)
 
 
 class _Body(comfy.samplers.Sampler):

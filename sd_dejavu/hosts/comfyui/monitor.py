@@ -22,6 +22,7 @@ import comfy.patcher_extension
 import torch
 from torch import Tensor
 
+from ...calibration import store
 from ...calibration.profile import Profile, Setting
 from ...core.attention import AttentionRule
 from ...core.conditioning import Conditioning, Unconditional
@@ -35,7 +36,7 @@ from . import graph
 from .api import CLIP, Entry, Executor, GuidanceArguments, Guider, ModelPatcher, Options
 from .attention import attending
 from .evaluation import covers, guided_step, level_of, negative_of, unconditional_of
-from .model import ComfyModel, as_host, as_images, fingerprint, remember_beginning, why_no_images
+from .model import ComfyModel, as_host, as_images, fingerprint, ordinary_for, remember_beginning, why_no_images
 from .run_options import AGAIN, forget_steps, in_guidance
 from .setting import kind_of, negative_name, profile_for, setting_of
 from .text import SOURCE, Source, conditioning_of, empty_prompt
@@ -100,7 +101,12 @@ class Run:
         self.evaluations = 0  # of the host
         self.state = RunState(monitor.monitoring, every_score=monitor.every_score)
         self.controller: RunController[ComfyModel] = RunController(
-            self, monitor.monitoring, [self.state], explains_later=True
+            self,
+            monitor.monitoring,
+            [self.state],
+            explains_later=True,
+            ordinary=lambda model, count: ordinary_for(self._guider.model_patcher, count),
+            keep=monitor.keep,
         )
         self.sigmas: Readout | None = None
         self._no_images = why_no_images(noise)
@@ -351,7 +357,15 @@ class Monitor:
         return [run for run in finished if run.place[1] in samplers and run.place[0] == drew[str(run.place[1])]]
 
     def profile_of(self, setting: Setting, model: ComfyModel) -> Profile | None:
-        return self._profile or profile_for(setting, model, self.monitoring, self._folder)
+        """The user's choice; where it is for another setting, one that was kept for this one."""
+        given = self._profile
+        if given is not None and given.setting.mismatch(setting, self.monitoring.deciding) is None:
+            return given
+        return profile_for(setting, model, self.monitoring, self._folder) or given
+
+    def keep(self, made: Profile) -> None:
+        """Keep a calibration that a run has made. Raises ValueError where one that is kept holds more."""
+        store.keep(made, store.path_for(made.setting, self._folder))
 
     def _outer_sample(
         self, executor: Executor, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *a: Any, **k: Any

@@ -9,7 +9,7 @@ from functools import partial
 
 from ...core.settings import options_of
 from . import components, controls, work
-from .calibration import QUICK, Calibrating
+from .calibration import QUICK, THOROUGH, Calibrating
 from .components import gr
 from .here import Here
 from .hosted import Component
@@ -70,7 +70,9 @@ class Accordion:
             )
             with components.folded("more", f"more_{tab}"):
                 with gr.Row():
-                    parts["count"] = components.component(replace(calibrating["count"], default=QUICK), tab, ())
+                    told = f"{QUICK}: quick, p-values in steps of 1 in {QUICK}; {THOROUGH:,}: fine steps"
+                    count = replace(calibrating["count"], default=QUICK, help=told)
+                    parts["count"] = components.component(count, tab, ())
                     parts["replace"] = components.component(calibrating["replace"], tab, ())
                 rest = [name for name in options if name not in FIRST]
                 for pair in zip(rest[::2], [*rest[1::2], ""], strict=False):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...calibration.ordinary_prompts import ordinary_prompts
+from ...calibration.ordinary_prompts import general_prompts
 from ...core.conditioning import Conditioning
 from ...core.settings import Checked, Option, named, option, options_of
 from ...kept import file_digest
@@ -125,7 +125,7 @@ def run_audit(
     tag = _tag(what)
     entries = sampled(entries_of(guard.references), asked.wanted.sample, measurement.seed)
     subject = Subject(entries, guard.references, guard.features)
-    ordinary = [prompt for prompt, _ in ordinary_prompts(asked.wanted.nulls)]
+    ordinary = general_prompts(asked.wanted.nulls)
     sd_model = host.chosen_model()
     begun = identity(
         entries,

@@ -14,8 +14,9 @@ from typing import get_args
 import torch
 
 from ...calibration import store
-from ...calibration.calibrate import PROMPTS_A_SEED, SEED_BASE, calibrate, with_whole_runs
-from ...calibration.ordinary_prompts import ordinary_prompts
+from ...calibration.calibrate import calibrate, with_whole_runs
+from ...calibration.first_step import seed_of
+from ...calibration.ordinary_prompts import general_prompts
 from ...calibration.profile import Null, Ordinary, Profile, Setting
 from ...calibration.recombined import recombined
 from ...core.conditioning import Baseline, Conditioning
@@ -127,7 +128,7 @@ class Calibration:
         given = [line for line in self.asked.like.splitlines() if line.strip()]
         if given:
             return recombined(given, self.asked.count), "recombined"
-        return [prompt for prompt, _ in ordinary_prompts(self.asked.count)], "generated"
+        return general_prompts(self.asked.count), "generated"
 
     def before(self, params: Before) -> None:
         from modules import shared
@@ -214,7 +215,7 @@ def processing_of(asked: Calibrating, prompts: Sequence[str], overrides: Options
     p: Processing = processing.StableDiffusionProcessingTxt2Img(
         prompt=[f"{prompt} {asked.networks}".strip() for prompt in prompts],
         negative_prompt=asked.negative_prompt,
-        seed=[_seed_of(number) for number in range(len(prompts))],
+        seed=[seed_of(number) for number in range(len(prompts))],
         subseed=[0] * len(prompts),
         n_iter=len(prompts),
         steps=asked.steps,
@@ -262,8 +263,3 @@ def read(p: Processing, run: Run, begun: Callable[[], None], on_run: Callable[[i
 
     p.sample = watched
     yield traces
-
-
-def _seed_of(number: int) -> int:
-    """The seed of the ordinary prompt of this number: as its first step was measured, every 25 share one."""
-    return SEED_BASE + number // PROMPTS_A_SEED * PROMPTS_A_SEED

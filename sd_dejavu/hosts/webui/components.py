@@ -37,7 +37,7 @@ def folded(title: str, place: str) -> Component:
 def component(known: Option, tab: str, choices: Sequence[str]) -> Component:
     """A component for one option of the core."""
     default = shared.opts.data.get(f"dejavu_{known.id}", known.default)
-    shown = {"label": label_of(known), "info": told_of(known), "elem_id": f"dejavu_{known.id}_{tab}"}
+    shown = {"label": label_of(known), "info": told_of(known) or None, "elem_id": f"dejavu_{known.id}_{tab}"}
     kind = shown_as(known, choices)
     if kind == "dropdown":
         return gr.Dropdown(list(choices), value=default if default in choices else None, **shown)

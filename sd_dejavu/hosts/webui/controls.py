@@ -21,7 +21,7 @@ NOT_CHANGED = "none"
 NO_REFERENCES = "none"
 SLIDER_LIMIT = 5000  # of wider ranges a slider picks nothing
 
-OPTIONS: tuple[Option, ...] = (
+_OWN: tuple[Option, ...] = (
     *options_of(Monitoring),
     Option(
         "perturb",
@@ -38,6 +38,7 @@ OPTIONS: tuple[Option, ...] = (
         str,
     ),
 )
+OPTIONS = tuple(sorted(_OWN, key=lambda known: known.later))  # the host knows saved arguments by their places
 
 
 ENABLED = Option("enabled", False, "watch this run", bool)
@@ -138,7 +139,7 @@ def label_of(known: Option) -> str:
 
 
 def told_of(known: Option) -> str:
-    """What is said below it, on one line or two: of a long help its beginning.
+    """What is said below it, on one line or two: of a long help its beginning, and nothing where that is its label.
 
     >>> told_of(Option("x", 1, "what is drawn: " + "and so on, " * 20, int))
     'What is drawn'
@@ -146,7 +147,8 @@ def told_of(known: Option) -> str:
     told = known.help
     if len(told) > LONGEST_INFO:
         told = re.split(r"[:;] | \(", told)[0]
-    return told[:1].upper() + told[1:]
+    told = told[:1].upper() + told[1:]
+    return "" if told == label_of(known) else told
 
 
 def shown_as(known: Option, choices: Sequence[str] = ()) -> Literal["dropdown", "text", "checkbox", "number", "slider"]:

@@ -102,8 +102,15 @@ class Pass:
             RunState(monitoring, prompt, images=tuple(places), every_score=every_score)
             for prompt, places in images.items()
         ]
-        self.controller: RunController[GuidedModel] = RunController(self, monitoring, self.states, rule)
+        self.controller: RunController[GuidedModel] = RunController(
+            self,
+            monitoring,
+            self.states,
+            rule,
+            keep=lambda made: store.keep(made, store.path_for(made.setting, folder)),
+        )
         self._steered, self._within = rule is not None, within
+        self._told = False  # whether the host's page tells of a calibration
 
     # ----------------------------------------------------------------- as the controller's host
 
@@ -185,7 +192,15 @@ class Pass:
         return "begins with an image" if self.from_image else "is sampled in a way that cannot begin again"
 
     def progress(self) -> None:
-        """The host's page shows the report when the run is over."""
+        """The host's page shows the report when the run is over; until then, how far a calibration within it is."""
+        from modules import shared
+
+        measured = next((state.calibrating for state in self.states if state.calibrating is not None), None)
+        if measured is not None:
+            shared.state.textinfo = f"ordinary prompts: {measured.done:,} of {measured.count:,}"
+        elif self._told:
+            shared.state.textinfo = None
+        self._told = measured is not None
 
     # ------------------------------------------------------------------------ in the host's loop
 

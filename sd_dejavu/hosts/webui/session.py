@@ -116,9 +116,8 @@ class Shown:
 
 
 def _can_be_calibrated(report: Report) -> bool:
-    setting, verdict = report.state.setting, report.verdicts[0]
-    lacks = verdict.flagged is None and verdict.score is not None
-    return lacks and setting is not None and setting.begins_with == "noise"
+    setting = report.state.setting
+    return report.verdicts[0].lacks_calibration and setting is not None and setting.begins_with == "noise"
 
 
 @dataclass
