@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from webui_page import PANEL, open_webui
 from webui_server import WebUIServer
 from webui_watched import NAME, watched
@@ -155,6 +156,7 @@ def test_parameters_of_an_image_are_pasted_back(webui: WebUIServer) -> None:
             "mitigation": "optimise",
             "score": "first step",
             "references": "none",
+            "calibrate_first": "0",
         }
 
 
@@ -168,10 +170,53 @@ def test_our_settings_and_the_audit_have_their_places(webui: WebUIServer) -> Non
         page.browser.locator("#dejavu_begin_audit").click()
         found = page.browser.locator("#dejavu_found_audit p")
         found.wait_for(timeout=60_000)
-        assert "No audit: there is no reference set" in found.inner_text()
+        assert (
+            found.inner_text()
+            == "No audit: no reference set is chosen: build one of your images and captions in the tab Déjà Vu"
+        )
         page.settings("Déjà Vu")
         text = page.browser.locator("#settings_dejavu").inner_text()
         assert "Write verdict, score and p-value" in text and "Default alpha" in text
+
+
+def test_a_reference_set_is_built_in_the_tab(webui: WebUIServer, tmp_path: Path) -> None:
+    source = tmp_path / "my images"
+    source.mkdir()
+    for number in range(3):
+        Image.new("RGB", (64, 64), (90 * number, 40, 200 - 60 * number)).save(source / f"{number}.png")
+        (source / f"{number}.txt").write_text(f"a red fox, number {number}", encoding="utf-8")
+    (source / "broken.png").write_bytes(b"no image")
+    kept = webui.home / "dejavu" / "references"
+    with open_webui(webui.url) as page:
+        page.browser.locator("#tabs > .tab-nav button", has_text="Déjà Vu").click()
+        tab = page.browser.locator("#tab_dejavu_audit")
+        assert "false discovery" not in tab.inner_text() and "nulls" not in tab.inner_text()
+        page.more("refset")
+        built = page.browser.locator("#dejavu_built_refset p")
+
+        def build(folder: str, name: str, told: str) -> None:
+            page.fill("folder_refset", folder)
+            page.fill("name_refset", name)
+            page.browser.locator("#dejavu_begin_refset").click()
+            page.browser.locator("#dejavu_built_refset p", has_text=told).wait_for(timeout=60_000)
+            assert str(webui.home) not in built.inner_text() and str(tmp_path) not in built.inner_text()
+
+        build("", "x", "No reference set: name the folder that the training images are in")
+        build(str(source), "../x", "No reference set: a set cannot be kept as '../x'")
+        build(str(source / "gone"), "foxes", "No reference set: there is no folder 'gone'")
+        build(str(source), "foxes", "Ready: 3 different images, 3 with a caption. Kept as foxes.")
+        assert "broken.png" in built.inner_text()
+        assert page.browser.locator("#dejavu_references_audit input").first.input_value() == "foxes"
+        page.screenshot(artefact(f"{webui.kind.folder}-tab.png", tmp_path))
+        page.more("machine")
+        page.browser.locator("#dejavu_look").click()
+        found = page.browser.locator("#dejavu_found_machine .dejavu-findings")
+        found.wait_for(timeout=60_000)
+        assert "torch: " in found.inner_text() and webui.kind.name in found.inner_text()
+        assert str(webui.home) not in found.inner_text()
+        page.screenshot(artefact(f"{webui.kind.folder}-machine.png", tmp_path))
+    for file in kept.glob("foxes.*"):
+        file.unlink()
 
 
 def test_calibrating_from_the_page(webui: WebUIServer) -> None:
