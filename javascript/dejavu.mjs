@@ -1,8 +1,9 @@
-/** Automatic1111 and Forge: a word of the panel can be dropped, weakened or restored in the prompt box. */
+/** Automatic1111 and Forge: what the panel's words and buttons do, and how far our work is while the host is at it. */
 
 import { acted } from '../web/prompt.js'
 
-const ACTIONS = { drop: 'Drop', weaken: 'Weaken', restore: 'Restore' }
+const ACTIONS = { drop: 'Drop', weaken: 'Weaken ×0.8', restore: 'Restore' }
+const ASKED_EVERY = 500 // milliseconds
 
 /** The prompt of a panel and its words, with places in UTF-16 units, as its spans hold them. */
 export function read(element) {
@@ -16,43 +17,107 @@ export function read(element) {
   return { prompt, words }
 }
 
-function menu(word, root) {
-  root.querySelector('.dejavu-menu')?.remove()
-  const bar = document.createElement('span')
-  bar.className = 'dejavu-menu'
-  bar.setAttribute('role', 'group')
-  bar.setAttribute('aria-label', `Change '${word.textContent}' in the prompt`)
-  for (const [action, label] of Object.entries(ACTIONS)) {
-    const button = document.createElement('button')
-    button.type = 'button'
-    button.textContent = label
-    button.addEventListener('click', () => {
-      change(word, action)
-      bar.remove()
-      word.focus()
-    })
-    bar.append(button)
-  }
-  bar.addEventListener('keydown', (event) => {
-    if (event.key === 'Escape') {
-      bar.remove()
-      word.focus()
-    }
-  })
-  word.closest('[data-dejavu="prompt"]').after(bar)
-  bar.firstChild.focus()
+function make(name, attributes, ...contents) {
+  const made = document.createElement(name)
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value)
+  made.append(...contents)
+  return made
 }
 
-function change(word, action) {
+function button(label, run) {
+  const made = make('button', { type: 'button', class: 'dejavu-button' }, label)
+  made.addEventListener('click', run)
+  return made
+}
+
+// ---------------------------------------------------------------------------------------------------- words
+
+function close(container) {
+  const card = container.querySelector('.dejavu-card')
+  container.querySelector('.dejavu-word[aria-expanded="true"]')?.setAttribute('aria-expanded', 'false')
+  card?.remove()
+}
+
+/** A card on one word: its value, what the score would be without it, and what can be done with it. */
+function open(word, container, root, tab) {
+  const wasOpen = word.getAttribute('aria-expanded') === 'true'
+  close(container)
+  if (wasOpen) return
+  const shut = () => {
+    close(container)
+    word.focus()
+  }
+  const card = make('div', { class: 'dejavu-card', role: 'dialog', 'aria-label': `The word ${word.textContent}` },
+    make('p', {}, make('strong', { dir: 'auto' }, word.textContent), `: ${word.title}.`),
+    make('p', {}, word.dataset.told ?? ''),
+    make('p', { class: 'dejavu-buttons' },
+      ...Object.entries(ACTIONS).map(([action, label]) => button(label, () => change(word, action, root, tab))),
+      button('Generate again', () => generate(root, tab)), button('Close', shut)))
+  card.addEventListener('keydown', (event) => event.key === 'Escape' && shut())
+  word.setAttribute('aria-expanded', 'true')
+  word.closest('[data-dejavu="prompt"]').after(card)
+  card.querySelector('button').focus()
+}
+
+function change(word, action, root, tab) {
   const holder = word.parentElement
   const { prompt, words } = read(holder)
-  const tab = word.closest('[id^="dejavu_panel_"]').id.replace('dejavu_panel_', '')
-  const box = word.getRootNode().querySelector(`#${tab}_prompt textarea`)
-  const index = [...holder.children].indexOf(word)
+  const box = root.querySelector(`#${tab}_prompt textarea`)
+  const index = [...holder.querySelectorAll('.dejavu-word')].indexOf(word)
   const text = acted(action, prompt, words, box.value, index)
   if (text === null || text === box.value) return
   box.value = text
   box.dispatchEvent(new Event('input', { bubbles: true }))
+}
+
+function generate(root, tab) {
+  root.querySelector(`#${tab}_generate`).click()
+}
+
+// ----------------------------------------------------------------------------------------------------- work
+
+let wanted = null // ordinary prompts that the panel's button asks for
+
+/** What a button of ours gives the host with its values: a name for the work, of which progress is asked. */
+function begun(place, values) {
+  const root = globalThis.gradioApp()
+  const digits = Array.from(crypto.getRandomValues(new Uint8Array(12)), (n) => (n % 36).toString(36))
+  const task = `task(${digits.join('')})`
+  const [where, tab] = place.split(' ')
+  show(task, root.querySelector(`#dejavu_${where}_${tab}`), root, where === 'told' && tab in { txt2img: 1, img2img: 1 } ? tab : null)
+  return [where === 'panel' ? JSON.stringify({ task, count: wanted }) : task, ...values.slice(1)]
+}
+
+/** Above what will be answered: how far the host is, in its own words, and a button that ends it. */
+function show(task, answer, root, tab) {
+  const bar = make('progress', { max: 1, 'aria-label': 'Progress' })
+  const told = make('span', { role: 'status' }, 'Waiting for the host.')
+  const stop = button('Stop', () => root.querySelector('[id^="dejavu_stop_"]').click())
+  const shown = make('div', { class: 'dejavu-progress' }, bar, told, stop)
+  answer.before(shown)
+  answer.classList.add('dejavu-at-work')
+  let wasActive = false
+  const ended = () => {
+    shown.remove()
+    answer.classList.remove('dejavu-at-work')
+    if (tab) root.querySelector(`#dejavu_judge_${tab}`)?.click()
+  }
+  const ask = async () => {
+    let found = {}
+    try {
+      const headers = { 'Content-Type': 'application/json' }
+      const body = JSON.stringify({ id_task: task, live_preview: false })
+      found = await (await fetch('./internal/progress', { method: 'POST', headers, body })).json()
+    } catch {
+      found = {} // the host did not answer: it is asked again
+    }
+    wasActive ||= Boolean(found.active)
+    if (found.completed || (wasActive && found.active === false)) return ended()
+    if (found.textinfo) told.textContent = `${found.textinfo}.`
+    if (found.active && found.progress > 0) bar.value = found.progress
+    setTimeout(ask, ASKED_EVERY)
+  }
+  setTimeout(ask, ASKED_EVERY)
 }
 
 /** Listens on the panels alone. They are filled anew after each run, so the container is asked. */
@@ -61,15 +126,25 @@ function watch(root) {
     const isInner = container.parentElement.closest('[id^="dejavu_panel_"]') // older Gradio gives both elements the id
     if (isInner || container.dataset.dejavuWatched) continue
     container.dataset.dejavuWatched = 'yes'
-    const open = (event) => {
+    const tab = container.id.replace('dejavu_panel_', '')
+    const act = (event) => {
       const word = event.target.closest('.dejavu-word')
       if (!word || (event.type === 'keydown' && event.key !== 'Enter' && event.key !== ' ')) return
       event.preventDefault()
-      menu(word, container)
+      open(word, container, root, tab)
     }
-    container.addEventListener('click', open)
-    container.addEventListener('keydown', open)
+    container.addEventListener('click', act)
+    container.addEventListener('keydown', act)
+    container.addEventListener('click', (event) => {
+      const pressed = event.target.closest('button[data-dejavu]')
+      if (pressed?.dataset.dejavu === 'generate') generate(root, tab)
+      if (pressed?.dataset.dejavu === 'calibrate' && !container.classList.contains('dejavu-at-work')) {
+        wanted = Number(pressed.dataset.count)
+        root.querySelector(`#dejavu_calibrate_run_${tab}`).click()
+      }
+    })
   }
 }
 
+globalThis.dejavuBegun = begun
 globalThis.onUiLoaded?.(() => watch(globalThis.gradioApp()))

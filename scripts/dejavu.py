@@ -28,7 +28,7 @@ def _guarded(watched: Watched) -> AbstractContextManager[None]:
 
     def tell(fault: str) -> bool:
         text = f"No verdict: {HERE.sentence(fault)}"
-        watched.shown.panel += str(panel.paragraph(text))
+        watched.shown.faults += str(panel.paragraph(text))
         watched.p.comment(f"{TITLE}: {text}")
         return True
 
@@ -105,7 +105,7 @@ class DejaVuScript(scripts.Script):
             with _guarded(watched):
                 watched.run.end()
                 before = kwargs.get("batch_number", 0) * p.batch_size
-                watched.tell(before, shared.opts.data.get("dejavu_infotext", True))
+                watched.tell(before, shared.opts.data.get("dejavu_infotext", True), not HERE.has_panel)
 
     def postprocess(self, p: Processing, processed: object, *arguments: object) -> None:
         SESSION.close(p)

@@ -3,23 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
 from markupsafe import Markup
 
 from ..core.trace import NotMeasured
 from ..core.verdict import Verdict
+from ..doctor import Finding
 from ..run.report import Report
 from .chart import loss_sparkline, magnitude_chart
 from .image import colours, png_uri
 from .templating import macro, rendered
 from .wording import beside_label, changed, facts, label, sentence
-from .words import word_legend, word_spans
+from .words import NO_WORDS, without_word, word_legend, word_spans
 
 
-def panel(reports: Sequence[tuple[str, Report]]) -> str:
-    """(title, report on one image) each as a section; all of the user's text is escaped."""
-    return rendered("panel.html.j2", images=[_image(title, report) for title, report in reports])
+@dataclass(frozen=True)
+class Offer:
+    """To calibrate for these images: (ordinary prompts, seconds that they take), the quickest first.
+
+    With ``whole_runs`` each of the prompts is sampled to the end.
+    """
+
+    choices: tuple[tuple[int, float], ...]
+    whole_runs: bool = False
+
+
+def panel(reports: Sequence[tuple[str, Report]], offer: Offer | None = None) -> str:
+    """(title, report on one image) each as a section; all of the user's text is escaped.
+
+    Where an ``offer`` is made, buttons for it come first; what they do is the page's.
+    """
+    images = [_image(title, report) for title, report in reports]
+    return rendered("panel.html.j2", images=images, offer=_offered(offer), from_image=_from_image(reports))
+
+
+def duration(seconds: float) -> str:
+    """About how long something takes.
+
+    >>> duration(18.2), duration(130), duration(7200)
+    ('about 20 s', 'about 3 min', 'about 2 h')
+    """
+    if seconds > 90 * 60:
+        return f"about {ceil(seconds / 3600 - 0.25)} h"
+    return f"about {ceil(seconds / 60)} min" if seconds > 90 else f"about {max(5, 5 * ceil(seconds / 5))} s"
 
 
 def plain_text(reports: Sequence[tuple[str, Report]]) -> str:
@@ -37,15 +66,25 @@ def framed(page: str, title: str) -> Markup:
     return macro("frame", page, title)
 
 
+def findings(lines: Sequence[Finding]) -> Markup:
+    """What works on this machine, a line each."""
+    return macro("findings", lines)
+
+
 def _image(title: str, report: Report) -> dict[str, object]:
     (verdict,) = report.verdicts
     outcome, explanation = report.state.outcome, verdict.explanation
+    calm = verdict.flagged is False
+    _, ordinary = report.ordinary()
+    first = verdict.score if verdict.score_kind == "first step" else None
     return {
         "title": title,
         "label": label(verdict),
         "sentence": beside_label(verdict),
-        "words": word_spans(verdict.prompt, explanation),
-        "legend": word_legend(explanation) if explanation and explanation.words else "",
+        "calm": calm,
+        "words": word_spans(verdict.prompt, explanation, calm, lambda word: without_word(word, first, ordinary)),
+        "legend": word_legend(explanation, calm) if explanation and explanation.words else NO_WORDS,
+        "has_words": bool(explanation and explanation.words),
         "chart": _chart(report, verdict),
         "where": _where(report) if verdict.score_per_step else "",
         "mitigation": _mitigation(report),
@@ -53,6 +92,30 @@ def _image(title: str, report: Report) -> dict[str, object]:
         "notes": report.state.notes,
         "facts": facts(verdict),
     }
+
+
+def _offered(offer: Offer | None) -> list[tuple[int, str]]:
+    """(ordinary prompts, what is said of so many)."""
+    if offer is None:
+        return []
+    what = "samples {} ordinary prompts to the end" if offer.whole_runs else "measures {} ordinary prompts"
+    return [
+        (
+            count,
+            f"{what.format(f'{count:,}').capitalize()} once ({duration(seconds)}). P-values then come in steps of 1 in "
+            f"{count:,}.",
+        )
+        for count, seconds in offer.choices
+    ]
+
+
+def _from_image(reports: Sequence[tuple[str, Report]]) -> bool:
+    """Whether images get no verdict because their runs begin with an image."""
+    verdicts = [(report.state.setting, report.verdicts[0]) for _, report in reports]
+    return any(
+        setting is not None and setting.begins_with == "an image" and verdict.flagged is None
+        for setting, verdict in verdicts
+    )
 
 
 def _chart(report: Report, verdict: Verdict) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 from markupsafe import Markup
 
 from ..core.verdict import Explanation, WordSignificance
@@ -10,43 +12,68 @@ from .wording import number, top_words_text
 
 SHADE = "rgb(var(--dejavu-word, 213 94 0) / {alpha:.2f})"
 DARKEST, THICKEST = 0.5, 4  # alpha of the shade, and pixels of underline, at significance 1
+CALM = "rgb(128 128 128 / {alpha:.2f})"
+PALEST = 0.2  # alpha at significance 1 of a prompt that is not flagged: pale, with no line and no bold word
+NO_WORDS = "No words were looked at: that is done where an image is flagged, or always if 'Explain' says so."
 
-Piece = tuple[str, str | None, str]  # text, and of a word its style and what is told on hover
-
-
-def word_spans(prompt: str, explanation: Explanation | None) -> Markup:
-    """The prompt with white space kept; darker and more thickly underlined is more significant, the top word bold."""
-    return macro("words", _pieces(prompt, explanation))
+Piece = tuple[str, str | None, str, str]  # text; of a word its style, what is told on hover, and when it is opened
 
 
-def word_legend(explanation: Explanation) -> Markup:
+def word_spans(
+    prompt: str,
+    explanation: Explanation | None,
+    calm: bool = False,
+    told: Callable[[WordSignificance], str] = lambda word: "",
+) -> Markup:
+    """The prompt with white space kept; darker and more thickly underlined is more significant, the top word bold.
+
+    ``calm`` is for a prompt that is not flagged, whose words are pale; ``told`` says more of each word, for pages
+    that open one.
+    """
+    return macro("words", _pieces(prompt, explanation, calm, told))
+
+
+def word_legend(explanation: Explanation, calm: bool = False) -> Markup:
     """What the shading means, how significance was found, and the top words with their values as text."""
-    scale = [(f"{level:g}", _shade(level)) for level in (0, 0.25, 0.5, 0.75, 1)]
-    return macro("legend", explanation.view, scale, top_words_text(explanation))
+    scale = [(f"{level:g}", _shade(level, calm)) for level in (0, 0.25, 0.5, 0.75, 1)]
+    return macro("legend", explanation.view, scale, top_words_text(explanation), calm)
 
 
-def _pieces(prompt: str, explanation: Explanation | None) -> list[Piece]:
+def without_word(word: WordSignificance, score: float | None, ordinary: Mapping[str, float] | None) -> str:
+    """What the score would be without a word, in sentences; ``ordinary`` has the median and the high end of others."""
+    if word.score_without is None:
+        return "What the score would be without it was not measured in this run."
+    now = "" if score is None else f", instead of {number(score)}"
+    range_of = ""
+    if ordinary is not None:
+        range_of = f" Ordinary prompts: {number(ordinary['median'])} (median), 95% below {number(ordinary['high'])}."
+    return f"Without it the first step would score {number(word.score_without)}{now}.{range_of}"
+
+
+def _pieces(
+    prompt: str, explanation: Explanation | None, calm: bool, told: Callable[[WordSignificance], str]
+) -> list[Piece]:
     if explanation is None or not explanation.words:
-        return [(prompt, None, "")]
+        return [(prompt, None, "", "")]
+
+    def piece(word: WordSignificance, text: str) -> Piece:
+        bold = ";font-weight:700" if word == explanation.top and not calm else ""
+        value = f"significance {word.significance:.2f}, {number(word.raw)} ({explanation.raw_unit})"
+        return text, _shade(word.significance, calm) + bold, value, told(word)
+
     if not prompt:  # a host that tells no text: numbered tokens
-        return [
-            piece for word in explanation.words for piece in ((" ", None, ""), _piece(word, word.text, explanation))
-        ][1:]
+        return [one for word in explanation.words for one in ((" ", None, "", ""), piece(word, word.text))][1:]
     found: list[Piece] = []
     reached = 0
     for word in sorted(explanation.words, key=lambda w: w.start):
-        found += [(prompt[reached : word.start], None, ""), _piece(word, prompt[word.start : word.end], explanation)]
+        found += [(prompt[reached : word.start], None, "", ""), piece(word, prompt[word.start : word.end])]
         reached = word.end
-    return [*found, (prompt[reached:], None, "")]
+    return [*found, (prompt[reached:], None, "", "")]
 
 
-def _piece(word: WordSignificance, text: str, explanation: Explanation) -> Piece:
-    bold = ";font-weight:700" if word == explanation.top else ""
-    value = f"significance {word.significance:.2f}, {number(word.raw)} ({explanation.raw_unit})"
-    return text, _shade(word.significance) + bold, value
-
-
-def _shade(significance: float) -> str:
+def _shade(significance: float, calm: bool = False) -> str:
     level = min(1.0, max(0.0, significance))
+    if calm:
+        return f"background-color:{CALM.format(alpha=PALEST * level)}"
     # Whole pixels: browsers draw any line above zero at least one pixel thick.
     return f"background-color:{SHADE.format(alpha=DARKEST * level)};border-bottom:{round(THICKEST * level)}px solid"

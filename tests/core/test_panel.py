@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -11,9 +11,10 @@ from test_monitor import PROFILE, SETTING, predictions
 from sd_dejavu.core.conditioning import Conditioning
 from sd_dejavu.core.settings import Option
 from sd_dejavu.core.verdict import Explanation, WordSignificance
+from sd_dejavu.doctor import Finding
 from sd_dejavu.hosts.webui import controls
 from sd_dejavu.mitigations import Outcome
-from sd_dejavu.report.panel import framed, panel, paragraph, plain_text
+from sd_dejavu.report.panel import Offer, findings, framed, panel, paragraph, plain_text
 from sd_dejavu.run.monitoring import Monitoring
 from sd_dejavu.run.report import Report
 from sd_dejavu.run.state import RunState
@@ -161,6 +162,64 @@ def test_the_panel_shows_text_as_text() -> None:
     titled = panel([("<b>1</b>", Report.missing("<i>why</i>"))])
     assert "&lt;b&gt;1" in titled and "&lt;i&gt;why" in titled and "<b>" not in titled and "<i>" not in titled
     assert "No run" in panel([])
+
+
+def explained(flagged_at: float) -> RunState:
+    """A run of 'a fox', of which two words were looked at; its score is flagged at half of ``flagged_at`` or less."""
+    found = watch("a fox", gap=flagged_at)
+    words = (WordSignificance("a", 0, 1, 2.0, 1.0, 0.1), WordSignificance("fox", 2, 5, 1.0, 0.5, None))
+    found.explanation = Explanation("confirmed gradient", words, "norm")
+    return found
+
+
+def test_words_are_pale_where_nothing_is_flagged() -> None:
+    loud, calm = (panel([("Image 1", Report.of(explained(gap)))]) for gap in (3.0, 0.505))
+    assert "dejavu-badge dejavu-flagged" in loud and "font-weight:700" in loud and "border-bottom:4px" in loud
+    assert "dejavu-calm" not in loud and "thicker line" in loud
+    assert "dejavu-badge dejavu-not-flagged" in calm and "dejavu-calm" in calm and "thicker line" not in calm
+    words = calm[calm.index('data-dejavu="prompt"') : calm.index("Click a word")]
+    assert "font-weight" not in words and "border-bottom" not in words and "213 94 0" not in words
+
+
+def test_each_word_knows_what_the_score_would_be_without_it() -> None:
+    page = panel([("Image 1", Report.of(explained(3.0)))])
+    assert "Without it the first step would score 0.1, instead of 3. Ordinary prompts: " in page
+    assert "What the score would be without it was not measured in this run." in page
+    assert "Click a word to see" in page and "<summary>Details</summary>" in page and "Generate again" in page
+    assert "Click a word" not in panel([("Image 1", Report.of(watch()))])
+
+
+def test_the_panel_offers_to_calibrate() -> None:
+    lacking = watch()
+    lacking.profile = None
+    reports = [("Image 1", Report.of(lacking))]
+    assert 'data-dejavu="calibrate"' not in panel(reports)
+    page = panel(reports, Offer(((100, 18.0), (1000, 180.0))))
+    assert page.count('data-dejavu="calibrate"') == 2 and 'data-count="1000"' in page
+    assert "Measures 100 ordinary prompts once (about 20 s). P-values then come in steps of 1 in 100." in page
+    page = panel(reports, Offer(((1000, 8000.0),), whole_runs=True))
+    assert page.count('data-dejavu="calibrate"') == 1 and "<summary>more</summary>" not in page
+    assert "Samples 1,000 ordinary prompts to the end once (about 2 h)." in page
+
+
+def test_a_run_that_begins_with_an_image_is_told_that_it_gets_no_verdict() -> None:
+    found = watch()
+    found.setting = replace(SETTING, begins_with="an image")
+    assert "begin with an image (img2img, the hires fix) get a score but no verdict" in panel([("1", Report.of(found))])
+
+
+def test_what_works_on_this_machine_is_text() -> None:
+    page = findings([Finding("torch", "2 <b>", True), Finding("x", "gone", False, "get <it>"), Finding("y", "")])
+    assert "works</span> torch: 2 &lt;b&gt;" in page and "fails</span> x: gone" in page and "get &lt;it&gt;" in page
+
+
+def test_a_page_says_what_a_control_is_in_few_words() -> None:
+    named = {known.name: (controls.label_of(known), controls.told_of(known)) for known in controls.OPTIONS}
+    assert named["baseline"] == ("Measured against", "What the prompt is measured against")
+    assert named["mitigation"] == ("How to mitigate", "") and named["when_flagged"][0] == "When flagged"
+    assert all(len(told) <= controls.LONGEST_INFO for _, told in named.values())
+    labels = [label for label, _ in named.values()]
+    assert len(set(labels)) == len(labels) and all(label[0].isupper() for label in labels)
 
 
 def test_the_panel_tells_what_was_sampled_instead() -> None:

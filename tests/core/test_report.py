@@ -399,7 +399,7 @@ def test_page_is_self_contained_and_ordered():
     order = [
         "Likely a replay of training images: 1 of 999",
         "dejavu-words",
-        "Significance by input gradient",
+        "How much each word counts",
         "<svg",
         "Generated image",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import pytest
 
 from sd_dejavu.calibration import store
-from sd_dejavu.calibration.profile import Null, Profile, Setting
+from sd_dejavu.calibration.profile import Null, Ordinary, Profile, Setting
 from sd_dejavu.core.settings import named, options_of
 from sd_dejavu.hosts.webui.audit import read
-from sd_dejavu.hosts.webui.calibration import Calibrating, Calibration
+from sd_dejavu.hosts.webui.calibration import Calibrating, Calibration, networks_of
+from sd_dejavu.hosts.webui.references import Building, guard_of
 from sd_dejavu.hosts.webui.run import Automatic1111
+from sd_dejavu.hosts.webui.work import Telling, calibrated
 from sd_dejavu.run.measure import Measurement
 
 SETTING = Setting(
@@ -61,6 +64,8 @@ def test_the_steps_are_those_of_every_measurement() -> None:
         ({"negative_prompt": 5}, "negative prompt must be text, not 5"),
         ({"replace": "false"}, "replace must be true or false, not 'false'"),
         ({"colour": 1}, "calibrating has no argument colour"),
+        ({"count": 20, "whole_runs": 21}, "whole runs must be at most the 20 of count, not 21"),
+        ({"networks": "a red fox"}, "networks must be like '<lora:name:1>', one after another, not 'a red fox'"),
     ],
 )
 def test_what_makes_no_sense_is_told(values: dict[str, Any], why: str) -> None:
@@ -76,6 +81,76 @@ def test_every_number_of_an_audit_is_bounded_on_both_sides(name: str) -> None:
     for wrong in (-1, 10**20, None, "7", float("nan")):
         with pytest.raises(ValueError, match=f"^{name.replace('_', ' ')} must be "):
             read({"references": "cats", name: wrong})
+
+
+def test_as_many_prompts_as_it_takes_to_flag_a_batch() -> None:
+    asked = Calibrating(count=100, steps=20)
+    assert asked.enough_for("first step", 0.01) == asked
+    assert asked.enough_for("first step", 0.01, batch=4).count == 400  # 399 would do
+    assert asked.enough_for("first step", 0.001).count == 1000
+    whole = asked.enough_for("all steps", 0.01)
+    assert (whole.count, whole.whole_runs) == (100, 100)
+    # 100 predictions are as many as those of two images and a half of 20 steps with guidance.
+    assert (asked.images, whole.images) == (2, 102)
+
+
+def test_networks_are_taken_out_of_a_prompt() -> None:
+    assert networks_of("<lora:a b:0.5> a <red> fox, 1 < 2 > 0 <hypernet:x:1>") == "<lora:a b:0.5> <hypernet:x:1>"
+    assert Calibrating(networks="<lora:a b:0.5> <hypernet:x:1>").size == "512 x 512"
+
+
+def test_how_far_it_is_and_how_long_it_takes() -> None:
+    now = iter((0.0, 3.0, 9.0, 100.0, 100.0))
+    tell = Telling(lambda: next(now))
+    assert tell.sentence("ordinary prompts", 25, 1000) == "ordinary prompts: 25 of 1,000"
+    assert tell.sentence("ordinary prompts", 50, 1000) == "ordinary prompts: 50 of 1,000, about 2 min left"
+    assert tell.sentence("ordinary prompts", 475, 1000) == "ordinary prompts: 475 of 1,000, about 15 s left"
+    assert tell.sentence("ordinary prompts", 1000, 1000) == "ordinary prompts: 1,000 of 1,000"
+    assert tell.sentence("whole runs", 0, 20) == "whole runs: 0 of 20"  # which begin anew
+
+
+def test_whole_runs_are_added_to_the_first_steps_that_are_kept(tmp_path: Path) -> None:
+    run = dataclasses.replace(SETTING, sampler="Euler", guidance_scale=7.0)
+    other = Profile(SETTING, profile(120).nulls, ordinary="generated")
+    store.keep(other, store.path_for(SETTING, tmp_path))
+
+    def found(ordinary: Ordinary = "generated", **asked: Any) -> Profile | None:
+        return Calibration(Automatic1111(), Calibrating(**asked), tmp_path, lambda done: None)._to_go_on_with(
+            run, ordinary
+        )
+
+    more = found(count=100, whole_runs=100)
+    assert more is not None and more.setting == run and more.nulls == other.nulls and more.band == ()
+    assert found(count=100) is None  # asked for none, they are measured anew
+    assert found(count=121, whole_runs=20) is None
+    assert found(count=100, whole_runs=100, replace=True) is None
+    assert found("recombined", count=100, whole_runs=100) is None
+
+
+def test_what_is_told_begins_with_what_it_is_good_for() -> None:
+    told = calibrated(profile(120), Calibrating(width=768), 0.01)
+    assert told.startswith(
+        "Ready: from now on images of this checkpoint at 768 x 512 get a verdict. 120 ordinary prompts"
+    )
+    told = calibrated(profile(40), Calibrating(), 0.01)
+    assert told.startswith(
+        "No verdict yet: at alpha = 0.01 that takes at least 99 ordinary prompts. 40 ordinary prompts"
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"folder": " ", "name": "x"}, "name the folder"),
+        ({"folder": "/a", "name": ""}, "give the set a name"),
+        ({"folder": "/a", "name": "../x"}, r"a set cannot be kept as '\.\./x'"),
+        ({"folder": "/a", "name": ".x"}, "a set cannot be kept"),
+        ({"folder": "/a", "name": "x", "features": "dinov2"}, "features must be one of"),
+    ],
+)
+def test_a_reference_set_that_cannot_be_built_is_told_of(values: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        Building(**values)
 
 
 def profile(prompts: int) -> Profile:
@@ -109,3 +184,13 @@ def test_where_nothing_was_measured_it_says_why(tmp_path: Path) -> None:
     with pytest.raises(store.HoldsMore, match=r"^more is kept$"):
         calibration.kept()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_set_that_is_not_there_is_told_of_with_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"^no reference set is chosen: build one of your images and captions in the tab"
+    ):
+        guard_of(tmp_path, "")
+    (tmp_path / "cats.safetensors").touch()
+    with pytest.raises(ValueError, match=r"^there is no reference set 'dogs': choose one of the list$"):
+        guard_of(tmp_path, "dogs")

@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from test_monitor import SETTING, predictions
 
+from sd_dejavu.calibration import store
+from sd_dejavu.calibration.profile import Null, Profile
+from sd_dejavu.hosts.webui.calibration import Calibrating
 from sd_dejavu.hosts.webui.run import Automatic1111, Forge, Pass, Run
-from sd_dejavu.hosts.webui.session import RUNS_SHOWN, Session, Watched
+from sd_dejavu.hosts.webui.session import RUNS_SHOWN, Entry, Made, Session, Shown, Watched
 from sd_dejavu.run.controller import Stop
 from sd_dejavu.run.monitoring import Monitoring
+from sd_dejavu.run.report import Report
+from sd_dejavu.run.state import RunState
 
 
 def info(job: str, *seeds: int) -> str:
@@ -44,7 +51,7 @@ def drawn(session: Session, job: str, panel: str, *seeds: int) -> Watched:
     """A run of a job of its own, which is over."""
     session._state.job_timestamp, session._state.time_start = job, float(job)
     watched = session.begin(drawing(*seeds))
-    watched.shown.panel = panel
+    watched.shown.faults = panel
     session.close(watched.p)
     return watched
 
@@ -152,10 +159,10 @@ def test_a_run_that_nobody_watches_is_read_by_none(session: Session, seen: list[
 
 def test_the_panel_is_that_of_the_outer_run(session: Session, state: Any) -> None:
     outer = session.begin(drawing(5))
-    outer.shown.panel = "the outer's"
+    outer.shown.faults = "the outer's"
     for seed in (5, 7):
         inner = session.begin(drawing(seed))
-        inner.shown.panel = "the inner's"
+        inner.shown.faults = "the inner's"
         session.close(inner.p)
     for seed in (5, 7, 9):
         assert session.panel_of(info(state.job_timestamp, seed)) == "the outer's"
@@ -202,3 +209,40 @@ def test_a_run_of_our_own_is_for_whoever_made_it(session: Session) -> None:
         session.before(params)
         session.after_automatic1111(SimpleNamespace(inner_model="ours"))
     assert told == [params] and session.of(p) is None
+
+
+def shown(monitoring: Monitoring, prompts: int = 0, **setting: Any) -> Shown:
+    """A run of a batch of two images, with a calibration of so many ordinary prompts or none."""
+    state = RunState(monitoring, "a red fox", replace(SETTING, **setting))
+    state.trace.record(predictions(3.0))
+    if prompts:
+        nulls = tuple(Null("plain", {"first step": (0.1,)}) for _ in range(prompts))
+        state.profile = Profile(SETTING, nulls, ordinary="generated")
+    report = Report.of(state).of_images([0])
+    made = Made(Calibrating(count=100, networks="<lora:x:1>"), {"sd_model_checkpoint": "a"}, 2.0)
+    return Shown(entries=[Entry("Image 1", "first pass", 0, report)], made=made)
+
+
+def test_what_to_calibrate_for_is_how_the_run_was_made() -> None:
+    asked = shown(Monitoring()).asked(100)
+    assert asked == Calibrating(count=100, networks="<lora:x:1>")
+    asked = shown(Monitoring(score="all steps", alpha=0.001, baseline="negative prompt")).asked(100)
+    assert asked is not None and (asked.count, asked.whole_runs, asked.baseline) == (1000, 1000, "negative prompt")
+    assert shown(Monitoring(), begins_with="an image").asked(100) is None
+    assert shown(Monitoring(), prompts=99).asked(100) is None  # it has its verdict
+    too_few = shown(Monitoring(), prompts=20).asked(100)
+    assert too_few is not None and too_few.count == 100
+    assert "Calibrate with these settings" in shown(Monitoring()).panel
+    assert "Calibrate with these settings" not in shown(Monitoring(), prompts=99).panel
+
+
+def test_a_run_is_judged_again_by_what_was_calibrated_since(tmp_path: Path) -> None:
+    found = shown(Monitoring())
+    before = found.entries[0].report.verdicts[0]
+    assert before.lacks_calibration and found.documents[0]["lacks_calibration"]
+    nulls = tuple(Null("plain", {"first step": (0.1,)}) for _ in range(100))
+    store.keep(Profile(SETTING, nulls, ordinary="generated"), store.path_for(SETTING, tmp_path))
+    found.judged_again(tmp_path)
+    (verdict,) = found.entries[0].report.verdicts
+    assert verdict.flagged is True and verdict.score == before.score and verdict.nulls == 100
+    assert found.asked(100) is None and not found.documents[0]["lacks_calibration"]

@@ -118,6 +118,9 @@ def test_another_sites_page_may_not_ask(locked: WebUIServer, path: str) -> None:
         *(("/dejavu/calibrate", {"steps": value}) for value in (0, -1, 10**6, 2.5)),
         *(("/dejavu/calibrate", {"count": value}) for value in (None, 0, 10**12, "many", [20])),
         *(("/dejavu/calibrate", {name: "nonsense"}) for name in ("sampler_name", "scheduler", "replace")),
+        *(("/dejavu/calibrate", {"whole_runs": value}) for value in (-1, 21, 2.5, "all")),
+        *(("/dejavu/calibrate", {"networks": value}) for value in ("a fox", None)),
+        *(("/dejavu/calibrate", {"guidance_scale": value}) for value in (-1, "7", None)),
         ("/dejavu/calibrate", []),
         *(("/dejavu/audit", {name: 10**12}) for name in ("width", "steps", "images", "nulls", "sample", "worst")),
         ("/dejavu/audit", {"seed": -1}),
@@ -158,6 +161,19 @@ def test_a_calibration_that_holds_more_is_replaced_only_when_asked(locked: WebUI
     status, text = ask(locked, "/dejavu/calibrate", {**SMALL, "replace": True}, **BASIC)
     assert status == 200 and json.loads(text)["prompts"] == 20
     assert kept(locked).keys() == before.keys() and kept(locked) != before
+
+
+def test_whole_runs_are_added_to_what_is_kept(locked: WebUIServer) -> None:
+    for size in (40, 20):
+        asked = {**SMALL, "count": size, "width": 128, "whole_runs": 40 - size}
+        status, text = ask(locked, "/dejavu/calibrate", asked, **BASIC)
+        assert status == 200, text
+    assert (json.loads(text)["prompts"], json.loads(text)["whole_runs"]) == (40, 20)
+    (file,) = [json.loads(held) for name, held in kept(locked).items() if name == json.loads(text)["file"]]
+    assert len(file["band"]) == SMALL["steps"] and file["setting"]["sampler"] == "Euler"
+    assert ["all steps" in null["scores"] for null in file["nulls"]] == [True] * 20 + [False] * 20
+    status, text = ask(locked, "/dejavu/calibrate", {**SMALL, "count": 40, "width": 128}, **BASIC)
+    assert status == 409 and "20 of them as whole runs" in text
 
 
 def until(done: Any, seconds: float = 60) -> None:

@@ -25,9 +25,24 @@ class WebUIPage:
         """Switch our accordion on; it opens."""
         self.browser.locator("#dejavu_txt2img .input-accordion-checkbox").check()
         self.browser.wait_for_timeout(500)
-        if not self.browser.locator("#dejavu_alpha_txt2img").first.is_visible():
-            self.browser.locator("#dejavu_txt2img .label-wrap .icon").click()
-        self.browser.locator("#dejavu_alpha_txt2img").first.wait_for()
+        if not self.browser.locator("#dejavu_calibrate_txt2img").first.is_visible():
+            self.browser.locator("#dejavu_txt2img .label-wrap .icon").first.click()
+        self.browser.locator("#dejavu_calibrate_txt2img").first.wait_for()
+
+    def more(self, place: str = "more_txt2img") -> None:
+        """Open what is folded away in one of our places."""
+        self.browser.locator(f"#dejavu_{place} .label-wrap").first.click()
+        self.browser.wait_for_timeout(500)
+
+    def choose(self, name: str, value: str) -> None:
+        """One of a dropdown of ours."""
+        self.browser.locator(f"#dejavu_{name} input").first.click()
+        self.browser.locator(f"#dejavu_{name} li", has_text=value).first.click()
+
+    def fill(self, name: str, value: object) -> None:
+        box = self.browser.locator(f"#dejavu_{name} :is(input, textarea)").first
+        box.fill(str(value))
+        box.press("Tab")
 
     def ours(self) -> dict[str, Any]:
         """What our accordion's controls show."""
@@ -52,12 +67,6 @@ class WebUIPage:
         self.browser.locator("#settings > .tab-nav button", has_text=section).first.click()
         self.browser.wait_for_timeout(500)
 
-    def alpha(self, value: float) -> None:
-        """Our own slider's number."""
-        box = self.browser.locator("#dejavu_alpha_txt2img input[type=number]").first
-        box.fill(str(value))
-        box.press("Tab")
-
     def number(self, name: str, value: int) -> None:
         box = self.browser.locator(f"#txt2img_{name} input[type=number]").first
         box.fill(str(value))
@@ -78,7 +87,7 @@ class WebUIPage:
     def word(self, number: int, action: str) -> None:
         """Open a word of the panel and choose what to do with it."""
         self.browser.locator(f"{PANEL} .dejavu-word").nth(number).click()
-        self.browser.locator(f"{PANEL} .dejavu-menu button", has_text=action).click()
+        self.browser.locator(f"{PANEL} .dejavu-card button", has_text=action).click()
         self.browser.wait_for_timeout(300)
 
     def screenshot(self, path: Path) -> None:

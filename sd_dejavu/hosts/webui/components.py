@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 from modules import shared, ui_components
 
 from ...core.settings import Option
-from .controls import TITLE, shown_as
+from .controls import TITLE, label_of, shown_as, told_of
 from .hosted import Component
 
 gr: Component = import_module("gradio")  # the host's: two major versions are in use
@@ -27,13 +29,20 @@ def accordion(tab: str) -> Iterator[Component]:
         yield gr.Checkbox(False, label="Enable", elem_id=f"dejavu_enabled_{tab}")
 
 
+def folded(title: str, place: str) -> Component:
+    """Holds what not everybody needs."""
+    return gr.Accordion(title, open=False, elem_id=f"dejavu_{place}")
+
+
 def component(known: Option, tab: str, choices: Sequence[str]) -> Component:
     """A component for one option of the core."""
     default = shared.opts.data.get(f"dejavu_{known.id}", known.default)
-    shown = {"label": known.name.replace("_", " "), "info": known.help, "elem_id": f"dejavu_{known.id}_{tab}"}
+    shown = {"label": label_of(known), "info": told_of(known) or None, "elem_id": f"dejavu_{known.id}_{tab}"}
     kind = shown_as(known, choices)
     if kind == "dropdown":
         return gr.Dropdown(list(choices), value=default if default in choices else None, **shown)
+    if kind == "text":
+        return gr.Textbox(default, lines=1, max_lines=1, **shown)
     if kind == "checkbox":
         return gr.Checkbox(default, **shown)
     if kind == "number":
@@ -47,3 +56,15 @@ def stopping(tab: str) -> Component:
     stop = gr.Button("Stop", elem_id=f"dejavu_stop_{tab}")
     stop.click(lambda: shared.state.interrupt(), inputs=[], outputs=[])
     return stop
+
+
+def task() -> Component:
+    """The first input of what :func:`at_work` begins: the page's own name for the work."""
+    return gr.Textbox("", visible=False)
+
+
+def at_work(place: str) -> dict[str, Any]:
+    """How a button begins work that takes long: our script shows its progress above the answer at ``place``."""
+    assert re.fullmatch(r"\w+ \w+", place)
+    script = f"(...values) => globalThis.dejavuBegun ? globalThis.dejavuBegun('{place}', values) : values"
+    return {"_js": script, "show_progress": "hidden"}

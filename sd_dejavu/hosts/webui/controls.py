@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
@@ -115,8 +116,45 @@ def pasted(known: Mapping[str, object], name: str) -> object:
         return None
 
 
-def shown_as(known: Option, choices: Sequence[str] = ()) -> Literal["dropdown", "checkbox", "number", "slider"]:
+_LABELS = {  # where the name of an option says too little beside its control
+    "baseline": "Measured against",
+    "mitigation": "How to mitigate",
+    "references": "Reference set",
+    "count": "Ordinary prompts",
+    "nulls": "Ordinary prompts",
+    "replace": "Replace a larger calibration",
+    "lora": "LoRA",
+    "sample": "Captions",
+    "worst": "Images drawn again",
+    "false_discovery_rate": "Captions named wrongly",
+    "restart": "Begin anew",
+}
+_FREE_TEXT = ("folder", "name")
+LONGEST_INFO = 120  # characters
+
+
+def label_of(known: Option) -> str:
+    """What a control of the page is called."""
+    return _LABELS.get(known.name, known.name.replace("_", " ").capitalize())
+
+
+def told_of(known: Option) -> str:
+    """What is said below it, on one line or two: of a long help its beginning, and nothing where that is its label.
+
+    >>> told_of(Option("x", 1, "what is drawn: " + "and so on, " * 20, int))
+    'What is drawn'
+    """
+    told = known.help
+    if len(told) > LONGEST_INFO:
+        told = re.split(r"[:;] | \(", told)[0]
+    told = told[:1].upper() + told[1:]
+    return "" if told == label_of(known) else told
+
+
+def shown_as(known: Option, choices: Sequence[str] = ()) -> Literal["dropdown", "text", "checkbox", "number", "slider"]:
     """The kind of component for one option on the host's page."""
+    if known.name in _FREE_TEXT:
+        return "text"
     if choices or known.kind is str:
         return "dropdown"
     if known.kind is bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -26,6 +27,7 @@ class Here:
         self.calibrations, self.references, self.audits = (
             folder / name for name in ("calibration", "references", "audits")
         )
+        self.has_panel = False  # whether the host's page shows reports
         self._hidden = (paths.data_path, paths.script_path, paths.models_path, Path.home())
 
     def sentence(self, error: Exception | str) -> str:
@@ -45,24 +47,39 @@ class Here:
             needed["on_cfg_denoised"] = script_callbacks
         return [name for name, owner in needed.items() if not hasattr(owner, name)]
 
-    def in_turn(self, work: Callable[[], Found]) -> Found:
-        """What ``work`` gives when the host's other runs are done, and where it samples."""
-        from modules import call_queue
+    def in_turn(self, work: Callable[[], Found], task: str = "") -> Found:
+        """What ``work`` gives when the host's other runs are done, and where it samples.
 
-        with call_queue.queue_lock:
-            if self.host.name != "Forge":
-                return work()
-            from modules_forge import main_thread
+        A page that asks for the host's progress of its ``task``, named as the host's own are, is told how far it is.
+        """
+        from modules import call_queue, progress
 
-            outcome: list[Found | Exception] = []
+        known = re.fullmatch(r"task\([a-z0-9]{1,40}\)", task)
+        if known:
+            progress.add_task_to_queue(task)
+        try:
+            with call_queue.queue_lock:
+                if known:
+                    progress.start_task(task)
+                return self._where_it_samples(work)
+        finally:
+            if known:
+                progress.finish_task(task)
 
-            def kept() -> None:  # that thread keeps to itself what is raised there
-                try:
-                    outcome.append(work())
-                except Exception as error:
-                    outcome.append(error)
+    def _where_it_samples(self, work: Callable[[], Found]) -> Found:
+        if self.host.name != "Forge":
+            return work()
+        from modules_forge import main_thread
 
-            main_thread.run_and_wait_result(kept)
+        outcome: list[Found | Exception] = []
+
+        def kept() -> None:  # that thread keeps to itself what is raised there
+            try:
+                outcome.append(work())
+            except Exception as error:
+                outcome.append(error)
+
+        main_thread.run_and_wait_result(kept)
         (found,) = outcome
         if isinstance(found, Exception):
             raise found

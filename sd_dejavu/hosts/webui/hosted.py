@@ -83,10 +83,16 @@ class Processing(Protocol):
     seeds: list[int]
     all_seeds: list[int]
     batch_size: int
+    width: int
+    height: int
     steps: int
     cfg_scale: float
     sampler_name: str
     extra_generation_params: Options
+    override_settings: Options
+    cached_c: Any
+    cached_uc: Any
+    sample: Callable[..., Any]
     sd_model: Checkpoint
     sampler: Any
     rng: Any
@@ -107,6 +113,11 @@ class State(Protocol):
 
     job_timestamp: str
     time_start: float | None
+    textinfo: str | None
+    job_count: int
+    job_no: int
+    sampling_step: int
+    sampling_steps: int
 
     def begin(self, job: str) -> None: ...
     def end(self) -> None: ...

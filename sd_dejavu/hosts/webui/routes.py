@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 from fastapi import HTTPException, Request
 from modules import shared
 
 from ...calibration import store
+from ...calibration.profile import ALPHA_DEFAULT, Profile
 from . import audit, door, work
+from .calibration import Calibrating
 from .here import Here
 from .hosted import App, Options
 
@@ -34,8 +37,14 @@ def add_routes(here: Here, app: App) -> None:
     @app.post("/dejavu/calibrate")
     async def calibrate(request: Request) -> Options:
         """Calibrate for the loaded checkpoint; a JSON object of count, width, height, steps, and more by their names."""
-        profile, path = await _let_in(here, request, app, work.read_calibrating, work.calibrate)
-        return {"file": path.name, "prompts": len(profile.nulls), "text": work.calibrated(profile, path)}
+
+        def do(here: Here, asked: Calibrating, turn: door.Turn) -> tuple[Profile, Path, str]:
+            profile, path = work.calibrate(here, asked, turn)
+            return profile, path, work.calibrated(profile, asked, ALPHA_DEFAULT)
+
+        profile, path, text = await _let_in(here, request, app, work.read_calibrating, do)
+        held = store.Size.of(profile)
+        return {"file": path.name, "prompts": held.prompts, "whole_runs": held.whole_runs, "text": text}
 
     @app.post("/dejavu/audit")
     async def audit_named(request: Request) -> Options:

@@ -76,8 +76,10 @@ class Pass:
         from_image: bool,
         rule: Callable[[GuidedModel], GuidanceRule] | None,
         within: bool,
+        every_score: bool,
     ) -> None:
-        """``rule`` makes a guidance rule for every prompt; ``within`` another run this one ends itself alone."""
+        """``rule`` makes a guidance rule for every prompt; ``within`` another run this one ends itself alone. Readings
+        are for the monitor's score, or for ``every_score``."""
         hires = bool(getattr(p, "is_hr_pass", False))
         self.title = HIRES if hires else "first pass"
         self.prompts = list((getattr(p, "hr_prompts", None) if hires else None) or p.prompts)
@@ -96,7 +98,10 @@ class Pass:
         images: dict[str, list[int]] = {}
         for image, prompt in enumerate(self.prompts):
             images.setdefault(prompt, []).append(image)
-        self.states = [RunState(monitoring, prompt, images=tuple(places)) for prompt, places in images.items()]
+        self.states = [
+            RunState(monitoring, prompt, images=tuple(places), every_score=every_score)
+            for prompt, places in images.items()
+        ]
         self.controller: RunController[GuidedModel] = RunController(
             self,
             monitoring,
@@ -105,6 +110,7 @@ class Pass:
             keep=lambda made: store.keep(made, store.path_for(made.setting, folder)),
         )
         self._steered, self._within = rule is not None, within
+        self._told = False  # whether the host's page tells of a calibration
 
     # ----------------------------------------------------------------- as the controller's host
 
@@ -172,7 +178,7 @@ class Pass:
             sigma=model.sigmas(self.steps)[0],
             guidance_scale=self.scale,
             baseline=baseline,
-            negative_prompt=" | ".join(dict.fromkeys(self.negatives)) if baseline == "negative prompt" else "",
+            negative_prompt=" | ".join(dict.fromkeys(self.negatives)),
             begins_with="an image" if self.from_image else "noise",
             sampler=self.sampler,
             patches=model.patches,
@@ -186,7 +192,15 @@ class Pass:
         return "begins with an image" if self.from_image else "is sampled in a way that cannot begin again"
 
     def progress(self) -> None:
-        """The host's page shows the report when the run is over."""
+        """The host's page shows the report when the run is over; until then, how far a calibration within it is."""
+        from modules import shared
+
+        measured = next((state.calibrating for state in self.states if state.calibrating is not None), None)
+        if measured is not None:
+            shared.state.textinfo = f"ordinary prompts: {measured.done:,} of {measured.count:,}"
+        elif self._told:
+            shared.state.textinfo = None
+        self._told = measured is not None
 
     # ------------------------------------------------------------------------ in the host's loop
 
@@ -415,14 +429,20 @@ class Run:
     """One run of the host's: its passes, and their reports."""
 
     def __init__(
-        self, host: Host, monitoring: Monitoring, folder: Path, guard: Guard | None = None, within: bool = False
+        self,
+        host: Host,
+        monitoring: Monitoring,
+        folder: Path,
+        guard: Guard | None = None,
+        within: bool = False,
+        every_score: bool = False,
     ) -> None:
         """``folder`` holds the calibrations. With a ``guard`` every run is led away from its reference images.
 
-        ``within`` says that another run is around this one.
+        ``within`` says that another run is around this one; with ``every_score`` each evaluation is read for all scores.
         """
         self.host, self.monitoring, self.guard, self.within = host, monitoring, guard, within
-        self._folder = folder
+        self._folder, self._every_score = folder, every_score
         self.passes: list[Pass] = []
         self._open: Pass | None = None
 
@@ -432,7 +452,7 @@ class Run:
             # Forge announces the hires pass twice.
             self.passes = [known for known in self.passes if known is not self._open]
         rule = None if self.guard is None else partial(rule_of, self.guard)
-        self._open = Pass(self.host, p, self.monitoring, self._folder, from_image, rule, self.within)
+        self._open = Pass(self.host, p, self.monitoring, self._folder, from_image, rule, self.within, self._every_score)
         self.passes.append(self._open)
         if self.monitoring.changes_noise and not self._open.from_image:
             let_begin_again(p, partial(setattr, self._open, "may_begin_again"))

@@ -6,13 +6,18 @@ import json
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from time import monotonic
 
 from torch import Tensor
 
+from ...calibration import store
 from ...report import panel
+from ...report.panel import Offer
+from ...run.report import Report
 from .audit import Piece
-from .calibration import Calibration
+from .calibration import QUICK, THOROUGH, Calibrating, Calibration, networks_of
 from .controls import TITLE, Wanted, infotexts
 from .hosted import After, Before, Guided, Options, Processing, State
 from .run import Run
@@ -20,12 +25,99 @@ from .run import Run
 RUNS_SHOWN = 32  # of all pages
 
 
+@dataclass(frozen=True)
+class Made:
+    """How a run was made: what to calibrate for so that its images get a verdict."""
+
+    asked: Calibrating
+    overrides: Options  # of the host's settings
+    seconds: float  # that one of its images took
+
+    @classmethod
+    def of(cls, p: Processing, networks: str, seconds: float) -> Made | None:
+        """None where nothing can be calibrated for: a size or a number of steps out of range."""
+        try:
+            asked = Calibrating(
+                count=QUICK,
+                width=p.width,
+                height=p.height,
+                steps=p.steps,
+                sampler_name=p.sampler_name,
+                scheduler=getattr(p, "scheduler", None) or "Automatic",
+                negative_prompt=p.negative_prompts[0],
+                guidance_scale=p.cfg_scale,
+                networks=networks,
+            )
+        except ValueError:
+            return None
+        checkpoint = p.sd_model.sd_checkpoint_info.title
+        return cls(asked, {**p.override_settings, "sd_model_checkpoint": checkpoint}, seconds)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The report on one image of a run, of one of its passes."""
+
+    title: str
+    run_pass: str
+    image: int
+    report: Report
+
+    @property
+    def document(self) -> Options:
+        return {"image": self.image, "pass": self.run_pass, **self.report.as_json()}
+
+    def judged_again(self, folder: Path) -> Entry:
+        """By the calibrations that are kept now."""
+        state = self.report.state
+        if state.setting is not None:
+            state.profile = store.find_for_monitor(state.setting, state.monitoring.score, (), folder)
+        places = self.report.images
+        report = Report.of(state)
+        return replace(self, report=report if places is None else report.of_images(places))
+
+
 @dataclass
 class Shown:
-    """What there is to see of a run: its panel, and the reports as JSON."""
+    """What there is to see of a run: the reports on its images, as a panel and as JSON, and what went wrong."""
 
-    panel: str = ""
-    documents: list[Options] = field(default_factory=list)
+    faults: str = ""
+    entries: list[Entry] = field(default_factory=list)
+    made: Made | None = None
+
+    @property
+    def panel(self) -> str:
+        told = [(entry.title, entry.report) for entry in self.entries]
+        return (str(panel.panel(told, self._offer())) if told else "") + self.faults
+
+    @property
+    def documents(self) -> list[Options]:
+        return [entry.document for entry in self.entries]
+
+    def judged_again(self, folder: Path) -> None:
+        """By the calibrations that are kept now."""
+        self.entries = [entry.judged_again(folder) for entry in self.entries]
+
+    def asked(self, count: int) -> Calibrating | None:
+        """What to calibrate for, with at least ``count`` ordinary prompts; None where that would help no image."""
+        lacking = [entry.report for entry in self.entries if _can_be_calibrated(entry.report)]
+        if self.made is None or not lacking:
+            return None
+        asked = replace(self.made.asked, count=count, baseline=lacking[0].state.monitoring.baseline)
+        wanted, batch = lacking[0].state.monitoring, max(report.verdicts[0].batch for report in lacking)
+        return asked.enough_for(wanted.score, wanted.alpha, batch)
+
+    def _offer(self) -> Offer | None:
+        asked, thorough = self.asked(QUICK), self.asked(THOROUGH)
+        if asked is None or thorough is None or self.made is None:
+            return None
+        found = {one.count: one.images * self.made.seconds for one in (asked, thorough)}
+        return Offer(tuple(found.items()), asked.whole_runs > 0)
+
+
+def _can_be_calibrated(report: Report) -> bool:
+    setting = report.state.setting
+    return report.verdicts[0].lacks_calibration and setting is not None and setting.begins_with == "noise"
 
 
 @dataclass
@@ -38,26 +130,32 @@ class Watched:
     watching: Run | Calibration | Piece | None = None
     wanted: Wanted | None = None
     shown: Shown = field(default_factory=Shown)
+    begun: float = field(default_factory=monotonic)
 
     @property
     def run(self) -> Run | None:
         """What watches it, where that is what the user asked for."""
         return self.watching if isinstance(self.watching, Run) else None
 
-    def tell(self, before: int, in_infotext: bool) -> None:
-        """Shows what was found on the batch that is done, after ``before`` images."""
+    def tell(self, before: int, in_infotext: bool, in_comment: bool) -> None:
+        """Shows what was found on the batch that is done, after ``before`` images: in their parameters too, and below
+        them, where those are asked for."""
         assert self.run is not None
-        reports = self.run.reports()
+        p, reports = self.p, self.run.reports()
         passes = {title for title, _, _ in reports}
-        named = []
+        found = []
         for title, image, report in reports:
-            named.append((f"Image {before + image + 1}" + (f", {title}" if len(passes) > 1 else ""), report))
-            self.shown.documents.append({"image": before + image, "pass": title, **report.as_json()})
-        self.shown.panel += str(panel.panel(named))
-        for line in panel.plain_text(named).splitlines():
-            self.p.comment(f"{TITLE}: {line}")
+            name = f"Image {before + image + 1}" + (f", {title}" if len(passes) > 1 else "")
+            found.append(Entry(name, title, before + image, report))
+        self.shown.entries += found
+        if self.shown.made is None and found:
+            seconds = (monotonic() - self.begun) / len({entry.image for entry in found})
+            self.shown.made = Made.of(p, networks_of(p.all_prompts[before]), seconds)
+        if in_comment:
+            for line in panel.plain_text([(entry.title, entry.report) for entry in found]).splitlines():
+                p.comment(f"{TITLE}: {line}")
         if in_infotext:
-            self.p.extra_generation_params.update(infotexts([(image, report) for _, image, report in reports]))
+            p.extra_generation_params.update(infotexts([(image, report) for _, image, report in reports]))
 
     def end(self) -> None:
         if (run := self.run) is not None:
@@ -99,7 +197,7 @@ class Session:
             self._close_from(self._open.index(watched))
 
     @contextmanager
-    def own(self, p: Processing, watching: Calibration | Piece) -> Iterator[None]:
+    def own(self, p: Processing, watching: Run | Calibration | Piece) -> Iterator[None]:
         """While open, the evaluations of ``p``, a run that we have made, are for ``watching``."""
         self._opened(p).watching = watching
         try:
@@ -107,8 +205,8 @@ class Session:
         finally:
             self.close(p)
 
-    def panel_of(self, info: str) -> str:
-        """The panel of the run that the host's own account of it, as JSON, is about; empty where none is known.
+    def shown_of(self, info: str) -> Shown | None:
+        """What there is to see of the run that the host's own account of it, as JSON, is about; None of one unknown.
 
         Where no run of its job has that first seed, as that of a plot need not, the last one of the job counts.
         """
@@ -116,10 +214,14 @@ class Session:
             account = json.loads(info)
             job, seed = str(account["job_timestamp"]), str(account["all_seeds"][0])
         except (ValueError, TypeError, LookupError):
-            return ""
+            return None
         of_job = [shown for (known, _), shown in self._runs.items() if known == job]
-        found = self._runs.get((job, seed)) or (of_job[-1] if of_job else Shown())
-        return found.panel
+        return self._runs.get((job, seed)) or (of_job[-1] if of_job else None)
+
+    def panel_of(self, info: str) -> str:
+        """The panel of that run; empty of one unknown."""
+        shown = self.shown_of(info)
+        return "" if shown is None else shown.panel
 
     # ------------------------------------------------------------------------ the host's callbacks
 

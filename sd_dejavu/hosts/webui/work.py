@@ -1,19 +1,51 @@
-"""Calibrating and auditing as a job of the host's, whoever asks for it: a page or a client of our routes."""
+"""Calibrating, auditing and building reference sets as jobs of the host's, for a page or a client of our routes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from time import monotonic
+from typing import Any
 
 from ...calibration.profile import Profile
 from ...core.settings import named, options_of
+from ...detectors import scores
 from ...report import panel, wording
-from . import audit
-from .calibration import Calibrating, Calibration
-from .controls import TITLE
+from ...run.judge import needed_nulls
+from . import audit, references
+from .calibration import Calibrating, Calibration, networks_of, processing_of, read, watching
 from .door import Turn
 from .here import Here
-from .run import drawn
+from .hosted import Options
+from .run import drawn, read_forge
+
+NOT_KNOWN = "this image's run is not known any more: generate it again"
+
+
+class Telling:
+    """Tells the host's page how far some work is, and about how long the rest will take."""
+
+    def __init__(self, now: Callable[[], float] = monotonic) -> None:
+        self._now, self._what, self._begun, self._first = now, "", 0.0, 0
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        from modules import shared
+
+        state = shared.state
+        state.textinfo = self.sentence(what, done, total)
+        state.job_count, state.job_no, state.sampling_step, state.sampling_steps = 1, 0, done, total
+
+    def sentence(self, what: str, done: int, total: int) -> str:
+        """'ordinary prompts: 34 of 100, about 20 s left'; without a time while nothing is known of it."""
+        if what != self._what:
+            self._what, self._begun, self._first = what, self._now(), done
+        left = ""
+        if done > self._first and done < total:
+            seconds = (self._now() - self._begun) / (done - self._first) * (total - done)
+            left = f", {panel.duration(seconds)} left"
+        return f"{what}: {done:,} of {total:,}{left}"
 
 
 def read_calibrating(values: Mapping[str, object]) -> Calibrating:
@@ -27,68 +59,156 @@ def read_calibrating(values: Mapping[str, object]) -> Calibrating:
     return asked
 
 
-def calibrate(here: Here, asked: Calibrating, turn: Turn) -> tuple[Profile, Path]:
-    """Measure ordinary prompts for the loaded checkpoint; (profile, where it is kept). Raises ValueError."""
-    from modules import processing, shared
+def calibrate(here: Here, asked: Calibrating, turn: Turn, overrides: Options | None = None) -> tuple[Profile, Path]:
+    """Measure ordinary prompts for the loaded checkpoint; (profile, where it is kept). Raises ValueError.
 
-    p = processing.StableDiffusionProcessingTxt2Img(
-        prompt="",
-        negative_prompt=asked.negative_prompt,
-        seed=1,
-        steps=asked.steps,
-        width=asked.width,
-        height=asked.height,
-        sampler_name=asked.sampler_name,
-        scheduler=asked.scheduler,
-        do_not_save_samples=True,
-        do_not_save_grid=True,
+    ``overrides`` are settings of the host's that hold meanwhile.
+    """
+    from modules import shared
+
+    tell = Telling()
+    measuring = Calibration(
+        here.host, asked, here.calibrations, lambda done: tell("ordinary prompts", done, asked.count)
     )
-    p.sd_model = shared.sd_model
-
-    def tell(done: int) -> None:
-        shared.state.textinfo = f"{TITLE}: {done} of {asked.count} ordinary prompts"
-
-    measuring = Calibration(here.host, asked, here.calibrations, tell)
-    with turn.job("dejavu-calibrate"), here.session.own(p, measuring):
-        drawn(p)
+    p = processing_of(asked, [""], overrides)
+    with turn.job("dejavu-calibrate"):
+        with here.session.own(p, measuring):
+            drawn(p)
+        measuring.made()
+        if asked.whole_runs:
+            shared.state.interrupted = False  # by which the first steps ended their run
+            _add_whole_runs(here, measuring, tell, overrides)
     return measuring.kept()
 
 
-def calibrated(profile: Profile, path: Path) -> str:
-    """What is told of a calibration."""
-    return f"{wording.calibrated(profile)} Kept as {path.name}."
+def _add_whole_runs(here: Here, measuring: Calibration, tell: Telling, overrides: Options | None) -> None:
+    from modules import shared
+
+    asked, state = measuring.asked, shared.state
+    prompts = measuring.prompts()[0][: asked.whole_runs]
+    p, run = processing_of(asked, prompts, overrides), watching(here.host, asked, here.calibrations)
+
+    def begun() -> None:
+        if here.host.name == "Forge":
+            read_forge(p, here.session.after_forge)
+
+    def over(done: int) -> None:
+        tell("whole runs of ordinary prompts", done, asked.whole_runs)
+
+    over(0)
+    with here.session.own(p, run), read(p, run, begun, over) as traces:
+        drawn(p)
+    if state.interrupted or state.skipped or state.stopping_generation or len(traces) < asked.whole_runs:
+        raise ValueError("it was stopped before all whole runs were sampled, so nothing is kept")
+    measuring.add_whole_runs(traces)
+
+
+def calibrated(profile: Profile, asked: Calibrating, alpha: float) -> str:
+    """What is told of a calibration: whether runs get a verdict from now on, and then the figures."""
+    needed = needed_nulls(alpha)
+    if len(profile.nulls) < needed:
+        opening = f"No verdict yet: at alpha = {alpha:g} that takes at least {needed:,} ordinary prompts."
+    else:
+        opening = f"Ready: from now on images of this checkpoint at {asked.size} get a verdict."
+    return f"{opening} {wording.calibrated(profile, alpha=alpha)}"
 
 
 def run_audit(here: Here, asked: audit.Asked, turn: Turn) -> audit.Finding:
     """Audit a training set. Raises ValueError."""
+    with turn.job("dejavu-audit"):
+        return audit.run_audit(here.host, asked, here.references, here.audits, here.session.own, Telling())
+
+
+def build(here: Here, asked: references.Building, turn: Turn) -> str:
+    """Build a reference set; what is told of it. Raises ValueError where there is nothing to build, or it is stopped."""
     from modules import shared
 
+    telling = Telling()
+
     def tell(stage: str, done: int, total: int) -> None:
-        shared.state.textinfo = f"{TITLE}: {stage}, {done} of {total} prompts"
+        if shared.state.interrupted:
+            raise ValueError("it was stopped; started again, it goes on where it stood")
+        telling(stage, done, total)
 
-    with turn.job("dejavu-audit"):
-        return audit.run_audit(here.host, asked, here.references, here.audits, here.session.own, tell)
+    with turn.job("dejavu-build"):
+        return references.build_set(asked, here.references, tell)
 
 
-def calibrate_from_page(here: Here, values: Mapping[str, object]) -> str:
-    """The page's answer, as HTML."""
+# --------------------------------------------------------------------------------------- the page
+
+
+def calibrate_from_page(here: Here, task: str, values: Mapping[str, Any]) -> str:
+    """The accordion's answer, as HTML. ``values`` are by the names of calibrating, and alpha and score of the monitor;
+    ``networks`` is the whole prompt."""
     from modules import shared
 
     try:
-        asked = read_calibrating(values)
-        text = calibrated(*here.in_turn(lambda: calibrate(here, asked, Turn(shared.state))))
+        wanted = dict(values)
+        alpha, score = float(wanted.pop("alpha")), str(wanted.pop("score"))
+        asked = read_calibrating({**wanted, "networks": networks_of(str(wanted["networks"]))})
+        if not scores()[score].of_first_step:
+            asked = replace(asked, whole_runs=asked.count)
+        profile, _ = here.in_turn(lambda: calibrate(here, asked, Turn(shared.state)), task)
+        text = calibrated(profile, asked, alpha)
     except ValueError as error:
         text = f"No calibration: {here.sentence(error)}"
     return str(panel.paragraph(text))
 
 
-def audit_from_page(here: Here, values: Mapping[str, object]) -> str:
+def calibrate_for_run(here: Here, task: str, count: int, info: str) -> str:
+    """For the run that the host's own account of it is about: its panel, judged again, below what is told; as HTML."""
+    from modules import shared
+
+    shown = here.session.shown_of(info)
+    try:
+        if shown is None or shown.made is None:
+            raise ValueError(NOT_KNOWN)
+        made, asked = shown.made, shown.asked(count)
+        if asked is None:
+            raise ValueError("these images have their verdicts already, or begin with an image")
+        profile, _ = here.in_turn(lambda: calibrate(here, asked, Turn(shared.state), made.overrides), task)
+        alpha = shown.entries[0].report.verdicts[0].alpha
+        shown.judged_again(here.calibrations)
+        text = calibrated(profile, asked, alpha)
+        if shown.asked(count) is not None:
+            text += (
+                " But not this one, which was made with more than the calibration was: set 'Calibrate first' to "
+                f"{asked.count} and generate it again."
+            )
+    except ValueError as error:
+        text = f"No calibration: {here.sentence(error)}"
+    return str(panel.paragraph(text)) + ("" if shown is None else shown.panel)
+
+
+def judge_again(here: Here, info: str) -> str:
+    """The panel of that run by the calibrations that are kept now, as HTML."""
+    shown = here.session.shown_of(info)
+    if shown is None:
+        return ""
+    shown.judged_again(here.calibrations)
+    return shown.panel
+
+
+def audit_from_page(here: Here, task: str, values: Mapping[str, object]) -> str:
     """The page's answer, as HTML; of a list nothing is chosen where a value is None."""
     from modules import shared
 
     try:
         asked = audit.read({name: value for name, value in values.items() if value is not None})
-        found = here.in_turn(lambda: run_audit(here, asked, Turn(shared.state)))
+        found = here.in_turn(lambda: run_audit(here, asked, Turn(shared.state)), task)
         return str(panel.framed(found.page(), "What the audit found"))
     except ValueError as error:
         return str(panel.paragraph(f"No audit: {here.sentence(error)}"))
+
+
+def build_from_page(here: Here, task: str, values: Mapping[str, object]) -> tuple[str, str | None]:
+    """(the page's answer, as HTML, the set that was built)."""
+    from modules import shared
+
+    try:
+        asked = references.Building(**named(values, options_of(references.Building), "building"))
+        text = here.in_turn(lambda: build(here, asked, Turn(shared.state)), task)
+        return str(panel.paragraph(text)), asked.name
+    except ValueError as error:
+        said = re.sub(r"give --restart", "tick 'Begin anew'", str(error))
+        return str(panel.paragraph(f"No reference set: {here.sentence(said)}")), None
