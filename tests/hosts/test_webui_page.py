@@ -206,6 +206,7 @@ def test_a_reference_set_is_built_in_the_tab(webui: WebUIServer, tmp_path: Path)
         build(str(source / "gone"), "foxes", "No reference set: there is no folder 'gone'")
         build(str(source), "foxes", "Ready: 3 different images, 3 with a caption. Kept as foxes.")
         assert "broken.png" in built.inner_text()
+        page.browser.wait_for_function("() => !document.querySelector('.dejavu-progress')", timeout=30_000)
         assert page.browser.locator("#dejavu_references_audit input").first.input_value() == "foxes"
         page.screenshot(artefact(f"{webui.kind.folder}-tab.png", tmp_path))
         page.more("machine")

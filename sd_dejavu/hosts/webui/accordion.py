@@ -120,9 +120,11 @@ class Accordion:
         calibrate.click(self._calibrate_for_run, inputs=[asked, info], outputs=[shown], **begin)
 
     def _calibrate(self, task: str, *values: object) -> str:
-        return work.calibrate_from_page(self._here, task, dict(zip(ON_PAGE, values, strict=True)))
+        with self._here.page(task) as known:
+            return work.calibrate_from_page(self._here, known, dict(zip(ON_PAGE, values, strict=True)))
 
     def _calibrate_for_run(self, asked: str, info: str) -> str:
         """``asked`` is what our script says: a name for the work, and how many ordinary prompts."""
         wanted = json.loads(asked)
-        return work.calibrate_for_run(self._here, str(wanted["task"]), int(wanted["count"]), info)
+        with self._here.page(str(wanted["task"])) as known:
+            return work.calibrate_for_run(self._here, known, int(wanted["count"]), info)
