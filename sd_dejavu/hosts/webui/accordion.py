@@ -15,6 +15,12 @@ from .here import Here
 from .hosted import Component
 
 FIRST = ("when_flagged", "explain")  # what everybody needs; the rest is behind 'more'
+INTRODUCTIONS = {
+    "txt2img": "Calibrate once for each checkpoint and size: it measures ordinary prompts to compare yours with. Or "
+    "generate an image first, and press the button below it.",
+    "img2img": "Images that begin with an image get a score and their words, but no verdict: ordinary prompts are "
+    "measured from noise.",
+}
 ON_PAGE = {  # of what is calibrated for, where the page has a component of the host's or of ours
     "count": "count",
     "width": "width",
@@ -60,14 +66,10 @@ class Accordion:
             with gr.Row():
                 for name in FIRST:
                     add(name)
-            with gr.Row():
+            with gr.Row(visible=tab == "txt2img"):
                 parts["calibrate"] = gr.Button("Calibrate", elem_id=f"dejavu_calibrate_{tab}")
                 components.stopping(tab)
-            parts["told"] = gr.HTML(
-                "<p>Calibrate once for each checkpoint and size: it measures ordinary prompts to compare yours with. Or "
-                "generate an image first, and press the button below it.</p>",
-                elem_id=f"dejavu_told_{tab}",
-            )
+            parts["told"] = gr.HTML(f"<p>{INTRODUCTIONS[tab]}</p>", elem_id=f"dejavu_told_{tab}")
             with components.folded("more", f"more_{tab}"):
                 with gr.Row():
                     told = f"{QUICK}: quick, p-values in steps of 1 in {QUICK}; {THOROUGH:,}: fine steps"
