@@ -91,7 +91,7 @@ function begun(place, values) {
 /** Above what will be answered: how far the host is, in its own words, and a button that ends it. */
 function show(task, answer, root, tab) {
   const bar = make('progress', { max: 1, 'aria-label': 'Progress' })
-  const told = make('span', { role: 'status' }, 'Waiting for the host.')
+  const told = make('span', { role: 'status' }, 'Waiting for the host')
   const stop = button('Stop', () => root.querySelector('[id^="dejavu_stop_"]').click())
   const shown = make('div', { class: 'dejavu-progress' }, bar, told, stop)
   answer.before(shown)
@@ -113,7 +113,7 @@ function show(task, answer, root, tab) {
     }
     wasActive ||= Boolean(found.active)
     if (found.completed || (wasActive && found.active === false)) return ended()
-    if (found.textinfo) told.textContent = `${found.textinfo}.`
+    if (found.textinfo && (found.active || found.queued)) told.textContent = found.textinfo
     if (found.active && found.progress > 0) bar.value = found.progress
     setTimeout(ask, ASKED_EVERY)
   }

@@ -74,7 +74,7 @@ def findings(lines: Sequence[Finding]) -> Markup:
 def _image(title: str, report: Report) -> dict[str, object]:
     (verdict,) = report.verdicts
     outcome, explanation = report.state.outcome, verdict.explanation
-    calm = verdict.flagged is False
+    calm = verdict.flagged is not True
     _, ordinary = report.ordinary()
     first = verdict.score if verdict.score_kind == "first step" else None
     return {

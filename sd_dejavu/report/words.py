@@ -13,7 +13,7 @@ from .wording import number, top_words_text
 SHADE = "rgb(var(--dejavu-word, 213 94 0) / {alpha:.2f})"
 DARKEST, THICKEST = 0.5, 4  # alpha of the shade, and pixels of underline, at significance 1
 CALM = "rgb(128 128 128 / {alpha:.2f})"
-PALEST = 0.2  # alpha at significance 1 of a prompt that is not flagged: pale, with no line and no bold word
+PALEST = 0.3  # alpha at significance 1 of a prompt that is not flagged: pale, with no line and no bold word
 NO_WORDS = "No words were looked at: that is done where an image is flagged, or always if 'Explain' says so."
 
 Piece = tuple[str, str | None, str, str]  # text; of a word its style, what is told on hover, and when it is opened

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from host_process import RequestRefused
 from webui_server import WebUIServer
-from webui_watched import NAME, errors_of_ours, pixels, watched
+from webui_watched import errors_of_ours, pixels, watched
 
 
 def begun(webui: WebUIServer, **payload: Any) -> tuple[threading.Thread, list[Any]]:
@@ -51,23 +51,30 @@ def test_of_several_images_the_skipped_one_alone_is_cut_short(webui: WebUIServer
     assert lengths[0] < 150 == lengths[1]
 
 
-def test_calibrating_can_be_ended(webui: WebUIServer) -> None:
+@pytest.mark.parametrize(
+    ("size", "stage", "why"),
+    [
+        ({"count": 2000}, "ordinary prompts: ", "nothing was measured: it was stopped"),
+        ({"count": 20, "whole_runs": 20}, "whole runs of ordinary prompts: ", "it was stopped before all whole runs"),
+    ],
+)
+def test_calibrating_can_be_ended(webui: WebUIServer, size: dict[str, int], stage: str, why: str) -> None:
     kept = sorted((webui.home / "dejavu").rglob("*.json"))
     told: list[str] = []
 
     def calibrate() -> None:
         with pytest.raises(RequestRefused) as refused:
-            webui.post_json("/dejavu/calibrate", {"count": 2000, "width": 64, "height": 64, "steps": 20}, 900)
+            webui.post_json("/dejavu/calibrate", {**size, "width": 64, "height": 64, "steps": 100}, 900)
         told.append(str(refused.value))
 
     measuring = threading.Thread(target=calibrate)
     measuring.start()
     deadline = time.monotonic() + 60
-    while NAME not in (webui.progress()["textinfo"] or ""):
+    while not (webui.progress()["textinfo"] or "").startswith(stage):
         assert time.monotonic() < deadline and measuring.is_alive(), "the measuring did not begin"
         time.sleep(0.1)
     webui.interrupt()
     measuring.join(60)
-    assert not measuring.is_alive() and "nothing was measured" in told[0] and "stopped" in told[0]
+    assert not measuring.is_alive() and why in told[0]
     assert sorted((webui.home / "dejavu").rglob("*.json")) == kept
     assert webui.txt2img().images

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,6 +82,11 @@ def test_the_accordion_fits_one_screen(webui: WebUIServer, tmp_path: Path) -> No
         told = page.browser.locator("#dejavu_txt2img").first.inner_text()
         assert "Measured against" in told and "When flagged" in told and "How to mitigate" in told
         page.screenshot(artefact(f"{webui.kind.folder}-accordion-more.png", tmp_path))
+        # Where nothing could be compared, nothing is offered.
+        page.browser.locator("#tabs > .tab-nav button", has_text=re.compile("img2img", re.IGNORECASE)).first.click()
+        page.browser.locator("#dejavu_img2img .input-accordion-checkbox").check()
+        page.browser.locator("#dejavu_told_img2img", has_text="no verdict: ordinary prompts").first.wait_for()
+        assert not page.browser.locator("#dejavu_calibrate_img2img").first.is_visible()
 
 
 def test_a_button_below_the_gallery_leads_to_a_verdict(uncalibrated: WebUIServer, tmp_path: Path) -> None:
@@ -206,6 +212,7 @@ def test_a_reference_set_is_built_in_the_tab(webui: WebUIServer, tmp_path: Path)
         build(str(source / "gone"), "foxes", "No reference set: there is no folder 'gone'")
         build(str(source), "foxes", "Ready: 3 different images, 3 with a caption. Kept as foxes.")
         assert "broken.png" in built.inner_text()
+        page.browser.wait_for_function("() => !document.querySelector('.dejavu-progress')", timeout=30_000)
         assert page.browser.locator("#dejavu_references_audit input").first.input_value() == "foxes"
         page.screenshot(artefact(f"{webui.kind.folder}-tab.png", tmp_path))
         page.more("machine")

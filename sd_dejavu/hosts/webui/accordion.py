@@ -15,6 +15,12 @@ from .here import Here
 from .hosted import Component
 
 FIRST = ("when_flagged", "explain")  # what everybody needs; the rest is behind 'more'
+INTRODUCTIONS = {
+    "txt2img": "Calibrate once for each checkpoint and size: it measures ordinary prompts to compare yours with. Or "
+    "generate an image first, and press the button below it.",
+    "img2img": "Images that begin with an image get a score and their words, but no verdict: ordinary prompts are "
+    "measured from noise.",
+}
 ON_PAGE = {  # of what is calibrated for, where the page has a component of the host's or of ours
     "count": "count",
     "width": "width",
@@ -60,14 +66,10 @@ class Accordion:
             with gr.Row():
                 for name in FIRST:
                     add(name)
-            with gr.Row():
+            with gr.Row(visible=tab == "txt2img"):
                 parts["calibrate"] = gr.Button("Calibrate", elem_id=f"dejavu_calibrate_{tab}")
                 components.stopping(tab)
-            parts["told"] = gr.HTML(
-                "<p>Calibrate once for each checkpoint and size: it measures ordinary prompts to compare yours with. Or "
-                "generate an image first, and press the button below it.</p>",
-                elem_id=f"dejavu_told_{tab}",
-            )
+            parts["told"] = gr.HTML(f"<p>{INTRODUCTIONS[tab]}</p>", elem_id=f"dejavu_told_{tab}")
             with components.folded("more", f"more_{tab}"):
                 with gr.Row():
                     told = f"{QUICK}: quick, p-values in steps of 1 in {QUICK}; {THOROUGH:,}: fine steps"
@@ -120,9 +122,11 @@ class Accordion:
         calibrate.click(self._calibrate_for_run, inputs=[asked, info], outputs=[shown], **begin)
 
     def _calibrate(self, task: str, *values: object) -> str:
-        return work.calibrate_from_page(self._here, task, dict(zip(ON_PAGE, values, strict=True)))
+        with self._here.page(task) as known:
+            return work.calibrate_from_page(self._here, known, dict(zip(ON_PAGE, values, strict=True)))
 
     def _calibrate_for_run(self, asked: str, info: str) -> str:
         """``asked`` is what our script says: a name for the work, and how many ordinary prompts."""
         wanted = json.loads(asked)
-        return work.calibrate_for_run(self._here, str(wanted["task"]), int(wanted["count"]), info)
+        with self._here.page(str(wanted["task"])) as known:
+            return work.calibrate_for_run(self._here, known, int(wanted["count"]), info)

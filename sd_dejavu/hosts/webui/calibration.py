@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
@@ -184,6 +183,8 @@ class Calibration:
 
     def add_whole_runs(self, traces: Sequence[Trace]) -> None:
         """Those of the first ordinary prompts, in their order. Raises ValueError where they cannot be compared."""
+        if not all(trace.readings for trace in traces):
+            raise ValueError("no evaluation of these runs could be read: the host's log says why")
         self.profile = with_whole_runs(self.made(), traces)
 
     def made(self) -> Profile:
@@ -240,26 +241,28 @@ def watching(host: Host, asked: Calibrating, folder: Path) -> Run:
     return Run(host, monitoring, folder, every_score=True)
 
 
-@contextmanager
-def read(p: Processing, run: Run, begun: Callable[[], None], on_run: Callable[[int], None]) -> Iterator[list[Trace]]:
-    """While open, each sampling of ``p`` is watched by ``run``; its traces so far. No image is decoded.
+def read(p: Processing, run: Run, begun: Callable[[], None], on_run: Callable[[int], None]) -> list[Trace]:
+    """The traces of the samplings of ``p``, each watched by ``run``, which come in as it is drawn; no image is decoded.
 
-    ``begun`` is called when the host has prepared a sampling, ``on_run`` is told how many are over.
+    ``begun`` is called where the host has prepared a sampling, ``on_run`` is told how many are over.
     """
-    from modules import processing
+    from modules import processing, scripts
 
     traces: list[Trace] = []
-    sample = p.sample
 
-    def watched(*arguments: object, **named: object) -> object:
-        run.begin(p, from_image=False)
-        begun()
-        latents = sample(*arguments, **named)
-        run.end()
-        traces.extend(state.trace for known in run.passes for state in known.states)
-        run.forget()
-        on_run(len(traces))
-        return processing.DecodedSamples(torch.zeros(3, 8, 8) for _ in latents)
+    class Reading(scripts.ScriptRunner):  # type: ignore[misc]
+        """Runs no script, and is told what scripts are."""
 
-    p.sample = watched
-    yield traces
+        def process_before_every_sampling(self, p: Processing, **named: object) -> None:
+            run.begin(p, from_image=False)
+            begun()
+
+        def post_sample(self, p: Processing, sampled: Any) -> None:
+            run.end()
+            traces.extend(state.trace for known in run.passes for state in known.states)
+            run.forget()
+            sampled.samples = processing.DecodedSamples(torch.zeros(3, 8, 8) for _ in sampled.samples)
+            on_run(len(traces))
+
+    p.scripts = Reading()
+    return traces

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -48,23 +49,31 @@ class Here:
         return [name for name, owner in needed.items() if not hasattr(owner, name)]
 
     def in_turn(self, work: Callable[[], Found], task: str = "") -> Found:
-        """What ``work`` gives when the host's other runs are done, and where it samples.
-
-        A page that asks for the host's progress of its ``task``, named as the host's own are, is told how far it is.
-        """
+        """What ``work`` gives when the host's other runs are done, and where it samples; see :meth:`page` for ``task``."""
         from modules import call_queue, progress
 
-        known = re.fullmatch(r"task\([a-z0-9]{1,40}\)", task)
-        if known:
-            progress.add_task_to_queue(task)
+        with call_queue.queue_lock:
+            if task:
+                progress.start_task(task)
+            return self._where_it_samples(work)
+
+    @contextmanager
+    def page(self, task: str) -> Iterator[str]:
+        """While open, a page that asks for the host's progress of its ``task`` is told that it is not over.
+
+        Gives the name, for :meth:`in_turn`; empty for any that is not like those of the host.
+        """
+        from modules import progress
+
+        if not re.fullmatch(r"task\([a-z0-9]{1,40}\)", task):
+            yield ""
+            return
+        progress.add_task_to_queue(task)
         try:
-            with call_queue.queue_lock:
-                if known:
-                    progress.start_task(task)
-                return self._where_it_samples(work)
+            yield task
         finally:
-            if known:
-                progress.finish_task(task)
+            progress.pending_tasks.pop(task, None)  # of one that was refused
+            progress.finish_task(task)
 
     def _where_it_samples(self, work: Callable[[], Found]) -> Found:
         if self.host.name != "Forge":

@@ -92,7 +92,7 @@ class Processing(Protocol):
     override_settings: Options
     cached_c: Any
     cached_uc: Any
-    sample: Callable[..., Any]
+    scripts: Any
     sd_model: Checkpoint
     sampler: Any
     rng: Any

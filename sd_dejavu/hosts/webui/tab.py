@@ -70,7 +70,8 @@ def _audit(here: Here) -> Component:
     shown = gr.HTML("", elem_id="dejavu_found_audit")
 
     def begun(name: str, *values: object) -> str:
-        return audit_from_page(here, name, dict(zip(options, values, strict=True)))
+        with here.page(name) as known:
+            return audit_from_page(here, known, dict(zip(options, values, strict=True)))
 
     begin.click(begun, inputs=[task(), *(built[name] for name in options)], outputs=[shown], **at_work("found audit"))
     return built["references"]
@@ -92,7 +93,8 @@ def _build(here: Here, sets: Component) -> None:
         shown = gr.HTML("", elem_id="dejavu_built_refset")
 
     def begun(name: str, *values: object) -> tuple[str, object]:
-        told, made = build_from_page(here, name, dict(zip(options, values, strict=True)))
+        with here.page(name) as known:
+            told, made = build_from_page(here, known, dict(zip(options, values, strict=True)))
         chosen = {} if made is None else {"value": made}
         return told, gr.update(choices=references.names(here.references), **chosen)
 

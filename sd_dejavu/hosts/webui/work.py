@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,8 @@ from .door import Turn
 from .here import Here
 from .hosted import Options
 from .run import drawn, read_forge
+
+log = logging.getLogger("dejavu")
 
 NOT_KNOWN = "this image's run is not known any more: generate it again"
 
@@ -96,7 +98,8 @@ def _add_whole_runs(here: Here, measuring: Calibration, tell: Telling, overrides
         tell("whole runs of ordinary prompts", done, asked.whole_runs)
 
     over(0)
-    with here.session.own(p, run), read(p, run, begun, over) as traces:
+    traces = read(p, run, begun, over)
+    with here.session.own(p, run):
         drawn(p)
     if state.interrupted or state.skipped or state.stopping_generation or len(traces) < asked.whole_runs:
         raise ValueError("it was stopped before all whole runs were sampled, so nothing is kept")
@@ -150,8 +153,8 @@ def calibrate_from_page(here: Here, task: str, values: Mapping[str, Any]) -> str
             asked = replace(asked, whole_runs=asked.count)
         profile, _ = here.in_turn(lambda: calibrate(here, asked, Turn(shared.state)), task)
         text = calibrated(profile, asked, alpha)
-    except ValueError as error:
-        text = f"No calibration: {here.sentence(error)}"
+    except Exception as error:
+        text = _failed(here, "No calibration", error)
     return str(panel.paragraph(text))
 
 
@@ -175,8 +178,8 @@ def calibrate_for_run(here: Here, task: str, count: int, info: str) -> str:
                 " But not this one, which was made with more than the calibration was: set 'Calibrate first' to "
                 f"{asked.count} and generate it again."
             )
-    except ValueError as error:
-        text = f"No calibration: {here.sentence(error)}"
+    except Exception as error:
+        text = _failed(here, "No calibration", error)
     return str(panel.paragraph(text)) + ("" if shown is None else shown.panel)
 
 
@@ -197,8 +200,8 @@ def audit_from_page(here: Here, task: str, values: Mapping[str, object]) -> str:
         asked = audit.read({name: value for name, value in values.items() if value is not None})
         found = here.in_turn(lambda: run_audit(here, asked, Turn(shared.state)), task)
         return str(panel.framed(found.page(), "What the audit found"))
-    except ValueError as error:
-        return str(panel.paragraph(f"No audit: {here.sentence(error)}"))
+    except Exception as error:
+        return str(panel.paragraph(_failed(here, "No audit", error)))
 
 
 def build_from_page(here: Here, task: str, values: Mapping[str, object]) -> tuple[str, str | None]:
@@ -209,6 +212,14 @@ def build_from_page(here: Here, task: str, values: Mapping[str, object]) -> tupl
         asked = references.Building(**named(values, options_of(references.Building), "building"))
         text = here.in_turn(lambda: build(here, asked, Turn(shared.state)), task)
         return str(panel.paragraph(text)), asked.name
-    except ValueError as error:
-        said = re.sub(r"give --restart", "tick 'Begin anew'", str(error))
-        return str(panel.paragraph(f"No reference set: {here.sentence(said)}")), None
+    except Exception as error:
+        said = _failed(here, "No reference set", error).replace("give --restart", "tick 'Begin anew'")
+        return str(panel.paragraph(said)), None
+
+
+def _failed(here: Here, opening: str, error: Exception) -> str:
+    """What the page says of it: ours in their own words, and where the host's log has more."""
+    if isinstance(error, ValueError):
+        return f"{opening}: {here.sentence(error)}"
+    log.exception("[Déjà Vu] what a page asked for failed")
+    return f"{opening}: this failed ({type(error).__name__}); the host's log says why"
