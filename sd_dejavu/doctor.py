@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -136,7 +136,10 @@ def timed(work: Callable[[], str], name: str, advice: str) -> Finding:
 
 def version() -> str:
     """The version of this package, and whether it is installed or a folder of a host's."""
+    folder = Path(__file__).parents[1]
     try:
         return f"{metadata.version('sd-dejavu')}, installed"
     except metadata.PackageNotFoundError:
-        return f"in {Path(__file__).parents[1].name}, with {Path(sys.executable).name}"
+        project = folder / "pyproject.toml"
+        found = re.search(r'^version = "(.+)"$', project.read_text("utf-8") if project.is_file() else "", re.MULTILINE)
+        return f"{found[1] if found else 'of unknown version'}, in the folder {folder.name}"

@@ -2,6 +2,7 @@
 
 const LEAST_PROMPTS = 100
 const ENOUGH = 5 // prompts measured, to say how long the others take
+const EXPLAIN = 'DejaVuExplain'
 const MONITOR = 'DejaVuMonitor'
 const LINK_CLIP = 'No text encoder was found for ordinary prompts: link CLIP to the Monitor’s clip input, then press the button again.'
 
@@ -21,6 +22,7 @@ export function withCalibration(output, id, count = LEAST_PROMPTS) {
   const monitorId = output[id]?.class_type === MONITOR ? id : source(output[id]?.inputs?.monitor)
   const monitor = output[monitorId]
   if (!output[id]) return { why: 'This node is muted or bypassed, or its workflow is not open: switch it on, then press the button again.' }
+  if (output[id].class_type === EXPLAIN) return { why: 'Explain measures before sampling: put a Monitor and a Verdict into the workflow to calibrate in a run, or link Calibrate.' }
   if (monitor?.class_type !== MONITOR) return { why: 'No Monitor was found: link the Monitor’s monitor output to this node, then press the button again.' }
   const clip = monitor.inputs.clip ?? textEncoder(output, monitorId)
   if (!clip) return { why: LINK_CLIP }

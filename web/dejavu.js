@@ -206,7 +206,7 @@ function onExecuted({ node: id, display_node: shownId, prompt_id: promptId, outp
   const document = output?.dejavu?.[0]
   const waiting = elsewhere(app, id, output, calibrations.get(promptId))
   const own = (document && !waiting && placeOf(rootGraph(app), shownId ?? id)) || null
-  if (document) listKept(promptId, shownId ?? id, document, own && monitorOf(own))
+  if (document) listKept(promptId, shownId ?? id, document, own && monitorOf(own), (waiting?.activeState ?? rootGraph(app))?.id)
   if (waiting) {
     if (readReport(document)) storeElsewhere(waiting, shownId ?? id, document)
     return
@@ -226,11 +226,11 @@ function onExecuted({ node: id, display_node: shownId, prompt_id: promptId, outp
 }
 
 /** A report on a run of an earlier execution, which the host has answered from its cache: a card of its own. */
-function listKept(promptId, node, document, monitor) {
+function listKept(promptId, node, document, monitor, workflow) {
   const report = readReport(document)
   const sampled = runs.all.some((r) => r.promptId === promptId && (monitor === null || r.monitor === monitor))
   if (!report || sampled) return
-  runs.put({ key: `${promptId} ${node}`, promptId, monitor, workflow: rootGraph(app)?.id, report, document, finished: true, kept: true })
+  runs.put({ key: `${promptId} ${node}`, promptId, monitor, workflow, report, document, finished: true, kept: true })
 }
 
 /** The execution id of the Monitor that a Verdict reads, or of the node itself where it measures by itself. */

@@ -345,9 +345,9 @@ export function createPanel(host = null) {
     element,
     /**
      * ``next`` as read by readReport, or null; ``document`` is what is copied as JSON, ``live`` while sampling, ``begins``
-     * at the first report on a run: its verdict is brought into sight.
+     * at the first report on a run: its verdict is brought into sight; ``ended`` of one that was ended early.
      */
-    show(next, { document = null, live = false, begins = false } = {}) {
+    show(next, { document = null, live = false, begins = false, ended = false } = {}) {
       if (next?.prompt !== report?.prompt) closeCard(false)
       if (!next) before = last = null
       else if (last && last.prompt !== next.prompt) before = changedWords(last, next) ? last : null
@@ -359,7 +359,7 @@ export function createPanel(host = null) {
         if (next?.lacksCalibration) asked = { text: `There is still nothing to compare with${next.notes.length ? `: ${next.notes.at(-1).replace(/\.$/, '')}` : ''}.`, refused: true }
       }
       since = next?.calibrating ? (since ?? { at: Date.now(), done: next.calibrating.done }) : null
-      state = { ...state, document, live, ended: false, steps: next ? Math.max(...next.verdicts.map((v) => v.steps.length)) : 0 }
+      state = { ...state, document, live, ended, steps: next ? Math.max(...next.verdicts.map((v) => v.steps.length)) : 0 }
       render()
       if (begins) element.scrollTop = 0
     },

@@ -16,7 +16,7 @@ export function createRuns(limit) {
     put(run, now = Date.now()) {
       const known = runs.findIndex((r) => r.key === run.key)
       if (known < 0) runs = [{ images: [], time: now, ...run }, ...runs]
-      else runs = runs.with(known, { ...runs[known], ...run })
+      else runs = runs.with(known, { ...runs[known], ended: false, ...run })
       changed()
     },
     imagesFor(key, images) {
@@ -26,7 +26,7 @@ export function createRuns(limit) {
     /** Nothing goes on any more: what has not ended was ended early. */
     idle() {
       if (runs.every((r) => r.finished)) return
-      runs = runs.map((r) => (r.finished ? r : { ...r, finished: true }))
+      runs = runs.map((r) => (r.finished ? r : { ...r, report: { ...r.report, calibrating: null }, finished: true, ended: true }))
       changed()
     },
     keep(count) {

@@ -17,7 +17,8 @@ export function createSidebar(runs, host) {
   let chosen = null, shown = null
   let picked = [] // keys of the runs to be compared, two at most
   const runOf = (key) => runs.all.find((r) => r.key === key)
-  const panel = createPanel({ ...host, calibrate: host.calibrate && ((count) => host.calibrate(runOf(chosen), count)) })
+  let awaited = null // {monitor, before: the newest run} of a calibration that was asked for: its run is shown once it begins
+  const panel = createPanel({ ...host, calibrate: host.calibrate && calibrate })
   const query = make('input', { type: 'search', placeholder: 'Words of the prompt', 'aria-label': 'Filter by words', oninput: () => renderList() })
   const label = make('select', { 'aria-label': 'Filter by verdict', onchange: () => renderList() },
     make('option', { value: '' }, 'All verdicts'), LABELS.map((name) => make('option', { value: name }, name)))
@@ -31,6 +32,21 @@ export function createSidebar(runs, host) {
   const columns = make('div', { class: 'dejavu-columns' }, overview, details)
   const element = make('div', { class: 'dejavu-sidebar', role: 'region', 'aria-label': 'Déjà Vu: runs of this session' },
     make('h3', {}, 'Déjà Vu'), columns)
+
+  async function calibrate(count) {
+    const { monitor } = runOf(chosen)
+    const before = runs.all[0].key
+    const found = await host.calibrate(runOf(chosen), count)
+    awaited = found.why ? null : { monitor, before }
+    return found
+  }
+
+  function follow() {
+    const [newest] = runs.all
+    if (!awaited || chosen === null || newest.key === awaited.before || newest.monitor !== awaited.monitor) return
+    chosen = newest.key
+    awaited = null
+  }
 
   function choose(key) {
     const from = chosen
@@ -50,7 +66,7 @@ export function createSidebar(runs, host) {
     if (!run) return
     if (shown !== chosen) panel.show(null)
     shown = chosen
-    panel.show(run.report, { document: run.document, live: !run.finished })
+    panel.show(run.report, { document: run.document, live: !run.finished, ended: run.ended })
     panel.images(run.images)
   }
 
@@ -65,13 +81,13 @@ export function createSidebar(runs, host) {
   }
 
   function entry(run) {
-    const { report, images, time, finished, kept } = run
+    const { report, images, time, finished, kept, ended } = run
     const thumbnail = images[0]
       ? make('img', { src: images[0], alt: '', loading: 'lazy', onerror: (event) => event.target.remove() })
       : make('span', { class: 'dejavu-no-image', 'aria-hidden': 'true' })
     const when = timeOf(time)
     const worst = worstOf(report)
-    const told = [pText(worst), `score ${number(worst.score)}`, when, kept && 'from the cache', !finished && 'sampling'].filter(Boolean).join(' · ')
+    const told = [pText(worst), `score ${number(worst.score)}`, when, kept && 'from the cache', !finished && 'sampling', ended && 'ended early'].filter(Boolean).join(' · ')
     return button('', () => choose(run.key), { class: 'dejavu-run', 'data-key': run.key, 'aria-current': run.key === chosen && 'true' }).appendChild(
       make('span', { class: 'dejavu-run-inside' }, make('span', { class: 'dejavu-thumbnail' }, thumbnail),
         make('span', { class: 'dejavu-run-text' },
@@ -102,6 +118,7 @@ export function createSidebar(runs, host) {
   }
 
   const stop = runs.listen(() => {
+    follow()
     renderList()
     renderDetails()
   })

@@ -76,3 +76,14 @@ def test_a_host_is_not_asked_for_what_only_the_commands_need(tmp_path: Path) -> 
     assert "torch" in names and "diffusers" not in names and "pyarrow" not in names
     assert found("pyarrow")
     assert list(doctor.findings(tmp_path, in_host=True))[-1].value == f"0 kept in {tmp_path}"
+
+
+def test_the_version_of_a_folder_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise doctor.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.metadata, "version", missing)
+    root = Path(doctor.__file__).parents[1]
+    written = (root / "pyproject.toml").read_text(encoding="utf-8")
+    number, place = doctor.version().split(", in the folder ")
+    assert f'\nversion = "{number}"\n' in written and place == root.name

@@ -345,7 +345,7 @@ def test_the_panel_fits_a_fresh_node_and_the_template(
 def test_the_verdict_is_in_sight_after_queue_again(overlay: Page) -> None:
     page = overlay
     assert page.run()["error"] is None
-    resize(page, [440, 430])
+    resize(page, [440, 330])
     page.look_at(VERDICT)
     page.set_widget("KSampler", "seed", next(SEEDS))
     panel = page.browser.locator(".dejavu").first

@@ -56,6 +56,7 @@ describe('what is queued to calibrate', () => {
     ['no text encoder', simple({ 3: { class_type: 'LoadConditioning', inputs: {} } }), '7', 'link CLIP to the Monitor’s clip input'],
     ['a sampler of another model', simple({ 6: { class_type: 'KSampler', inputs: { model: ['1', 0], positive: ['3', 0] } } }), '7', 'link CLIP'],
     ['no Monitor', simple({ 7: { class_type: 'DejaVuVerdict', inputs: {} } }), '7', 'link the Monitor’s monitor output'],
+    ['an Explain node', simple({ 7: { class_type: 'DejaVuExplain', inputs: { model: ['1', 0] } } }), '7', 'put a Monitor and a Verdict'],
     ['a Verdict that is muted', simple(), '99', 'muted or bypassed'],
   ])('says the one thing to do: %s', (_, output, id, why) => {
     const found = withCalibration(output, id)

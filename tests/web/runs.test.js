@@ -108,6 +108,11 @@ describe('in the sidebar', () => {
     named('Calibrate with these settings')[0].click()
     await Promise.resolve()
     expect(host.calibrate.mock.calls[0][0].key).toBe('a')
+    await vi.waitFor(() => expect(sidebar.element.textContent).toContain('In the queue'))
+    runs.put({ ...run('other', 'x', { calibrating: { done: 1, count: 100 } }), monitor: '99', finished: false })
+    expect($('progress')).toBeNull()
+    runs.put({ ...run('b', 'x', { calibrating: { done: 34, count: 100 } }), finished: false })
+    expect($('.dejavu-progress').textContent).toContain('34 of 100')
   })
 
   it('shows what works on this machine as text, and copies it', async () => {
@@ -124,7 +129,12 @@ describe('in the sidebar', () => {
   it('what was live has ended when nothing is queued any more', () => {
     runs.put({ ...run('a'), finished: false })
     expect($('.dejavu-run').textContent).toContain('sampling')
+    $('.dejavu-run').click()
     runs.idle()
+    expect($('.dejavu-run').textContent).toMatch(/ended early/)
     expect($('.dejavu-run').textContent).not.toContain('sampling')
+    expect($('.dejavu-verdict').textContent).toContain('The run was ended early.')
+    runs.put(run('a'))
+    expect($('.dejavu-verdict').textContent).not.toContain('ended early')
   })
 })
