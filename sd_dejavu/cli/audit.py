@@ -1,4 +1,4 @@
-"""Audit a training set: does this checkpoint or LoRA copy the images it was trained with?
+"""Does this checkpoint or LoRA copy the images it was trained with?
 
 --dataset takes what trainers take: a folder of images with .txt captions (also in kohya's layout), webdataset tars,
 Parquet; or a list of captions alone. --lora takes one file, or the files (or the folder) of all saved epochs.

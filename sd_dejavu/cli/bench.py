@@ -1,4 +1,4 @@
-"""Bench: how well detectors tell memorised from ordinary prompts, with intervals and seconds a prompt.
+"""How well do detectors tell memorised prompts from ordinary ones? With intervals, and seconds a prompt.
 
 Without files, the bundled model's held-out memorised captions (repeated 100 times or more) against fresh
 ordinary captions. The letter-case control stands beside the detectors: where it does well, the lists differ

@@ -1,4 +1,4 @@
-"""Calibrate: measure ordinary prompts once, so that later scores get p-values.
+"""Measure ordinary prompts once, so that later scores get a verdict.
 
 The profile is kept in the user's data folder and found again by itself for the same weights and setting.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from rich.console import Console
 from ..calibration import store
 from ..calibration.calibrate import calibrate
 from ..calibration.misfit import stranger_nulls
-from ..calibration.profile import Profile
+from ..calibration.profile import Ordinary, Profile
 from ..core.denoiser import Model, PromptTooLong
 from ..core.statistics import spread
 from ..report.wording import calibrated, misfit
@@ -75,23 +76,9 @@ def run(arguments: argparse.Namespace) -> int:
     path = arguments.out or store.path_for(setting_of(model, wanted))
     if not arguments.replace:
         store.check_kept(path, store.Size(len(prompts), min(arguments.full_runs, len(prompts)), wanted.images))
-    with common.progress_bar(Console(stderr=True)) as bar:
-        tasks = {"first step": bar.add_task("first step", total=len(prompts))}
-        if arguments.full_runs:
-            tasks["whole runs"] = bar.add_task("whole runs", total=min(arguments.full_runs, len(prompts)))
-        left_out: dict[str, str] = {}
-        profile = calibrate(
-            model,
-            prompts,
-            wanted,
-            arguments.full_runs,
-            arguments.batch_size,
-            lambda stage: bar.advance(tasks[stage]),
-            left_out.__setitem__,
-            ordinary,
-        )
-    for why in (*unread.values(), *(f"{prompt}: {why}" for prompt, why in left_out.items())):
+    for why in unread.values():
         common.warn(f"not measured: {why}")
+    profile, left_out = measured(model, prompts, wanted, arguments.full_runs, arguments.batch_size, ordinary)
     store.keep(profile, path, arguments.replace)
     told = [calibrated(profile, wanted.images)]
     if like is not None and _misfit(model, like, wanted, profile, arguments.batch_size):
@@ -109,6 +96,30 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         common.tell("\n".join([*told, f"saved as {path}"]))
     return common.EXIT_NOT_MEASURED if left_out or unread else 0
+
+
+def measured(
+    model: Model, prompts: Sequence[str], wanted: Measurement, full_runs: int, batch_size: int, ordinary: Ordinary
+) -> tuple[Profile, bool]:
+    """The calibration that these ordinary prompts give, and whether some were left out, each with a warning."""
+    left_out: dict[str, str] = {}
+    with common.progress_bar(Console(stderr=True)) as bar:
+        tasks = {"first step": bar.add_task("ordinary prompts", total=len(prompts))}
+        if full_runs:
+            tasks["whole runs"] = bar.add_task("whole runs", total=min(full_runs, len(prompts)))
+        profile = calibrate(
+            model,
+            prompts,
+            wanted,
+            full_runs,
+            batch_size,
+            lambda stage: bar.advance(tasks[stage]),
+            left_out.__setitem__,
+            ordinary,
+        )
+    for prompt, why in left_out.items():
+        common.warn(f"not measured: {prompt}: {why}")
+    return profile, bool(left_out)
 
 
 def _misfit(model: Model, given: list[str], wanted: Measurement, profile: Profile, batch_size: int) -> bool:

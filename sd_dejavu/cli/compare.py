@@ -1,4 +1,4 @@
-"""Compare every mitigation on the bundled model: copies left, caption followed, ordinary images, time, memory.
+"""Compare all mitigations on the bundled model: copies left, captions followed, ordinary images, time, memory.
 
 All methods draw the same held-out memorised captions, whose training images are known, and the same ordinary
 captions from the same noises. With --out, DIR gets compare.svg: copies left against captions followed.

@@ -1,4 +1,4 @@
-"""See it work: one memorised and one ordinary prompt of the bundled model, and any prompt you type.
+"""See it work: a memorised and an ordinary prompt of the bundled model, and any that you type.
 
 Verdicts and words in the terminal; DIR/report.html shows the images before and after mitigation beside
 the training image, the magnitude of each step against ordinary prompts, and where in the image.

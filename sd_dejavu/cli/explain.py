@@ -1,4 +1,4 @@
-"""Explain prompts: which words bring the magnitude about.
+"""Which words of a prompt make it score high?
 
 Views: 'input gradient' (through the text encoder), 'output gradient' (as published), 'leave one out' (what the
 score would be without each word), and 'confirmed gradient' (the first and the third together, the default).

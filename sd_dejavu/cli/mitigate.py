@@ -1,4 +1,4 @@
-"""Mitigate prompts: what to sample with instead, and what it costs.
+"""Sample something else for a memorised prompt, and see what that costs.
 
 With --out, images before and after are drawn from the same noise and saved with a report.
 """

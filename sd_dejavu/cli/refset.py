@@ -1,4 +1,4 @@
-"""Reference sets: build one from training images, and ask whether an image is a copy of one of them.
+"""Build a reference set from training images, and ask whether an image is a copy of one of them.
 
 refset build SOURCE OUT        from a folder, webdataset tars or Parquet files
 refset search REFSET IMAGE...  the nearest training images

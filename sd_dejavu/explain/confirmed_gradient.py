@@ -56,7 +56,7 @@ def explain(
     blanked = magnitudes_blanked(denoiser, x, sigma, conditioning, unconditional, batch_size)
     lost = (_score(denoiser, x, sigma, conditioning, unconditional, batch_size) - blanked).clamp_min(0)
     product = torch.tensor([word.raw for word in gradient.words]) * lost
-    return explanation("confirmed gradient", conditioning.words, product, "gradient norm times magnitude lost", blanked)
+    return explanation("confirmed gradient", conditioning.words, product, "slope times fall of the score", blanked)
 
 
 def _blanked(conditioning: Conditioning, word: int) -> Conditioning:

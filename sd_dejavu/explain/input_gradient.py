@@ -62,4 +62,4 @@ def explain(
             for n, i in zip(norms, conditioning.reencoding.inputs, strict=True)
         ]
     ).sum(0)
-    return explanation("input gradient", conditioning.words, merged, "gradient norm at the input token embeddings")
+    return explanation("input gradient", conditioning.words, merged, "slope of the score, at the tokens")

@@ -59,7 +59,7 @@ def explain(
 ) -> Explanation:
     full = first_step(denoiser, [conditioning], unconditional, noise, sigma, batch_size).mean()
     without = scores_without(denoiser, encode, conditioning, unconditional, noise, sigma, batch_size).mean(1)
-    return explanation("leave one out", conditioning.words, full - without, "magnitude lost without the word", without)
+    return explanation("leave one out", conditioning.words, full - without, "fall of the score without the word", without)
 
 
 def explain_at(
@@ -80,4 +80,4 @@ def explain_at(
         raise ValueError("the prompt has no words, so there is nothing to explain")
     without = torch.stack([score(encode(drop_word(conditioning.prompt, word))) for word in conditioning.words])
     lost = score(conditioning) - without
-    return explanation("leave one out", conditioning.words, lost, "magnitude lost without the word", without)
+    return explanation("leave one out", conditioning.words, lost, "fall of the score without the word", without)

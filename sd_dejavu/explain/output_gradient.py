@@ -54,4 +54,4 @@ def explain(
         raise ValueError("the tokens of this conditioning are not known, so its rows cannot be given to words")
     norms = row_gradient_norms(denoiser, x, sigma, conditioning, unconditional, batch_size)
     merged = merge_by_word(norms, conditioning.tokens, conditioning.words)
-    return explanation("output gradient", conditioning.words, merged, "gradient norm at the encoder's output rows")
+    return explanation("output gradient", conditioning.words, merged, "slope of the score, at the encoder's output")

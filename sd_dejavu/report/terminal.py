@@ -32,8 +32,7 @@ def verdict_panel(verdict: Verdict) -> RenderableType:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     if verdict.explanation and verdict.explanation.words:
-        words = f"{top_words_text(verdict.explanation)} (significance by {verdict.explanation.view})"
-        table.add_row("Top words", plain(words))
+        table.add_row("Words", plain(f"{top_words_text(verdict.explanation)} (how much each counts, of 1)"))
     for name, value in facts(verdict):
         table.add_row(name, plain(value))
     if len(verdict.score_per_step) > 1:

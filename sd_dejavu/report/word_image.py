@@ -33,7 +33,7 @@ def word_image(verdict: Verdict, notes: Sequence[str] = ()) -> Pixels:
         prompt = [(word.text, word.significance) for word in explanation.words]
     lines += _wrapped_pairs(prompt)
     if explanation is not None:
-        legend = ". ".join([f"Highest by {explanation.view}: {top_words_text(explanation)}", *notes])
+        legend = ". ".join([f"What counts most: {top_words_text(explanation)}", *notes])
     else:
         legend = ". ".join(notes) or "The words were not looked at."
     lines += [[], *([(word, 0.0) for word in line] for line in _wrapped(legend.split()))]

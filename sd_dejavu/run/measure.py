@@ -223,7 +223,10 @@ def verdict_on(
     )
     if profile is not None or verdict.score is None:
         return verdict if profile is None else judge(verdict, setting, profile)
-    return replace(verdict, why=f"{NOTHING_TO_COMPARE}: make a calibration with 'sd-dejavu calibrate'")
+    return replace(
+        verdict,
+        why=f"{NOTHING_TO_COMPARE}: make a calibration with 'sd-dejavu calibrate', or check with --calibrate-first 100",
+    )
 
 
 def start_of_run(model: Model, wanted: Measurement) -> tuple[Tensor, Tensor]:

@@ -158,6 +158,23 @@ def test_calibrate_is_found_again_by_check(tmp_path, capsys):
     assert row["flagged"] is True
 
 
+@pytest.mark.parametrize("score", ["first step", "all steps"])
+def test_check_makes_the_calibration_it_lacks(capsys, score):
+    setting = ["--images", "1", "--steps", "3", "--score", score]  # of which no calibration comes with the model
+    assert main(["check", *setting, ORDINARY]) == 0
+    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "No verdict" in told and "or check with --calibrate-first 100" in told
+    assert main(["check", "--json", *setting, "--calibrate-first", "99", MEMORISED, ORDINARY]) == 0
+    memorised, ordinary = json_lines(capsys)
+    assert memorised["nulls"] == ordinary["nulls"] == 99 and ordinary["flagged"] is False
+    # Kept: a run that measures none finds it.
+    assert main(["check", "--json", *setting, MEMORISED]) == 0
+    (again,) = json_lines(capsys)
+    assert again["p_value"] == memorised["p_value"] and again["p_value"] is not None
+    assert main(["check", "--calibrate-first", "-1", ORDINARY]) == 2
+    assert "--calibrate-first must be 0 or more" in capsys.readouterr().err
+
+
 def test_calibrate_keeps_the_one_that_holds_more(tmp_path, capsys):
     kept = tmp_path / "kept.json"
     few = ["calibrate", "--json", "--out", str(kept), "--images", "1", "--steps", "3", "--count", "20"]

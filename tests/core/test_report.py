@@ -443,7 +443,7 @@ def test_panel_says_everything_without_colour():
     assert "\x1b" not in text
     assert "Likely a replay of training images: 1 of 999 ordinary prompts scores as high (p = 0.002)" in text
     assert "a red ball" in text
-    assert "a 1.00, red 0.50, ball 0.33 (significance by input gradient)" in text
+    assert "a 1.00, red 0.50, ball 0.33 (how much each counts, of 1)" in text
     assert "█·▃" in text, "7.3 is the highest; 2.5 / 7.3 of 8 blocks is the third"
     assert text.index("Likely") < text.index("a red ball") < text.index("Score")
 

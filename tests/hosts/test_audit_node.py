@@ -93,6 +93,7 @@ def test_memorised_captions_are_named_and_ordinary_ones_are_not(comfy: ComfyServ
     assert len(shown) == 2 and all(one.size[0] == 16 + 3 * 272 for one in shown)
 
 
+@pytest.mark.newest
 def test_an_interrupted_audit_goes_on(comfy: ComfyServer, training_set: Graph) -> None:
     graph, before = demo(training_set, seed=1, worst=0, nulls=300), set(ledgers(comfy))
     with comfy.events("auditor") as events:
@@ -123,6 +124,7 @@ def with_lora(references: Graph, **inputs: Any) -> Graph:
     return audited(graph, **{**parts, "nulls": 20, "sample": 4, "worst": 1, "steps": 2, "images": 1, **inputs})
 
 
+@pytest.mark.newest
 def test_what_a_lora_adds_counts(comfy: ComfyServer, training_set: Graph) -> None:
     found = rows(comfy.run(with_lora(training_set), timeout=300))
     for row in found:

@@ -383,6 +383,7 @@ def watch_runs(server: ComfyServer, prompt: str, first: int, count: int) -> None
         assert report(server, graph)["flagged"] is True
 
 
+@pytest.mark.newest
 def test_after_its_runs_nothing_of_the_pack_is_left(faulty: ComfyServer, memorised: str) -> None:
     """Counted: every tensor and every object of ours that is alive in the host."""
     plain = pixels(faulty, faulty.run(demo(memorised, steps=2, seed=77)))

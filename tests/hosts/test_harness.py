@@ -141,6 +141,7 @@ def test_free_drops_cached_results(comfy: ComfyServer) -> None:
     assert "sampler" not in cached[0] and cached[1:] == [set(graph), set()]
 
 
+@pytest.mark.newest
 def test_server_of_its_own(start_comfy: Callable[..., ComfyServer], tmp_path: Path) -> None:
     packs = tmp_path / "packs"
     for name, source in (("telling", NODES), ("unable", "raise RuntimeError('not on this machine')")):

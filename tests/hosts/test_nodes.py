@@ -88,6 +88,7 @@ def test_the_pack_loads_without_a_word_of_its_own(comfy: ComfyServer) -> None:
     assert len([line for line in lines[start:] if "custom_nodes/sd-dejavu" in line and " seconds" in line]) == 1
 
 
+@pytest.mark.newest
 def test_the_pack_loads_at_once(comfyui: Path) -> None:
     """Nothing is imported but its own small modules: what takes long to import is only imported by who needs it."""
     command = [str(host_process.python(comfyui)), str(HERE / "import_probe.py"), str(HERE.parents[1])]
@@ -669,6 +670,7 @@ def test_a_method_that_needs_the_text_says_so(comfy: ComfyServer, memorised: str
         assert why in json.dumps(entry["status"], ensure_ascii=False), method
 
 
+@pytest.mark.newest
 def test_calibrating_a_checkpoint_gives_it_p_values(comfy: ComfyServer) -> None:
     graph = graphs.text_to_image(steps=2, seed=40)
     sampler = graph["sampler"]["inputs"]

@@ -87,6 +87,7 @@ def served(document: dict[str, Any]) -> bool:
     return verdict["p_value"] is not None and round((COUNT + 1) * verdict["p_value"], 6).is_integer()
 
 
+@pytest.mark.newest
 def test_a_profile_of_the_command_line_serves_comfyui(
     comfyui: Path, command_line: CommandLine, memorising_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -87,6 +87,7 @@ def test_a_prediction_type_is_that_of_its_own_run(host: ComfyServer) -> None:
 # #13989, #14276, #15255: a LoRA is patched twice, or does not go
 
 
+@pytest.mark.newest
 def test_nothing_of_a_lora_stays(host: ComfyServer) -> None:
     def run(**lora: Any) -> dict[str, Any]:
         graph = looked_at(watched(graphs.text_to_image(seed=2, steps=2, **lora), explain="always"))
@@ -108,6 +109,7 @@ def test_nothing_of_a_lora_stays(host: ComfyServer) -> None:
 # #15733: 'Cannot set version_counter for inference tensor'
 
 
+@pytest.mark.newest
 def test_fp8_weights_can_be_moved_after_an_explanation(host: ComfyServer) -> None:
     fp8 = {"unet": miniature.UNET_FP8, "weight_dtype": "fp8_e4m3fn"}
     plain = pixels(host, host.run(graphs.text_to_image(seed=3, steps=2, **fp8)))

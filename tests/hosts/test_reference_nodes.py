@@ -393,6 +393,7 @@ def test_a_copy_is_none_any_more(server: ComfyServer, memorised: str) -> None:
     assert max(_similarities(guarded)) < 0.6 and guarded["copy"]["text"] == ["False"]
 
 
+@pytest.mark.newest
 def test_an_ordinary_prompt_is_untouched_bit_for_bit(server: ComfyServer) -> None:
     untouched, strict = 0, {"threshold": 0.7, "threshold_rise": 0.0}
     for prompt in bundled.held_out_ordinary(6, seed=11):
@@ -412,6 +413,7 @@ def _told(events: Any) -> str:
     return " ".join(piece[8 + int.from_bytes(piece[4:8], "big") :].decode() for piece in pieces)
 
 
+@pytest.mark.newest
 def test_each_term_can_be_switched_off(server: ComfyServer, memorised: str) -> None:
     off = {"despecification": 0.0, "deduplication": 0.0, "dissimilarity": 0.0}
 
