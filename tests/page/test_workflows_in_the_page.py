@@ -83,7 +83,7 @@ def test_the_app_draws_and_says_a_verdict_on_a_checkpoint_never_seen(page, tmp_p
         elif node["type"] == "KSampler":
             node["widgets_values"][2] = 4
         elif node["type"] == "DejaVuMonitor":
-            node["widgets_values"][-1] = 20
+            node["widgets_values"][-2:] = [0.05, 20]  # alpha, and as many ordinary prompts as it needs
     (tmp_path / path.name).write_text(json.dumps(document), encoding="utf-8")
     page.load(tmp_path / path.name)
     result = page.run(400.0)
