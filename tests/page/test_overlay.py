@@ -233,11 +233,10 @@ def test_explain_names_words_before_sampling(overlay: Page) -> None:
     page.browser.evaluate(
         """() => {
             const {app} = window.comfyAPI.app, node = window.LiteGraph.createNode('DejaVuExplain');
-            const [model] = app.graph.nodes.filter((n) => n.type === 'DejaVuDemoModel');
-            const [positive, negative] = app.graph.nodes.filter((n) => n.type === 'DejaVuTextEncode');
-            const prompt = positive.widgets[0].value;
+            const prompt = app.graph.nodes.find((n) => n.type === 'DejaVuTextEncode').widgets[0].value;
             app.graph.clear();
-            const kept = [model, positive, negative].map((n) => window.LiteGraph.createNode(n.type));
+            const types = ['DejaVuDemoModel', 'DejaVuTextEncode', 'DejaVuTextEncode'];
+            const kept = types.map((type) => window.LiteGraph.createNode(type));
             [...kept, node].forEach((n, i) => { n.pos = [i * 520, 0]; app.graph.add(n); });
             kept[1].widgets[0].value = prompt;
             const connect = (from, name, to, input) => from.connect(

@@ -82,9 +82,11 @@ def test_the_app_draws_and_says_a_verdict_on_a_checkpoint_never_seen(page, tmp_p
             node["widgets_values"] = [64, 64, 1]
         elif node["type"] == "KSampler":
             node["widgets_values"][2] = 4
+        elif node["type"] == "DejaVuMonitor":
+            node["widgets_values"][-2:] = [0.05, 20]  # alpha, and as many ordinary prompts as it needs
     (tmp_path / path.name).write_text(json.dumps(document), encoding="utf-8")
     page.load(tmp_path / path.name)
-    result = page.run()
+    result = page.run(400.0)
     assert result["error"] is None
     (report,) = (output["dejavu"][0] for output in result["outputs"].values() if output and "dejavu" in output)
     assert report["verdicts"][0]["p_value"] is not None and not report["lacks_calibration"]
