@@ -37,8 +37,8 @@ export function createPanel(host = null) {
     ),
   )
   const readout = make('p', { class: 'dejavu-readout', 'aria-hidden': 'true' })
-  // The sheet comes with the panel: the page's head is shared with other packs.
   element.append(make('div', { class: 'dejavu-cut' }))
+  // The sheet comes with the panel: the page's head is shared with other packs.
   if (host?.sheet) element.append(make('link', { rel: 'stylesheet', href: host.sheet }))
   element.append(...Object.entries(slots).flatMap(([name, slot]) => (name === 'words' ? [slot, readout] : [slot])))
   const keys = new Map()
@@ -91,7 +91,7 @@ export function createPanel(host = null) {
   }
 
   function calibration(wanted) {
-    if (report.calibrating) {
+    if (report.calibrating && state.live) {
       const { done, count } = report.calibrating
       const left = since ? timeLeft(since, Date.now(), report.calibrating) : ''
       const name = 'Comparing with ordinary prompts'
