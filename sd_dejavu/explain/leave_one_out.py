@@ -59,7 +59,9 @@ def explain(
 ) -> Explanation:
     full = first_step(denoiser, [conditioning], unconditional, noise, sigma, batch_size).mean()
     without = scores_without(denoiser, encode, conditioning, unconditional, noise, sigma, batch_size).mean(1)
-    return explanation("leave one out", conditioning.words, full - without, "fall of the score without the word", without)
+    return explanation(
+        "leave one out", conditioning.words, full - without, "fall of the score without the word", without
+    )
 
 
 def explain_at(
