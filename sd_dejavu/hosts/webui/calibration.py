@@ -211,7 +211,7 @@ def processing_of(asked: Calibrating, prompts: Sequence[str], overrides: Options
 
     ``overrides`` are settings of the host's that hold for this run.
     """
-    from modules import processing
+    from modules import processing, shared
 
     p: Processing = processing.StableDiffusionProcessingTxt2Img(
         prompt=[f"{prompt} {asked.networks}".strip() for prompt in prompts],
@@ -229,6 +229,7 @@ def processing_of(asked: Calibrating, prompts: Sequence[str], overrides: Options
         do_not_save_grid=True,
         override_settings=dict(overrides or {}),
     )
+    p.sd_model = shared.sd_model  # which waits where the host, just started, is still loading it
     if asked.networks:
         # With what was encoded before, the host would not bring the text encoder to where the LoRA acts on it.
         p.cached_c, p.cached_uc = [None, None, None], [None, None, None]

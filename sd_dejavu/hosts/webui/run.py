@@ -25,6 +25,7 @@ from ...core.conditioning import Conditioning, Unconditional
 from ...core.denoiser import Evaluation
 from ...core.guidance import GuidanceRule, GuidedStep
 from ...core.memory import ran_out, release
+from ...kept.foreign import one_line
 from ...mitigations.guard import Guard
 from ...run.controller import Again, Decision, Restart, RunController, Stop
 from ...run.monitoring import Monitoring
@@ -61,7 +62,7 @@ def drawn(p: Processing) -> Processed:
         if ran_out(error):
             release()
             raise ValueError("there was not enough memory: choose a smaller size, or fewer images") from error
-        raise ValueError(f"the host could not draw: {type(error).__name__}: {error}") from error
+        raise ValueError(f"the host could not draw: {type(error).__name__}: {one_line(error)}") from error
 
 
 class Pass:
