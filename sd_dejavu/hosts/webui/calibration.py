@@ -251,7 +251,7 @@ def read(p: Processing, run: Run, begun: Callable[[], None], on_run: Callable[[i
 
     traces: list[Trace] = []
 
-    class Reading(scripts.ScriptRunner):  # type: ignore[misc]
+    class Reading(scripts.ScriptRunner):
         """Runs no script, and is told what scripts are."""
 
         def process_before_every_sampling(self, p: Processing, **named: object) -> None:
