@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import audit, calibration, conditioning, demo, guidance, monitor, reference, text, training
+from ..sd_dejavu.hosts import comfyui
+from . import audit, calibration, conditioning, demo, guidance, monitor, reference, sockets, text, training
 
 
 class DejaVuExtension(ComfyExtension):
@@ -23,4 +24,5 @@ class DejaVuExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> ComfyExtension:
+    comfyui.add_routes(sockets.user_folder())
     return DejaVuExtension()

@@ -27,7 +27,7 @@ class AuditLora(io.ComfyNode):
             display_name="Audit LoRA (Déjà Vu)",
             category=sockets.CATEGORY,
             **sockets.FOUND_BY,
-            description="Does my LoRA copy its training set? Measures every caption of it, and draws the worst ones again. Stopped, it goes on when run again.",
+            description="Does my LoRA copy its training set? Measures every caption and draws the most suspicious ones again. If you stop it, it goes on when you run it again.",
             inputs=[
                 io.Model.Input("model", tooltip="The model with the LoRA."),
                 io.Clip.Input("clip", tooltip="Its text encoder, with the LoRA."),

@@ -24,7 +24,7 @@ class Calibrate(io.ComfyNode):
             display_name="Calibrate (Déjà Vu)",
             category=sockets.CATEGORY,
             **sockets.FOUND_BY,
-            description="Measures ordinary prompts once, one evaluation each; from then on the monitor gives p-values.",
+            description="Measures ordinary prompts once, one evaluation each. From then on every Monitor gives p-values.",
             inputs=[
                 io.Model.Input("model", tooltip="The model as it will be sampled, with its LoRAs."),
                 io.Clip.Input("clip", tooltip="Its text encoder."),
@@ -33,7 +33,7 @@ class Calibrate(io.ComfyNode):
                     "negative",
                     default="",
                     multiline=True,
-                    tooltip="The negative prompt the monitor will measure against; empty for the empty prompt.",
+                    tooltip="The negative prompt that the Monitor measures against; leave it empty for the empty prompt.",
                 ),
                 io.Int.Input("count", default=1000, min=20, max=100_000, tooltip="How many ordinary prompts."),
                 io.Int.Input(
@@ -51,7 +51,7 @@ class Calibrate(io.ComfyNode):
                     "replace",
                     default=False,
                     optional=True,
-                    tooltip="Also replace a calibration for the same setting that holds more than this one.",
+                    tooltip="Replace the calibration for the same settings even if it holds more than this one.",
                 ),
                 io.String.Input(
                     "like",
@@ -59,7 +59,7 @@ class Calibrate(io.ComfyNode):
                     multiline=True,
                     optional=True,
                     tooltip="Prompts like those that will be judged, one a line: ordinary ones are recombined from their "
-                    "words. Empty for general ones, which are strangers to a specialised model.",
+                    "words. Leave it empty for general ones, which a specialised model does not know.",
                 ),
             ],
             outputs=[

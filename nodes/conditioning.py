@@ -16,7 +16,7 @@ from . import sockets
 
 _NEGATIVE = io.Conditioning.Input(
     "negative",
-    tooltip="The sampler's negative prompt. The prompt is measured against it where no text encoder is at hand for the empty prompt.",
+    tooltip="The sampler's negative prompt. It is the baseline if there is no text encoder for the empty prompt.",
 )
 
 
@@ -28,7 +28,7 @@ class Explain(io.ComfyNode):
             display_name="Explain (Déjà Vu)",
             category=sockets.CATEGORY,
             **sockets.FOUND_BY,
-            description="Which words of the prompt bring its score about, before anything is sampled.",
+            description="Tells before sampling whether a prompt is likely memorised, and which words make it so.",
             inputs=[
                 io.Model.Input("model", tooltip="The model."),
                 io.Conditioning.Input("positive", tooltip="The prompt, from Text Encode (Déjà Vu)."),
@@ -37,7 +37,9 @@ class Explain(io.ComfyNode):
                 sockets.Calibration.Input("calibration", optional=True, tooltip="Scores of ordinary prompts."),
             ],
             outputs=[
-                io.Image.Output(display_name="overlay", tooltip="The prompt, each word shaded by its significance."),
+                io.Image.Output(
+                    display_name="overlay", tooltip="The prompt, with each word shaded by how much it counts."
+                ),
                 io.String.Output(display_name="report", tooltip="Verdict and words as JSON."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -84,7 +86,7 @@ class MitigateConditioning(io.ComfyNode):
             node_id="DejaVuMitigate",
             display_name="Mitigate Conditioning (Déjà Vu)",
             category=sockets.CATEGORY,
-            description="Another conditioning for a memorised prompt, by the method of your choice; for any sampler with this noise.",
+            description="Gives another conditioning for a memorised prompt, by the method you choose; for any sampler with this noise.",
             inputs=[
                 io.Model.Input("model", tooltip="The model."),
                 io.Conditioning.Input("positive", tooltip="The prompt; from Text Encode (Déjà Vu) it works best."),

@@ -16,9 +16,7 @@ class DemoModel(io.ComfyNode):
             category=sockets.CATEGORY,
             **sockets.FOUND_BY,
             description="A small model that really memorises (64 x 64 images). It comes with the pack.",
-            inputs=[
-                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Images in the latent that is given out.")
-            ],
+            inputs=[io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="How many images the latent holds.")],
             outputs=[
                 io.Model.Output(tooltip="The model; images of 64 x 64 suit it."),
                 io.Clip.Output(tooltip="Its text encoder."),

@@ -23,7 +23,7 @@ class AMG(io.ComfyNode):
             node_id="DejaVuAMG",
             display_name="Anti-Memorization Guidance (Déjà Vu)",
             category=sockets.CATEGORY,
-            description="Steers every run away from the nearest training image, only while the image is near to it.",
+            description="Steers every run away from the nearest training image, but only while the image is near it.",
             inputs=[
                 io.Model.Input("model", tooltip="The model, with its LoRAs and other patches."),
                 io.Vae.Input("vae", tooltip="Its autoencoder: images are compared."),
@@ -80,13 +80,13 @@ class InitialNoise(io.ComfyNode):
             node_id="DejaVuInitialNoise",
             display_name="Initial Noise (Déjà Vu)",
             category=sockets.CATEGORY,
-            description="Another starting noise for a memorised prompt, for SamplerCustomAdvanced; the prompt stays as it is.",
+            description="Gives another starting noise for a memorised prompt, for SamplerCustomAdvanced. The prompt stays as it is.",
             inputs=[
                 io.Model.Input("model", tooltip="The model."),
                 io.Conditioning.Input("positive", tooltip="The prompt."),
                 io.Conditioning.Input(
                     "negative",
-                    tooltip="The guider's negative prompt. The prompt is measured against it where no text encoder is at hand for the empty prompt.",
+                    tooltip="The guider's negative prompt. It is the baseline if there is no text encoder for the empty prompt.",
                 ),
                 *sockets.run_inputs(),
                 *sockets.target_inputs("The score that counts as ordinary; 0 takes it from the calibration."),

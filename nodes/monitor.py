@@ -78,7 +78,9 @@ class VerdictNode(io.ComfyNode):
                     display_name="score", tooltip="The highest score of the batch; NaN where not measured."
                 ),
                 io.Float.Output(display_name="p-value", tooltip="The lowest p-value of the batch; NaN without one."),
-                io.Image.Output(display_name="overlay", tooltip="The prompt, each word shaded by its significance."),
+                io.Image.Output(
+                    display_name="overlay", tooltip="The prompt, with each word shaded by how much it counts."
+                ),
                 io.Mask.Output(display_name="where", tooltip="Where in the image the prompt acts, one mask an image."),
                 io.String.Output(display_name="report", tooltip="All of it as JSON."),
             ],

@@ -31,14 +31,14 @@ class BuildReferenceSet(io.ComfyNode):
             node_id="DejaVuBuildReferenceSet",
             display_name="Build Reference Set (Déjà Vu)",
             category=sockets.CATEGORY,
-            description="Makes a reference set of training images, to compare generated ones with. Stopped, it goes on when run again.",
+            description="Makes a reference set from training images, to compare generated ones with. If you stop it, it goes on when you run it again.",
             inputs=[
                 io.Combo.Input(
                     "folder",
                     options=_input_folders(),
                     tooltip="A folder below ComfyUI's input folder: images with .txt captions beside them, webdataset tars or Parquet files.",
                 ),
-                io.String.Input("name", default="my images", tooltip="What to keep the set as."),
+                io.String.Input("name", default="my images", tooltip="The name to keep the set under."),
                 io.Combo.Input(
                     "features",
                     options=host.feature_choices(list(_sscd_files())),
@@ -48,7 +48,7 @@ class BuildReferenceSet(io.ComfyNode):
                 io.Boolean.Input(
                     "restart",
                     default=False,
-                    tooltip="Drop what is there under this name, finished or not, and begin anew.",
+                    tooltip="Throw away what is there under this name, finished or not, and start again.",
                 ),
                 io.ClipVision.Input(
                     "clip_vision", optional=True, tooltip="For features by a CLIP Vision model: from Load CLIP Vision."
@@ -98,7 +98,7 @@ class LoadReferenceSet(io.ComfyNode):
                 io.ClipVision.Input(
                     "clip_vision",
                     optional=True,
-                    tooltip="The very CLIP Vision model that the set was made with, if it was made with one.",
+                    tooltip="The same CLIP Vision model that the set was made with, if it was made with one.",
                 ),
             ],
             outputs=[sockets.References.Output(display_name="references", tooltip="For Nearest Reference and AMG.")],
@@ -134,7 +134,7 @@ class NearestReference(io.ComfyNode):
             node_id="DejaVuNearestReference",
             display_name="Nearest Reference (Déjà Vu)",
             category=sockets.CATEGORY,
-            description="Is this image a copy? Shows it beside the training images it is most like.",
+            description="Is this image a copy? Shows it beside the training images that it is most like.",
             inputs=[
                 io.Image.Input("image", tooltip="The images to look up."),
                 sockets.References.Input("references", tooltip="From Build or Load Reference Set."),

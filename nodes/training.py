@@ -20,9 +20,9 @@ class TrainingFilter(io.ComfyNode):
             node_id="DejaVuTrainingFilter",
             display_name="Training Filter (Déjà Vu)",
             category=sockets.CATEGORY,
-            description="For Train LoRA: leaves samples that the model is memorising out of the loss.",
+            description="For Train LoRA: keeps samples that the model is memorising out of the loss.",
             inputs=[
-                io.Model.Input("model", tooltip="The model that Train LoRA shall train on."),
+                io.Model.Input("model", tooltip="The model for Train LoRA to train."),
                 io.Conditioning.Input("empty", tooltip="The empty prompt, from a CLIP Text Encode without text."),
                 *sockets.inputs_of(FilterSettings),
             ],

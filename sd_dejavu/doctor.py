@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ _PACKAGES = {
     "peft": "LoRAs, and fine-tuning",
     "pyarrow": "lists and training sets in Parquet",
 }
+_OF_COMMANDS = ("diffusers", "transformers", "peft", "pyarrow")  # a host reads its models itself
 _OPTIONAL = {"peft": "finetune", "pyarrow": "parquet"}  # and the extra that installs it
 
 
@@ -44,15 +45,32 @@ class Finding:
     advice: str = ""
 
 
-def findings() -> Iterator[Finding]:
-    """The lines, one after another. Asks no network."""
+_MARKS = {True: "works", False: "fails", None: "-"}
+
+
+def in_lines(found: Finding) -> list[str]:
+    """A finding as it is told: a line, and its advice in a second one.
+
+    >>> in_lines(Finding("peft", "not installed", None, "pip install peft"))
+    ['-     peft: not installed', '      pip install peft']
+    """
+    return [f"{_MARKS[found.works]:6}{found.name}: {found.value}", *([f"      {found.advice}"] if found.advice else [])]
+
+
+def findings(calibrations: Path | None = None, in_host: bool = False) -> Iterator[Finding]:
+    """The lines, one after another. Asks no network.
+
+    ``calibrations`` is the folder where they are kept, that of the commands by default; ``in_host`` leaves out packages
+    that only the commands need.
+    """
     yield Finding("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    yield from (_package(name, use) for name, use in _PACKAGES.items())
+    wanted = (name for name in _PACKAGES if not (in_host and name in _OF_COMMANDS))
+    yield from (_package(name, _PACKAGES[name]) for name in wanted)
     for device in _devices():
         yield _memory(device)
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             yield _gradients(device, dtype)
-    yield _folder(user_folder() / "calibration")
+    yield _folder(user_folder() / "calibration" if calibrations is None else calibrations)
 
 
 def _package(name: str, use: str) -> Finding:
@@ -118,7 +136,10 @@ def timed(work: Callable[[], str], name: str, advice: str) -> Finding:
 
 def version() -> str:
     """The version of this package, and whether it is installed or a folder of a host's."""
+    folder = Path(__file__).parents[1]
     try:
         return f"{metadata.version('sd-dejavu')}, installed"
     except metadata.PackageNotFoundError:
-        return f"in {Path(__file__).parents[1].name}, with {Path(sys.executable).name}"
+        project = folder / "pyproject.toml"
+        found = re.search(r'^version = "(.+)"$', project.read_text("utf-8") if project.is_file() else "", re.MULTILINE)
+        return f"{found[1] if found else 'of unknown version'}, in the folder {folder.name}"

@@ -2,7 +2,10 @@
 
 import { api } from '../../scripts/api.js'
 import { app } from '../../scripts/app.js'
+import { withCalibration } from './calibrate.js'
+import { make } from './dom.js'
 import { behind, elsewhere, executionId, placeOf, places, rootGraph, setText, sourceOf, store, storeElsewhere, textWidget } from './graph.js'
+import { createMachine } from './machine.js'
 import { createPanel } from './panel.js'
 import { readReport } from './report.js'
 import { createRuns } from './runs.js'
@@ -13,7 +16,8 @@ const PALETTES = ['vermilion', 'blue', 'grey']
 const ALPHA = 0.01
 const RUNS_KEPT = 50
 const SHOWS = ['DejaVuVerdict', 'DejaVuExplain']
-const SIZE = [440, 640]
+const SIZE = [440, 640] // of a fresh node; all of a report fits
+const BELOW_OUTPUTS = 100 // more in Nodes 2.0, where the panel begins below the outputs
 const LEAST_HEIGHT = 220
 const WIDGET = 'dejavu_report'
 const SHEET = new URL('./dejavu.css', import.meta.url).href
@@ -22,6 +26,8 @@ const MOUNT_PAUSE = 150 // milliseconds
 
 const panels = new Map()
 const runs = createRuns(RUNS_KEPT)
+const calibrations = new Map() // id of a prompt that was queued to calibrate -> the workflow it is of
+let sidebar = null
 const setting = (id) => app.extensionManager.setting.get(id)
 
 app.registerExtension({
@@ -56,13 +62,25 @@ app.registerExtension({
       defaultValue: RUNS_KEPT,
       onChange: (count) => runs.keep(Number(count) || RUNS_KEPT),
     },
+    {
+      id: 'DejaVu.Machine',
+      category: ['Déjà Vu', 'This machine', 'Machine'],
+      name: 'What works on this machine',
+      tooltip: 'Versions, devices, precisions and the folder of calibrations, to be copied into a report of a fault.',
+      type: () => make('div', { class: 'dejavu-sidebar dejavu-setting' }, make('link', { rel: 'stylesheet', href: SHEET }), createMachine({ machine, copy })),
+      defaultValue: null,
+    },
   ],
 
   setup() {
     api.addEventListener('dejavu.run', ({ detail }) => onRun(detail))
     api.addEventListener('executed', ({ detail }) => onExecuted(detail))
-    api.addEventListener('graphChanged', () => panels.forEach((panel) => panel.refresh()))
-    let sidebar = null
+    api.addEventListener('graphChanged', () => everyPanel((panel) => panel.refresh()))
+    api.addEventListener('status', ({ detail }) => {
+      if (detail?.exec_info?.queue_remaining !== 0) return
+      runs.idle()
+      everyPanel((panel) => panel.idle())
+    })
     app.extensionManager.registerSidebarTab({
       id: 'dejavu',
       icon: 'pi pi-eye',
@@ -71,7 +89,7 @@ app.registerExtension({
       type: 'custom',
       render(element) {
         sidebar?.remove()
-        sidebar = createSidebar(runs, { copy, queue, sheet: SHEET })
+        sidebar = createSidebar(runs, { copy, queue, machine, sheet: SHEET, calibrate: calibrateRun })
         element.replaceChildren(sidebar.element)
       },
       destroy() {
@@ -95,7 +113,7 @@ app.registerExtension({
 })
 
 function addPanel(node) {
-  const panel = createPanel({ copy, queue, sheet: SHEET, text: textSource })
+  const panel = createPanel({ copy, queue, sheet: SHEET, text: textSource, calibrate: (count) => calibrateOf(node, count) })
   panels.set(node, panel)
   const widget = node.addDOMWidget(WIDGET, 'dejavu', panel.element, {
     serialize: false,
@@ -103,8 +121,9 @@ function addPanel(node) {
     getMinHeight: () => LEAST_HEIGHT,
   })
   widget.serialize = false
+  if (node.comfyClass === 'DejaVuVerdict') beginBeside(node, panel.element, widget.margin ?? 10)
   forwardPointer(panel.element)
-  node.setSize?.([Math.max(SIZE[0], node.size[0]), Math.max(SIZE[1], node.size[1])])
+  node.setSize?.([Math.max(SIZE[0], node.size[0]), Math.max(SIZE[1] + (setting('Comfy.VueNodes.Enabled') ? BELOW_OUTPUTS : 0), node.size[1])])
   mount(node)
   const { onRemoved, onConfigure } = node
   node.onRemoved = function (...given) {
@@ -119,6 +138,13 @@ function addPanel(node) {
   }
 }
 
+/** In the classic renderer the panel begins below the inputs, in the room beside the outputs, whose names are cut out. */
+function beginBeside(node, element, margin) {
+  const row = window.LiteGraph?.NODE_SLOT_HEIGHT ?? 20, edge = 6
+  node.widgets_start_y = row * node.inputs.length + edge
+  element.style.setProperty('--dejavu-cut', `${row * node.outputs.length + edge - node.widgets_start_y - margin}px`)
+}
+
 /** In Nodes 2.0 of older front ends no pack's widget is shown: there the panel goes into the node's element itself. */
 function mount(node, patience = MOUNT_TRIES) {
   const element = panels.get(node)?.element
@@ -130,9 +156,14 @@ function mount(node, patience = MOUNT_TRIES) {
   else if (patience > 0) setTimeout(() => mount(node, patience - 1), MOUNT_PAUSE)
 }
 
-function showDocument(node, document, live = false) {
+function everyPanel(act) {
+  panels.forEach(act)
+  if (sidebar) act(sidebar)
+}
+
+function showDocument(node, document, more = {}) {
   const report = readReport(document)
-  if (report) panels.get(node)?.show(report, { document, live })
+  if (report) panels.get(node)?.show(report, { document, ...more })
   mount(node)
 }
 
@@ -148,12 +179,12 @@ function onRun({ run, monitor, prompt_id: promptId, workflow, finished, report: 
   if (!report) return
   const key = `${promptId} ${run}`
   const begins = !runs.all.some((known) => known.key === key)
-  runs.put({ key, promptId, monitor: String(monitor), report, document, finished })
+  runs.put({ key, promptId, monitor: String(monitor), workflow, report, document, finished })
   if (workflow != null && workflow !== rootGraph(app)?.id) return // it waits in another tab
   for (const { node } of readersOf(monitor)) {
     if (begins) panels.get(node)?.images([])
     if (finished) keepDocument(node, document)
-    else showDocument(node, document, true)
+    else showDocument(node, document, { live: true, begins })
   }
 }
 
@@ -173,12 +204,13 @@ function readersOf(monitor) {
 /** What a node gives out: a report for its panel, and the images behind a Verdict's latent for its map and the list. */
 function onExecuted({ node: id, display_node: shownId, prompt_id: promptId, output }) {
   const document = output?.dejavu?.[0]
-  const waiting = elsewhere(app, id, output)
+  const waiting = elsewhere(app, id, output, calibrations.get(promptId))
+  const own = (document && !waiting && placeOf(rootGraph(app), shownId ?? id)) || null
+  if (document) listKept(promptId, shownId ?? id, document, own && monitorOf(own), (waiting?.activeState ?? rootGraph(app))?.id)
   if (waiting) {
     if (readReport(document)) storeElsewhere(waiting, shownId ?? id, document)
     return
   }
-  const own = document && placeOf(rootGraph(app), shownId ?? id)
   if (own && panels.has(own.node)) keepDocument(own.node, document)
   const images = output?.images
   if (!Array.isArray(images) || !images.length) return
@@ -187,11 +219,59 @@ function onExecuted({ node: id, display_node: shownId, prompt_id: promptId, outp
     if (place.node.comfyClass !== 'DejaVuVerdict') continue
     if (![id, shownId].some((made) => behind(place, 0).includes(String(made)))) continue
     panels.get(place.node)?.images(urls)
-    const input = place.node.inputs?.find((i) => i.name === 'monitor')
-    const source = input && sourceOf(place, input)
-    const mine = runs.all.find((r) => r.promptId === promptId && source && r.monitor === executionId(source))
+    const monitor = monitorOf(place)
+    const mine = runs.all.find((r) => r.promptId === promptId && monitor !== null && r.monitor === monitor)
     if (mine) runs.imagesFor(mine.key, urls)
   }
+}
+
+/** A report on a run of an earlier execution, which the host has answered from its cache: a card of its own. */
+function listKept(promptId, node, document, monitor, workflow) {
+  const report = readReport(document)
+  const sampled = runs.all.some((r) => r.promptId === promptId && (monitor === null || r.monitor === monitor))
+  if (!report || sampled) return
+  runs.put({ key: `${promptId} ${node}`, promptId, monitor, workflow, report, document, finished: true, kept: true })
+}
+
+/** The execution id of the Monitor that a Verdict reads, or of the node itself where it measures by itself. */
+function monitorOf(place) {
+  if (place.node.comfyClass !== 'DejaVuVerdict') return executionId(place)
+  const source = sourceOf(place, place.node.inputs?.find((i) => i.name === 'monitor'))
+  return source && executionId(source)
+}
+
+/** Queue the workflow once more, so that its run measures ordinary prompts first: {} or {why}. */
+async function calibrate(id, count) {
+  try {
+    const { output, workflow } = await app.graphToPrompt()
+    const found = withCalibration(output, id, count)
+    if (found.why) return found
+    // Not as the host's own button does it: that would change the seed in the graph for the run after.
+    const { prompt_id: promptId, node_errors: errors } = await api.queuePrompt(0, { output: found.output, workflow })
+    const [fault] = Object.values(errors ?? {}).flatMap((one) => one.errors ?? [])
+    if (fault) return { why: `Not queued: ${fault.message}${fault.details ? ` (${fault.details})` : ''}.` }
+    calibrations.set(promptId, app.extensionManager.workflow?.activeWorkflow)
+    return {}
+  } catch (error) {
+    return { why: `Not queued: ${error.message}. Queue the workflow as usual to see what is missing.` }
+  }
+}
+
+function calibrateOf(node, count) {
+  const place = [...places(rootGraph(app))].find((one) => one.node === node)
+  return calibrate(executionId(place), count)
+}
+
+function calibrateRun({ monitor, workflow }, count) {
+  if (workflow != null && workflow !== rootGraph(app)?.id) return { why: 'This run is of another workflow: open that, then press the button again.' }
+  return calibrate(monitor, count)
+}
+
+/** What works on this machine, line by line. */
+async function machine() {
+  const answer = await api.fetchApi('/dejavu/doctor')
+  if (!answer.ok) throw Error(`${answer.status} ${answer.statusText}`)
+  return (await answer.json()).lines
 }
 
 /** What panels may do with the prompt's text. */
@@ -202,7 +282,7 @@ function textSource(promptNode, prompt) {
     value: found.widget.value,
     set: (text) => {
       setText(app, found.widget, text)
-      panels.forEach((panel) => panel.refresh())
+      everyPanel((panel) => panel.refresh())
     },
   }
 }

@@ -8,7 +8,7 @@ export function make(name, attributes = {}, ...children) {
     if (typeof value === 'function') made.addEventListener(key.slice(2), value)
     else made.setAttribute(key, value === true ? '' : value)
   }
-  made.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== ''))
+  made.append(...children.flat(2).filter((child) => child !== null && child !== undefined && child !== false && child !== ''))
   return made
 }
 

@@ -161,10 +161,13 @@ export function store(app, node, report) {
   keepIn(graphs.flatMap((g) => g.nodes ?? []).find((n) => String(n.id) === String(node.id) && n.type === node.type), report)
 }
 
-/** The workflow whose run has given out this output, where it waits in another tab than the one that is open. */
-export function elsewhere(app, id, output) {
+/**
+ * The workflow whose run has given out this output, where it waits in another tab than the one that is open; ``known`` is
+ * that workflow where we have queued it ourselves, which the host does not keep account of.
+ */
+export function elsewhere(app, id, output, known = null) {
   const { openWorkflows = [], activeWorkflow } = app.extensionManager?.workflow ?? {}
-  const queued = openWorkflows.find((known) => known.changeTracker?.nodeOutputs?.[id] === output)
+  const queued = known ?? openWorkflows.find((one) => one.changeTracker?.nodeOutputs?.[id] === output)
   return queued && queued !== activeWorkflow ? queued : null
 }
 

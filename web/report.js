@@ -2,6 +2,7 @@
 
 const FORMAT = 'dejavu-report'
 const LONGEST = 10_000 // of a list: as many steps as the host's samplers take; of longer ones the rest is not read
+const CALM = 0.3 // of the paint of a flagged prompt
 const LABELS = ['Flagged', 'Not flagged', 'No verdict']
 
 /**
@@ -33,7 +34,15 @@ export function readReport(value) {
         }
       : null,
     notes: list(value.notes).map(text).filter(Boolean),
+    lacksCalibration: value.lacks_calibration === true,
+    calibrating: readProgress(value.calibrating),
   }
+}
+
+/** {done, count} of the ordinary prompts that a run measures first; null where it measures none. */
+function readProgress(progress) {
+  const { done, count } = progress ?? {}
+  return Number.isInteger(done) && Number.isInteger(count) && count > 0 ? { done: Math.min(Math.max(done, 0), count), count } : null
 }
 
 function readVerdict(v) {
@@ -43,6 +52,9 @@ function readVerdict(v) {
     sentence: text(v?.sentence) || 'No verdict',
     score: finite(v?.score),
     pValue: finite(v?.p_value),
+    nulls: finite(v?.nulls) ?? 0,
+    times: Math.ceil((finite(v?.batch) ?? 1) / (finite(v?.null_images) || 1)),
+    alpha: finite(v?.alpha) ?? 0,
     steps,
     sigmas: steps.map((_, i) => finite(sigmas[i])),
     facts: list(v?.facts).filter((fact) => Array.isArray(fact) && fact.length === 2).map((fact) => fact.map(text)),
@@ -83,18 +95,36 @@ export function number(value) {
   return String(Number(value.toPrecision(3)))
 }
 
-/** 'significance 0.82, 1.23 (magnitude lost without the word)'. */
-export function wordValue(word, verdict) {
-  const raw = word.raw === null ? '' : `, ${number(word.raw)}${verdict.rawUnit && ` (${verdict.rawUnit})`}`
-  return `significance ${word.significance.toFixed(2)}${raw}`
+/** 'p 0.095', or 'p ≤ 0.001' where no ordinary prompt scored as high; '' without one. */
+export function pText({ pValue, nulls, times }) {
+  if (pValue === null) return ''
+  return nulls && pValue / times * (nulls + 1) < 1.5 ? `p ≤ ${rounded(pValue)}` : `p ${rounded(pValue)}`
+}
+
+const rounded = (p) => String(Number(p.toPrecision(2)))
+
+/** How much a word counts beside the others of its prompt: 'counts most', 'counts 57% as much as “Moxgaen”'. */
+export function wordValue(word, words) {
+  const top = words[topWord(words)]
+  if (!word.significance) return 'does not count'
+  if (word === top) return 'counts most'
+  return `counts ${Math.round(100 * word.significance)}% as much as “${top.text}”`
 }
 
 /** What the score would be without a word, in a sentence. */
 export function withoutWord(word, verdict, ordinary) {
-  if (word.scoreWithout === null) return 'What the score would be without it was not measured in this run.'
-  const now = verdict.score === null ? '' : `, instead of ${number(verdict.score)}`
-  const range = ordinary ? ` Ordinary prompts: ${number(ordinary.median)} (median), 95% below ${number(ordinary.high)}.` : ''
-  return `Without it (blanked where it stands) the first step would score ${number(word.scoreWithout)}${now}.${range}`
+  if (word.scoreWithout === null) return 'This run did not measure what the score would be without it.'
+  const first = verdict.steps[0] ?? verdict.score
+  const now = first === null ? '' : ` instead of ${number(first)}`
+  const range = ordinary ? `; ordinary prompts score about ${number(ordinary.median)}` : ''
+  return `Without it the first step would score ${number(word.scoreWithout)}${now}${range}.`
+}
+
+/** How strongly words are painted, 0 to 1: fully where flagged, else faintly, and the more so the lower the score. */
+export function strength(verdict, ordinary) {
+  if (verdict.label === 'Flagged') return 1
+  const share = ordinary && ordinary.high > 0 && verdict.score !== null ? verdict.score / ordinary.high : 1
+  return CALM * Math.min(1, Math.max(0, share))
 }
 
 /** The index of the word that counts most; -1 without words. */
@@ -120,7 +150,7 @@ export function asText(report) {
   })
   const { words, view } = report.verdicts[0]
   if (words.length) {
-    lines.push('', `Words by significance (${view}):`)
+    lines.push('', `Words, what counts most first (1 is the most${view && `; ${view}`}):`)
     const order = [...words].sort((a, b) => b.significance - a.significance)
     lines.push(...order.map((word) => {
       const without = word.scoreWithout === null ? '' : `, score without it ${number(word.scoreWithout)}`
@@ -147,20 +177,6 @@ export function mitigationFacts(report) {
   return facts
 }
 
-/** RGBA bytes of a where-map in a dark-to-light ramp after inferno: brightness alone carries the order. */
-export function mapPixels({ width, height, values }) {
-  const pixels = new Uint8ClampedArray(4 * width * height)
-  const low = Math.min(...values), span = (Math.max(...values) - low) || 1
-  values.forEach((value, i) => {
-    const at = ((value - low) / span) * (RAMP.length - 1)
-    const below = Math.min(Math.floor(at), RAMP.length - 2)
-    const mix = (channel) => RAMP[below][channel] + (at - below) * (RAMP[below + 1][channel] - RAMP[below][channel])
-    pixels.set([mix(0), mix(1), mix(2), 255], 4 * i)
-  })
-  return pixels
-}
-
-const RAMP = [[0, 0, 4], [66, 10, 104], [147, 38, 103], [221, 81, 58], [252, 165, 10], [252, 255, 164]]
 const list = (value) => (Array.isArray(value) ? value.slice(0, LONGEST) : [])
 const text = (value) => (typeof value === 'string' ? value : '')
 const finite = (value) => (Number.isFinite(value) ? value : null)

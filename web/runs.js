@@ -11,15 +11,22 @@ export function createRuns(limit) {
     get all() {
       return runs
     },
-    /** The newest state of a run: {key, promptId, monitor, report, document, finished}. */
+    /** The newest state of a run: {key, promptId, monitor, workflow, report, document, finished, kept}; ``kept`` of one that
+     *  the host answered from its cache. */
     put(run, now = Date.now()) {
       const known = runs.findIndex((r) => r.key === run.key)
       if (known < 0) runs = [{ images: [], time: now, ...run }, ...runs]
-      else runs = runs.with(known, { ...runs[known], ...run })
+      else runs = runs.with(known, { ...runs[known], ended: false, ...run })
       changed()
     },
     imagesFor(key, images) {
       runs = runs.map((r) => (r.key === key ? { ...r, images } : r))
+      changed()
+    },
+    /** Nothing goes on any more: what has not ended was ended early. */
+    idle() {
+      if (runs.every((r) => r.finished)) return
+      runs = runs.map((r) => (r.finished ? r : { ...r, report: { ...r.report, calibrating: null }, finished: true, ended: true }))
       changed()
     },
     keep(count) {
@@ -49,7 +56,7 @@ export function labelOf(report) {
   return ['Flagged', 'Not flagged'].find((label) => labels.includes(label)) ?? 'No verdict'
 }
 
-export function highestScore(report) {
-  const scores = report.verdicts.map((v) => v.score).filter((score) => score !== null)
-  return scores.length ? Math.max(...scores) : null
+/** The verdict that stands for a run: of its images, the one with the highest score. */
+export function worstOf({ verdicts }) {
+  return verdicts.reduce((worst, verdict) => ((verdict.score ?? -Infinity) > (worst.score ?? -Infinity) ? verdict : worst))
 }

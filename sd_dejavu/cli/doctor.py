@@ -9,11 +9,9 @@ from dataclasses import asdict
 from rich.console import Console
 
 from ..demo import bundled
-from ..doctor import Finding, findings, timed, version
+from ..doctor import Finding, findings, in_lines, timed, version
 from ..report.terminal import plain
 from . import common
-
-_MARKS = {True: "works", False: "fails", None: "-"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,9 +26,8 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json:
             common.print_json(asdict(found))
             continue
-        output.print(plain(f"{_MARKS[found.works]:6}{found.name}: {found.value}"), soft_wrap=True)
-        if found.advice:
-            output.print(plain(f"      {found.advice}"), soft_wrap=True)
+        for line in in_lines(found):
+            output.print(plain(line), soft_wrap=True)
     return 0 if sound else common.EXIT_NOT_MEASURED
 
 

@@ -69,3 +69,21 @@ def test_the_command_measures_the_bundled_model(capsys: pytest.CaptureFixture[st
 def test_a_device_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--device", "cuda:99"]) == 4
     assert "fails the bundled model: device 'cuda:99' was asked for" in capsys.readouterr().out
+
+
+def test_a_host_is_not_asked_for_what_only_the_commands_need(tmp_path: Path) -> None:
+    names = [line.name for line in doctor.findings(tmp_path, in_host=True)]
+    assert "torch" in names and "diffusers" not in names and "pyarrow" not in names
+    assert found("pyarrow")
+    assert list(doctor.findings(tmp_path, in_host=True))[-1].value == f"0 kept in {tmp_path}"
+
+
+def test_the_version_of_a_folder_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise doctor.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.metadata, "version", missing)
+    root = Path(doctor.__file__).parents[1]
+    written = (root / "pyproject.toml").read_text(encoding="utf-8")
+    number, place = doctor.version().split(", in the folder ")
+    assert f'\nversion = "{number}"\n' in written and place == root.name

@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from node_schemas import Node, declared, pack
+from node_schemas import WIDGETS, Node, declared, pack
+from PIL import Image
 
 from sd_dejavu.core.settings import option, options_of
 from sd_dejavu.mitigations import NEXT_RELEASE, available
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
+BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
+FILES = [*WORKFLOWS, *BLUEPRINTS]
 PAIRS = ROOT / "sd_dejavu" / "demo" / "model" / "pairs.json"
 
 TITLE_HEIGHT = 30
@@ -78,20 +81,47 @@ def test_a_number_has_the_bounds_that_were_declared_and_no_others() -> None:
 # ------------------------------------------------------------------------------------------- workflows
 
 
-@pytest.fixture(params=WORKFLOWS, ids=[path.stem for path in WORKFLOWS])
+@pytest.fixture(params=FILES, ids=[path.stem for path in FILES])
 def workflow(request: pytest.FixtureRequest) -> dict[str, Any]:
     return json.loads(request.param.read_text(encoding="utf-8"))
 
 
-def test_there_are_eight_workflows() -> None:
-    assert [path.stem[:2] for path in WORKFLOWS] == [f"{number} " for number in range(1, 9)]
+def subgraphs_of(document: dict[str, Any]) -> list[dict[str, Any]]:
+    return document.get("definitions", {}).get("subgraphs", [])
+
+
+def nodes_of(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """All nodes that are drawn or run, those in subgraphs too."""
+    return [node for graph in (document, *subgraphs_of(document)) for node in graph["nodes"]]
+
+
+def test_there_are_nine_workflows() -> None:
+    assert [path.stem[:2] for path in WORKFLOWS] == [f"{number} " for number in range(1, 10)]
 
 
 def test_links_join_what_is_there(workflow: dict[str, Any]) -> None:
-    nodes = {node["id"]: node for node in workflow["nodes"]}
-    links = {link[0]: link for link in workflow["links"]}
-    assert len(nodes) == len(workflow["nodes"]) and max(nodes) == workflow["last_node_id"]
-    assert len(links) == len(workflow["links"]) and max(links) == workflow["last_link_id"]
+    highest = [max(node["id"] for node in workflow["nodes"]), max([0, *(link[0] for link in workflow["links"])])]
+    assert highest == [workflow["last_node_id"], workflow["last_link_id"]]
+    links_join(workflow["nodes"], workflow["links"])
+    for graph in subgraphs_of(workflow):
+        fields = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+        links = [[link[name] for name in fields] for link in graph["links"]]
+        assert graph["state"]["lastNodeId"] == max(node["id"] for node in graph["nodes"])
+        assert graph["state"]["lastLinkId"] == max(link[0] for link in links)
+        # What leads in and out stands at both ends of the graph, as two more nodes.
+        ins = [{"name": one["name"], "type": one["type"], "links": one["linkIds"]} for one in graph["inputs"]]
+        outs = [{"name": one["name"], "type": one["type"], "link": one["linkIds"][0]} for one in graph["outputs"]]
+        assert all(len(one["linkIds"]) == 1 for one in graph["outputs"])
+        first = {"id": graph["inputNode"]["id"], "inputs": [], "outputs": ins, "order": 0}
+        last = {"id": graph["outputNode"]["id"], "inputs": outs, "outputs": [], "order": len(graph["nodes"]) + 1}
+        inner = [{**node, "order": node["order"] + 1} for node in graph["nodes"]]
+        links_join([first, *inner, last], links)
+
+
+def links_join(listed: list[dict[str, Any]], known: list[list[Any]]) -> None:
+    nodes = {node["id"]: node for node in listed}
+    links = {link[0]: link for link in known}
+    assert len(nodes) == len(listed) and len(links) == len(known)
     assert sorted(node["order"] for node in nodes.values()) == list(range(len(nodes)))
     for number, source, output, target, slot, kind in links.values():
         sender, receiver = nodes[source]["outputs"][output], nodes[target]["inputs"][slot]
@@ -103,21 +133,85 @@ def test_links_join_what_is_there(workflow: dict[str, Any]) -> None:
     assert told_by_inputs == links.keys() == set(told_by_outputs) and len(told_by_outputs) == len(links)
 
 
-def test_nodes_are_as_declared(workflow: dict[str, Any]) -> None:
-    for node in workflow["nodes"]:
-        ours = declared().get(node["type"])
-        if ours is not None:
+def test_nodes_are_as_declared(workflow: dict[str, Any], request: pytest.FixtureRequest) -> None:
+    made = {graph["id"]: graph for graph in subgraphs_of(workflow)}
+    stands_alone = request.node.callspec.params["workflow"] in BLUEPRINTS
+    for node in nodes_of(workflow):
+        ours, optional = declared().get(node["type"]), set()
+        if node["type"] in made:
+            graph = made[node["type"]]
+            sockets, outputs = (
+                [(one["name"], one["type"]) for one in graph[end] if one["type"] not in WIDGETS or end == "outputs"]
+                for end in ("inputs", "outputs")
+            )
+            widgets = 0  # the values are those of the nodes inside
+            optional = {name for name, _ in sockets} if stands_alone else set()
+        elif ours is not None:
             sockets, outputs, widgets = ours.sockets, [(o.name, o.type) for o in ours.outputs], len(ours.widgets)
             optional = {i.name for i in ours.inputs if i.is_optional}
         else:
             assert not node["type"].startswith("DejaVu"), node["type"]
             sockets, kinds, widgets = STOCK[node["type"]]
-            outputs, optional = [(kind.split()[0], kind.split()[-1]) for kind in kinds], set()
-        assert [(i["name"], i["type"]) for i in node["inputs"]] == sockets, node["type"]
+            outputs = [(kind.split()[0], kind.split()[-1]) for kind in kinds]
+        plain = [i for i in node["inputs"] if "widget" not in i]
+        assert [(i["name"], i["type"]) for i in plain] == sockets, node["type"]
         assert [(o["name"], o["type"]) for o in node["outputs"]] == outputs, node["type"]
         assert len(node["widgets_values"]) == widgets, node["type"]
-        unconnected = {i["name"] for i in node["inputs"] if i["link"] is None}
+        unconnected = {i["name"] for i in plain if i["link"] is None}
         assert unconnected <= optional, node["type"]
+
+
+def test_the_first_workflow_fits_a_small_page() -> None:
+    """At most seven nodes, drawn large enough at 1600 x 1000 that every text is readable."""
+    document = json.loads(WORKFLOWS[0].read_text(encoding="utf-8"))
+    assert len(document["nodes"]) <= 7
+    x, y, width, height = document["groups"][0]["bounding"]
+    assert width <= 1600 and height <= 900
+    for node in document["nodes"]:
+        left, top = node["pos"][0], node["pos"][1] - TITLE_HEIGHT
+        assert x <= left and left + node["size"][0] <= x + width
+        assert y <= top and node["pos"][1] + node["size"][1] <= y + height
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_every_workflow_has_a_thumbnail(path: Path) -> None:
+    """The host shows the .jpg of the same name in the template browser."""
+    thumbnail = path.with_suffix(".jpg")
+    with Image.open(thumbnail) as image:
+        assert image.format == "JPEG" and 256 <= image.width <= 512
+    assert thumbnail.stat().st_size <= 60 * 1024
+
+
+def test_the_documentation_lists_the_templates_as_the_page_does() -> None:
+    page = (ROOT / "docs" / "comfyui.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("|")]
+    listed = rows[rows.index("template") + 2 : rows.index("node")]
+    assert listed == [path.stem for path in WORKFLOWS]
+
+
+def test_an_app_names_widgets_and_nodes_that_are_there() -> None:
+    (document,) = (
+        d for path in WORKFLOWS if "linearData" in (d := json.loads(path.read_text(encoding="utf-8")))["extra"]
+    )
+    nodes = {node["id"]: node for node in document["nodes"]}
+    shown = document["extra"]["linearData"]
+    assert document["extra"]["linearMode"] is True
+    named = {nodes[id_]["type"]: name for id_, name, *_ in shown["inputs"]}
+    assert named == {"DejaVuTextEncode": "text", "CheckpointLoaderSimple": "ckpt_name", "KSampler": "seed"}
+    assert [nodes[id_]["title"] for id_ in shown["outputs"]] == ["Image", "Verdict"]
+
+
+def test_the_blueprint_stands_in_for_a_ksampler() -> None:
+    """It takes the same sockets in the same order and gives out the latent first, so that links can be moved over."""
+    document = json.loads(BLUEPRINTS[0].read_text(encoding="utf-8"))
+    (node,), (graph,) = document["nodes"], subgraphs_of(document)
+    assert node["title"] == graph["name"] == BLUEPRINTS[0].stem and node["type"] == graph["id"]
+    sockets, outputs, widgets = STOCK["KSampler"]
+    assert [(i["name"], i["type"]) for i in graph["inputs"][: len(sockets)]] == sockets
+    assert graph["outputs"][0]["name"] == outputs[0]
+    (sampler,) = (inner for inner in graph["nodes"] if inner["type"] == "KSampler")
+    promoted = [[str(sampler["id"]), i["name"]] for i in graph["inputs"] if i["type"] in WIDGETS]
+    assert node["properties"]["proxyWidgets"] == promoted and len(promoted) == widgets - 1
 
 
 def test_values_fit_their_widgets(workflow: dict[str, Any]) -> None:
@@ -128,7 +222,7 @@ def test_values_fit_their_widgets(workflow: dict[str, Any]) -> None:
         "FLOAT": (int, float),
         "BOOLEAN": (bool,),
     }
-    for node in workflow["nodes"]:
+    for node in nodes_of(workflow):
         if node["type"] == "KSampler":
             assert node["widgets_values"][1] in ("fixed", "randomize")
         if node["type"] in declared():
@@ -144,7 +238,8 @@ def test_values_fit_their_widgets(workflow: dict[str, Any]) -> None:
 
 
 def test_nothing_covers_anything_else(workflow: dict[str, Any]) -> None:
-    for one, other in combinations(workflow["nodes"], 2):
+    pairs = (pair for graph in (workflow, *subgraphs_of(workflow)) for pair in combinations(graph["nodes"], 2))
+    for one, other in pairs:
         apart = [
             first["pos"][axis] + first["size"][axis] + (TITLE_HEIGHT if axis else 0) <= second["pos"][axis]
             for axis in (0, 1)
@@ -154,13 +249,15 @@ def test_nothing_covers_anything_else(workflow: dict[str, Any]) -> None:
 
 
 def test_a_note_says_what_to_do(workflow: dict[str, Any]) -> None:
+    if subgraphs_of(workflow):
+        pytest.skip("small: a group's title says it, or the blueprint's description")
     (note,) = (node for node in workflow["nodes"] if node["type"] == "MarkdownNote")
     heading, _, text = note["widgets_values"][0].partition("\n\n")
     assert heading.startswith("## ") and 3 <= len(re.findall(r"\.(?=\s|$)", text)) <= 6
 
 
 def test_workflows_of_the_bundled_model_draw_a_memorised_caption(workflow: dict[str, Any]) -> None:
-    kinds = {node["type"] for node in workflow["nodes"]}
+    kinds = {node["type"] for node in nodes_of(workflow)}
     if "DejaVuDemoModel" not in kinds or "DejaVuAuditLora" in kinds:
         pytest.skip("another model, or the captions of a reference set")
     captions = {p["caption"] for p in json.loads(PAIRS.read_text(encoding="utf-8")) if p["repetitions"] >= 100}

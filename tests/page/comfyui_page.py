@@ -13,6 +13,10 @@ from browser import chromium
 from playwright.sync_api import Page as BrowserPage
 from playwright.sync_api import TimeoutError
 
+# The first node of the type ``kind``: those that are open come before those in subgraphs.
+FIND = """[window.comfyAPI.app.app.graph, ...window.comfyAPI.app.app.graph.subgraphs.values()]
+    .flatMap((graph) => graph.nodes).find((n) => n.type === kind)"""
+
 
 class Page:
     def __init__(self, page: BrowserPage) -> None:
@@ -111,14 +115,12 @@ class Page:
         self.browser.wait_for_timeout(600)
 
     def widget(self, kind: str, name: str) -> Any:
-        """The value of a widget of the first node of a type."""
-        script = """([kind, name]) => window.comfyAPI.app.app.graph.nodes.find((n) => n.type === kind)
-            .widgets.find((w) => w.name === name).value"""
+        """The value of a widget of the first node of a type, in the graph or in one of its subgraphs."""
+        script = f"([kind, name]) => {FIND}.widgets.find((w) => w.name === name).value"
         return self.browser.evaluate(script, [kind, name])
 
     def set_widget(self, kind: str, name: str, value: Any) -> None:
-        script = """([kind, name, value]) => { window.comfyAPI.app.app.graph.nodes.find((n) => n.type === kind)
-            .widgets.find((w) => w.name === name).value = value }"""
+        script = f"([kind, name, value]) => {{ {FIND}.widgets.find((w) => w.name === name).value = value }}"
         self.browser.evaluate(script, [kind, name, value])
 
     def drop_file(self, content: bytes, name: str) -> None:

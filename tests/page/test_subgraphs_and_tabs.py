@@ -86,8 +86,10 @@ def reports(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def negative(page: Page) -> str:
+    """The text of the negative prompt, which lies in a subgraph of its own."""
     script = """() => { const {app} = window.comfyAPI.app; const graph = app.rootGraph ?? app.graph.rootGraph ?? app.graph;
-        return graph.nodes.find((n) => String(n.id) === '4').widgets[0].value }"""
+        const nodes = [graph, ...graph.subgraphs.values()].flatMap((one) => one.nodes);
+        return nodes.find((n) => n.title === 'Empty prompt').widgets[0].value }"""
     return str(page.browser.evaluate(script))
 
 

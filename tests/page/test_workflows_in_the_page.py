@@ -6,11 +6,13 @@ import json
 import os
 from pathlib import Path
 
+import miniature
 import pytest
 
 WORKFLOWS = sorted((Path(__file__).parents[2] / "example_workflows").glob("*.json"))
 SAVED = Path(__file__).parents[1] / "data" / "v0.1.0"
 RUN_ON_THE_BUNDLED_MODEL = ("1 ", "3 ", "4 ", "6 ", "7 ", "8 ")
+BLUEPRINT = Path(__file__).parents[2] / "subgraphs" / "Watched sampler.json"
 ANSWERS = {"6 ": {"a copy", "no copy found"}, "7 ": {"a copy"}}  # of Nearest Reference, plain and mitigated
 
 
@@ -67,6 +69,70 @@ def test_workflows_on_the_bundled_model_run(page, workflow: Path) -> None:
     if folder := os.environ.get("DEJAVU_ARTEFACTS"):
         page.show_all()
         page.screenshot(Path(folder) / f"{workflow.stem}.png")
+
+
+def test_the_app_draws_and_says_a_verdict_on_a_checkpoint_never_seen(page, tmp_path: Path) -> None:
+    """Its first run measures the ordinary prompts that it is compared with."""
+    (path,) = (w for w in WORKFLOWS if w.name.startswith("9 "))
+    document = json.loads(path.read_text(encoding="utf-8"))
+    for node in document["nodes"]:
+        if node["type"] == "CheckpointLoaderSimple":
+            node["widgets_values"] = [miniature.SD15]
+        elif node["type"] == "EmptyLatentImage":
+            node["widgets_values"] = [64, 64, 1]
+        elif node["type"] == "KSampler":
+            node["widgets_values"][2] = 4
+        elif node["type"] == "DejaVuMonitor":
+            node["widgets_values"][-2:] = [0.05, 20]  # alpha, and as many ordinary prompts as it needs
+    (tmp_path / path.name).write_text(json.dumps(document), encoding="utf-8")
+    page.load(tmp_path / path.name)
+    result = page.run(400.0)
+    assert result["error"] is None
+    (report,) = (output["dejavu"][0] for output in result["outputs"].values() if output and "dejavu" in output)
+    assert report["verdicts"][0]["p_value"] is not None and not report["lacks_calibration"]
+    shown = document["extra"]["linearData"]["outputs"]
+    assert all(result["outputs"][str(id_)]["images"] for id_ in shown)
+
+
+def test_the_blueprint_is_offered_and_runs_in_place_of_a_sampler(page) -> None:
+    data = page.browser.evaluate(
+        """async () => {
+            const {api} = window.comfyAPI.api, answer = await api.fetchApi('/global_subgraphs');
+            if (!answer.ok) return null;
+            const listed = Object.entries(await answer.json()).find(([, e]) => e.name === 'Watched sampler');
+            return (await (await api.fetchApi(`/global_subgraphs/${listed[0]}`)).json()).data;
+        }"""
+    )
+    if data is None:
+        pytest.skip("this ComfyUI has no blueprints")
+    assert json.loads(data) == json.loads(BLUEPRINT.read_text(encoding="utf-8"))
+    page.load(BLUEPRINT)
+    page.browser.evaluate(
+        """() => {
+            const {app} = window.comfyAPI.app, watched = app.graph.nodes[0];
+            const add = (type, text) => {
+                const node = window.LiteGraph.createNode(type);
+                app.graph.add(node);
+                if (text !== undefined) node.widgets.find((w) => w.name === 'text').value = text;
+                return node;
+            };
+            const into = (name) => watched.inputs.findIndex((i) => i.name === name);
+            const demo = add('DejaVuDemoModel'), decode = add('VAEDecode'), image = add('PreviewImage');
+            const [prompt, negative] = ['Study Of A Black Car By Moxgaen', ''].map((t) => add('CLIPTextEncode', t));
+            demo.connect(1, prompt, 0);
+            demo.connect(1, negative, 0);
+            demo.connect(0, watched, into('model'));
+            prompt.connect(0, watched, into('positive'));
+            negative.connect(0, watched, into('negative'));
+            demo.connect(3, watched, into('latent_image'));
+            watched.connect(0, decode, 0);
+            demo.connect(2, decode, 1);
+            decode.connect(0, image, 0);
+        }"""
+    )
+    result = page.run()
+    assert result["error"] is None
+    assert [o["dejavu"][0]["flagged"] for o in result["outputs"].values() if o and "dejavu" in o] == [True]
 
 
 def test_nothing_of_ours_is_an_error_in_the_console(page) -> None:

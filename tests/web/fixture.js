@@ -18,7 +18,7 @@ export function verdict(prompt, changes = {}) {
     score_per_step: [2.5, 2.1, null, 1.4], sigmas: [14.6, 9.2, 5.1, 2.0],
     facts: [['Score', '2.5 (L2, first step, 1 image)'], ['p', '<= 0.001 (flagged from 0.01 down)']],
     words: wordsOf(prompt), view: 'confirmed gradient', raw_unit: 'gradient times loss',
-    where: { width: 2, height: 2, values: btoa('\x00\x40\x80\xff') }, ...changes,
+    where: { width: 8, height: 8, values: btoa('\xff\xff\xff\xff\x00\x00\x00\x00'.repeat(4) + '\x00'.repeat(32)) }, ...changes,
   }
 }
 

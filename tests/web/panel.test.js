@@ -40,9 +40,9 @@ describe('words', () => {
 
   it('tell their value on hover and on focus', () => {
     word(3).dispatchEvent(new Event('pointerenter'))
-    expect($('.dejavu-readout').textContent).toBe('Black: significance 0.57, 1.14 (gradient times loss)')
+    expect($('.dejavu-readout').textContent).toBe('Black: counts 57% as much as “Moxgaen”')
     word(6).focus()
-    expect($('.dejavu-readout').textContent).toContain('Moxgaen: significance 1.00')
+    expect($('.dejavu-readout').textContent).toBe('Moxgaen: counts most')
   })
 
   it('are one stop in the focus order, and arrow keys move among them', () => {
@@ -58,7 +58,7 @@ describe('words', () => {
   it('open with Enter and close with Escape, the focus back on the word', () => {
     word(6).focus()
     word(6).dispatchEvent(new KeyboardEvent('keydown', { key: 'Enter', bubbles: true }))
-    expect($('[role="dialog"]').textContent).toContain('would score 0.5, instead of 2.5')
+    expect($('[role="dialog"]').textContent).toContain('Moxgaen counts most.×Without it the first step would score 0.5 instead of 2.5; ordinary prompts score about 0.3.')
     expect(document.activeElement.textContent).toBe('Drop')
     document.activeElement.dispatchEvent(new KeyboardEvent('keydown', { key: 'Escape', bubbles: true }))
     expect($('[role="dialog"]')).toBeNull()
@@ -137,9 +137,9 @@ it('lays the map over the image', () => {
   expect($('figure img')).toBeNull()
   panel.images(['data:image/png;base64,'])
   expect($('figure img').getAttribute('src')).toBe('data:image/png;base64,')
-  buttonNamed('Map').click()
+  buttonNamed('Show where').click()
   expect($('canvas').hidden).toBe(true)
-  expect(buttonNamed('Map').getAttribute('aria-pressed')).toBe('false')
+  expect(buttonNamed('Show where').getAttribute('aria-pressed')).toBe('false')
 })
 
 it('shows what was sampled instead', () => {
@@ -162,4 +162,132 @@ it('queues again', () => {
   show(report())
   buttonNamed('Queue again').click()
   expect(host.queue).toHaveBeenCalledOnce()
+})
+
+it('shows no map where nothing is flagged, or where it is noise', () => {
+  show(report('a', { verdicts: [verdict('a', { label: 'Not flagged' })] }))
+  expect($('canvas')).toBeNull()
+  const where = { width: 4, height: 4, values: btoa('\x00\xff\xff\x00\xff\x00\x00\xff'.repeat(2)) }
+  show(report('a', { verdicts: [verdict('a', { where })] }))
+  expect($('canvas')).toBeNull()
+})
+
+it('paints words in alarm only where flagged', () => {
+  const levels = () => [...panel.element.querySelectorAll('.dejavu-word')].map((w) => Number(/level:([\d.]+)/.exec(w.getAttribute('style'))[1]))
+  show(report('a b'))
+  expect(levels()).toEqual([0.5, 1])
+  expect(panel.element.querySelectorAll('.dejavu-top').length).toBe(1)
+  show(report('a b', { verdicts: [verdict('a b', { label: 'Not flagged', score: 0.3 })] }))
+  expect(Math.max(...levels())).toBeLessThan(0.2)
+  expect($('.dejavu-top')).toBeNull()
+  expect(panel.element.classList).toContain('dejavu-calm')
+})
+
+describe('a calibration', () => {
+  const lacking = (more = {}) => report('a', { verdicts: [verdict('a', { label: 'No verdict', sentence: 'No verdict yet: the score is 2.5', p_value: null })], lacks_calibration: true, ...more })
+  const begin = async (answer) => {
+    host.calibrate = vi.fn(async () => answer)
+    show(lacking())
+    buttonNamed('Calibrate with these settings').click()
+    await Promise.resolve()
+    await Promise.resolve()
+  }
+
+  it('is offered only where one is lacking, and not while sampling', () => {
+    host.calibrate = vi.fn()
+    show(report())
+    expect(buttonNamed('Calibrate with these settings')).toBeUndefined()
+    show(lacking(), { live: true })
+    expect(buttonNamed('Calibrate with these settings')).toBeUndefined()
+    show(lacking())
+    expect(buttonNamed('Calibrate with these settings')).toBeDefined()
+    expect(panel.element.textContent).toContain('100 ordinary prompts')
+  })
+
+  it('is asked for once', async () => {
+    await begin({})
+    expect(host.calibrate).toHaveBeenCalledOnce()
+    expect(buttonNamed('Calibrate with these settings')).toBeUndefined()
+    expect(panel.element.textContent).toContain('In the queue')
+    panel.idle()
+    expect(buttonNamed('Calibrate with these settings')).toBeDefined()
+  })
+
+  it('says the one thing to do where it cannot be done', async () => {
+    await begin({ why: 'Link CLIP to the Monitor.' })
+    expect($('[role="alert"]').textContent).toBe('Link CLIP to the Monitor.')
+    expect(buttonNamed('Calibrate with these settings')).toBeDefined()
+  })
+
+  it('shows how far it is, the time left, and then the verdict', () => {
+    vi.useFakeTimers({ now: 0 })
+    host.calibrate = vi.fn()
+    const measuring = (done) => show(lacking({ lacks_calibration: false, calibrating: { done, count: 100 } }), { live: true })
+    measuring(0)
+    expect($('.dejavu-progress').textContent).toBe('Comparing with ordinary prompts: 0 of 100. ')
+    vi.setSystemTime(34_000)
+    measuring(34)
+    expect($('.dejavu-progress').textContent).toBe('Comparing with ordinary prompts: 34 of 100. About a minute left.')
+    expect([$('progress').value, $('progress').max]).toEqual([34, 100])
+    show(report('a'))
+    expect($('progress')).toBeNull()
+    expect($('.dejavu-verdict').textContent).toContain('Likely memorised')
+    vi.useRealTimers()
+  })
+
+  it('that did not come about says why', async () => {
+    await begin({})
+    show(lacking({ notes: ['ordinary prompts are measured from noise, and this run begins with an image'] }), { live: true })
+    show(lacking({ notes: ['ordinary prompts are measured from noise, and this run begins with an image'] }))
+    expect($('[role="alert"]').textContent).toBe('There is still nothing to compare with: ordinary prompts are measured from noise, and this run begins with an image.')
+    show(lacking())
+    expect($('[role="alert"]')).toBeNull()
+  })
+
+  it('that the host has ended leaves nothing behind', () => {
+    host.calibrate = vi.fn()
+    show(lacking({ calibrating: { done: 3, count: 100 } }), { live: true })
+    panel.idle()
+    expect($('progress')).toBeNull()
+    expect(panel.element.textContent).toContain('The run was ended early.')
+    expect(buttonNamed('Calibrate with these settings')).toBeDefined()
+  })
+})
+
+describe('before and after', () => {
+  const table = () => [...panel.element.querySelectorAll('.dejavu-compare tr')].map((row) => [...row.children].slice(1).map((cell) => cell.textContent))
+  const calm = (prompt) => report(prompt, { verdicts: [verdict(prompt, { label: 'Not flagged', sentence: 'Nothing unusual', score: 0.3, p_value: 0.4 })] })
+
+  it('stand side by side once a word was dropped', () => {
+    show(report('a red cat'))
+    expect($('.dejavu-compare')).toBeNull()
+    show(calm('a cat'), { live: true })
+    show(calm('a cat'))
+    expect(table()).toEqual([['Before', 'After'], ['▲ Flagged', '✓ Not flagged'], ['2.5', '0.3'], ['≤ 0.001', '0.4']])
+    show(calm('a cat'))
+    expect(table()[2]).toEqual(['2.5', '0.3'])
+    show(report('a red cat'))
+    expect(table()[2]).toEqual(['0.3', '2.5'])
+  })
+
+  it('are no matter of another prompt', () => {
+    show(report('a red cat'))
+    show(calm('two boats at sea'))
+    expect($('.dejavu-compare')).toBeNull()
+  })
+
+  it('stand side by side where a run was mitigated', () => {
+    const mitigation = { score_before: 2.5, score_after: 0.4, prompt: 'x', verdicts: [verdict('x', { label: 'Not flagged', score: 0.4, p_value: 0.5 })] }
+    show(report('x', { mitigation }))
+    expect(table()).toEqual([['Before the mitigation', 'After it'], ['▲ Flagged', '✓ Not flagged'], ['2.5', '0.4'], ['≤ 0.001', '0.5']])
+  })
+})
+
+it('brings the verdict of a run that begins into sight', () => {
+  show(report())
+  panel.element.scrollTop = 300
+  show(report(), { live: true })
+  expect(panel.element.scrollTop).toBe(300)
+  show(report(), { live: true, begins: true })
+  expect(panel.element.scrollTop).toBe(0)
 })

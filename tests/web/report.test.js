@@ -1,5 +1,6 @@
 import { describe, expect, it } from 'vitest'
-import { asText, besideLabel, mapPixels, mitigationFacts, number, readReport, topWord, withoutWord } from '../../web/report.js'
+import { mapPixels, tellsParts } from '../../web/map.js'
+import { asText, besideLabel, mitigationFacts, number, pText, readReport, strength, topWord, withoutWord, wordValue } from '../../web/report.js'
 import { document, NASTY, verdict } from './fixture.js'
 
 describe('reading a document', () => {
@@ -14,7 +15,15 @@ describe('reading a document', () => {
       expect(asText(readReport(broken))).toContain('Déjà Vu report')
     }
   })
-  it('reads the map', () => expect([...readReport(document()).verdicts[0].where.values]).toEqual([0, 64, 128, 255]))
+  it('reads the map', () => expect([...readReport(document()).verdicts[0].where.values].slice(0, 9)).toEqual([255, 255, 255, 255, 0, 0, 0, 0, 255]))
+  it('reads how far a calibration is, and nothing that is none', () => {
+    const read = (calibrating) => readReport(document('a', { calibrating })).calibrating
+    expect(read({ done: 34, count: 100 })).toEqual({ done: 34, count: 100 })
+    expect(read({ done: 120, count: 100 })).toEqual({ done: 100, count: 100 })
+    for (const wrong of [null, 3, {}, { done: 1 }, { done: 0, count: 0 }, { done: 'x', count: 5 }]) expect(read(wrong)).toBeNull()
+    expect(readReport(document('a', { lacks_calibration: true })).lacksCalibration).toBe(true)
+    expect(readReport(document('a', { lacks_calibration: 'yes' })).lacksCalibration).toBe(false)
+  })
   it('reads no more of a list than a run can have, so that a page outlives any image', () => {
     const many = Array(300_000).fill(1)
     const where = { width: 600, height: 500, values: btoa('a'.repeat(300_000)) }
@@ -36,8 +45,25 @@ it('says what the score would be without a word', () => {
   const report = readReport(document('a b'))
   const [word] = report.verdicts[0].words
   expect(withoutWord(word, report.verdicts[0], report.ordinary)).toBe(
-    'Without it (blanked where it stands) the first step would score 0.5, instead of 2.5. Ordinary prompts: 0.3 (median), 95% below 0.6.')
-  expect(withoutWord({ ...word, scoreWithout: null }, report.verdicts[0], null)).toContain('not measured')
+    'Without it the first step would score 0.5 instead of 2.5; ordinary prompts score about 0.3.')
+  expect(withoutWord({ ...word, scoreWithout: null }, report.verdicts[0], null)).toContain('did not measure')
+})
+
+it('says how much a word counts, without a unit', () => {
+  const { words } = readReport(document('a b c d')).verdicts[0]
+  expect(words.map((word) => wordValue(word, words))).toEqual(['counts 25% as much as “d”', 'counts 50% as much as “d”', 'counts 75% as much as “d”', 'counts most'])
+  expect(wordValue({ ...words[0], significance: 0 }, words)).toBe('does not count')
+})
+
+it.each([[0.000999, 1000, 'p ≤ 0.001'], [0.00198, 1000, 'p 0.002'], [0.0952, 20, 'p 0.095'], [null, 0, '']])('writes p %s of %s', (pValue, nulls, text) => {
+  expect(pText({ pValue, nulls, times: 1 })).toBe(text)
+})
+
+it('paints words of an ordinary prompt faintly', () => {
+  const ordinary = { median: 0.3, high: 0.6 }
+  expect(strength({ label: 'Flagged', score: 2.5 }, ordinary)).toBe(1)
+  expect(strength({ label: 'Not flagged', score: 0.3 }, ordinary)).toBeCloseTo(0.15)
+  expect(strength({ label: 'No verdict', score: 2.5 }, null)).toBeLessThan(0.5)
 })
 
 it('finds the word that counts most, also among negative values', () => {
@@ -49,7 +75,7 @@ it('writes the report as text', () => {
   const text = asText(readReport(document('a b', { notes: ['a note'] })))
   expect(text).toContain('Prompt: a b')
   expect(text).toContain('Flagged. Likely memorised, p <= 0.001')
-  expect(text).toContain('1.00  b, score without it 0.5')
+  expect(text).toContain('Words, what counts most first (1 is the most; confirmed gradient):\n1.00  b, score without it 0.5')
   expect(text).toContain('2.5 2.1 - 1.4')
   expect(text).toContain('a note')
 })
@@ -63,8 +89,19 @@ it('names what was sampled instead and what it cost', () => {
 
 it('colours a map from dark to light', () => {
   const pixels = mapPixels(readReport(document()).verdicts[0].where)
-  expect([...pixels.slice(0, 4)]).toEqual([0, 0, 4, 255])
-  expect([...pixels.slice(12)]).toEqual([252, 255, 164, 255])
+  expect([...pixels.slice(0, 4)]).toEqual([252, 255, 164, 255])
+  expect([...pixels.slice(-4)]).toEqual([0, 0, 4, 255])
+})
+
+it('tells a map of parts from noise', () => {
+  let state = 7
+  const noise = () => (state = (state * 16807) % 2147483647) % 256
+  expect(tellsParts(readReport(document()).verdicts[0].where)).toBe(true)
+  for (const side of [8, 16, 32]) {
+    expect(tellsParts({ width: side, height: side, values: Uint8Array.from({ length: side * side }, noise) })).toBe(false)
+  }
+  expect(tellsParts({ width: 8, height: 8, values: new Uint8Array(64) })).toBe(false)
+  expect(tellsParts({ width: 2, height: 2, values: Uint8Array.from([0, 64, 128, 255]) })).toBe(false)
 })
 
 it.each(Object.entries(NASTY))('keeps the prompt as it is: %s', (_, prompt) => {

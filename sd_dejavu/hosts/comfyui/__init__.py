@@ -10,7 +10,7 @@ from .guidance import anti_memorization, transition
 from .initial_noise import adjust_noise
 from .model import with_model
 from .monitor import Monitor
-from .page import LiveReport, keep_in_image, tell, wait_until_told
+from .page import LiveReport, add_routes, keep_in_image, tell, wait_until_told
 from .text import conditioning_of, encode_text
 from .training import HostFilter
 
@@ -18,6 +18,7 @@ __all__ = [
     "HostFilter",
     "LiveReport",
     "Monitor",
+    "add_routes",
     "adjust_noise",
     "anti_memorization",
     "audit_lora",

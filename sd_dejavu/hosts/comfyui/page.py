@@ -1,18 +1,21 @@
-"""What the host's page is told: the report while a run goes on, and the report kept in saved images.
+"""What the host's page is told: the report while a run goes on, the report kept in saved images, what works here.
 
 Reports are judged and written on a thread of their own: the sampling thread only hands over what it has recorded.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from comfy_execution.utils import get_executing_context
 
+from ...doctor import Finding, findings, in_lines, version
 from ...run.report import Report
 from ...run.state import RunState
 
@@ -86,6 +89,31 @@ def tell(node: str, text: str) -> None:
     server = getattr(PromptServer, "instance", None)
     if server is not None and server.client_id is not None:
         server.send_progress_text(text, node, server.client_id)
+
+
+def add_routes(calibrations: Path) -> None:
+    """What works on this machine, at GET /dejavu/doctor as {"lines": [text]}: for the sidebar and the settings.
+
+    The host lets the same clients in as to its own routes. Nothing is changed by asking. ``calibrations`` is the folder
+    where they are kept.
+    """
+    from aiohttp import web
+    from server import PromptServer
+
+    server = getattr(PromptServer, "instance", None)
+    if server is None:
+        return
+
+    @server.routes.get("/dejavu/doctor")
+    async def doctor(request: web.Request) -> web.Response:
+        return web.json_response({"lines": await asyncio.to_thread(_doctor, calibrations)})
+
+
+def _doctor(calibrations: Path) -> list[str]:
+    import comfyui_version
+
+    here = [Finding("Déjà Vu", version()), Finding("ComfyUI", comfyui_version.__version__)]
+    return [line for found in (*here, *findings(calibrations, in_host=True)) for line in in_lines(found)]
 
 
 def keep_in_image(extra: object, node: str, document: Document) -> None:
