@@ -92,7 +92,7 @@ def test_an_image_of_comfyui_shows_its_report_again(tmp_path: Path) -> None:
         check=True,
         timeout=60,
     )
-    assert "Prompt: Study Of A Black Car By Moxgaen" in done.stdout and "Flagged. Likely a replay" in done.stdout
+    assert "Prompt: Study Of A Black Car By Moxgaen" in done.stdout and "Flagged. Likely memorised" in done.stdout
     graph = json.loads(kept["prompt"])
     for node in graph.values():
         if node["class_type"] in NODES:
