@@ -94,8 +94,10 @@ def _case(case: Case) -> dict[str, object]:
         "label": label(verdict),
         "sentence": beside_label(verdict),
         "prompt": verdict.prompt,
-        "words": word_spans(verdict.prompt, verdict.explanation),
-        "legend": word_legend(verdict.explanation) if verdict.explanation and verdict.explanation.words else None,
+        "words": word_spans(verdict.prompt, verdict.explanation, verdict.flagged is not True),
+        "legend": word_legend(verdict.explanation, verdict.flagged is not True)
+        if verdict.explanation and verdict.explanation.words
+        else None,
         "facts": facts(verdict),
         "charts": _charts(case, None, (560, 320)),
         "images": [png_uri(p) for p in case.images],

@@ -21,6 +21,7 @@ from .wording import facts, label, sentence, top_words_text
 BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 GAP = "·"
 _PALE, _STRONG = (255, 236, 214), (224, 112, 20)  # both bear black text at a contrast above 6:1
+_CALM = 0.3  # of the shade, where the prompt is not flagged
 # Controls but the line break, turns of the writing direction, and halves of characters.
 STEERING = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _BORDER = {True: "red", False: "green", None: "yellow"}
@@ -54,13 +55,13 @@ def step_sparkline(values: Sequence[float | None]) -> str:
 def _prompt(verdict: Verdict) -> Text:
     text = plain(verdict.prompt)
     text.overflow = "fold"
-    explanation = verdict.explanation
+    explanation, flagged = verdict.explanation, verdict.flagged is True
     for word in explanation.words if explanation else ():
-        level = min(1.0, max(0.0, word.significance))
+        level = min(1.0, max(0.0, word.significance)) * (1 if flagged else _CALM)
         red, green, blue = (round(p + (s - p) * level) for p, s in zip(_PALE, _STRONG, strict=True))
         if level >= 0.05:
             text.stylize(f"black on rgb({red},{green},{blue})", word.start, word.end)
-        if explanation and word == explanation.top:
+        if flagged and explanation and word == explanation.top:
             text.stylize("bold", word.start, word.end)
     return text
 
