@@ -93,6 +93,7 @@ function show(task, answer, root, tab) {
   const bar = make('progress', { max: 1, 'aria-label': 'Progress' })
   const told = make('span', { role: 'status' }, 'Waiting for the host')
   const stop = button('Stop', () => root.querySelector('[id^="dejavu_stop_"]').click())
+  stop.hidden = true // it ends what the host is at: while ours waits, that is another's
   const shown = make('div', { class: 'dejavu-progress' }, bar, told, stop)
   answer.before(shown)
   answer.classList.add('dejavu-at-work')
@@ -112,6 +113,7 @@ function show(task, answer, root, tab) {
       found = {} // the host did not answer: it is asked again
     }
     wasActive ||= Boolean(found.active)
+    stop.hidden = !found.active
     if (found.completed || (wasActive && found.active === false)) return ended()
     if (found.textinfo && (found.active || found.queued)) told.textContent = found.textinfo
     if (found.active && found.progress > 0) bar.value = found.progress

@@ -25,4 +25,5 @@ class DejaVuExtension(ComfyExtension):
 
 async def comfy_entrypoint() -> ComfyExtension:
     comfyui.add_routes(sockets.user_folder())
+    comfyui.link_encoders_of_prompts()
     return DejaVuExtension()

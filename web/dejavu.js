@@ -167,10 +167,10 @@ function showDocument(node, document, more = {}) {
   mount(node)
 }
 
-function keepDocument(node, document) {
+function keepDocument(node, document, promptId) {
   if (!readReport(document)) return
   store(app, node, document)
-  showDocument(node, document)
+  showDocument(node, document, { promptId })
 }
 
 /** A run that goes on or has ended: to its nodes, and to the list. */
@@ -183,8 +183,8 @@ function onRun({ run, monitor, prompt_id: promptId, workflow, finished, report: 
   if (workflow != null && workflow !== rootGraph(app)?.id) return // it waits in another tab
   for (const { node } of readersOf(monitor)) {
     if (begins) panels.get(node)?.images([])
-    if (finished) keepDocument(node, document)
-    else showDocument(node, document, { live: true, begins })
+    if (finished) keepDocument(node, document, promptId)
+    else showDocument(node, document, { live: true, begins, promptId })
   }
 }
 
@@ -211,7 +211,7 @@ function onExecuted({ node: id, display_node: shownId, prompt_id: promptId, outp
     if (readReport(document)) storeElsewhere(waiting, shownId ?? id, document)
     return
   }
-  if (own && panels.has(own.node)) keepDocument(own.node, document)
+  if (own && panels.has(own.node)) keepDocument(own.node, document, promptId)
   const images = output?.images
   if (!Array.isArray(images) || !images.length) return
   const urls = images.map(({ filename, subfolder = '', type = 'output' }) => api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`))
@@ -240,7 +240,7 @@ function monitorOf(place) {
   return source && executionId(source)
 }
 
-/** Queue the workflow once more, so that its run measures ordinary prompts first: {} or {why}. */
+/** Queue the workflow once more, so that its run measures ordinary prompts first: {promptId} or {why}. */
 async function calibrate(id, count) {
   try {
     const { output, workflow } = await app.graphToPrompt()
@@ -251,7 +251,7 @@ async function calibrate(id, count) {
     const [fault] = Object.values(errors ?? {}).flatMap((one) => one.errors ?? [])
     if (fault) return { why: `Not queued: ${fault.message}${fault.details ? ` (${fault.details})` : ''}.` }
     calibrations.set(promptId, app.extensionManager.workflow?.activeWorkflow)
-    return {}
+    return { promptId }
   } catch (error) {
     return { why: `Not queued: ${error.message}. Queue the workflow as usual to see what is missing.` }
   }

@@ -15,7 +15,12 @@ const CHART_HINT = 'Point at the curve for its values, or use the arrow keys.'
 const CHART_TEXT = 44 // its keys and its readout, before it is drawn
 const PADDING = 16 // of the panel and its last line, below
 const EMPTY = 'Nothing was measured yet. Queue the workflow: the verdict appears at the first step.'
-const cost = (count) => `Runs this workflow once more and measures ${count.toLocaleString('en-GB')} ordinary prompts: as long as about ${Math.ceil(3 * count / 100)} images take.`
+/** An image has two predictions a step, an ordinary prompt one at the first step alone. */
+function cost(count, steps) {
+  const images = Math.max(1, Math.round(count / (2 * Math.max(1, steps))))
+  const takes = images === 1 ? 'as long as about one image takes' : `as long as about ${images} images take`
+  return `Runs this workflow once more and measures ${count.toLocaleString('en-GB')} ordinary prompts: ${takes}.`
+}
 const QUEUED = 'In the queue. The verdict comes by itself.'
 
 /**
@@ -28,7 +33,7 @@ export function createPanel(host = null) {
   let last = null // the last report on a run that has ended
   let before = null // the one before it, where only words were changed since
   let asked = null // {text, refused} of a calibration that was asked for
-  let awaited = false // whether the next run that ends is to bring a calibration
+  let awaited = null // {promptId} of the run that is to bring a calibration
   let since = null // {at, done} of the first report on a calibration that goes on
   const element = make('section', { class: 'dejavu', 'aria-label': 'Déjà Vu report' })
   const slots = Object.fromEntries(
@@ -75,7 +80,7 @@ export function createPanel(host = null) {
     fill('edited', [current, report.prompt, source?.why], () => edited(current))
     fill('words', [report.prompt, words, paint, edits && [...edits.changes], edits?.exact, edits?.places], () => prompt(words, paint, edits))
     if (chosenWord >= words.length || current !== state.cardText) closeCard(false)
-    fill('legend', [words.length > 0, report.notes], () => legend(words))
+    fill('legend', [words.length > 0, report.notes, state.live], () => legend(words))
     fill('where', [verdict.where && [...verdict.where.values], verdict.label, images, image, shownMap], () => where(verdict))
     fill('mitigation', report.mitigation, mitigation)
     fill('details', [verdict.facts, verdict.view, verdict.rawUnit, report.notes], () => details(verdict))
@@ -85,7 +90,7 @@ export function createPanel(host = null) {
   }
 
   function head(verdict) {
-    const told = state.live && !report.calibrating ? ` Sampling: ${state.steps} evaluated so far.` : state.ended ? ' The run was ended early.' : ''
+    const told = state.live && !report.calibrating ? ` Drawing: step ${state.steps}.` : state.ended ? ' The run was ended early.' : ''
     return make('p', { class: 'dejavu-verdict', role: 'status' }, badge(verdict.label), ` ${besideLabel(verdict)}.`,
       told && make('span', { class: 'dejavu-quiet' }, told))
   }
@@ -100,14 +105,14 @@ export function createPanel(host = null) {
     if (asked) {
       return [make('p', { class: 'dejavu-edited', role: asked.refused ? 'alert' : 'status' }, asked.text), asked.refused && offer(wanted)]
     }
-    return report.lacksCalibration && host?.calibrate && !state.live ? [offer(wanted), make('p', { class: 'dejavu-quiet' }, cost(wanted))] : []
+    return report.lacksCalibration && host?.calibrate && !state.live ? [offer(wanted), make('p', { class: 'dejavu-quiet' }, cost(wanted, state.steps))] : []
   }
 
   function offer(count) {
     return make('p', { class: 'dejavu-buttons' }, button('Calibrate with these settings', async () => {
-      const { why } = await host.calibrate(count)
+      const { why, promptId } = await host.calibrate(count)
       asked = { text: why ?? QUEUED, refused: Boolean(why) }
-      awaited = !why
+      awaited = why ? null : { promptId }
       render()
     }, { class: 'dejavu-first' }))
   }
@@ -253,7 +258,7 @@ export function createPanel(host = null) {
 
   function legend(words) {
     if (!words.length) {
-      return make('p', { class: 'dejavu-quiet' }, report.notes[0] ?? 'The words were not looked at: the Monitor’s “explain” asks for them.')
+      return make('p', { class: 'dejavu-quiet' }, report.notes[0] ?? (state.live ? '' : 'To see which words matter, set “explain” to “always” in the Monitor.'))
     }
     return make('p', { class: 'dejavu-quiet dejavu-legend' }, 'Darker words count more. Click one to see what it does.')
   }
@@ -345,17 +350,19 @@ export function createPanel(host = null) {
     element,
     /**
      * ``next`` as read by readReport, or null; ``document`` is what is copied as JSON, ``live`` while sampling, ``begins``
-     * at the first report on a run: its verdict is brought into sight; ``ended`` of one that was ended early.
+     * at the first report on a run: its verdict is brought into sight; ``ended`` of one that was ended early; ``promptId``
+     * of the host’s name for it.
      */
-    show(next, { document = null, live = false, begins = false, ended = false } = {}) {
+    show(next, { document = null, live = false, begins = false, ended = false, promptId = undefined } = {}) {
       if (next?.prompt !== report?.prompt) closeCard(false)
       if (!next) before = last = null
       else if (last && last.prompt !== next.prompt) before = changedWords(last, next) ? last : null
       if (!live) last = next
       report = next
-      asked = null
-      if (!live && awaited) {
-        awaited = false
+      const ours = !awaited || awaited.promptId === promptId
+      if (ours) asked = null
+      if (!live && awaited && ours) {
+        awaited = null
         if (next?.lacksCalibration) asked = { text: `There is still nothing to compare with${next.notes.length ? `: ${next.notes.at(-1).replace(/\.$/, '')}` : ''}.`, refused: true }
       }
       since = next?.calibrating ? (since ?? { at: Date.now(), done: next.calibrating.done }) : null
@@ -370,7 +377,7 @@ export function createPanel(host = null) {
     /** The host's queue is empty: what was live was ended early, and what was asked for is not to come. */
     idle() {
       if (asked && !asked.refused) asked = null
-      awaited = false
+      awaited = null
       if (state.live) {
         report = { ...report, calibrating: null }
         state = { ...state, live: false, ended: true }

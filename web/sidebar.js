@@ -17,7 +17,7 @@ export function createSidebar(runs, host) {
   let chosen = null, shown = null
   let picked = [] // keys of the runs to be compared, two at most
   const runOf = (key) => runs.all.find((r) => r.key === key)
-  let awaited = null // {monitor, before: the newest run} of a calibration that was asked for: its run is shown once it begins
+  let awaited = null // {promptId} of a calibration that was asked for: its run is shown once it begins
   const panel = createPanel({ ...host, calibrate: host.calibrate && calibrate })
   const query = make('input', { type: 'search', placeholder: 'Words of the prompt', 'aria-label': 'Filter by words', oninput: () => renderList() })
   const label = make('select', { 'aria-label': 'Filter by verdict', onchange: () => renderList() },
@@ -34,16 +34,14 @@ export function createSidebar(runs, host) {
     make('h3', {}, 'Déjà Vu'), columns)
 
   async function calibrate(count) {
-    const { monitor } = runOf(chosen)
-    const before = runs.all[0].key
     const found = await host.calibrate(runOf(chosen), count)
-    awaited = found.why ? null : { monitor, before }
+    awaited = found.why ? null : { promptId: found.promptId }
     return found
   }
 
   function follow() {
     const [newest] = runs.all
-    if (!awaited || chosen === null || newest.key === awaited.before || newest.monitor !== awaited.monitor) return
+    if (!awaited || chosen === null || newest.promptId !== awaited.promptId) return
     chosen = newest.key
     awaited = null
   }
@@ -66,7 +64,7 @@ export function createSidebar(runs, host) {
     if (!run) return
     if (shown !== chosen) panel.show(null)
     shown = chosen
-    panel.show(run.report, { document: run.document, live: !run.finished, ended: run.ended })
+    panel.show(run.report, { document: run.document, live: !run.finished, ended: run.ended, promptId: run.promptId })
     panel.images(run.images)
   }
 

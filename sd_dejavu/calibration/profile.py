@@ -197,6 +197,10 @@ class Profile:
             nulls = self.null_scores(kind, images, chosen, batch > 1)
             if chosen is None or len(nulls) >= ENOUGH_OF_STYLE * times:
                 break
+        if not nulls and kind in scores() and not scores()[kind].of_first_step:
+            raise ValueError(
+                f"the calibration has no whole runs, which the score '{kind}' needs: calibrate with whole runs"
+            )
         if not nulls:
             raise ValueError(f"the profile has no ordinary prompts for the {kind} of {images} images: calibrate for it")
         return PValue(min(1.0, times * conformal_p(score, nulls)), len(nulls), chosen, at_once, times)

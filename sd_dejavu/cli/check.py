@@ -15,6 +15,7 @@ from ..calibration.profile import Profile
 from ..core.denoiser import Model
 from ..detectors import scores as known_scores
 from ..report.wording import misfit
+from ..run.judge import needed_nulls
 from ..run.measure import Measurement, setting_of, verdict_on
 from . import calibrate, common
 
@@ -46,7 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
     prompts = common.prompts_of(arguments)
     model = common.load_model(arguments)
     profile, setting = common.profile_of(arguments, model, wanted), setting_of(model, wanted)
-    if profile is None and arguments.calibrate_first:
+    known = 0 if profile is None else len(profile.null_scores(wanted.score, wanted.images))
+    if arguments.profile is None and known < min(arguments.calibrate_first, needed_nulls(wanted.alpha)):
         profile = _calibrated(arguments, model, wanted)
     flagged, missing = 0, False
     scores: list[float] = []
@@ -79,5 +81,8 @@ def _calibrated(arguments: argparse.Namespace, model: Model, wanted: Measurement
     prompts = [prompt for index, prompt in enumerate(prompts) if index not in unread]
     full_runs = 0 if known_scores()[wanted.score].of_first_step else count
     profile, _ = calibrate.measured(model, prompts, wanted, full_runs, arguments.batch_size, ordinary)
-    store.keep(profile, store.path_for(profile.setting))
+    try:
+        store.keep(profile, store.path_for(profile.setting))
+    except store.HoldsMore as error:  # of fewer images, say: this check has its own all the same
+        common.warn(f"not kept: {error}")
     return profile

@@ -34,6 +34,8 @@ from .faults import caught
 from .monitoring import Monitoring
 from .state import Beginning, Calibrating, RunState
 
+# Of a setting's patches, those that name what is added and not what is in it: an image to follow, say.
+CHANGING = {"control", "gligen", "hooks", "reference latents", "attn2", "patched attn2"}
 NO_BASELINE = (
     "guidance gives nothing to measure against here, and the empty prompt needs the text encoder: encode the prompt "
     "with the Text Encode (Déjà Vu) node"
@@ -135,6 +137,7 @@ class RunController(Generic[AnyModel]):
         self._make_rule, self._explains_later = rule, explains_later
         self._ordinary, self._keep = ordinary, keep
         self._decided = False
+        self._made: list[Profile] = []  # calibrations, by earlier prompts of this run
         self._unexplained: list[tuple[RunState, AnyModel]] = []
 
     # -------------------------------------------------------------------------------- the host
@@ -303,6 +306,11 @@ class RunController(Generic[AnyModel]):
         assert state.setting is not None
         if state.setting.begins_with != "noise":
             raise ValueError("ordinary prompts are measured from noise, and this run begins with an image")
+        for made in self._made:
+            before, state.profile = state.profile, made
+            if not state.lacks_calibration(len(begin.x)):
+                return
+            state.profile = before
         base = self._measured_against(state, model)
         assert base is not None
         prompts, images = self._ordinary(model, count), len(begin.x)
@@ -322,6 +330,11 @@ class RunController(Generic[AnyModel]):
             state.calibrating = None
         setting = replace(state.setting, baseline=state.trace.baseline or base[1])
         state.profile = Profile(setting, tuple(nulls.values()), ordinary="generated")
+        self._made.append(state.profile)
+        if changing := sorted(set(state.setting.patches.split(", ")) & CHANGING):
+            raise ValueError(
+                f"the calibration is of this run alone and is not kept: {', '.join(changing)} may be another in the next"
+            )
         self._keep(state.profile)
 
     def _measured_against(self, state: RunState, model: AnyModel) -> tuple[Conditioning, Unconditional] | None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from ..calibration.ordinary_prompts import style_of
 from ..calibration.profile import Profile, Setting
 from ..core.verdict import Verdict
+from ..detectors import scores
 
 NOTHING_TO_COMPARE = "there is nothing to compare it with yet"  # of a score without a calibration
 
@@ -24,6 +25,9 @@ def judge(verdict: Verdict, setting: Setting, profile: Profile) -> Verdict:
     """
     if verdict.score is None:
         return verdict
+    if _levels_differ(verdict, profile):
+        why = "the calibration was sampled at other noise levels, with another scheduler: calibrate for these settings"
+        return replace(verdict, why=why)
     style = style_of(verdict.prompt) if verdict.prompt else None
     try:
         found = profile.p_value(verdict.score, setting, verdict.score_kind, verdict.images, style, verdict.batch)
@@ -41,6 +45,16 @@ def judge(verdict: Verdict, setting: Setting, profile: Profile) -> Verdict:
         f"{'an image' if images == 1 else f'{images} images'} at alpha = {verdict.alpha:g} it needs at least "
         f"{needed:,}: raise alpha, or calibrate with more prompts or images{fewer}",
     )
+
+
+def _levels_differ(verdict: Verdict, profile: Profile) -> bool:
+    """Whether the evaluations that the score averages, as far as there are any yet, were made at other noise levels."""
+    known = scores().get(verdict.score_kind)
+    if known is None or known.of_first_step:
+        return False
+    levels = [sigma for sigma, _ in verdict.score_per_step][: known.evaluations]
+    pairs = zip(levels, (step.sigma for step in profile.band), strict=False)
+    return not all(math.isclose(mine, theirs, rel_tol=1e-3, abs_tol=1e-6) for mine, theirs in pairs)
 
 
 def needed_nulls(alpha: float, times: int = 1) -> int:

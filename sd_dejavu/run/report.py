@@ -14,6 +14,7 @@ from torch import Tensor
 from ..calibration.profile import ALPHA_DEFAULT, ORDINARY_QUANTILE
 from ..core.trace import NotMeasured
 from ..core.verdict import BandStep, Verdict
+from ..detectors import scores
 from .monitoring import Monitoring
 from .state import RunState
 
@@ -131,7 +132,9 @@ class Report:
             "band": [asdict(step) for step in band],
             "ordinary": ordinary,
             "mitigation": mitigation,
-            "lacks_calibration": any(verdict.lacks_calibration for verdict in self.verdicts),
+            "lacks_calibration": any(
+                verdict.lacks_calibration and scores()[verdict.score_kind].of_first_step for verdict in self.verdicts
+            ),
             "calibrating": None if self.state.calibrating is None else asdict(self.state.calibrating),
             "setting": self._setting(),
             "notes": list(self.state.notes),

@@ -161,7 +161,7 @@ class RunState:
     def lacks_calibration(self, images: int) -> bool:
         """Whether ordinary prompts are still to be measured to judge the first step of so many images.
 
-        As many as the monitor asks for may be too few for its alpha: then no more are.
+        As many as the monitor asks for, of as many images, may be too few for its alpha: then no more are.
         """
         if self.setting is None:
             return False
@@ -169,7 +169,8 @@ class RunState:
         kind, alpha = self.monitoring.deciding, self.monitoring.alpha
         asked = Verdict(self.prompt, 0.0, None, None, alpha, score_kind=kind, baseline=baseline, batch=images)
         judged = self._with_p(asked)
-        return judged.lacks_calibration and judged.nulls < self.monitoring.calibrate_first
+        more = judged.nulls < self.monitoring.calibrate_first or judged.null_images < images
+        return judged.lacks_calibration and more
 
     def verdicts(self, kind: str | None = None) -> list[Verdict]:
         """A verdict for each image, on the conditioning that came in; one without a score when nothing was read.

@@ -403,3 +403,35 @@ def test_the_hosts_interruption_ends_a_calibration_and_nothing_is_kept() -> None
 def _interrupt(state: RunState) -> None:
     if state.calibrating is not None and state.calibrating.done == 7:
         raise Interrupted
+
+
+def test_a_calibration_of_fewer_images_does_not_keep_a_batch_from_its_own() -> None:
+    single = Profile(SETTING, tuple(Null("sentence", {"first step": (n / 100,)}) for n in range(1, 101)))
+    host = Uncalibrated(single)
+    controller = host.begin(calibrate_first=100)
+    controller.evaluation(seen(3.0, 0.1, 0.1))  # three images: 100 ordinary prompts of one count three times
+    assert [len(null.scores["first step"]) for null in host.kept[0].nulls] == [3] * 100
+    assert controller.states[0].verdicts()[0].flagged is True
+
+
+def test_prompts_of_one_run_share_the_calibration_that_the_first_of_them_made() -> None:
+    host = Uncalibrated()
+    monitoring = Monitoring(explain="never", calibrate_first=100)
+    states = [RunState(monitoring, prompt, images=(place,)) for place, prompt in enumerate(("red fox", "fox"))]
+
+    def refuse(made: Profile) -> None:
+        host.kept.append(made)
+        raise ValueError("the folder cannot be written")
+
+    host.progress = lambda: None  # type: ignore[method-assign]
+    controller = RunController(host, monitoring, states, ordinary=lambda model, count: NAMES[:count], keep=refuse)
+    controller.evaluation(seen(3.0, 0.1))
+    assert len(host.kept) == 1 and [state.verdicts()[0].flagged for state in states] == [True, False]
+
+
+def test_a_calibration_with_what_changes_from_run_to_run_is_of_that_run_alone() -> None:
+    host = Uncalibrated(setting=replace(SETTING, patches="control, output_block_patch"))
+    controller = host.begin(calibrate_first=100)
+    controller.evaluation(seen(3.0))
+    assert host.kept == [] and controller.states[0].verdicts()[0].flagged is True
+    assert "control may be another in the next" in controller.states[0].notes[0]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from sd_dejavu.calibration.profile import Null, Profile, Setting
-from sd_dejavu.core.verdict import Verdict
+from sd_dejavu.core.verdict import BandStep, Verdict
 from sd_dejavu.run.judge import judge, needed_nulls
 
 SETTING = Setting(
@@ -88,3 +88,16 @@ def test_no_score_and_another_setting_stay_without_a_verdict() -> None:
     assert judge(silent, SETTING, profile(99)) == silent
     other = judge(verdict(5.0), replace(SETTING, model="xyz"), profile(99))
     assert other.flagged is None and other.p_value is None and "for another setting" in (other.why or "")
+
+
+def test_whole_runs_of_other_noise_levels_are_not_compared() -> None:
+    levels = (14.6, 5.0, 2.0)
+    nulls = tuple(Null("tags", {"first step": (n / 100,), "all steps": (n / 100,)}) for n in range(1, 101))
+    band = tuple(BandStep(sigma, 0.1, 0.2, 0.3) for sigma in levels)
+    whole = Profile(SETTING, nulls, band)
+    run = Verdict("a boat", 3.0, None, None, 0.05, "all steps", score_per_step=tuple((s, 3.0) for s in levels))
+    assert judge(run, SETTING, whole).flagged is True
+    other = replace(run, score_per_step=((14.6, 3.0), (4.2, 3.0), (1.2, 3.0)))
+    judged = judge(other, SETTING, whole)
+    assert judged.p_value is None and "other noise levels" in (judged.why or "")
+    assert judge(replace(other, score_kind="first step"), SETTING, whole).flagged is True

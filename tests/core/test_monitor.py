@@ -67,7 +67,7 @@ def test_every_image_gets_a_verdict_of_its_own() -> None:
 def test_a_score_over_all_steps_is_their_mean() -> None:
     (verdict,) = watch(3.0, score="all steps").verdicts()
     assert verdict.score == pytest.approx((3.0 + 1.5) / 2)
-    assert verdict.flagged is None and "no ordinary prompts for the all steps" in (verdict.why or "")
+    assert verdict.flagged is None and "no whole runs" in (verdict.why or "")
 
 
 def test_without_a_calibration_there_is_a_score_and_no_flag() -> None:

@@ -211,19 +211,24 @@ def test_stock_nodes_get_a_verdict_after_a_calibration_that_nothing_is_wired_to(
     assert told.startswith("20 ordinary prompts")
     (verdict,) = report(comfy, watched(way(seed=72, **run), words=False, without="empty prompt"))["verdicts"]
     assert verdict["baseline"] == "empty prompt" and verdict["p_value"] is not None and verdict["nulls"] == 20
-    # Of a conditioning that is more than one text nobody can say so.
+    # Of a conditioning that is more than one text nobody can say so: the Monitor is linked to the prompt's encoder.
     graph = watched(way(seed=72, **run), words=False, without="empty prompt")
     graph["doubled"] = node("ConditioningConcat", conditioning_to=["negative", 0], conditioning_from=["negative", 0])
     graph["guider" if "guider" in graph else "sampler"]["inputs"]["negative"] = ["doubled", 0]
     (verdict,) = report(comfy, graph)["verdicts"]
-    assert verdict["baseline"] == "negative prompt" and verdict["p_value"] is None
+    assert verdict["baseline"] == "empty prompt" and verdict["nulls"] == 20
+    # And so it is where the negative prompt has words.
+    (verdict,) = report(
+        comfy, watched(way("a red fox", "blurry", seed=72, **run), words=False, without="empty prompt")
+    )["verdicts"]
+    assert verdict["baseline"] == "empty prompt" and verdict["nulls"] == 20
 
 
 @pytest.mark.parametrize("way", [graphs.text_to_image, graphs.custom_sampling])
 def test_a_run_makes_the_calibration_it_lacks_and_later_ones_are_judged_by_it(
     comfy: ComfyServer, way: Callable[..., graphs.Graph]
 ) -> None:
-    """What the page's button asks for: the encoder linked to the monitor for this once, in the host's own nodes."""
+    """What the page's button asks for, in a workflow of the host's own nodes, with nothing linked to the monitor."""
     folder = comfy.home / "user" / "dejavu" / "calibration"
     run = {"steps": 2, "scheduler": "exponential"}  # a first noise level that no other test calibrates
     before = set(folder.glob("*.json"))
@@ -231,7 +236,6 @@ def test_a_run_makes_the_calibration_it_lacks_and_later_ones_are_judged_by_it(
     assert unjudged["lacks_calibration"] is True and unjudged["calibrating"] is None
     assert "nothing to compare it with" in unjudged["verdicts"][0]["sentence"]
     asking = watched(way(seed=73, **run), words=False, without="empty prompt", calibrate_first=100)
-    asking["monitor"]["inputs"]["clip"] = asking["positive"]["inputs"]["clip"]
     own = report(comfy, asking)
     made = set(folder.glob("*.json")) - before
     try:

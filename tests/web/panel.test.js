@@ -125,7 +125,7 @@ it('grows the curve while it is live', () => {
   const live = (count) => report('a', { verdicts: [verdict('a', { score_per_step: [2, 1, 1].slice(0, count), sigmas: [9, 5, 2].slice(0, count) })] })
   show(live(1), { live: true })
   expect(panel.element.querySelectorAll('circle').length).toBe(1)
-  expect(panel.element.textContent).toContain('1 evaluated so far')
+  expect(panel.element.textContent).toContain('Drawing: step 1')
   show(live(3))
   expect(panel.element.querySelectorAll('circle').length).toBe(3)
   expect(panel.element.textContent).not.toContain('so far')

@@ -103,15 +103,16 @@ describe('in the sidebar', () => {
   })
 
   it('asks for a calibration of the run that is shown', async () => {
+    host.calibrate.mockResolvedValueOnce({ promptId: 'mine' })
     runs.put(run('a', 'x', { lacks_calibration: true }))
     $('.dejavu-run').click()
     named('Calibrate with these settings')[0].click()
     await Promise.resolve()
     expect(host.calibrate.mock.calls[0][0].key).toBe('a')
     await vi.waitFor(() => expect(sidebar.element.textContent).toContain('In the queue'))
-    runs.put({ ...run('other', 'x', { calibrating: { done: 1, count: 100 } }), monitor: '99', finished: false })
+    runs.put({ ...run('other', 'x', { calibrating: { done: 1, count: 100 } }), promptId: 'queued before', finished: false })
     expect($('progress')).toBeNull()
-    runs.put({ ...run('b', 'x', { calibrating: { done: 34, count: 100 } }), finished: false })
+    runs.put({ ...run('b', 'x', { calibrating: { done: 34, count: 100 } }), promptId: 'mine', finished: false })
     expect($('.dejavu-progress').textContent).toContain('34 of 100')
   })
 

@@ -10,7 +10,7 @@ from .guidance import anti_memorization, transition
 from .initial_noise import adjust_noise
 from .model import with_model
 from .monitor import Monitor
-from .page import LiveReport, add_routes, keep_in_image, tell, wait_until_told
+from .page import LiveReport, add_routes, keep_in_image, link_encoders_of_prompts, tell, wait_until_told
 from .text import conditioning_of, encode_text
 from .training import HostFilter
 
@@ -27,6 +27,7 @@ __all__ = [
     "encode_text",
     "examine",
     "keep_in_image",
+    "link_encoders_of_prompts",
     "mitigate",
     "tell",
     "transition",

@@ -12,6 +12,7 @@ PLAIN = "CLIPTextEncode"  # the host's own encode node
 REPLACING = ("ConditioningZeroOut",)  # nodes behind which the rows are no longer those of the text
 
 Graph = Mapping[str, Mapping[str, Any]]
+MONITOR = "DejaVuMonitor"
 
 
 def place() -> tuple[str | None, str | None]:
@@ -94,3 +95,68 @@ def _text(graph: Graph, value: str | Sequence[object], node: str) -> tuple[str, 
     typed = found.get("inputs", {}).get("value")
     is_primitive = found.get("class_type", "").startswith("PrimitiveString")
     return (typed, source) if is_primitive and isinstance(typed, str) else None
+
+
+# ------------------------------------------------------------------------- before a workflow runs
+
+
+def link_encoders(graph: dict[str, dict[str, Any]]) -> None:
+    """Link the clip of a Monitor that needs one and has none to the text encoder of its sampler's prompt.
+
+    It needs one to calibrate, and to measure against the empty prompt where the negative prompt is not known to be
+    empty. Of what clients of the host's API send nothing is taken for granted.
+    """
+    for monitor, node in list(graph.items()):
+        inputs = node.get("inputs") if isinstance(node, dict) and node.get("class_type") == MONITOR else None
+        if not isinstance(inputs, dict) or "clip" in inputs:
+            continue
+        for sampler in _watched(graph, monitor):
+            clip = _encoder_behind(graph, sampler)
+            if clip is not None:
+                against_empty = inputs.get("without") == "empty prompt" and not _has_empty_negative(graph, sampler)
+                if inputs.get("calibrate_first") or against_empty:
+                    inputs["clip"] = clip
+                break
+
+
+def _watched(graph: Graph, monitor: str) -> list[str]:
+    """The nodes that take a Monitor's model, nearest first: patches, guiders and samplers."""
+    found = [monitor]
+    for node in found:
+        for other, taking in graph.items():
+            links = [v for n, v in _inputs(taking).items() if n.startswith(("model", "guider")) and _source(v) == node]
+            if node == monitor:
+                links = [link for link in links if link[1] == 0]  # of its outputs the first is the model
+            if links and other not in found:
+                found.append(other)
+    return found[1:]
+
+
+def _encoder_behind(graph: Graph, sampler: str) -> list[Any] | None:
+    """The link to the text encoder with which a sampler's prompt was encoded; None without one."""
+    found = [sampler]
+    for node in found:
+        inputs = _inputs(graph.get(node))
+        clip = inputs.get("clip")
+        if node != sampler and isinstance(clip, list) and _source(clip) is not None:
+            return clip
+        onward = (v for name, v in inputs.items() if name.startswith(("positive", "cond")))
+        found += [source for v in onward if (source := _source(v)) is not None and source not in found]
+    return None
+
+
+def _has_empty_negative(graph: Graph, sampler: str) -> bool:
+    typed = typed_prompt(graph, sampler, negative=True)
+    return typed is not None and not typed[0].strip()
+
+
+def _inputs(node: object) -> Mapping[str, Any]:
+    found = node.get("inputs") if isinstance(node, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _source(value: object) -> str | None:
+    """The node that a link of the host's API format comes from."""
+    if isinstance(value, list) and len(value) == 2 and isinstance(value[1], int):
+        return str(value[0])
+    return None

@@ -36,7 +36,7 @@ from .api import CLIP, BaseModel, Entry, Executor, Guider, HostConditioning, Mod
 from .attention import attending
 from .gradients import checkpointed, differentiable, make_room, must_recompute, plain_attention
 from .run_options import uncached
-from .text import SOURCE, encode, options_with
+from .text import SOURCE, encode, lost_its_patches, options_with
 
 FINGERPRINT = "dejavu_fingerprint"  # attachment of the bundled model: its name in the profiles that come with it
 _CHANGING = ("model_function_wrapper", "sampler_pre_cfg_function")  # options that change a prediction
@@ -199,7 +199,14 @@ class ComfyModel:
     def encode(self, prompt: str) -> Conditioning:
         """Raises ValueError where the text encoder is not at hand."""
         if self.clip is None:
-            raise ValueError("the text encoder is not at hand: encode the prompt with the Déjà Vu Text Encode node")
+            raise ValueError(
+                "the text encoder is not at hand: link CLIP to the Monitor, or encode the prompt with Text Encode (Déjà Vu)"
+            )
+        if lost_its_patches(self.clip):
+            raise ValueError(
+                "the host has moved the text encoder out of memory, and its LoRAs with it: start ComfyUI with --highvram, or "
+                "leave the LoRAs off the text encoder"
+            )
         return encode(self.clip, prompt)
 
     def decode(self, latents: Tensor) -> Tensor:

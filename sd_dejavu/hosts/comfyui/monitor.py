@@ -29,6 +29,7 @@ from ...core.conditioning import Conditioning, Unconditional
 from ...core.denoiser import Evaluation
 from ...core.readout import Readout
 from ...run.controller import GO, Again, Decision, Restart, RunController, Stop
+from ...run.judge import needed_nulls
 from ...run.monitoring import Monitoring
 from ...run.report import Report
 from ...run.state import RunState
@@ -171,7 +172,9 @@ class Run:
         baseline = state.trace.baseline or self._monitor.monitoring.baseline
         scale = float(getattr(self._guider, "cfg", 1.0))
         from_image = bool(self._from_image.wait())
-        setting = setting_of(model, baseline, negative_of(self._guider), scale, from_image, self.sampler)
+        setting = setting_of(
+            model, baseline, negative_of(self._guider), scale, from_image, self.sampler, self._negative_kind()
+        )
         return setting, self._monitor.profile_of(setting, model)
 
     def refuses_restart(self) -> str:
@@ -357,9 +360,10 @@ class Monitor:
         return [run for run in finished if run.place[1] in samplers and run.place[0] == drew[str(run.place[1])]]
 
     def profile_of(self, setting: Setting, model: ComfyModel) -> Profile | None:
-        """The user's choice; where it is for another setting, one that was kept for this one."""
+        """The user's choice; where it is for another setting or can flag nothing, one that was kept for this one."""
         given = self._profile
-        if given is not None and given.setting.mismatch(setting, self.monitoring.deciding) is None:
+        kind, needed = self.monitoring.deciding, needed_nulls(self.monitoring.alpha)
+        if given is not None and given.setting.mismatch(setting, kind) is None and len(given.nulls) >= needed:
             return given
         return profile_for(setting, model, self.monitoring, self._folder) or given
 

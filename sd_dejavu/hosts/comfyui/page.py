@@ -18,6 +18,7 @@ from comfy_execution.utils import get_executing_context
 from ...doctor import Finding, findings, in_lines, version
 from ...run.report import Report
 from ...run.state import RunState
+from .graph import link_encoders
 
 Document = dict[str, Any]  # a report, or a part of a saved workflow
 EVENT = "dejavu.run"
@@ -89,6 +90,24 @@ def tell(node: str, text: str) -> None:
     server = getattr(PromptServer, "instance", None)
     if server is not None and server.client_id is not None:
         server.send_progress_text(text, node, server.client_id)
+
+
+def link_encoders_of_prompts() -> None:
+    """Have the host show us each workflow before it runs it, by the way it has for that."""
+    from server import PromptServer
+
+    def seen(asked: Document) -> Document:
+        graph = asked.get("prompt")
+        if isinstance(graph, dict):
+            try:
+                link_encoders(graph)
+            except Exception as error:  # the host says what is wrong with a workflow that is none
+                log.debug("[Déjà Vu] a workflow was left as it is: %s", error)
+        return asked
+
+    server = getattr(PromptServer, "instance", None)
+    if server is not None:
+        server.add_on_prompt_handler(seen)
 
 
 def add_routes(calibrations: Path) -> None:

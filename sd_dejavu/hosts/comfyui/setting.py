@@ -25,7 +25,9 @@ def setting_of(
     scale: float,
     from_image: bool = False,
     sampler: str = "",
+    kind: Unconditional = "empty prompt",
 ) -> Setting:
+    """``kind`` is what the negative conditioning is: whole runs depend on it whatever they are measured against."""
     return Setting(
         model=model.fingerprint,
         prediction_type=model.prediction_type,
@@ -34,7 +36,7 @@ def setting_of(
         sigma=model.sigmas(0)[0],
         guidance_scale=scale,
         baseline=baseline,
-        negative_prompt=negative_name(negative) if baseline == "negative prompt" else "",
+        negative_prompt="" if "negative prompt" not in (baseline, kind) else negative_name(negative),
         begins_with="an image" if from_image else "noise",
         sampler=sampler,
         patches=model.patches,

@@ -166,6 +166,13 @@ def _run_encoder(clip: CLIP, tokens: Mapping[str, Chunks]) -> tuple[Tensor, dict
     return rows, {} if pooled is None else {"pooled_output": pooled}, dict(values[0]) if values else {}
 
 
+def lost_its_patches(clip: CLIP) -> bool:
+    """Whether the encoder lies where it lies without its LoRAs, which the host takes off when it moves it out."""
+    patcher, encoder = clip.patcher, clip.cond_stage_model
+    patched = not patcher.patches or encoder.current_weight_patches_uuid == patcher.patches_uuid
+    return not _is_streamed(clip) and not patched
+
+
 def _is_streamed(clip: CLIP) -> bool:
     """Dynamic VRAM: the weights lie in main memory, and go to the card layer by layer."""
     return bool(getattr(clip.patcher, "is_dynamic", lambda: False)())

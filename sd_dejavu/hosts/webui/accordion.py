@@ -81,8 +81,8 @@ class Accordion:
                     with gr.Row():
                         for name in filter(None, pair):
                             add(name)
+        parts["task"] = components.task()  # for which the host calls ``after`` at once
         parts |= {name: built[name] for name in ("baseline", "score", "alpha")}
-        parts["task"] = components.task()
         order = [built[known.name] for known in controls.OPTIONS]
         self.infotext_fields = [
             (enabled, lambda known: True if controls.INFOTEXT in known else None),
@@ -108,7 +108,7 @@ class Accordion:
             parts["info"] = component
         if self._panel and "info" in parts:
             self._bind_panel(parts.pop("info"))
-        if not self._bound and {"calibrate", "told", *ON_PAGE.values()} <= parts.keys():
+        if not self._bound and {"task", "calibrate", "told", *ON_PAGE.values()} <= parts.keys():
             self._bound = True
             inputs = [parts["task"], *(parts[name] for name in ON_PAGE.values())]
             told = [parts["told"]]

@@ -225,6 +225,7 @@ def processing_of(asked: Calibrating, prompts: Sequence[str], overrides: Options
         height=asked.height,
         sampler_name=asked.sampler_name,
         scheduler=asked.scheduler,
+        restore_faces=False,
         do_not_save_samples=True,
         do_not_save_grid=True,
         override_settings=dict(overrides or {}),

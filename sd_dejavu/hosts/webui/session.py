@@ -34,8 +34,11 @@ class Made:
     seconds: float  # that one of its images took
 
     @classmethod
-    def of(cls, p: Processing, networks: str, seconds: float) -> Made | None:
-        """None where nothing can be calibrated for: a size or a number of steps out of range."""
+    def of(cls, p: Processing, checkpoint: str, networks: str, seconds: float) -> Made | None:
+        """Of a run that began with this checkpoint: at its end the host may have loaded its refiner.
+
+        None where nothing can be calibrated for: a size or a number of steps out of range.
+        """
         try:
             asked = Calibrating(
                 count=QUICK,
@@ -50,7 +53,6 @@ class Made:
             )
         except ValueError:
             return None
-        checkpoint = p.sd_model.sd_checkpoint_info.title
         return cls(asked, {**p.override_settings, "sd_model_checkpoint": checkpoint}, seconds)
 
 
@@ -71,7 +73,10 @@ class Entry:
         """By the calibrations that are kept now."""
         state = self.report.state
         if state.setting is not None:
-            state.profile = store.find_for_monitor(state.setting, state.monitoring.score, (), folder)
+            own = state.profile
+            state.profile = store.find_for_monitor(state.setting, state.monitoring.score, (), folder) or own
+            if own is not None and any(verdict.lacks_calibration for verdict in state.verdicts()):
+                state.profile = own  # a verdict that is there is not taken away
         places = self.report.images
         report = Report.of(state)
         return replace(self, report=report if places is None else report.of_images(places))
@@ -131,6 +136,7 @@ class Watched:
     wanted: Wanted | None = None
     shown: Shown = field(default_factory=Shown)
     begun: float = field(default_factory=monotonic)
+    checkpoint: str = ""  # its title, with which the run began
 
     @property
     def run(self) -> Run | None:
@@ -150,7 +156,7 @@ class Watched:
         self.shown.entries += found
         if self.shown.made is None and found:
             seconds = (monotonic() - self.begun) / len({entry.image for entry in found})
-            self.shown.made = Made.of(p, networks_of(p.all_prompts[before]), seconds)
+            self.shown.made = Made.of(p, self.checkpoint, networks_of(p.all_prompts[before]), seconds)
         if in_comment:
             for line in panel.plain_text([(entry.title, entry.report) for entry in found]).splitlines():
                 p.comment(f"{TITLE}: {line}")
@@ -180,6 +186,8 @@ class Session:
     def begin(self, p: Processing) -> Watched:
         """A run begins, perhaps within those of the same job that are open."""
         watched = self._opened(p)
+        checkpoint = getattr(getattr(p, "sd_model", None), "sd_checkpoint_info", None)
+        watched.checkpoint = getattr(checkpoint, "title", "")
         if not watched.within:
             self.shown = watched.shown
             self._runs[str(self._state.job_timestamp), str(p.all_seeds[0])] = self.shown

@@ -78,6 +78,8 @@ def calibrate(here: Here, asked: Calibrating, turn: Turn, overrides: Options | N
             drawn(p)
         measuring.made()
         if asked.whole_runs:
+            if turn.left:
+                raise ValueError("the client hung up, so no whole runs were sampled and nothing is kept")
             shared.state.interrupted = False  # by which the first steps ended their run
             _add_whole_runs(here, measuring, tell, overrides)
     return measuring.kept()
@@ -173,7 +175,7 @@ def calibrate_for_run(here: Here, task: str, count: int, info: str) -> str:
         alpha = shown.entries[0].report.verdicts[0].alpha
         shown.judged_again(here.calibrations)
         text = calibrated(profile, asked, alpha)
-        if shown.asked(count) is not None:
+        if shown.asked(count) is not None and not asked.whole_runs:
             text += (
                 " But not this one, which was made with more than the calibration was: set 'Calibrate first' to "
                 f"{asked.count} and generate it again."
