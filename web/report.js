@@ -117,7 +117,7 @@ export function withoutWord(word, verdict, ordinary) {
   const first = verdict.steps[0] ?? verdict.score
   const now = first === null ? '' : ` instead of ${number(first)}`
   const range = ordinary ? `; ordinary prompts score about ${number(ordinary.median)}` : ''
-  return `Without it the first step would score ${number(word.scoreWithout)}${now}${range}.`
+  return `Without it the first step would score about ${number(word.scoreWithout)}${now}${range}.`
 }
 
 /** How strongly words are painted, 0 to 1: fully where flagged, else faintly, and the more so the lower the score. */

@@ -40,14 +40,12 @@ def word_legend(explanation: Explanation, calm: bool = False) -> Markup:
 
 
 def without_word(word: WordSignificance, score: float | None, ordinary: Mapping[str, float] | None) -> str:
-    """What the score would be without a word, in sentences; ``ordinary`` has the median and the high end of others."""
+    """What the score would be without a word, in a sentence; ``ordinary`` has the median of others."""
     if word.score_without is None:
-        return "What the score would be without it was not measured in this run."
-    now = "" if score is None else f", instead of {number(score)}"
-    range_of = ""
-    if ordinary is not None:
-        range_of = f" Ordinary prompts: {number(ordinary['median'])} (median), 95% below {number(ordinary['high'])}."
-    return f"Without it the first step would score {number(word.score_without)}{now}.{range_of}"
+        return "This run did not measure what the score would be without it."
+    now = "" if score is None else f" instead of {number(score)}"
+    others = "" if ordinary is None else f"; ordinary prompts score about {number(ordinary['median'])}"
+    return f"Without it the first step would score about {number(word.score_without)}{now}{others}."
 
 
 def _pieces(

@@ -183,8 +183,8 @@ def test_words_are_pale_where_nothing_is_flagged() -> None:
 
 def test_each_word_knows_what_the_score_would_be_without_it() -> None:
     page = panel([("Image 1", Report.of(explained(3.0)))])
-    assert "Without it the first step would score 0.1, instead of 3. Ordinary prompts: " in page
-    assert "What the score would be without it was not measured in this run." in page
+    assert "Without it the first step would score about 0.1 instead of 3; ordinary prompts score about " in page
+    assert "This run did not measure what the score would be without it." in page
     assert "Click a word to see" in page and "<summary>Details</summary>" in page and "Generate again" in page
     assert "Click a word" not in panel([("Image 1", Report.of(watch()))])
 

@@ -58,7 +58,7 @@ describe('words', () => {
   it('open with Enter and close with Escape, the focus back on the word', () => {
     word(6).focus()
     word(6).dispatchEvent(new KeyboardEvent('keydown', { key: 'Enter', bubbles: true }))
-    expect($('[role="dialog"]').textContent).toContain('Moxgaen counts most.×Without it the first step would score 0.5 instead of 2.5; ordinary prompts score about 0.3.')
+    expect($('[role="dialog"]').textContent).toContain('Moxgaen counts most.×Without it the first step would score about 0.5 instead of 2.5; ordinary prompts score about 0.3.')
     expect(document.activeElement.textContent).toBe('Drop')
     document.activeElement.dispatchEvent(new KeyboardEvent('keydown', { key: 'Escape', bubbles: true }))
     expect($('[role="dialog"]')).toBeNull()

@@ -45,7 +45,7 @@ it('says what the score would be without a word', () => {
   const report = readReport(document('a b'))
   const [word] = report.verdicts[0].words
   expect(withoutWord(word, report.verdicts[0], report.ordinary)).toBe(
-    'Without it the first step would score 0.5 instead of 2.5; ordinary prompts score about 0.3.')
+    'Without it the first step would score about 0.5 instead of 2.5; ordinary prompts score about 0.3.')
   expect(withoutWord({ ...word, scoreWithout: null }, report.verdicts[0], null)).toContain('did not measure')
 })
 
