@@ -84,7 +84,7 @@ def test_the_accordion_fits_one_screen(webui: WebUIServer, tmp_path: Path) -> No
         page.screenshot(artefact(f"{webui.kind.folder}-accordion-more.png", tmp_path))
         # Where nothing could be compared, nothing is offered.
         page.browser.locator("#tabs > .tab-nav button", has_text=re.compile("img2img", re.IGNORECASE)).first.click()
-        page.browser.locator("#dejavu_img2img .input-accordion-checkbox").check()
+        page.enable("img2img")
         page.browser.locator("#dejavu_told_img2img", has_text="no verdict: ordinary prompts").first.wait_for()
         assert not page.browser.locator("#dejavu_calibrate_img2img").first.is_visible()
 

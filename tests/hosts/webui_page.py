@@ -21,13 +21,13 @@ class WebUIPage:
         self.errors: list[str] = []
         page.on("pageerror", lambda error: self.errors.append(f"{error} {error.stack}"))
 
-    def enable(self) -> None:
+    def enable(self, tab: str = "txt2img") -> None:
         """Switch our accordion on; it opens."""
-        self.browser.locator("#dejavu_txt2img .input-accordion-checkbox").check()
+        self.browser.locator(f"#dejavu_{tab} .input-accordion-checkbox").check()
         self.browser.wait_for_timeout(500)
-        if not self.browser.locator("#dejavu_calibrate_txt2img").first.is_visible():
-            self.browser.locator("#dejavu_txt2img .label-wrap .icon").first.click()
-        self.browser.locator("#dejavu_calibrate_txt2img").first.wait_for()
+        if not self.browser.locator(f"#dejavu_told_{tab}").first.is_visible():
+            self.browser.locator(f"#dejavu_{tab} .label-wrap .icon").first.click()
+        self.browser.locator(f"#dejavu_told_{tab}").first.wait_for()
 
     def more(self, place: str = "more_txt2img") -> None:
         """Open what is folded away in one of our places."""
