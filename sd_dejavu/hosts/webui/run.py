@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ...calibration import store
+from ...calibration.ordinary_prompts import general_prompts
 from ...calibration.profile import Profile, Setting
 from ...core.conditioning import Conditioning, Unconditional
 from ...core.denoiser import Evaluation
@@ -108,6 +109,7 @@ class Pass:
             monitoring,
             self.states,
             rule,
+            ordinary=self._ordinary,
             keep=lambda made: store.keep(made, store.path_for(made.setting, folder)),
         )
         self._steered, self._within = rule is not None, within
@@ -191,6 +193,11 @@ class Pass:
         if self.may_begin_again:
             return ""
         return "begins with an image" if self.from_image else "is sampled in a way that cannot begin again"
+
+    def _ordinary(self, model: GuidedModel, count: int) -> list[str]:
+        """Ordinary prompts, with the text encoder where its LoRAs act on it."""
+        self._host.load_encoders(model.step)
+        return general_prompts(count)
 
     def progress(self) -> None:
         """The host's page shows the report when the run is over; until then, how far a calibration within it is."""
