@@ -128,18 +128,18 @@ def test_one_button_brings_the_verdict(
     assert any("of 100." in text and "left" in text for text in seen)
 
 
-def test_without_a_text_encoder_it_says_the_one_thing_to_do(renderer: Page) -> None:
+def test_what_the_host_refuses_to_queue_is_told(renderer: Page) -> None:
     page = renderer
     build(page)
     page.browser.evaluate(
         """() => { const {app} = window.comfyAPI.app; const original = app.graphToPrompt.bind(app);
             window.putBack = () => { app.graphToPrompt = original };
             app.graphToPrompt = async () => { const made = await original();
-                for (const node of Object.values(made.output)) if (node.class_type === 'CLIPTextEncode') node.inputs.clip = 'none';
+                for (const node of Object.values(made.output)) if (node.class_type === 'CLIPTextEncode') delete node.inputs.clip;
                 return made; } }"""
     )
     page.browser.locator(".dejavu").first.get_by_role("button", name=BUTTON).click()
-    until(page, "link CLIP to the Monitor’s clip input", 10)
+    until(page, "Not queued", 10)
     page.browser.evaluate("() => window.putBack()")
 
 
