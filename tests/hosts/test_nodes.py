@@ -235,15 +235,15 @@ def test_a_run_makes_the_calibration_it_lacks_and_later_ones_are_judged_by_it(
     unjudged = report(comfy, watched(way(seed=73, **run), words=False, without="empty prompt"))
     assert unjudged["lacks_calibration"] is True and unjudged["calibrating"] is None
     assert "nothing to compare it with" in unjudged["verdicts"][0]["sentence"]
-    asking = watched(way(seed=73, **run), words=False, without="empty prompt", calibrate_first=100)
+    asking = watched(way(seed=73, **run), words=False, without="empty prompt", alpha=0.05, calibrate_first=20)
     own = report(comfy, asking)
     made = set(folder.glob("*.json")) - before
     try:
         assert len(made) == 1 and own["lacks_calibration"] is False and own["flagged"] in (True, False)
-        later = report(comfy, watched(way(seed=73, **run), words=False, without="empty prompt"))
+        later = report(comfy, watched(way(seed=73, **run), words=False, without="empty prompt", alpha=0.05))
         (first,), (second,), (third,) = (document["verdicts"] for document in (unjudged, own, later))
         assert first["score"] == pytest.approx(second["score"]) == pytest.approx(third["score"])
-        assert second["p_value"] == third["p_value"] is not None and third["nulls"] == 100
+        assert second["p_value"] == third["p_value"] is not None and third["nulls"] == 20
     finally:
         for path in made:
             path.unlink()
