@@ -199,7 +199,7 @@ def test_a_stored_verdict_shows_without_running(overlay: Page) -> None:
     result = page.run()
     assert result["error"] is None
     sentence = stored(page)["verdicts"][0]["sentence"]
-    saved = page.browser.evaluate("() => window.comfyAPI.app.app.graph.serialize()")
+    saved = json.loads(page.browser.evaluate("() => JSON.stringify(window.comfyAPI.app.app.graph.serialize())"))
     (image,) = [
         o["images"][0] for o in result["outputs"].values() if o and "images" in o and o["images"][0]["type"] == "output"
     ]
