@@ -129,13 +129,11 @@ def test_whole_runs_are_added_to_the_first_steps_that_are_kept(tmp_path: Path) -
 
 def test_what_is_told_begins_with_what_it_is_good_for() -> None:
     told = calibrated(profile(120), Calibrating(width=768), 0.01)
-    assert told.startswith(
-        "Ready: from now on images of this checkpoint at 768 x 512 get a verdict. 120 ordinary prompts"
-    )
+    assert told[0] == "Ready: from now on images of this checkpoint at 768 x 512 get a verdict."
+    assert told[1].startswith("120 ordinary prompts")
     told = calibrated(profile(40), Calibrating(), 0.01)
-    assert told.startswith(
-        "No verdict yet: at alpha = 0.01 that takes at least 99 ordinary prompts. 40 ordinary prompts"
-    )
+    assert told[0] == "No verdict yet: at alpha = 0.01 that takes at least 99 ordinary prompts."
+    assert told[1].startswith("40 ordinary prompts")
 
 
 @pytest.mark.parametrize(
