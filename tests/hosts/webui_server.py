@@ -135,8 +135,7 @@ class WebUIServer(HostProcess):
         try:
             self.get("/sdapi/v1/options")
         except HTTPError as refused:
-            with refused:
-                return refused.code == 401  # it asks for a password, so it answers
+            return refused.code == 401  # it asks for a password, so it answers
         return True
 
     def reported_errors(self) -> list[str]:
