@@ -38,11 +38,13 @@ def notes(audit: Audit) -> list[str]:
             "raise the number of ordinary prompts to name fewer."
         )
     if audit.misfit:
-        told.append(misfit("captions", "recombine them from the captions (on the command line: --like-captions)"))
+        told.append(
+            misfit("captions", "give ordinary prompts of your captions' kind (on the command line: --null-prompts)")
+        )
     if audit.counts == "magnitude":
         told.append("There were captions only, so nothing could be compared with the training images.")
-    counts = "What counts is how much more each caption leads towards its own training image than to others"
-    if audit.counts == "contrast":
+    counts = "What counts is how much of a training image's error in denoising its caption takes away (1: all of it)"
+    if audit.counts == "recovery":
         told.append(f"{counts}. Name the base model to leave out what it does already.")
     if audit.counts == "gain":
         told.append(f"{counts}, beyond what it does on the base model.")
@@ -91,7 +93,7 @@ def as_json(audit: Audit, model: str, loras: list[str]) -> dict[str, Any]:
     """The whole finding as plain values, without the images."""
     return {
         "format": "dejavu-audit",
-        "schema_version": 1,
+        "schema_version": 2,
         "model": model,
         "loras": loras,
         "sentence": sentence(audit),

@@ -23,8 +23,8 @@ from hand_made import LinearDenoiser
 from PIL import Image
 from safetensors.torch import save_file
 
+from sd_dejavu.calibration.recombined import recombined
 from sd_dejavu.cli.main import main
-from sd_dejavu.core.denoiser import Predictions
 from sd_dejavu.core.similarity import COPY_THRESHOLD, grey_correlation
 from sd_dejavu.core.statistics import benjamini_hochberg, spread
 from sd_dejavu.demo import bundled, world
@@ -36,7 +36,6 @@ from sd_dejavu.reference.features import Grey
 from sd_dejavu.report.audit_html import AuditPage, render_audit
 from sd_dejavu.report.audit_rows import as_json, notes, sentence
 from sd_dejavu.run.measure import Measurement
-from sd_dejavu.training.alignment import alignment, as_trained, contrast
 from sd_dejavu.training.audit import (
     Audit,
     AuditSettings,
@@ -51,11 +50,13 @@ from sd_dejavu.training.audit import (
     judged,
     least_named,
     lora_files,
-    of_ordinary,
+    more_needed,
+    ordinary_for,
     sampled,
     suggestion,
 )
 from sd_dejavu.training.ledger import Ledger
+from sd_dejavu.training.recovery import LEVELS, as_trained, drawn, drawing_levels, recoveries, recovery
 from sd_dejavu.training.tasks import Task, Variant, Work, one_process
 
 HERE = Path(__file__).parent
@@ -102,35 +103,87 @@ def test_how_many_must_stand_out_together():
     assert least_named(10, 1000, 0.05) == 1
 
 
-def test_alignment_worked_by_hand():
-    start = torch.zeros(1, 1, 2, 2)
-    latents = torch.tensor([[3.0, 4, 0, 0], [0, 0, 5, 0], [-3, -4, 0, 0], [4, -3, 0, 0]]).reshape(4, 1, 2, 2)
-    moved = torch.tensor([3.0, 4, 0, 0]).reshape(1, 1, 2, 2)
-    found = alignment(Predictions(moved, start, torch.ones(1)), latents)
-    assert found[0].tolist() == pytest.approx([1, 0, -1, 0], abs=1e-6)
-    # From another place: the way to (3, 4, 0, 0) is (2, 4, 0, 0), and (3, 0) is moved: 6 / (3 sqrt(20)).
-    start, moved = torch.tensor([1.0, 0, 0, 0]).reshape(1, 1, 2, 2), torch.tensor([4.0, 0, 0, 0]).reshape(1, 1, 2, 2)
-    assert alignment(Predictions(moved, start, torch.ones(1)), latents[:1]).item() == pytest.approx(6 / (3 * 20**0.5))
+def test_more_ordinary_prompts_are_drawn_where_captions_stand_above_all_and_are_too_few():
+    """Of 60 captions with a smallest p of 1/101, 12 must have it together; see above."""
+    for above, needed in ((0, False), (1, True), (11, True), (12, False)):
+        found = judged([2.0] * above + [0.5] * (60 - above), [1.0] * 100)
+        assert more_needed(found, 100, 0.05) is needed
+    assert not more_needed(judged([None, None], [1.0] * 100), 100, 0.05)
 
 
-def test_contrast_and_gain_worked_by_hand():
-    assert contrast(0.8, [0.1, 0.3]) == pytest.approx(0.6)
-    assert contrast(0.8, []) == 0.8
+def test_the_false_discovery_rate_holds_where_more_are_drawn():
+    """Nothing is memorised, so every audit that names a caption is wrong: as many as the rate, and three deviations."""
+    rng, audits, wrong = np.random.default_rng(5), 1500, 0
+    for _ in range(audits):
+        scores, nulls, count = rng.normal(size=30).tolist(), rng.normal(size=800).tolist(), 100
+        while more_needed(found := judged(scores, nulls[:count]), count, 0.05) and count < 800:
+            count *= 2
+        wrong += any(found.named(0.05))
+    assert wrong <= 0.05 * audits + 3 * (audits * 0.05 * 0.95) ** 0.5
+
+
+def test_recovery_worked_by_hand():
+    z = torch.tensor([1.0, 2, 0, 0]).reshape(1, 1, 2, 2)
+    start, near = torch.zeros(1, 1, 2, 2), torch.tensor([1.0, 1, 0, 0]).reshape(1, 1, 2, 2)
+    assert recovery(near, start, z).item() == pytest.approx(1 - 1 / 5)  # of 1 + 4 an error of 1 is left
+    assert recovery(z, start, z).item() == 1 and recovery(start, start, z).item() == 0
+    assert recovery(-z, start, z).item() == pytest.approx(1 - 20 / 5)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
+def test_recoveries_of_a_denoiser_worked_by_hand(kind: Any):
+    """The network gives 0 without a caption, and s (1, 1, 1, 1) with the word of strength s.
+
+    epsilon: D_u - z = L n and D_c - z = L (n - s) at level L, so r = 1 - |n - s|^2 / |n|^2 at each. flow: with the
+    velocity n - z in place of n. v: D_u - z = (z + L n) / (1 + L^2) - z, and D_c lies s L / sqrt(1 + L^2) below D_u.
+    """
+    model = Scripted(prediction_type=kind)
+    noise = model.noise(3, 2)
+    z = torch.tensor([[1.0, -2.0, 0.5, 0.0], [0.0, 1.0, 1.0, 3.0]]).reshape(2, 1, 2, 2)
+    found = recoveries(model, [model.encode("w2"), model.encode("w0.5")], model.encode(""), z, noise)
+    for image, strength, value in zip(z.flatten(1).numpy(), (2.0, 0.5), found.tolist(), strict=True):
+        shares = []
+        for n in noise.flatten(1).numpy():
+            for level in LEVELS:
+                without, moved = {
+                    "epsilon": (level * n, level * strength),
+                    "flow": ((n - image) * level / (1 + level), strength * level / (1 + level)),
+                    "v_prediction": (
+                        (image + level * n) / (1 + level**2) - image,
+                        strength * level / (1 + level**2) ** 0.5,
+                    ),
+                }[kind]
+                shares.append(1 - ((without - moved) ** 2).sum() / (without**2).sum())
+        assert value == pytest.approx(np.mean(shares), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "flow"])
+def test_a_model_that_knows_one_image_draws_it(kind: Any):
+    image = torch.tensor([1.0, -2.0, 0.5, 0.0]).reshape(1, 1, 2, 2)
+
+    class Sure(Scripted):
+        def __call__(self, x, sigma, conditioning):
+            return image.expand_as(x)
+
+    model = Sure(prediction_type=kind)
+    latents = drawn(model, model.encode("w1"), model.noise(0, 3), 1.0 if kind == "flow" else 14.6)
+    assert torch.allclose(latents, image.expand(3, -1, -1, -1), atol=1e-5)
+    levels = drawing_levels(14.6, "epsilon")
+    assert levels[0] == pytest.approx(14.6) and levels[-1] == 0 and levels == sorted(levels, reverse=True)
+
+
+def test_gain_worked_by_hand():
     assert gain(0.8, 0.3) == pytest.approx(0.5)
     assert gain(0.8, -0.3) == pytest.approx(0.8)
-
-
-def test_what_counts_of_ordinary_prompts():
-    """Contrasts .4 and -.4 of the first prompt with its two images, .2 and -.2 of the last; images go in turns."""
-    values = [
-        {"magnitude": 2.0, "alignment": [0.5, 0.1]},
-        {"why": "too long"},
-        {"magnitude": 3.0, "alignment": [0.1, -0.1]},
-    ]
-    assert of_ordinary(values, "magnitude") == [2.0, None, 3.0]
-    assert of_ordinary(values, "contrast") == [pytest.approx(0.4), None, pytest.approx(0.2)]
-    assert of_ordinary(values[1:], "gain") == [None, pytest.approx(-0.2)]
     assert gains([0.4, None, -0.2], [0.1, 0.3, -0.5]) == [pytest.approx(0.3), None, -0.2]
+
+
+def test_ordinary_prompts_are_recombined_from_the_captions_where_they_can_be():
+    captions = [caption for caption, _ in world.ordinary_captions(60, seed=3)]
+    entries = [Entry(str(n), caption) for n, caption in enumerate([*captions, " "])]
+    made = ordinary_for(entries, 150, lambda count: ["other"] * count)
+    assert made == recombined(captions, 150) and not set(made) & set(captions)
+    assert ordinary_for(entries[:2], 150, lambda count: ["other"] * count) == ["other"] * 150
 
 
 # ------------------------------------------------------------------------------------- the training set
@@ -316,13 +369,8 @@ def test_borders_of_the_tasks_do_not_matter(tmp_path: Path):
 
 
 def test_a_task_survives_a_table_row():
-    task = Task("captions", Variant("a.safetensors", 0.5), 25, ("a", "b"), (b"\x00\xff", b"x"), True)
+    task = Task("captions", Variant("a.safetensors", 0.5), 25, ("a", "b"), (b"\x00\xff", b"x"), True, 64)
     assert Task.of_row(task.as_row()) == task
-
-
-def test_nulls_of_a_task_share_a_few_images_each_25():
-    task = Task("nulls", Variant(), 0, ("a",) * 60, tuple(bytes([n]) for n in range(12)))
-    assert [task.images_at(begin) for begin in (0, 25, 50)] == [tuple(bytes([n]) for n in r) for r in ([0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11])]  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------- stopped and resumed
@@ -397,9 +445,8 @@ def test_an_audit_begun_with_release_0_1_goes_on(tmp_path: Path):
         Ledger(tmp_path, identity(entries[:1], ordinary, AuditSettings(), Measurement(images=2), **host))
 
 
-TASKS = (Task("captions", Variant(), 0, ("a", "b")), Task("images", Variant(), 0, ("a", "b")))
-FOUND = {"captions": {"magnitude": 1.0}, "images": {"images": [], "word": None}}
-PNG = "iVBORw0KGgo="
+PNG, JPEG = "iVBORw0KGgo=", "/9j/4AAQ"
+FOUND = {"captions": {"magnitude": 1.0}, "images": {"images": [], "word": None}, "drawn": {"image": JPEG}}
 
 
 @pytest.mark.parametrize(
@@ -413,18 +460,21 @@ PNG = "iVBORw0KGgo="
         ("captions", {"magnitude": -1.0}),
         ("captions", {"magnitude": 10**400}),
         ("captions", {"magnitude": float("nan")}),
-        ("captions", {"magnitude": 1.0, "alignment": []}),
-        ("captions", {"magnitude": 1.0, "alignment": 0.5}),
-        ("captions", {"magnitude": 1.0, "alignment": [0.5, float("inf")]}),
+        ("captions", {"magnitude": 1.0, "recovery": []}),
+        ("captions", {"magnitude": 1.0, "recovery": None}),
+        ("captions", {"magnitude": 1.0, "recovery": float("-inf")}),
         ("captions", {"why": 3}),
         ("images", {"word": None}),
         ("images", {"images": PNG, "word": None}),
         ("images", {"images": ["not an image"], "word": None}),
         ("images", {"images": [PNG], "word": 3}),
+        ("drawn", {}),
+        ("drawn", {"image": PNG}),
+        ("drawn", {"image": JPEG, "why": "both"}),
     ],
 )
-def test_results_that_cannot_be_true_are_neither_kept_nor_taken(tmp_path: Path, kind: str, second: Any):
-    task = TASKS[kind == "images"]
+def test_results_that_cannot_be_true_are_neither_kept_nor_taken(tmp_path: Path, kind: Any, second: Any):
+    task = Task(kind, Variant(), 0, ("a", "b"))
     ledger = Ledger(tmp_path, {})
     with pytest.raises(ValueError, match="is not what is found of a prompt"):
         ledger.keep(task, [FOUND[kind], second])
