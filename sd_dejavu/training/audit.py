@@ -70,7 +70,7 @@ class AuditSettings(Checked):
     )
     nulls: int = option(
         1000,
-        "ordinary prompts to compare with; where the training images are at hand, at most so many, as they are drawn",
+        "ordinary prompts to compare with, at most; beside training images 100 are drawn first, more where needed",
         minimum=FEWEST,
         maximum=1_000_000,
     )

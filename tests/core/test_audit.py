@@ -56,7 +56,7 @@ from sd_dejavu.training.audit import (
     suggestion,
 )
 from sd_dejavu.training.ledger import Ledger
-from sd_dejavu.training.recovery import LEVELS, as_trained, drawn, drawing_levels, recoveries, recovery
+from sd_dejavu.training.recovery import LEVELS, as_trained, drawing_levels, drawn, recoveries, recovery
 from sd_dejavu.training.tasks import Task, Variant, Work, one_process
 
 HERE = Path(__file__).parent
