@@ -34,8 +34,8 @@ def notes(audit: Audit) -> list[str]:
     ]
     if audit.least_named > 1:
         told.append(
-            f"With so many captions, at least {audit.least_named:,} must stand out together for any to be named: "
-            "raise the number of ordinary prompts to name fewer."
+            f"With so many captions, at least {audit.least_named:,} must stand out together for any to be named: to name "
+            f"a single one, raise the number of ordinary prompts to {audit.enough:,}."
         )
     if audit.misfit:
         told.append(

@@ -169,6 +169,12 @@ class Audit:
         return tuple(row for row in self.rows if row.copies)
 
     @property
+    def enough(self) -> int:
+        """Ordinary prompts among which a single caption can be named."""
+        measured = sum(row.q_value is not None for row in self.rows)
+        return int(np.ceil(measured / self.false_discovery_rate - 1e-9)) - 1
+
+    @property
     def begins(self) -> int | None:
         """The first saved epoch at which a caption is named."""
         return next((point.epoch for point in self.epochs if point.flagged), None)

@@ -753,7 +753,8 @@ def test_the_finding_in_words():
     assert sentence(found) == (
         "1 of 2 training images is named as memorised; of 2 that were drawn again, 1 came out as a copy"
     )
-    assert any("at least 3 must stand out" in note for note in notes(found))
+    # 2 captions at .05: the smallest p must be .025 at most, 1 / (39 + 1).
+    assert any("at least 3 must stand out" in note and note.endswith("prompts to 39.") for note in notes(found))
     assert any("5%" in note for note in notes(found))
     quiet = Audit((replace(row, flagged=False, copies=None, drawn=0),), "magnitude", 200, 0.05, 1)
     assert sentence(quiet) == "None of 1 captions is named as memorised"
