@@ -378,7 +378,8 @@ def audit(
     scores = _scores(values[final], values.get(BASE), counts)
 
     nulls = _Nulls(subject, ordinary, wanted, judge, finish, ledger, BASE if counts == "gain" else final)
-    count = min(len(ordinary), FIRST_DRAWN) if subject.reference is not None else len(ordinary)
+    first = -(-FIRST_DRAWN // wanted.partition) * wanted.partition  # whole tasks, so that none is done twice
+    count = min(len(ordinary), first) if subject.reference is not None else len(ordinary)
     while True:
         tasks = nulls.tasks(final, count)
         null_scores = _scores(
@@ -469,6 +470,7 @@ class _Nulls:
         drawing = [Task("drawn", self._drawn_by, first, part, side=side) for first, part in parts]
         self._finish(drawing, "drawing ordinary prompts")
         found: list[Task] = []
+        copied = 0
         for task in drawing:
             drawn = [
                 (prompt, base64.b64decode(value["image"]))
@@ -476,14 +478,16 @@ class _Nulls:
                 if "image" in value
             ]
             copies = self._judge.copies([image for _, image in drawn])
+            copied += sum(copies)
             kept = [one for one, copy in zip(drawn, copies, strict=True) if not copy]
             if kept:
-                found.append(Task("nulls", final, task.first, *map(tuple, zip(*kept, strict=True))))
+                prompts, images = tuple(prompt for prompt, _ in kept), tuple(image for _, image in kept)
+                found.append(Task("nulls", final, task.first, prompts, images))
         left = sum(len(task.prompts) for task in found)
-        if left < min(FEWEST, count):
+        if copied and left < min(FEWEST, count):
             raise ValueError(
-                f"of {count:,} ordinary prompts the model draws all but {left:,} as copies of the training set: there is "
-                "nothing to compare its captions with; train for fewer steps, or at a lower rate"
+                f"of {count:,} ordinary prompts the model draws {copied:,} as copies of the training set, and {left:,} are too "
+                "few to compare its captions with: train for fewer steps, or at a lower rate"
             )
         return found
 

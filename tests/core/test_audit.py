@@ -373,6 +373,67 @@ def test_a_task_survives_a_table_row():
     assert Task.of_row(task.as_row()) == task
 
 
+class Remembering(Scripted):
+    """Knows the images of some prompts; of any other, that its pixels lie a fifth around a grey that the prompt tints.
+
+    So D = m + (x - m) / (1 + 25 sigma^2) with the grey m, and with a known prompt D is its image.
+    """
+
+    image_size = (8, 8)
+    latent_shape = (3, 8, 8)
+
+    def __init__(self, images: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self._images, self._prompts = images, list[str]()
+
+    def encode(self, prompt: str):
+        self._prompts.append(prompt)
+        found = super().encode("w1")
+        return replace(found, rows=torch.full_like(found.rows, len(self._prompts) - 1.0), prompt=prompt)
+
+    def __call__(self, x, sigma, conditioning):
+        prompts = [self._prompts[int(row[0, 0])] for row in conditioning.rows.expand(len(x), -1, -1)]
+        return torch.stack([self._denoised(*one) for one in zip(x, sigma, prompts, strict=True)])
+
+    def _denoised(self, x: torch.Tensor, sigma: torch.Tensor, prompt: str) -> torch.Tensor:
+        if prompt in self._images:
+            return self._images[prompt]
+        middle = 0.5 + 0.01 * (len(prompt) + sum(map(ord, prompt)) % 7 if prompt else 0) * torch.tensor([1.0, 0, -1])
+        return middle[:, None, None] + (x - middle[:, None, None]) / (1 + 25 * sigma**2)
+
+    def noise(self, seed, images):
+        return torch.randn((images, *self.latent_shape), generator=torch.Generator().manual_seed(seed))
+
+    def latents_of(self, images):
+        return images
+
+    def images_of(self, latents):
+        return latents
+
+
+def test_images_that_a_model_remembers_are_named_and_its_copies_are_no_ordinary_prompts(tmp_path: Path):
+    """Of 24 images the first six come back whole; ten ordinary prompts out of 140 draw one of them."""
+    rng = torch.Generator().manual_seed(1)
+    images = (
+        torch.rand(24, 1, 2, 2, generator=rng).repeat_interleave(4, 2).repeat_interleave(4, 3).expand(-1, 3, -1, -1)
+    )
+    captions = [f"caption {n}" for n in range(24)]
+    reference = from_images(images, captions, [f"{n:02d}" for n in range(24)], Grey())
+    known = dict(zip(captions[:6], images[:6], strict=True))
+    ordinary = [f"ordinary {n}" for n in range(130)] + [f"copy {n}" for n in range(10)]
+    model = Remembering({**known, **dict.fromkeys(ordinary[130:], images[0])})
+    subject = Subject(entries_of(reference), reference, Grey())
+    work, settings = Work(ONE), AuditSettings(worst=0, partition=25)
+    found = audit(subject, [], ordinary, lambda v: model, work, Ledger(tmp_path, {}), settings)
+    assert found.counts == "recovery" and found.nulls == 100  # no more were needed
+    assert [row.flagged for row in found.rows] == [True] * 6 + [False] * 18
+    assert all(row.recovery == pytest.approx(1, abs=0.02) for row in found.rows[:6])  # thumbnails are JPEG files
+    backwards = audit(subject, [], ordinary[::-1], lambda v: model, work, Ledger(tmp_path / "b", {}), settings)
+    assert backwards.nulls == 90  # of the first 100 ten copy the training set
+    with pytest.raises(ValueError, match=r"of 10 ordinary prompts the model draws 10 as copies .* and 0 are too few"):
+        audit(subject, [], ordinary[130:], lambda v: model, work, Ledger(tmp_path / "c", {}), settings)
+
+
 # ----------------------------------------------------------------------------------- stopped and resumed
 
 
