@@ -48,11 +48,27 @@ def notes(audit: Audit) -> list[str]:
         told.append(f"{counts}. Name the base model to leave out what it does already.")
     if audit.counts == "gain":
         told.append(f"{counts}, beyond what it does on the base model.")
+    told += _less(audit)
     if audit.copy_threshold is None and audit.counts != "magnitude":
         told.append("For these features no similarity is established from which an image is a copy.")
     unmeasured = sum(row.q_value is None for row in audit.rows)
     if unmeasured:
         told.append(f"{unmeasured:,} could not be measured: their rows say why.")
+    return told
+
+
+def _less(audit: Audit) -> list[str]:
+    """Up to which strength and epoch of a LoRA no caption is named."""
+    told = []
+    flagged = [point.strength for point in audit.strengths if point.flagged]
+    if flagged:
+        below = [point.strength for point in audit.strengths if point.strength < min(flagged)]
+        calm = f"up to a strength of {max(below):g} none is named" if below else "captions are named at every strength"
+        told.append(f"Of the strengths that were measured, {calm}.")
+    if any(point.flagged for point in audit.epochs):
+        before = [point.epoch for point in audit.epochs if point.epoch is not None and point.epoch < (audit.begins or 0)]
+        calm = f"epoch {max(before)} is the last of which none is named" if before else "captions are named at the first"
+        told.append(f"Of the saved epochs, {calm}.")
     return told
 
 

@@ -40,6 +40,7 @@ from sd_dejavu.training.audit import (
     Audit,
     AuditSettings,
     Entry,
+    Point,
     Row,
     Subject,
     audit,
@@ -817,6 +818,14 @@ def test_the_finding_in_words():
     # 2 captions at .05: the smallest p must be .025 at most, 1 / (39 + 1).
     assert any("at least 3 must stand out" in note and note.endswith("prompts to 39.") for note in notes(found))
     assert any("5%" in note for note in notes(found))
+    strengths = tuple(Point(strength, None, 2, named, 0.1) for strength, named in ((0.25, 0), (0.5, 0), (1.0, 2)))
+    epochs = tuple(Point(1.0, epoch, 2, named, 0.1) for epoch, named in ((2, 0), (4, 1), (6, 2)))
+    told = notes(replace(found, strengths=strengths, epochs=epochs))
+    assert "Of the strengths that were measured, up to a strength of 0.5 none is named." in told
+    assert "Of the saved epochs, epoch 2 is the last of which none is named." in told
+    told = notes(replace(found, strengths=strengths[2:], epochs=epochs[1:]))
+    assert "Of the strengths that were measured, captions are named at every strength." in told
+    assert "Of the saved epochs, captions are named at the first." in told
     quiet = Audit((replace(row, flagged=False, copies=None, drawn=0),), "magnitude", 200, 0.05, 1)
     assert sentence(quiet) == "None of 1 captions is named as memorised"
 
