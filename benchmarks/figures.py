@@ -154,9 +154,9 @@ def second_world() -> str:
         "median",
         "KS distance",
         "KS p",
-        "p <= 0.05",
+        "p ≤ 0.05",
         "called strangers",
-        "memorised, p <= 0.01",
+        "memorised, p ≤ 0.01",
         "copies left",
     )
     return f"""**Another world**: a second small model (shields on walls, described in words of heraldry; 48 x 48). Nothing was

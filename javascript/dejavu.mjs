@@ -48,8 +48,7 @@ function open(word, container, root, tab) {
     word.focus()
   }
   const card = make('div', { class: 'dejavu-card', role: 'dialog', 'aria-label': `The word ${word.textContent}` },
-    make('p', {}, make('strong', { dir: 'auto' }, word.textContent), `: ${word.title}.`),
-    make('p', {}, word.dataset.told ?? ''),
+    make('p', {}, make('strong', { dir: 'auto' }, word.textContent), ` ${word.dataset.told ?? ''}`),
     make('p', { class: 'dejavu-buttons' },
       ...Object.entries(ACTIONS).map(([action, label]) => button(label, () => change(word, action, root, tab))),
       button('Generate again', () => generate(root, tab)), button('Close', shut)))
@@ -88,18 +87,38 @@ function begun(place, values) {
   return [where === 'panel' ? JSON.stringify({ task, count: wanted }) : task, ...values.slice(1)]
 }
 
+/** Says of the images of a panel that get their verdict by what has begun that it is under way; gives a way back. */
+function saysThatVerdictsCome(panel) {
+  const changed = []
+  for (const verdict of panel.querySelectorAll('[data-dejavu="waits"]')) {
+    const texts = { '.dejavu-badge': 'Calibrating', '.dejavu-badge + span': 'The verdict comes when the ordinary prompts are measured.' }
+    for (const [selector, text] of Object.entries(texts)) {
+      const place = verdict.querySelector(selector)
+      changed.push([place, place.textContent])
+      place.textContent = text
+    }
+  }
+  return () => changed.forEach(([place, text]) => { place.textContent = text })
+}
+
 /** Above what will be answered: how far the host is, in its own words, and a button that ends it. */
 function show(task, answer, root, tab) {
   const bar = make('progress', { max: 1, 'aria-label': 'Progress' })
   const told = make('span', { role: 'status' }, 'Waiting for the host')
-  const stop = button('Stop', () => root.querySelector('[id^="dejavu_stop_"]').click())
+  const stop = button('Stop', () => {
+    root.querySelector('[id^="dejavu_stop_"]').click()
+    stop.disabled = true
+    told.textContent = 'Stopping'
+  })
   stop.hidden = true // it ends what the host is at: while ours waits, that is another's
   const shown = make('div', { class: 'dejavu-progress' }, bar, told, stop)
   answer.before(shown)
   answer.classList.add('dejavu-at-work')
+  const back = saysThatVerdictsCome(answer)
   let wasActive = false
   const ended = () => {
     shown.remove()
+    back()
     answer.classList.remove('dejavu-at-work')
     if (tab) root.querySelector(`#dejavu_judge_${tab}`)?.click()
   }
@@ -115,7 +134,7 @@ function show(task, answer, root, tab) {
     wasActive ||= Boolean(found.active)
     stop.hidden = !found.active
     if (found.completed || (wasActive && found.active === false)) return ended()
-    if (found.textinfo && (found.active || found.queued)) told.textContent = found.textinfo
+    if (found.textinfo && (found.active || found.queued) && !stop.disabled) told.textContent = found.textinfo
     if (found.active && found.progress > 0) bar.value = found.progress
     setTimeout(ask, ASKED_EVERY)
   }

@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
@@ -55,6 +55,22 @@ def in_lines(found: Finding) -> list[str]:
     ['-     peft: not installed', '      pip install peft']
     """
     return [f"{_MARKS[found.works]:6}{found.name}: {found.value}", *([f"      {found.advice}"] if found.advice else [])]
+
+
+def headline(found: Iterable[Finding]) -> str:
+    """What stands above the lines: whether all works, or how much does not and what that is.
+
+    >>> headline([Finding("torch", "2.1", True), Finding("peft", "not installed")])
+    'Everything works on this machine.'
+    >>> headline([Finding("cpu", "too little", False), Finding("numpy", "not installed", False)])
+    '2 things do not work here: cpu, numpy.'
+    """
+    failing = [one.name for one in found if one.works is False]
+    if not failing:
+        return "Everything works on this machine."
+    return (
+        f"{'1 thing does' if len(failing) == 1 else f'{len(failing)} things do'} not work here: {', '.join(failing)}."
+    )
 
 
 def findings(calibrations: Path | None = None, in_host: bool = False) -> Iterator[Finding]:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from rich.console import Console
 
 from ..demo import bundled
-from ..doctor import Finding, findings, in_lines, timed, version
+from ..doctor import Finding, findings, headline, in_lines, timed, version
 from ..report.terminal import plain
 from . import common
 
@@ -20,15 +20,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    output, sound = Console(), True
-    for found in _all(arguments):
-        sound = sound and found.works is not False
-        if arguments.json:
+    output = Console()
+    with Console(stderr=True).status("Looking at packages, devices, gradients and the bundled model"):
+        every = list(_all(arguments))
+    if arguments.json:
+        for found in every:
             common.print_json(asdict(found))
-            continue
-        for line in in_lines(found):
+    else:
+        for line in (headline(every), *(line for found in every for line in in_lines(found))):
             output.print(plain(line), soft_wrap=True)
-    return 0 if sound else common.EXIT_NOT_MEASURED
+    return common.EXIT_NOT_MEASURED if any(found.works is False for found in every) else 0
 
 
 def _all(arguments: argparse.Namespace) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from ..core.trace import NotMeasured
 from ..core.verdict import Verdict
-from ..doctor import Finding
+from ..doctor import Finding, headline
 from ..run.report import Report
 from .chart import loss_sparkline, magnitude_chart
 from .image import colours, png_uri
@@ -56,9 +56,9 @@ def plain_text(reports: Sequence[tuple[str, Report]]) -> str:
     return "\n".join(f"{title}: {sentence(r.verdicts[0])}" for title, r in reports)
 
 
-def paragraph(text: str) -> Markup:
-    """A text that is not known to be harmless, as a paragraph."""
-    return macro("paragraph", text)
+def paragraph(text: str, figures: str = "") -> Markup:
+    """A text that is not known to be harmless, as a paragraph; behind it the ``figures`` that not everybody reads."""
+    return macro("paragraph", text, figures)
 
 
 def framed(page: str, title: str) -> Markup:
@@ -67,8 +67,8 @@ def framed(page: str, title: str) -> Markup:
 
 
 def findings(lines: Sequence[Finding]) -> Markup:
-    """What works on this machine, a line each."""
-    return macro("findings", lines)
+    """What works on this machine: whether all does, and a line each."""
+    return macro("findings", headline(lines), lines)
 
 
 def _image(title: str, report: Report) -> dict[str, object]:
@@ -82,7 +82,13 @@ def _image(title: str, report: Report) -> dict[str, object]:
         "label": label(verdict),
         "sentence": beside_label(verdict),
         "calm": calm,
-        "words": word_spans(verdict.prompt, explanation, calm, lambda word: without_word(word, first, ordinary)),
+        "waits": can_be_calibrated(report),
+        "words": word_spans(
+            verdict.prompt,
+            explanation,
+            calm,
+            lambda word: f"counts {word.significance:.2f} of 1. {without_word(word, first, ordinary)}",
+        ),
         "legend": word_legend(explanation, calm) if explanation and explanation.words else NO_WORDS,
         "has_words": bool(explanation and explanation.words),
         "chart": _chart(report, verdict),
@@ -92,6 +98,12 @@ def _image(title: str, report: Report) -> dict[str, object]:
         "notes": report.state.notes,
         "facts": facts(verdict),
     }
+
+
+def can_be_calibrated(report: Report) -> bool:
+    """Whether a calibration would give this image its verdict."""
+    setting = report.state.setting
+    return report.verdicts[0].lacks_calibration and setting is not None and setting.begins_with == "noise"
 
 
 def _offered(offer: Offer | None) -> list[tuple[int, str]]:

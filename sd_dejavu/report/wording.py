@@ -30,7 +30,7 @@ def sentence(verdict: Verdict) -> str:
     """What was found and how sure that is, without a full stop at the end.
 
     >>> sentence(Verdict("a boat", score=9.1, p_value=0.001, flagged=True, alpha=0.01, nulls=999))
-    'Likely a replay of training images: none of 999 ordinary prompts scores as high (p <= 0.001)'
+    'Likely a replay of training images: none of 999 ordinary prompts scores as high (p ≤ 0.001)'
     """
     if verdict.flagged is None or verdict.p_value is None:
         return f"No verdict: {_reason(verdict)}"
@@ -47,10 +47,10 @@ def beside_label(verdict: Verdict) -> str:
 
 
 def p_text(verdict: Verdict) -> str:
-    """'p = 0.41', or 'p <= 0.001' where no ordinary prompt scored as high; 'p unknown' without one."""
+    """'p = 0.41', or 'p ≤ 0.001' where no ordinary prompt scored as high; 'p unknown' without one."""
     if verdict.p_value is None:
         return "p unknown"
-    return f"p {'<=' if is_smallest_p(verdict) else '='} {_shown_p(verdict):f}"
+    return f"p {'≤' if is_smallest_p(verdict) else '='} {_shown_p(verdict):f}"
 
 
 def is_smallest_p(verdict: Verdict) -> bool:
@@ -78,7 +78,7 @@ def facts(verdict: Verdict) -> list[tuple[str, str]]:
         found.append(("Score", f"{number(verdict.score)} ({unit}{verdict.score_kind}, {images})"))
     if verdict.p_value is not None:
         relation, value = p_text(verdict).removeprefix("p ").split()
-        found.append(("p", f"{value if relation == '=' else f'<= {value}'} (flagged if p <= {verdict.alpha:g})"))
+        found.append(("p", f"{value if relation == '=' else f'≤ {value}'} (flagged if p ≤ {verdict.alpha:g})"))
     if verdict.nulls:
         style = f" of style '{verdict.null_style}'" if verdict.null_style else ""
         images = "" if verdict.null_images == 1 else f", {verdict.null_images} images each"
@@ -114,7 +114,8 @@ def skipped(images: Sequence[Mapping[str, str]], listed_in: object, most: int = 
     if not images:
         return []
     more = [f"  and {len(images) - most} more, all listed in {listed_in}"] if len(images) > most else []
-    return [f"{len(images)} images skipped:", *(f"  {one['name']}: {one['reason']}" for one in images[:most]), *more]
+    count = "1 image" if len(images) == 1 else f"{len(images)} images"
+    return [f"{count} skipped:", *(f"  {one['name']}: {one['reason']}" for one in images[:most]), *more]
 
 
 def changed(outcome: Outcome) -> str:

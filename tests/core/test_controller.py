@@ -146,7 +146,7 @@ def test_a_flagged_run_is_stopped_with_a_sentence_and_others_go_on() -> None:
     assert run_of(Hand(), when_flagged="stop").evaluation(seen(0.5)) == GO
     controller = run_of(Hand(), ("fox", "red fox"), when_flagged="stop")
     decision = controller.evaluation(seen(0.5, 3.0))
-    assert isinstance(decision, Stop) and "p <= 0.005" in decision.sentence and "Nothing is broken" in decision.sentence
+    assert isinstance(decision, Stop) and "p ≤ 0.005" in decision.sentence and "Nothing is broken" in decision.sentence
     assert [state.stopped for state in controller.states] == [False, True]
 
 

@@ -68,7 +68,19 @@ def test_the_command_measures_the_bundled_model(capsys: pytest.CaptureFixture[st
 
 def test_a_device_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--device", "cuda:99"]) == 4
-    assert "fails the bundled model: device 'cuda:99' was asked for" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "fails the bundled model: device 'cuda:99' was asked for" in told
+    first = told.splitlines()[0]
+    assert " not work here: " in first and first.endswith("the bundled model.")
+
+
+def test_the_first_line_says_whether_all_works() -> None:
+    sound = [Finding("torch", "2.1", True), Finding("peft", "not installed", None, "pip install peft")]
+    assert doctor.headline(sound) == "Everything works on this machine."
+    one = [*sound, Finding("cpu", "1.0 GiB free", False)]
+    assert doctor.headline(one) == "1 thing does not work here: cpu."
+    two = [*one, Finding("numpy", "not installed", False)]
+    assert doctor.headline(two) == "2 things do not work here: cpu, numpy."
 
 
 def test_a_host_is_not_asked_for_what_only_the_commands_need(tmp_path: Path) -> None:

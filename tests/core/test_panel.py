@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_monitor import PROFILE, SETTING, predictions
 
+from sd_dejavu.calibration.profile import Profile
 from sd_dejavu.core.conditioning import Conditioning
 from sd_dejavu.core.settings import Option
 from sd_dejavu.core.verdict import Explanation, WordSignificance
@@ -20,8 +21,8 @@ from sd_dejavu.run.report import Report
 from sd_dejavu.run.state import RunState
 
 
-def watch(prompt: str = "a red fox", gap: float = 3.0) -> RunState:
-    found = RunState(Monitoring(), prompt, SETTING, PROFILE)
+def watch(prompt: str = "a red fox", gap: float = 3.0, profile: Profile | None = PROFILE) -> RunState:
+    found = RunState(Monitoring(), prompt, SETTING, profile)
     found.trace.record(predictions(gap))
     return found
 
@@ -141,7 +142,7 @@ def test_each_image_gets_its_lines() -> None:
     assert lines == {
         "Déjà Vu": ["Flagged", "Not flagged"],
         "Déjà Vu score": ["3", "0.505"],
-        "Déjà Vu p-value": ["<= 0.005", "0.75"],
+        "Déjà Vu p-value": ["≤ 0.005", "0.75"],
     }
     silent = Report.missing("nothing was seen")
     assert controls.infotexts([(0, high), (0, silent)])["Déjà Vu"] == ["Flagged"]
@@ -205,11 +206,25 @@ def test_the_panel_offers_to_calibrate() -> None:
 def test_a_run_that_begins_with_an_image_is_told_that_it_gets_no_verdict() -> None:
     found = watch()
     found.setting = replace(SETTING, begins_with="an image")
-    assert "begin with an image (img2img, the hires fix) get a score but no verdict" in panel([("1", Report.of(found))])
+    page = panel([("1", Report.of(found))])
+    assert "begin with an image (img2img, the hires fix) get a score but no verdict" in page
+    assert 'data-dejavu="waits"' not in page
+
+
+def test_an_image_that_a_calibration_would_help_is_marked() -> None:
+    assert 'data-dejavu="waits"' in panel([("1", Report.of(watch(profile=None)))])
+    assert 'data-dejavu="waits"' not in panel([("1", Report.of(watch()))])
+
+
+def test_figures_stand_behind_what_they_are_good_for() -> None:
+    assert paragraph("Ready <b>") == "<p>Ready &lt;b&gt;</p>"
+    page = paragraph("Ready", "median <1>")
+    assert page.startswith("<p>Ready</p><details") and "<p>median &lt;1&gt;</p></details>" in page
 
 
 def test_what_works_on_this_machine_is_text() -> None:
     page = findings([Finding("torch", "2 <b>", True), Finding("x", "gone", False, "get <it>"), Finding("y", "")])
+    assert "<strong>1 thing does not work here: x.</strong>" in page
     assert "works</span> torch: 2 &lt;b&gt;" in page and "fails</span> x: gone" in page and "get &lt;it&gt;" in page
 
 

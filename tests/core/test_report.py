@@ -111,12 +111,12 @@ def full_case(prompt: str) -> Case:
         ({}, "Likely a replay of training images: 1 of 999 ordinary prompts scores as high (p = 0.002)"),
         (
             {"p_value": 0.001},
-            "Likely a replay of training images: none of 999 ordinary prompts scores as high (p <= 0.001)",
+            "Likely a replay of training images: none of 999 ordinary prompts scores as high (p ≤ 0.001)",
         ),
         # 1 / 123 = 0.00813: a bound may only be rounded up.
         (
             {"p_value": 1 / 123, "nulls": 122},
-            "Likely a replay of training images: none of 122 ordinary prompts scores as high (p <= 0.0082)",
+            "Likely a replay of training images: none of 122 ordinary prompts scores as high (p ≤ 0.0082)",
         ),
         ({"p_value": 41 / 100}, "Nothing unusual: 409 of 999 ordinary prompts score as high (p = 0.41)"),
         ({"p_value": 0.05}, "Nothing unusual: 49 of 999 ordinary prompts score as high (p = 0.05)"),
@@ -131,7 +131,7 @@ def full_case(prompt: str) -> Case:
         # Counted eight times, or twice where each ordinary prompt has four images.
         (
             {"p_value": 0.008, "batch": 8},
-            "Likely a replay of training images: none of 999 ordinary prompts scores as high (p <= 0.008 for 8 images)",
+            "Likely a replay of training images: none of 999 ordinary prompts scores as high (p ≤ 0.008 for 8 images)",
         ),
         ({"p_value": 0.08, "batch": 8}, "9 of 999 ordinary prompts score as high (p = 0.08 for 8 images)"),
         (
@@ -167,7 +167,7 @@ def test_facts_name_unit_images_and_calibration():
     verdict = replace(PLAIN, images=4, null_style="caption")
     assert facts(verdict) == [
         ("Score", "7.31 (L2, first step, mean of 4 images)"),
-        ("p", "0.002 (flagged if p <= 0.01)"),
+        ("p", "0.002 (flagged if p ≤ 0.01)"),
         ("Calibration", "999 ordinary prompts of style 'caption'"),
         ("Measured against", "the empty prompt"),
     ]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from sd_dejavu.calibration import store
+from sd_dejavu.calibration.first_step import PROMPTS_A_SEED
 from sd_dejavu.calibration.profile import Null, Ordinary, Profile, Setting
 from sd_dejavu.core.settings import named, options_of
 from sd_dejavu.hosts.webui.audit import read
@@ -129,13 +130,11 @@ def test_whole_runs_are_added_to_the_first_steps_that_are_kept(tmp_path: Path) -
 
 def test_what_is_told_begins_with_what_it_is_good_for() -> None:
     told = calibrated(profile(120), Calibrating(width=768), 0.01)
-    assert told.startswith(
-        "Ready: from now on images of this checkpoint at 768 x 512 get a verdict. 120 ordinary prompts"
-    )
+    assert told[0] == "Ready: from now on images of this checkpoint at 768 x 512 get a verdict."
+    assert told[1].startswith("120 ordinary prompts")
     told = calibrated(profile(40), Calibrating(), 0.01)
-    assert told.startswith(
-        "No verdict yet: at alpha = 0.01 that takes at least 99 ordinary prompts. 40 ordinary prompts"
-    )
+    assert told[0] == "No verdict yet: at alpha = 0.01 that takes at least 99 ordinary prompts."
+    assert told[1].startswith("40 ordinary prompts")
 
 
 @pytest.mark.parametrize(
@@ -194,3 +193,10 @@ def test_a_set_that_is_not_there_is_told_of_with_the_way_out(tmp_path: Path) -> 
     (tmp_path / "cats.safetensors").touch()
     with pytest.raises(ValueError, match=r"^there is no reference set 'dogs': choose one of the list$"):
         guard_of(tmp_path, "dogs")
+
+
+def test_an_audit_on_the_page_goes_in_the_smallest_pieces() -> None:
+    asked = read({"references": "foxes", "nulls": 200})
+    assert asked.wanted.partition == PROMPTS_A_SEED and asked.wanted.nulls == 200
+    with pytest.raises(ValueError, match="partition"):  # no argument of the page's
+        read({"references": "foxes", "partition": 100})

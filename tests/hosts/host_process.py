@@ -184,8 +184,12 @@ class HostProcess(ABC):
         return f"http://{HOST}:{self._port}"
 
     def get(self, path: str, timeout: float = 60.0) -> bytes:
-        with self._opener.open(self.url + path, timeout=timeout) as answer:
-            body: bytes = answer.read()
+        try:
+            with self._opener.open(self.url + path, timeout=timeout) as answer:
+                body: bytes = answer.read()
+        except HTTPError as error:
+            error.close()  # it holds the connection
+            raise
         return body
 
     def get_json(self, path: str) -> Any:

@@ -151,7 +151,7 @@ def test_a_broken_calibration_is_passed_over(faulty: WebUIServer) -> None:
     broken.write_text("{")
     _, (document,) = watched(faulty, "a red fox", {"explain": "never"})
     broken.unlink()
-    assert "there is no calibration" in document["verdicts"][0]["sentence"]
+    assert "there is nothing to compare it with yet" in document["verdicts"][0]["sentence"]
     assert f"passed over: the calibration profile {broken} is not valid JSON" in faulty.log()
     with pytest.raises(RequestRefused, match="at least 20"):
         faulty.post_json("/dejavu/calibrate", {"count": 3})

@@ -102,6 +102,8 @@ def test_a_button_below_the_gallery_leads_to_a_verdict(uncalibrated: WebUIServer
             "() => /ordinary prompts: [0-9]+ of 100/.test(document.querySelector('.dejavu-progress')?.innerText)",
             timeout=120_000,
         )
+        badge = page.browser.locator(f"{PANEL} .dejavu-badge").first
+        assert badge.inner_text() == "Calibrating"  # and not 'No verdict: calibrate', which is under way
         page.screenshot(artefact(f"{webui.kind.folder}-calibrating.png", tmp_path))
         page.browser.wait_for_selector(
             f"{PANEL} .dejavu-badge:is(.dejavu-flagged, .dejavu-not-flagged)", timeout=300_000
@@ -215,10 +217,18 @@ def test_a_reference_set_is_built_in_the_tab(webui: WebUIServer, tmp_path: Path)
         page.browser.wait_for_function("() => !document.querySelector('.dejavu-progress')", timeout=30_000)
         assert page.browser.locator("#dejavu_references_audit input").first.input_value() == "foxes"
         page.screenshot(artefact(f"{webui.kind.folder}-tab.png", tmp_path))
+        # It can be chosen in the accordion too, without the page being loaded again.
+        page.browser.locator("#tabs > .tab-nav button", has_text="txt2img").first.click()
+        page.enable()
+        page.more()
+        page.choose("references_txt2img", "foxes")
+        assert page.ours()["references"] == "foxes"
+        page.browser.locator("#tabs > .tab-nav button", has_text="Déjà Vu").click()
         page.more("machine")
         page.browser.locator("#dejavu_look").click()
-        found = page.browser.locator("#dejavu_found_machine .dejavu-findings")
-        found.wait_for(timeout=60_000)
+        found = page.browser.locator("#dejavu_found_machine").first
+        found.locator(".dejavu-findings").wait_for(timeout=60_000)
+        assert "works on this machine" in found.inner_text() or "not work here" in found.inner_text()
         assert "torch: " in found.inner_text() and webui.kind.name in found.inner_text()
         assert str(webui.home) not in found.inner_text()
         page.screenshot(artefact(f"{webui.kind.folder}-machine.png", tmp_path))
@@ -235,9 +245,9 @@ def test_calibrating_from_the_page(webui: WebUIServer) -> None:
         page.browser.locator("#dejavu_calibrate_txt2img").click()
         page.browser.wait_for_function(
             "() => /Ready: from now on .* at 64 x 64 .*20 ordinary prompts/"
-            ".test(document.querySelector('#dejavu_told_txt2img').innerText)",
+            ".test(document.querySelector('#dejavu_told_txt2img').textContent)",
             timeout=300_000,
         )
         told = page.generate("a red fox in the snow")
-        assert "p = " in told or "p <= " in told, told
+        assert "p = " in told or "p ≤ " in told, told
     shutil.rmtree(webui.home / "dejavu" / "calibration")

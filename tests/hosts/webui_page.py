@@ -30,8 +30,10 @@ class WebUIPage:
         self.browser.locator(f"#dejavu_told_{tab}").first.wait_for()
 
     def more(self, place: str = "more_txt2img") -> None:
-        """Open what is folded away in one of our places."""
-        self.browser.locator(f"#dejavu_{place} .label-wrap").first.click()
+        """Open what is folded away in one of our places, if it is not open yet."""
+        label = self.browser.locator(f"#dejavu_{place} .label-wrap").first
+        if "open" not in (label.get_attribute("class") or "").split():
+            label.click()
         self.browser.wait_for_timeout(500)
 
     def choose(self, name: str, value: str) -> None:

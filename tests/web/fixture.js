@@ -12,7 +12,7 @@ export function wordsOf(prompt, { without = 0.5 } = {}) {
 
 export function verdict(prompt, changes = {}) {
   return {
-    label: 'Flagged', sentence: 'Likely memorised, p <= 0.001: none of 1,000 ordinary prompts scores as high',
+    label: 'Flagged', sentence: 'Likely memorised, p ≤ 0.001: none of 1,000 ordinary prompts scores as high',
     prompt, score: 2.5, p_value: 0.000999, flagged: true, alpha: 0.01, score_kind: 'first step', unit: 'l2', images: 1,
     baseline: 'negative prompt', nulls: 1000, null_style: null, why: null,
     score_per_step: [2.5, 2.1, null, 1.4], sigmas: [14.6, 9.2, 5.1, 2.0],

@@ -74,7 +74,7 @@ it('finds the word that counts most, also among negative values', () => {
 it('writes the report as text', () => {
   const text = asText(readReport(document('a b', { notes: ['a note'] })))
   expect(text).toContain('Prompt: a b')
-  expect(text).toContain('Flagged. Likely memorised, p <= 0.001')
+  expect(text).toContain('Flagged. Likely memorised, p ≤ 0.001')
   expect(text).toContain('Words, what counts most first (1 is the most; confirmed gradient):\n1.00  b, score without it 0.5')
   expect(text).toContain('2.5 2.1 - 1.4')
   expect(text).toContain('a note')

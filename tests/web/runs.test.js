@@ -93,7 +93,7 @@ describe('in the sidebar', () => {
     expect($('[role="status"]').textContent).toContain('Choose a second one')
     pick('a')
     const rows = () => [...sidebar.element.querySelectorAll('tr')].map((row) => [...row.children].slice(1).map((cell) => cell.textContent))
-    expect(rows()[1]).toEqual(['▲ Flagged Likely memorised, p <= 0.001: none of 1,000 ordinary prompts scores as high.', '✓ Not flagged Nothing unusual.'])
+    expect(rows()[1]).toEqual(['▲ Flagged Likely memorised, p ≤ 0.001: none of 1,000 ordinary prompts scores as high.', '✓ Not flagged Nothing unusual.'])
     expect(rows()[2]).toEqual(['2.5', '0.2'])
     expect(rows()[4]).toEqual(['a red cat', 'a cat'])
     pick('c')

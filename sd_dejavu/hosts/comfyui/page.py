@@ -15,7 +15,7 @@ from typing import Any
 
 from comfy_execution.utils import get_executing_context
 
-from ...doctor import Finding, findings, in_lines, version
+from ...doctor import Finding, findings, headline, in_lines, version
 from ...run.report import Report
 from ...run.state import RunState
 from .graph import link_encoders
@@ -132,7 +132,8 @@ def _doctor(calibrations: Path) -> list[str]:
     import comfyui_version
 
     here = [Finding("Déjà Vu", version()), Finding("ComfyUI", comfyui_version.__version__)]
-    return [line for found in (*here, *findings(calibrations, in_host=True)) for line in in_lines(found)]
+    every = [*here, *findings(calibrations, in_host=True)]
+    return [headline(every), *(line for found in every for line in in_lines(found))]
 
 
 def keep_in_image(extra: object, node: str, document: Document) -> None:

@@ -61,15 +61,17 @@ class Accordion:
             known = options[name]
             choices = self._here.sets() if name == "references" else known.choices or ()
             built[name] = components.component(known, tab, choices)
+            if name == "references":
+                self._here.lists.append(built[name])
 
         with components.accordion(tab) as enabled:
             with gr.Row():
                 for name in FIRST:
                     add(name)
+            parts["told"] = gr.HTML(f"<p>{INTRODUCTIONS[tab]}</p>", elem_id=f"dejavu_told_{tab}")
             with gr.Row(visible=tab == "txt2img"):
                 parts["calibrate"] = gr.Button("Calibrate", elem_id=f"dejavu_calibrate_{tab}")
-                components.stopping(tab)
-            parts["told"] = gr.HTML(f"<p>{INTRODUCTIONS[tab]}</p>", elem_id=f"dejavu_told_{tab}")
+            components.stopping(tab)
             with components.folded("more", f"more_{tab}"):
                 with gr.Row():
                     told = f"{QUICK}: quick, p-values in steps of 1 in {QUICK}; {THOROUGH:,}: fine steps"

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...calibration.first_step import PROMPTS_A_SEED
 from ...calibration.ordinary_prompts import general_prompts
 from ...core.conditioning import Conditioning
 from ...core.settings import Checked, Option, named, option, options_of
@@ -38,6 +39,7 @@ from .text import as_typed
 
 NO_LORA = "none"
 SAMPLER, SCHEDULER, BATCH = "Euler", "Automatic", 8
+A_PIECE = PROMPTS_A_SEED  # prompts of a run: as few as can be, for the page to tell how far it is, and to end it soon
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Finding:
 
 def read(values: Mapping[str, object]) -> Asked:
     """From values by their names; what is missing has its default. Raises ValueError naming what is wrong."""
-    given = named(values, OPTIONS, "an audit")
+    given = {**named(values, OPTIONS, "an audit"), "partition": A_PIECE}
     made = [kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given}) for kind in _SETTINGS]
     return Asked(*made)
 

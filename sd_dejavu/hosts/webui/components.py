@@ -29,9 +29,9 @@ def accordion(tab: str) -> Iterator[Component]:
         yield gr.Checkbox(False, label="Enable", elem_id=f"dejavu_enabled_{tab}")
 
 
-def folded(title: str, place: str) -> Component:
+def folded(title: str, place: str, opened: bool = False) -> Component:
     """Holds what not everybody needs."""
-    return gr.Accordion(title, open=False, elem_id=f"dejavu_{place}")
+    return gr.Accordion(title, open=opened, elem_id=f"dejavu_{place}")
 
 
 def component(known: Option, tab: str, choices: Sequence[str]) -> Component:
@@ -51,11 +51,10 @@ def component(known: Option, tab: str, choices: Sequence[str]) -> Component:
     return gr.Slider(known.minimum or 0, known.maximum, value=default, step=step, **shown)
 
 
-def stopping(tab: str) -> Component:
-    """A button that ends what the host is at."""
-    stop = gr.Button("Stop", elem_id=f"dejavu_stop_{tab}")
+def stopping(tab: str) -> None:
+    """Ends what the host is at, for the Stop beside the progress that our script shows."""
+    stop = gr.Button("Stop", visible=False, elem_id=f"dejavu_stop_{tab}")
     stop.click(lambda: shared.state.interrupt(), inputs=[], outputs=[])
-    return stop
 
 
 def task() -> Component:

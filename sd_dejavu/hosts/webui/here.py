@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from . import door, references
 from .controls import NO_REFERENCES
+from .hosted import Component
 from .run import this_host
 from .session import Session
 
@@ -29,6 +30,7 @@ class Here:
             folder / name for name in ("calibration", "references", "audits")
         )
         self.has_panel = False  # whether the host's page shows reports
+        self.lists: list[Component] = []  # of the reference sets that a run can be led away from, one a tab
         self._hidden = (paths.data_path, paths.script_path, paths.models_path, Path.home())
 
     def sentence(self, error: Exception | str) -> str:

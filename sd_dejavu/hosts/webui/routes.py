@@ -40,7 +40,7 @@ def add_routes(here: Here, app: App) -> None:
 
         def do(here: Here, asked: Calibrating, turn: door.Turn) -> tuple[Profile, Path, str]:
             profile, path = work.calibrate(here, asked, turn)
-            return profile, path, work.calibrated(profile, asked, ALPHA_DEFAULT)
+            return profile, path, " ".join(work.calibrated(profile, asked, ALPHA_DEFAULT))
 
         profile, path, text = await _let_in(here, request, app, work.read_calibrating, do)
         held = store.Size.of(profile)

@@ -105,7 +105,7 @@ class Shown:
 
     def asked(self, count: int) -> Calibrating | None:
         """What to calibrate for, with at least ``count`` ordinary prompts; None where that would help no image."""
-        lacking = [entry.report for entry in self.entries if _can_be_calibrated(entry.report)]
+        lacking = [entry.report for entry in self.entries if panel.can_be_calibrated(entry.report)]
         if self.made is None or not lacking:
             return None
         asked = replace(self.made.asked, count=count, baseline=lacking[0].state.monitoring.baseline)
@@ -118,11 +118,6 @@ class Shown:
             return None
         found = {one.count: one.images * self.made.seconds for one in (asked, thorough)}
         return Offer(tuple(found.items()), asked.whole_runs > 0)
-
-
-def _can_be_calibrated(report: Report) -> bool:
-    setting = report.state.setting
-    return report.verdicts[0].lacks_calibration and setting is not None and setting.begins_with == "noise"
 
 
 @dataclass

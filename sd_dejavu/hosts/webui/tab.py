@@ -9,7 +9,7 @@ from modules import shared, ui_common
 
 from ...core.settings import Option, options_of
 from . import audit, references
-from .components import at_work, component, folded, gr, stopping, task
+from .components import at_work, component, folded, gr, task
 from .controls import TITLE
 from .here import Here
 from .hosted import Component
@@ -23,16 +23,20 @@ def audit_tab(here: Here) -> list[tuple[Component, str, str]]:
     """As the host wants its tabs: (blocks, title, element)."""
     with gr.Blocks(analytics_enabled=False) as tab:
         gr.HTML(
-            "<p>Does my LoRA copy its training set? Every caption is measured, and the images of the worst ones are drawn "
-            "again, beside their training images.</p>"
+            "<p>Does my LoRA copy its training set? Build a reference set of your training images, choose it and the LoRA, "
+            "and press Audit. Every caption is measured, and the images of the worst ones are drawn again, beside their "
+            "training images.</p>"
         )
-        sets = _audit(here)
+        bind = None
         if shared.cmd_opts.hide_ui_dir_config:  # the host's page names no folders
             gr.HTML("<p>This host was started with --hide-ui-dir-config, so no reference set can be built here.</p>")
         else:
-            _build(here, sets)
+            bind = _build(here)
+        sets = _audit(here)
+        if bind is not None:
+            bind(sets)
         with folded("What works on this machine", "machine"):
-            look = gr.Button("Look", elem_id="dejavu_look")
+            look = gr.Button("Check this machine", elem_id="dejavu_look")
             found = gr.HTML("", elem_id="dejavu_found_machine")
             look.click(partial(machine, here), inputs=[], outputs=[found])
     return [(tab, TITLE, "dejavu_audit")]
@@ -58,9 +62,7 @@ def _audit(here: Here) -> Component:
         with gr.Row():
             for name in names:
                 add(options[name])
-    with gr.Row():
-        begin = gr.Button("Audit", variant="primary", elem_id="dejavu_begin_audit")
-        stopping("audit")
+    begin = gr.Button("Audit", variant="primary", elem_id="dejavu_begin_audit")
     rest = [known for known in audit.OPTIONS if known.name not in FIRST]
     with folded("more", "more_audit"):
         for start in range(0, len(rest), 3):
@@ -77,30 +79,32 @@ def _audit(here: Here) -> Component:
     return built["references"]
 
 
-def _build(here: Here, sets: Component) -> None:
-    """Building a reference set; ``sets`` is the list that it comes into."""
+def _build(here: Here) -> Callable[[Component], None]:
+    """Building a reference set; what is given the audit's list of them, built later, for the new one to come into."""
     options = {known.name: known for known in options_of(references.Building)}
-    with folded("Build a reference set", "refset"):
+    with folded("Build a reference set", "refset", opened=not references.names(here.references)):
         gr.HTML("<p>Of your training images, with a caption beside each: fox.png and fox.txt.</p>")
         built = {}
         for names in (("folder", "name"), ("features", "restart")):
             with gr.Row():
                 for name in names:
                     built[name] = component(options[name], "refset", options[name].choices or ())
-        with gr.Row():
-            begin = gr.Button("Build", variant="primary", elem_id="dejavu_begin_refset")
-            stopping("refset")
+        begin = gr.Button("Build", variant="primary", elem_id="dejavu_begin_refset")
         shown = gr.HTML("", elem_id="dejavu_built_refset")
 
-    def begun(name: str, *values: object) -> tuple[str, object]:
+    def begun(name: str, *values: object) -> tuple[object, ...]:
         with here.page(name) as known:
             told, made = build_from_page(here, known, dict(zip(options, values, strict=True)))
         chosen = {} if made is None else {"value": made}
-        return told, gr.update(choices=references.names(here.references), **chosen)
+        others = [gr.update(choices=here.sets()) for _ in here.lists]
+        return told, gr.update(choices=references.names(here.references), **chosen), *others
 
-    begin.click(
-        begun,
-        inputs=[task(), *(built[name] for name in options)],
-        outputs=[shown, sets],
-        **at_work("built refset"),
-    )
+    def bind(sets: Component) -> None:
+        begin.click(
+            begun,
+            inputs=[task(), *(built[name] for name in options)],
+            outputs=[shown, sets, *here.lists],
+            **at_work("built refset"),
+        )
+
+    return bind

@@ -74,6 +74,7 @@ def calibrate(here: Here, asked: Calibrating, turn: Turn, overrides: Options | N
     )
     p = processing_of(asked, [""], overrides)
     with turn.job("dejavu-calibrate"):
+        tell("ordinary prompts", 0, asked.count)
         with here.session.own(p, measuring):
             drawn(p)
         measuring.made()
@@ -108,14 +109,14 @@ def _add_whole_runs(here: Here, measuring: Calibration, tell: Telling, overrides
     measuring.add_whole_runs(traces)
 
 
-def calibrated(profile: Profile, asked: Calibrating, alpha: float) -> str:
-    """What is told of a calibration: whether runs get a verdict from now on, and then the figures."""
+def calibrated(profile: Profile, asked: Calibrating, alpha: float) -> tuple[str, str]:
+    """What is told of a calibration: (whether runs get a verdict from now on, the figures)."""
     needed = needed_nulls(alpha)
     if len(profile.nulls) < needed:
         opening = f"No verdict yet: at alpha = {alpha:g} that takes at least {needed:,} ordinary prompts."
     else:
         opening = f"Ready: from now on images of this checkpoint at {asked.size} get a verdict."
-    return f"{opening} {wording.calibrated(profile, alpha=alpha)}"
+    return opening, wording.calibrated(profile, alpha=alpha)
 
 
 def run_audit(here: Here, asked: audit.Asked, turn: Turn) -> audit.Finding:
@@ -154,10 +155,10 @@ def calibrate_from_page(here: Here, task: str, values: Mapping[str, Any]) -> str
         if not scores()[score].of_first_step:
             asked = replace(asked, whole_runs=asked.count)
         profile, _ = here.in_turn(lambda: calibrate(here, asked, Turn(shared.state)), task)
-        text = calibrated(profile, asked, alpha)
+        text, figures = calibrated(profile, asked, alpha)
     except Exception as error:
-        text = _failed(here, "No calibration", error)
-    return str(panel.paragraph(text))
+        text, figures = _failed(here, "No calibration", error), ""
+    return str(panel.paragraph(text, figures))
 
 
 def calibrate_for_run(here: Here, task: str, count: int, info: str) -> str:
@@ -174,15 +175,15 @@ def calibrate_for_run(here: Here, task: str, count: int, info: str) -> str:
         profile, _ = here.in_turn(lambda: calibrate(here, asked, Turn(shared.state), made.overrides), task)
         alpha = shown.entries[0].report.verdicts[0].alpha
         shown.judged_again(here.calibrations)
-        text = calibrated(profile, asked, alpha)
+        text, figures = calibrated(profile, asked, alpha)
         if shown.asked(count) is not None and not asked.whole_runs:
             text += (
                 " But not this one, which was made with more than the calibration was: set 'Calibrate first' to "
                 f"{asked.count} and generate it again."
             )
     except Exception as error:
-        text = _failed(here, "No calibration", error)
-    return str(panel.paragraph(text)) + ("" if shown is None else shown.panel)
+        text, figures = _failed(here, "No calibration", error), ""
+    return str(panel.paragraph(text, figures)) + ("" if shown is None else shown.panel)
 
 
 def judge_again(here: Here, info: str) -> str:
