@@ -45,7 +45,7 @@ def notes(audit: Audit) -> list[str]:
         told.append("There were captions only, so nothing could be compared with the training images.")
     counts = "What counts is how much of a training image's error in denoising its caption takes away (1: all of it)"
     if audit.counts == "recovery":
-        told.append(f"{counts}. Name the base model to leave out what it does already.")
+        told.append(f"{counts}.")
     if audit.counts == "gain":
         told.append(f"{counts}, beyond what it does on the base model.")
     told += _less(audit)
