@@ -1,6 +1,6 @@
 """Audit: which captions of a training set bring their images back, for the makers of checkpoints and LoRAs.
 
-Where the training images are at hand, each is noised and denoised with its caption and without
+Where the training images are at hand, each is noised and denoised with its caption and with ordinary prompts
 (:mod:`sd_dejavu.training.recovery`): what counts is how much of the error the caption takes away, and with a LoRA, or
 where the base model of a checkpoint is named, the gain over the base model. A list of captions alone is measured at the
 first step: how far each moves the prediction (the magnitude of Wen et al., ICLR 2024).
@@ -59,6 +59,7 @@ _NUMBER = re.compile(r"(\d+)$")  # at the end of a saved LoRA's name
 NEAREST_SHOWN = 5  # near duplicates that are named
 FIRST_DRAWN = 100  # ordinary prompts that are drawn before more are asked for
 FEWEST = 20  # ordinary prompts to compare with
+OTHERS = 2  # ordinary prompts that each training image is denoised with beside its caption
 
 
 @dataclass(frozen=True)
@@ -235,9 +236,11 @@ def sampled(entries: Sequence[Entry], count: int, seed: int) -> list[Entry]:
 
 
 def ordinary_for(entries: Sequence[Entry], count: int, otherwise: Callable[[int], list[str]]) -> list[str]:
-    """Ordinary prompts to compare the captions with: recombined from them, at most ``count``, so that they are no
-    stranger to the model; ``otherwise`` gives others where the captions share too few words for 100."""
+    """Ordinary prompts to compare the captions with: recombined from them, so that they are no stranger to the model,
+    at most ``count``, and two more beside training images; ``otherwise`` gives others where the captions share too few
+    words for 100."""
     captions = [entry.caption for entry in entries if entry.caption.strip()]
+    count += OTHERS if any(entry.row is not None for entry in entries) else 0
     try:
         return recombined(captions, count, at_least=min(count, FIRST_DRAWN))
     except ValueError:
@@ -355,6 +358,8 @@ def audit(
 ) -> Audit:
     """Audits the subject against ``ordinary`` prompts; what the ledger holds is not done again.
 
+    Beside training images the last two are what each image is denoised with besides its caption.
+
     ``has_base`` says that ``load`` can also give the model that was trained on, as it always can where LoRAs are
     named. Raises ValueError where there is nothing to measure, or to compare with.
     """
@@ -372,12 +377,15 @@ def audit(
     finish = partial(_finish, load=load, work=work, ledger=ledger, engine=engine, on_progress=on_progress)
     judge = _Judge(subject)
     asked = [final, BASE] if counts == "gain" else [final]
-    case_tasks = {v: _caption_tasks(subject, cases, v, wanted) for v in asked}
+    others = tuple(ordinary[-OTHERS:]) if subject.reference is not None else ()
+    ordinary = ordinary[: len(ordinary) - len(others)]
+    tasks_of = partial(_caption_tasks, subject, wanted=wanted, others=others)
+    case_tasks = {v: tasks_of(cases, v) for v in asked}
     finish([task for v in asked for task in case_tasks[v]], "measuring")
     values = {v: list(ledger.values(tasks)) for v, tasks in case_tasks.items()}
     scores = _scores(values[final], values.get(BASE), counts)
 
-    nulls = _Nulls(subject, ordinary, wanted, judge, finish, ledger, BASE if counts == "gain" else final)
+    nulls = _Nulls(subject, ordinary, others, wanted, judge, finish, ledger, BASE if counts == "gain" else final)
     first = -(-FIRST_DRAWN // wanted.partition) * wanted.partition  # whole tasks, so that none is done twice
     count = min(len(ordinary), first) if subject.reference is not None else len(ordinary)
     while True:
@@ -392,7 +400,7 @@ def audit(
 
     def point(variant: Variant, strength: float, epoch: int | None) -> Point:
         """Of the sample alone, also for the variant of which every caption was measured."""
-        own = values.get(variant) or list(ledger.values(_caption_tasks(subject, swept, variant, wanted)))
+        own = values.get(variant) or list(ledger.values(tasks_of(swept, variant)))
         chosen = [own[number] for number in sweep] if variant == final else own
         bases = [values[BASE][number] for number in sweep] if counts == "gain" else None
         null_bases = nulls.values(BASE, tasks) if counts == "gain" else None
@@ -402,8 +410,8 @@ def audit(
         known = _known(scores)
         return Point(strength, epoch, len(known), named, float(np.median(known)) if known else None)
 
-    others = [v for v in dict.fromkeys([*strengths, *epochs]) if v != final]
-    finish([task for v in others for task in _caption_tasks(subject, swept, v, wanted)], "measuring")
+    left = [v for v in dict.fromkeys([*strengths, *epochs]) if v != final]
+    finish([task for v in left for task in tasks_of(swept, v)], "measuring")
     points = {v: point(v, strengths.get(v, 1.0), epochs.get(v)) for v in dict.fromkeys([*strengths, *epochs])}
 
     ranked = [(-np.inf if score is None else score) for score in scores]
@@ -446,13 +454,14 @@ class _Nulls:
         self,
         subject: Subject,
         ordinary: Sequence[str],
+        others: tuple[str, ...],
         wanted: AuditSettings,
         judge: _Judge,
         finish: Callable[[Sequence[Task], str], None],
         ledger: Ledger,
         drawn_by: Variant,
     ) -> None:
-        self._drawn_by = drawn_by
+        self._drawn_by, self._others = drawn_by, others
         self._subject, self._ordinary, self._wanted = subject, ordinary, wanted
         self._judge, self._finish, self._ledger = judge, finish, ledger
 
@@ -482,7 +491,7 @@ class _Nulls:
             kept = [one for one, copy in zip(drawn, copies, strict=True) if not copy]
             if kept:
                 prompts, images = tuple(prompt for prompt, _ in kept), tuple(image for _, image in kept)
-                found.append(Task("nulls", final, task.first, prompts, images))
+                found.append(Task("nulls", final, task.first, prompts, images, others=self._others))
         left = sum(len(task.prompts) for task in found)
         if copied and left < min(FEWEST, count):
             raise ValueError(
@@ -546,10 +555,13 @@ def _variants(
     return strengths, {Variant(str(lora.path)): lora.epoch for lora in loras} if len(loras) > 1 else {}
 
 
-def _caption_tasks(subject: Subject, cases: Sequence[Entry], variant: Variant, wanted: AuditSettings) -> list[Task]:
+def _caption_tasks(
+    subject: Subject, cases: Sequence[Entry], variant: Variant, wanted: AuditSettings, others: tuple[str, ...]
+) -> list[Task]:
     parts = [(first, cases[first : first + wanted.partition]) for first in range(0, len(cases), wanted.partition)]
     return [
-        Task("captions", variant, first, tuple(c.caption for c in part), subject.images(part)) for first, part in parts
+        Task("captions", variant, first, tuple(c.caption for c in part), subject.images(part), others=others)
+        for first, part in parts
     ]
 
 

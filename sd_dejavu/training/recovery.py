@@ -1,17 +1,17 @@
-"""Recovery: how much of the error of denoising a training image does its caption take away?
+"""Recovery: how much better does a training image come back with its own caption than with other prompts?
 
-The training image's latent z is noised to a level, and denoised with its caption and with the empty prompt (D_c, D_u):
+The training image's latent z is noised, and denoised with its caption and with a few ordinary prompts (D_c, D_o):
 
-    r = 1 - ||D_c - z||^2 / ||D_u - z||^2,
+    r = 1 - ||D_c - z||^2 / mean_o ||D_o - z||^2,
 
-averaged over levels in the middle of the way and over noises. It is 1 where the caption alone brings the image back, and
-0 where it does not help. The gap of the two errors is what a diffusion classifier goes by (Li et al., ICCV 2023,
-arXiv 2303.16203); dividing it by the error without the caption leaves out how hard an image is, as the
-complexity-calibrated loss of Rao & Moyer (arXiv 2603.13421) does, who find membership in the middle of the way too.
+averaged over noise levels and noises. It is 1 where the caption alone brings the image back, and 0 where it does no better
+than any prompt. Comparing the errors under several captions is what a diffusion classifier does (Li et al., ICCV 2023,
+arXiv 2303.16203); dividing leaves out how hard an image is, as the complexity-calibrated loss of Rao & Moyer (arXiv
+2603.13421) does, who find membership in the middle of the way too. Ordinary prompts in the place of the empty one are our
+own: recombined from the captions they hold a trigger word as well, so that the style that comes with it is no credit.
 
-A caption that merely describes its image takes some of the error away as well. How much that is, the model says itself:
-images that it draws, without guidance, of captions that nobody trained it on (:mod:`sd_dejavu.calibration.recombined`)
-are measured as the training images are.
+A caption that merely describes its image takes some of the error away too. How much that is, the model says itself: images
+that it draws, without guidance, of ordinary prompts (:mod:`sd_dejavu.calibration.recombined`) are measured in the same way.
 """
 
 from __future__ import annotations
@@ -28,22 +28,18 @@ from ..core.sampling import batches, levels_of, predict
 from ..reference.features import resized
 from ..reference.images import ImageError, open_image, to_tensor
 
-LEVELS = (6.0, 3.0, 1.5)  # noise over signal; near timesteps 770, 610 and 420 of Stable Diffusion's thousand
+LEVELS = (10.0, 6.0, 3.0)  # noise over signal; near timesteps 900, 770 and 610 of Stable Diffusion's thousand
 DRAWING_STEPS = 12
 _LAST_SIGMA, _RHO = 0.05, 7.0  # of drawing: the spacing of Karras et al. (2022)
 
 
-def recovery(denoised: Tensor, unconditional: Tensor, latents: Tensor) -> Tensor:
-    """1 - ||D_c - z||^2 / ||D_u - z||^2, [B], of three times [B, C, H, W]; NaN where D_u is z itself.
+def recovery(errors: Tensor, others: Tensor) -> Tensor:
+    """1 - e_c / mean_o e_o, [B], of the errors with the own caption [B] and with others [B, K].
 
-    >>> z, without = torch.zeros(1, 1, 1, 2), torch.tensor([[[[0.0, 2.0]]]])
-    >>> recovery(torch.tensor([[[[0.0, 1.0]]]]), without, z)  # 1 - 1 / 4
+    >>> recovery(torch.tensor([1.0]), torch.tensor([[3.0, 5.0]]))  # 1 - 1 / 4
     tensor([0.7500])
     """
-    with_caption, without = (
-        (prediction.float() - latents.float()).flatten(1).square().sum(1) for prediction in (denoised, unconditional)
-    )
-    return 1 - with_caption / without
+    return 1 - errors / others.mean(1)
 
 
 def noised(latents: Tensor, noise: Tensor, level: float, prediction_type: PredictionType) -> tuple[Tensor, float]:
@@ -62,22 +58,27 @@ def noised(latents: Tensor, noise: Tensor, level: float, prediction_type: Predic
 def recoveries(
     denoiser: Denoiser,
     captions: Sequence[Conditioning],
-    unconditional: Conditioning,
+    others: Sequence[Conditioning],
     latents: Tensor,
     noise: Tensor,
     batch_size: int = 32,
 ) -> Tensor:
-    """Of each caption with its image, [N]: means over :data:`LEVELS` and noises [images, C, H, W]; latents [N, C, H, W]."""
+    """Of each caption with its image, [N]: means over :data:`LEVELS` and noises [images, C, H, W]; latents [N, C, H, W].
+
+    ``others`` are the prompts that each is compared with, one at least.
+    """
     found = torch.zeros(len(captions), len(noise), len(LEVELS))
     for part in batches(sharing(captions), len(noise), batch_size):
         numbers = [number for number, _ in part]
         z, added = latents[numbers], noise[[image for _, image in part]]
-        together = stack([captions[number] for number in numbers])
+        own = stack([captions[number] for number in numbers])
         for place, level in enumerate(LEVELS):
             x, sigma = noised(z, added, level, denoiser.prediction_type)
-            levels = levels_of(x, sigma)
-            denoised = predict(denoiser, x, levels, together, batch_size)
-            values = recovery(denoised, predict(denoiser, x, levels, unconditional, batch_size), z).cpu()
+            error, *compared = (
+                (predict(denoiser, x, levels_of(x, sigma), given, batch_size) - z).float().flatten(1).square().sum(1)
+                for given in (own, *others)
+            )
+            values = recovery(error, torch.stack(compared, 1)).cpu()
             for (number, image), value in zip(part, values, strict=True):
                 found[number, image, place] = value
     return found.mean((1, 2))

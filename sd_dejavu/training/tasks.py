@@ -62,8 +62,8 @@ class Variant:
 class Task:
     """``prompts`` are those from number ``first`` on, a multiple of 25.
 
-    ``captions`` are measured, and ``nulls`` with other noises; ``training`` holds an image file for each, or none where
-    the training set's images are not at hand. ``drawn`` ones are drawn without guidance, as thumbnails of at most
+    ``captions`` are measured, and ``nulls`` with other noises; ``training`` holds an image file for each, which is
+    compared under ``others``, or none where the training set's images are not at hand. ``drawn`` ones are drawn without guidance, as thumbnails of at most
     ``side`` pixels, and ``images`` as users draw them; then ``words`` asks for the word that brings an image about.
     """
 
@@ -74,16 +74,19 @@ class Task:
     training: tuple[bytes, ...] = ()
     words: bool = False
     side: int = 0
+    others: tuple[str, ...] = ()
 
     def as_row(self) -> dict[str, Any]:
         """Plain values, for a table's row."""
-        return {**asdict(self), "prompts": list(self.prompts), "training": list(self.training)}
+        lists = {name: list(getattr(self, name)) for name in ("prompts", "training", "others")}
+        return {**asdict(self), **lists}
 
     @classmethod
     def of_row(cls, row: dict[str, Any]) -> Task:
         variant = Variant(**row["variant"])
-        prompts, training = tuple(row["prompts"]), tuple(row["training"])
-        return cls(row["kind"], variant, int(row["first"]), prompts, training, bool(row["words"]), int(row["side"]))
+        prompts, training, others = (tuple(row[name]) for name in ("prompts", "training", "others"))
+        words, side = bool(row["words"]), int(row["side"])
+        return cls(row["kind"], variant, int(row["first"]), prompts, training, words, side, others)
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,8 @@ class Work:
         latents = model.latents_of(as_trained(files, *model.image_size)) if files else None
         encoded = [_encoded(model, prompt) for prompt in task.prompts[here]]
         sound = [(number, one) for number, one in enumerate(encoded) if isinstance(one, Conditioning)]
+        compared = [_encoded(model, prompt) for prompt in task.others]
+        others = [one for one in compared if isinstance(one, Conditioning)]
 
         def measured(some: Sequence[tuple[int, Conditioning]]) -> list[tuple[Tensor, float | None]]:
             conditionings = [one for _, one in some]
@@ -119,7 +124,7 @@ class Work:
             if latents is None:
                 return [(row, None) for row in magnitudes]
             own = latents[[number for number, _ in some]]
-            found = recoveries(model, conditionings, base, own, noise, self.batch_size)
+            found = recoveries(model, conditionings, others or [base], own, noise, self.batch_size)
             return list(zip(magnitudes, found.tolist(), strict=True))
 
         values = iter(one_by_one(measured, sound))

@@ -124,37 +124,33 @@ def test_the_false_discovery_rate_holds_where_more_are_drawn():
 
 
 def test_recovery_worked_by_hand():
-    z = torch.tensor([1.0, 2, 0, 0]).reshape(1, 1, 2, 2)
-    start, near = torch.zeros(1, 1, 2, 2), torch.tensor([1.0, 1, 0, 0]).reshape(1, 1, 2, 2)
-    assert recovery(near, start, z).item() == pytest.approx(1 - 1 / 5)  # of 1 + 4 an error of 1 is left
-    assert recovery(z, start, z).item() == 1 and recovery(start, start, z).item() == 0
-    assert recovery(-z, start, z).item() == pytest.approx(1 - 20 / 5)
+    found = recovery(torch.tensor([1.0, 0, 4, 8]), torch.tensor([[4.0, 6], [4, 6], [4, 4], [2, 6]]))
+    assert found.tolist() == pytest.approx([1 - 1 / 5, 1, 0, 1 - 8 / 4])
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
 def test_recoveries_of_a_denoiser_worked_by_hand(kind: Any):
-    """The network gives 0 without a caption, and s (1, 1, 1, 1) with the word of strength s.
+    """The network gives s (1, 1, 1, 1) with the word of strength s, and 0 with an unknown one.
 
-    epsilon: D_u - z = L n and D_c - z = L (n - s) at level L, so r = 1 - |n - s|^2 / |n|^2 at each. flow: with the
-    velocity n - z in place of n. v: D_u - z = (z + L n) / (1 + L^2) - z, and D_c lies s L / sqrt(1 + L^2) below D_u.
+    epsilon: D - z = L (n - s) at level L. flow: the velocity n - z in the place of n, and L / (1 + L) of L. v: with 0,
+    D - z = (z + L n) / (1 + L^2) - z, and with s it lies s L / sqrt(1 + L^2) below that.
     """
     model = Scripted(prediction_type=kind)
     noise = model.noise(3, 2)
     z = torch.tensor([[1.0, -2.0, 0.5, 0.0], [0.0, 1.0, 1.0, 3.0]]).reshape(2, 1, 2, 2)
-    found = recoveries(model, [model.encode("w2"), model.encode("w0.5")], model.encode(""), z, noise)
+    others = [model.encode("unknown"), model.encode("w1")]
+    found = recoveries(model, [model.encode("w2"), model.encode("w0.5")], others, z, noise)
     for image, strength, value in zip(z.flatten(1).numpy(), (2.0, 0.5), found.tolist(), strict=True):
         shares = []
         for n in noise.flatten(1).numpy():
             for level in LEVELS:
                 without, moved = {
-                    "epsilon": (level * n, level * strength),
-                    "flow": ((n - image) * level / (1 + level), strength * level / (1 + level)),
-                    "v_prediction": (
-                        (image + level * n) / (1 + level**2) - image,
-                        strength * level / (1 + level**2) ** 0.5,
-                    ),
+                    "epsilon": (level * n, level),
+                    "flow": ((n - image) * level / (1 + level), level / (1 + level)),
+                    "v_prediction": ((image + level * n) / (1 + level**2) - image, level / (1 + level**2) ** 0.5),
                 }[kind]
-                shares.append(1 - ((without - moved) ** 2).sum() / (without**2).sum())
+                own, unknown, one = (((without - moved * s) ** 2).sum() for s in (strength, 0, 1))
+                shares.append(1 - own / ((unknown + one) / 2))
         assert value == pytest.approx(np.mean(shares), abs=1e-5)
 
 
@@ -185,6 +181,8 @@ def test_ordinary_prompts_are_recombined_from_the_captions_where_they_can_be():
     made = ordinary_for(entries, 150, lambda count: ["other"] * count)
     assert made == recombined(captions, 150) and not set(made) & set(captions)
     assert ordinary_for(entries[:2], 150, lambda count: ["other"] * count) == ["other"] * 150
+    beside_images = [replace(entry, row=number) for number, entry in enumerate(entries)]
+    assert ordinary_for(beside_images, 150, list) == recombined(captions, 152)  # two more, that images are denoised with
 
 
 # ------------------------------------------------------------------------------------- the training set
@@ -370,7 +368,7 @@ def test_borders_of_the_tasks_do_not_matter(tmp_path: Path):
 
 
 def test_a_task_survives_a_table_row():
-    task = Task("captions", Variant("a.safetensors", 0.5), 25, ("a", "b"), (b"\x00\xff", b"x"), True, 64)
+    task = Task("captions", Variant("a.safetensors", 0.5), 25, ("a", "b"), (b"\x00\xff", b"x"), True, 64, ("c",))
     assert Task.of_row(task.as_row()) == task
 
 
@@ -422,17 +420,18 @@ def test_images_that_a_model_remembers_are_named_and_its_copies_are_no_ordinary_
     reference = from_images(images, captions, [f"{n:02d}" for n in range(24)], Grey())
     known = dict(zip(captions[:6], images[:6], strict=True))
     ordinary = [f"ordinary {n}" for n in range(130)] + [f"copy {n}" for n in range(10)]
-    model = Remembering({**known, **dict.fromkeys(ordinary[130:], images[0])})
+    model, others = Remembering({**known, **dict.fromkeys(ordinary[130:], images[0])}), ["other 1", "other 2"]
     subject = Subject(entries_of(reference), reference, Grey())
     work, settings = Work(ONE), AuditSettings(worst=0, partition=25)
-    found = audit(subject, [], ordinary, lambda v: model, work, Ledger(tmp_path, {}), settings)
+    found = audit(subject, [], [*ordinary, *others], lambda v: model, work, Ledger(tmp_path, {}), settings)
     assert found.counts == "recovery" and found.nulls == 100  # no more were needed
     assert [row.flagged for row in found.rows] == [True] * 6 + [False] * 18
     assert all(row.recovery == pytest.approx(1, abs=0.02) for row in found.rows[:6])  # thumbnails are JPEG files
-    backwards = audit(subject, [], ordinary[::-1], lambda v: model, work, Ledger(tmp_path / "b", {}), settings)
+    backwards = [*ordinary[::-1], *others]
+    backwards = audit(subject, [], backwards, lambda v: model, work, Ledger(tmp_path / "b", {}), settings)
     assert backwards.nulls == 90  # of the first 100 ten copy the training set
     with pytest.raises(ValueError, match=r"of 10 ordinary prompts the model draws 10 as copies .* and 0 are too few"):
-        audit(subject, [], ordinary[130:], lambda v: model, work, Ledger(tmp_path / "c", {}), settings)
+        audit(subject, [], [*ordinary[130:], *others], lambda v: model, work, Ledger(tmp_path / "c", {}), settings)
 
 
 # ----------------------------------------------------------------------------------- stopped and resumed
