@@ -302,6 +302,7 @@ baseline of training, the difference is within the intervals."""
 
 def auditing() -> str:
     found = read("audit")
+    speed = found["speed"]
     kinds = dict.fromkeys((row["model"], row["given"]) for row in found["worlds"])
     lines = []
     for model, given in kinds:
@@ -331,8 +332,8 @@ healthy one), an image each.
 
 {table(lora_head, loras)}
 
-It measures {found["captions_a_second"]:.1f} captions a second from their captions alone on one core, one image each, the published procedure
-{found["captions_a_second_published"]:.2f}: {found["times_faster"]:.0f} times as many."""
+It measures {speed["captions_a_second"]:.1f} captions a second from their captions alone on one core, one image each, the published procedure
+{speed["captions_a_second_published"]:.2f}: {speed["times_faster"]:.0f} times as many."""
 
 
 def batches() -> str:
