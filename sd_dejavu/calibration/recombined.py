@@ -3,10 +3,10 @@
 A p-value is only as good as the likeness of its ordinary prompts to the prompt in question. Prompts that a model does
 not understand score higher than those it knows, and then no score of a known one stands out.
 
-Each prompt is a given one in which every run of words that stands in no other given prompt is broken up, since it may be
-what brings that prompt's image back: words of it are drawn anew, one after the other, from those that stand between
-the same two neighbours in the given prompts; where that is one word only, by the Markov chain of their words. Length,
-punctuation and letter case are kept, and every word is a given one.
+Each prompt is a given one in which every word, and every run of words, that stands in no other given prompt is replaced
+or broken up, since it may be what brings that prompt's image back: words of it are drawn anew, one after the other, from
+those that stand between the same two neighbours in the given prompts; where that is one word only, by the Markov chain
+of their words. Length, punctuation and letter case are kept, and every word is one that two given prompts share.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class _Split:
         return cls(tuple(shape.casefold() for shape in shapes), shapes, gaps)
 
 
-def recombined(prompts: Sequence[str], count: int, seed: int = 0) -> list[str]:
+def recombined(prompts: Sequence[str], count: int, seed: int = 0, at_least: int | None = None) -> list[str]:
     """``count`` distinct prompts in the style and vocabulary of the given ones, none of which is among them.
 
     The same arguments give the same prompts on every machine. Raises ValueError with a sentence where the given prompts
-    hold too few words in common for so many.
+    hold too few words in common for so many, or for ``at_least`` so many: down to these, fewer are given then.
 
     >>> recombined(["red boat, calm lake", "blue boat, calm sea", "red hut, wild sea", "blue hut, wild lake"], 1)
     ['blue hut, calm lake']
@@ -64,6 +64,8 @@ def recombined(prompts: Sequence[str], count: int, seed: int = 0) -> list[str]:
             found[made.casefold()] = made
             failures = 0
         elif (failures := failures + 1) > _MAX_FAILURES_IN_A_ROW:
+            if at_least is not None and len(found) >= at_least:
+                break
             raise ValueError(
                 f"the {len(prompts):,} prompts given have too few words in common for {count:,} others like them "
                 f"(enough for {len(found):,}): give more prompts, or ask for fewer"
@@ -94,6 +96,8 @@ class _Language:
                 self.between[left, right][word] += 1
             for run in _runs(template, min(RUN, len(template))):
                 prompt_of[run] = number if prompt_of.get(run, number) == number else None
+            for word in filter(_is_word, template):
+                prompt_of[word,] = number if prompt_of.get((word,), number) == number else None
         self.telling = {run for run, number in prompt_of.items() if number is not None}
         self.whole = set(self.templates)
 
@@ -116,19 +120,23 @@ class _Language:
         left = words[place - 1] if place else _EDGE
         right = words[place + 1] if place + 1 < len(words) else _EDGE
         after, before, between = self.after[left], self.before[right], self.between[left, right]
-        if len(between) > 1 and not widely:
-            return _weighted({word: between[word] for word in sorted(between) if _is_word(word)}, words[place], rng)
+        fitting = self._shared(between)
+        if len(fitting) > 1 and not widely:
+            return _weighted({word: between[word] for word in fitting}, words[place], rng)
         possible = {*after, *before} - {words[place]} if widely else {*after} & {*before}
         weights = {
             word: after[word] + before[word] if widely else after[word] * before[word] / self.frequency[word]
-            for word in sorted(possible)
-            if _is_word(word)
+            for word in self._shared(possible)
         }
         return _weighted(weights, words[place], rng)
 
+    def _shared(self, words: Iterable[str]) -> list[str]:
+        """Those that no given prompt has alone, in order, without punctuation."""
+        return sorted(word for word in words if _is_word(word) and (word,) not in self.telling)
+
     def _telling_run(self, words: Sequence[str]) -> list[int] | None:
         """The places of the words of a run that stands in one given prompt alone, or of all where they are one."""
-        for length in range(2, RUN + 1):
+        for length in range(1, RUN + 1):
             for start in range(len(words) - length + 1):
                 if tuple(words[start : start + length]) in self.telling:
                     return [place for place in range(start, start + length) if _is_word(words[place])]

@@ -36,6 +36,7 @@ from ..training.audit import (
     entries_of,
     identity,
     lora_files,
+    ordinary_for,
     sampled,
 )
 from ..training.engines import Cluster, on_ray
@@ -69,11 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     common.add_settings(parser, BuildSettings, "reading the training set", leave_out=("thumbnail_side",))
     own = parser.add_argument_group("ordinary prompts")
-    own.add_argument("--null-prompts", type=Path, metavar="FILE", help="your own ordinary prompts (default: generated)")
     own.add_argument(
-        "--like-captions",
-        action="store_true",
-        help="recombine ordinary prompts from the captions' words, so that they are no stranger to the model",
+        "--null-prompts",
+        type=Path,
+        metavar="FILE",
+        help="your own ordinary prompts (default: recombined from the captions' words, so that they are no stranger to "
+        "the model, or generated where the captions share too few)",
     )
     own.add_argument("--column", help="column or key that holds the captions of a list, or the ordinary prompts")
     where = parser.add_argument_group("where")
@@ -95,10 +97,6 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.model, arguments.config, arguments.device, arguments.dtype, arguments.prompt_weights, arguments.base
     )
     engine = _engine(arguments)
-    if arguments.like_captions and arguments.null_prompts is not None:
-        raise ValueError(
-            "--null-prompts and --like-captions exclude each other: give your own ordinary prompts, or none"
-        )
     arguments.out.mkdir(parents=True, exist_ok=True)
     with locked(arguments.out, arguments.out / LOCK):
         return _audited(arguments, wanted, measurement, loras, load, engine)
@@ -115,8 +113,7 @@ def _audited(
     with common.progress_bar(Console(stderr=True)) as bar:
         show = common.stages(bar)
         subject = _subject(arguments, wanted, measurement, show)
-        captions = [case.caption for case in subject.cases] if arguments.like_captions else None
-        ordinary, _ = common.ordinary_prompts_of(arguments, arguments.null_prompts, captions, wanted.nulls)
+        ordinary = _ordinary(arguments, subject, wanted.nulls)
         begun = identity(
             subject.entries,
             ordinary,
@@ -138,6 +135,13 @@ def _audited(
     if str(arguments.json) != "-":
         _print(found, arguments.out)
     return 0
+
+
+def _ordinary(arguments: argparse.Namespace, subject: Subject, count: int) -> list[str]:
+    def generated(count: int) -> list[str]:
+        return common.ordinary_prompts_of(arguments, arguments.null_prompts, None, count)[0]
+
+    return generated(count) if arguments.null_prompts is not None else ordinary_for(subject.entries, count, generated)
 
 
 def _engine(arguments: argparse.Namespace) -> Engine:

@@ -34,23 +34,41 @@ def notes(audit: Audit) -> list[str]:
     ]
     if audit.least_named > 1:
         told.append(
-            f"With so many captions, at least {audit.least_named:,} must stand out together for any to be named: "
-            "raise the number of ordinary prompts to name fewer."
+            f"With so many captions, at least {audit.least_named:,} must stand out together for any to be named: to name "
+            f"a single one, raise the number of ordinary prompts to {audit.enough:,}."
         )
     if audit.misfit:
-        told.append(misfit("captions", "recombine them from the captions (on the command line: --like-captions)"))
+        told.append(
+            misfit("captions", "give ordinary prompts of your captions' kind (on the command line: --null-prompts)")
+        )
     if audit.counts == "magnitude":
         told.append("There were captions only, so nothing could be compared with the training images.")
-    counts = "What counts is how much more each caption leads towards its own training image than to others"
-    if audit.counts == "contrast":
-        told.append(f"{counts}. Name the base model to leave out what it does already.")
+    counts = "What counts is how much of a training image's error in denoising its caption takes away (1: all of it)"
+    if audit.counts == "recovery":
+        told.append(f"{counts}.")
     if audit.counts == "gain":
         told.append(f"{counts}, beyond what it does on the base model.")
+    told += _less(audit)
     if audit.copy_threshold is None and audit.counts != "magnitude":
         told.append("For these features no similarity is established from which an image is a copy.")
     unmeasured = sum(row.q_value is None for row in audit.rows)
     if unmeasured:
         told.append(f"{unmeasured:,} could not be measured: their rows say why.")
+    return told
+
+
+def _less(audit: Audit) -> list[str]:
+    """Up to which strength and epoch of a LoRA no caption is named."""
+    told = []
+    flagged = [point.strength for point in audit.strengths if point.flagged]
+    if flagged:
+        below = [point.strength for point in audit.strengths if point.strength < min(flagged)]
+        calm = f"up to a strength of {max(below):g} none is named" if below else "captions are named at every strength"
+        told.append(f"Of the strengths that were measured, {calm}.")
+    if any(point.flagged for point in audit.epochs):
+        before = [point.epoch for point in audit.epochs if point.epoch is not None and point.epoch < (audit.begins or 0)]
+        calm = f"epoch {max(before)} is the last of which none is named" if before else "captions are named at the first"
+        told.append(f"Of the saved epochs, {calm}.")
     return told
 
 
@@ -91,7 +109,7 @@ def as_json(audit: Audit, model: str, loras: list[str]) -> dict[str, Any]:
     """The whole finding as plain values, without the images."""
     return {
         "format": "dejavu-audit",
-        "schema_version": 1,
+        "schema_version": 2,
         "model": model,
         "loras": loras,
         "sentence": sentence(audit),

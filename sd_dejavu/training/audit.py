@@ -1,13 +1,17 @@
 """Audit: which captions of a training set bring their images back, for the makers of checkpoints and LoRAs.
 
-Each caption is measured at its first step: how far it moves the prediction (the magnitude of Wen et al., ICLR 2024),
-and, where its training image is at hand, whether towards that image (:mod:`sd_dejavu.training.alignment`), which
-then is what counts. It is compared with ordinary prompts by a split-conformal p-value. Over many captions some are
-small by chance, so they are corrected by Benjamini & Hochberg's procedure: of the captions that are named, in
-expectation a share of at most ``false_discovery_rate`` is named wrongly. The smallest p-value is 1 / (nulls + 1), so
-with few nulls and many captions a single one cannot be told: :attr:`Audit.least_named`.
+Where the training images are at hand, each is noised and denoised with its caption and with ordinary prompts
+(:mod:`sd_dejavu.training.recovery`): what counts is how much of the error the caption takes away, and with a LoRA, or
+where the base model of a checkpoint is named, the gain over the base model. A list of captions alone is measured at the
+first step: how far each moves the prediction (the magnitude of Wen et al., ICLR 2024).
 
-With a LoRA, or where the base model of a checkpoint is named, it is the gain over the base model that counts.
+Captions are compared with ordinary prompts by a split-conformal p-value. Beside training images these are measured on
+images that the model itself draws of them without guidance; those that come out as copies of the training set are left
+out. Over many captions some p-values are small by chance, so they are corrected by Benjamini & Hochberg's procedure: of
+the captions that are named, in expectation a share of at most ``false_discovery_rate`` is named wrongly. The smallest
+p-value is 1 / (ordinary prompts + 1), so with few of them and many captions a single one cannot be told
+(:attr:`Audit.least_named`): where captions stand above all ordinary prompts, and are too few to be named for that, more
+are drawn.
 
 Those named, and the next highest, are drawn from several noises and compared with their training images: a flag is
 a statistic, a copy is seen. With a LoRA the same captions (or a sample) are measured at growing strengths and for
@@ -35,6 +39,7 @@ from torch import Tensor
 
 from ..calibration.first_step import PROMPTS_A_SEED
 from ..calibration.misfit import stranger_nulls
+from ..calibration.recombined import recombined
 from ..core.settings import Checked, by_id, option
 from ..core.statistics import benjamini_hochberg, spread
 from ..kept import digest_of, json_digest
@@ -44,15 +49,17 @@ from ..reference.images import open_image, to_tensor
 from ..reference.nearest import copy_threshold
 from ..reference.reference_set import NEIGHBOURHOOD, ReferenceSet
 from ..run.measure import Measurement
-from .alignment import COMPARED, NEAREST_OF, contrast
 from .ledger import Ledger
 from .tasks import Engine, Task, Trained, Variant, Work, one_process
 
 Progress = Callable[[str, int, int], None]
-Counts = Literal["magnitude", "contrast", "gain"]
+Counts = Literal["magnitude", "recovery", "gain"]
 BASE = Variant(base=True)
 _NUMBER = re.compile(r"(\d+)$")  # at the end of a saved LoRA's name
 NEAREST_SHOWN = 5  # near duplicates that are named
+FIRST_DRAWN = 100  # ordinary prompts that are drawn before more are asked for
+FEWEST = 20  # ordinary prompts to compare with
+OTHERS = 2  # ordinary prompts that each training image is denoised with beside its caption
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,10 @@ class AuditSettings(Checked):
         0.05, "share of the captions named that may be named wrongly", minimum=0, maximum=1, exclusive=True
     )
     nulls: int = option(
-        1000, "ordinary prompts measured on the same weights, to compare with", minimum=20, maximum=1_000_000
+        1000,
+        "ordinary prompts to compare with, at most; beside training images 100 are drawn first, more where needed",
+        minimum=FEWEST,
+        maximum=1_000_000,
     )
     sample: int = option(0, "audit so many captions, drawn at random; 0: all of them", minimum=0, maximum=1_000_000_000)
     worst: int = option(12, "captions whose images are drawn and compared, the worst ones", minimum=0, maximum=1000)
@@ -95,8 +105,8 @@ class Entry:
 class Row:
     """What was found of one training image.
 
-    ``magnitude`` is the first step's, L2; ``alignment`` is with its training image, -1 to 1, and ``base_alignment``
-    that of the base model. ``score`` is what counts of these. ``q_value`` is the smallest false discovery rate at
+    ``magnitude`` is the first step's, L2; ``recovery`` is the share of the training image's denoising error that its
+    caption takes away, and ``base_recovery`` that on the base model. ``score`` is what counts of these. ``q_value`` is the smallest false discovery rate at
     which it would be named, ``flagged`` whether that is low enough. All of these are None where ``why`` says what kept
     it from being measured. ``copies`` of ``drawn`` images are copies of this very training image, ``similarity``
     is that of the likest; None where none was drawn or no threshold is established. ``word`` brings the images
@@ -106,8 +116,8 @@ class Row:
     image: str
     caption: str
     magnitude: float | None = None
-    alignment: float | None = None
-    base_alignment: float | None = None
+    recovery: float | None = None
+    base_recovery: float | None = None
     score: float | None = None
     p_value: float | None = None
     q_value: float | None = None
@@ -158,6 +168,12 @@ class Audit:
     def copied(self) -> tuple[Row, ...]:
         """Rows of which a drawn image is a copy of the training image."""
         return tuple(row for row in self.rows if row.copies)
+
+    @property
+    def enough(self) -> int:
+        """Ordinary prompts among which a single caption can be named."""
+        measured = sum(row.q_value is not None for row in self.rows)
+        return int(np.ceil(measured / self.false_discovery_rate - 1e-9)) - 1
 
     @property
     def begins(self) -> int | None:
@@ -219,15 +235,30 @@ def sampled(entries: Sequence[Entry], count: int, seed: int) -> list[Entry]:
     return [entries[number] for number in sorted(Random(seed).sample(range(len(entries)), count))]
 
 
+def ordinary_for(entries: Sequence[Entry], count: int, otherwise: Callable[[int], list[str]]) -> list[str]:
+    """Ordinary prompts to compare the captions with: recombined from them, so that they are no stranger to the model,
+    at most ``count``, and two more beside training images; ``otherwise`` gives others where the captions share too few
+    words for 100."""
+    captions = [entry.caption for entry in entries if entry.caption.strip()]
+    count += OTHERS if any(entry.row is not None for entry in entries) else 0
+    try:
+        return recombined(captions, count, at_least=min(count, FIRST_DRAWN))
+    except ValueError:
+        return otherwise(count)
+
+
 def identity(
     entries: Sequence[Entry], ordinary: Sequence[str], wanted: AuditSettings, measurement: Measurement, **host: Any
 ) -> dict[str, Any]:
     """All that what is measured depends on, as plain values for the ledger.
 
-    ``host`` says by names what is audited there (checkpoint, LoRAs, autoencoder) and in what way.
+    ``host`` says by names what is audited there (checkpoint, LoRAs, autoencoder) and in what way. Release 0.1 measured
+    training images in another way, so those audits are begun anew.
     """
+    beside_images = {"counts": "recovery"} if any(entry.row is not None for entry in entries) else {}
     return {
         **host,
+        **beside_images,
         "dataset": digest_of(json.dumps([entry.image, entry.caption]) for entry in entries),
         "ordinary_prompts": json_digest(list(ordinary)),
         "partition": wanted.partition,
@@ -325,10 +356,12 @@ def audit(
     on_progress: Progress = lambda stage, done, total: None,
     has_base: bool = False,
 ) -> Audit:
-    """Audits the subject. ``ordinary`` prompts are the nulls; what the ledger holds is not done again.
+    """Audits the subject against ``ordinary`` prompts; what the ledger holds is not done again.
+
+    Beside training images the last two are what each image is denoised with besides its caption.
 
     ``has_base`` says that ``load`` can also give the model that was trained on, as it always can where LoRAs are
-    named. Raises ValueError where there is nothing to measure.
+    named. Raises ValueError where there is nothing to measure, or to compare with.
     """
     cases = subject.cases
     if not any(case.caption.strip() for case in cases):
@@ -337,100 +370,174 @@ def audit(
         )
     final = Variant(str(loras[-1].path)) if loras else Variant()
     has_base = has_base or bool(loras)
-    counts: Counts = "magnitude" if subject.reference is None else "gain" if has_base else "contrast"
+    counts: Counts = "magnitude" if subject.reference is None else "gain" if has_base else "recovery"
     strengths, epochs = _variants(loras, final, wanted) if loras and wanted.sweep else ({}, {})
     sweep = spread(range(len(cases)), wanted.sweep)
     swept = [cases[number] for number in sweep]
-    measured = dict.fromkeys([final, *strengths, *epochs])
-    case_tasks = {v: _caption_tasks(subject, cases if v == final else swept, v, wanted) for v in measured}
-    if counts == "gain":
-        case_tasks[BASE] = _caption_tasks(subject, cases, BASE, wanted)
-    null_tasks = {v: _null_tasks(subject, ordinary, v, wanted, work.wanted.seed) for v in case_tasks}
-    every = [task for v in case_tasks for task in (*null_tasks[v], *case_tasks[v])]
     finish = partial(_finish, load=load, work=work, ledger=ledger, engine=engine, on_progress=on_progress)
-    finish(every, "measuring")
+    judge = _Judge(subject)
+    asked = [final, BASE] if counts == "gain" else [final]
+    others = tuple(ordinary[-OTHERS:]) if subject.reference is not None else ()
+    ordinary = ordinary[: len(ordinary) - len(others)]
+    tasks_of = partial(_caption_tasks, subject, wanted=wanted, others=others)
+    case_tasks = {v: tasks_of(cases, v) for v in asked}
+    finish([task for v in asked for task in case_tasks[v]], "measuring")
+    values = {v: list(ledger.values(tasks)) for v, tasks in case_tasks.items()}
+    scores = _scores(values[final], values.get(BASE), counts)
 
-    on_base: list[dict[str, Any]] = list(ledger.values(case_tasks[BASE])) if counts == "gain" else [{}] * len(cases)
-    base_cases = [counted(value, counts) for value in on_base]
-    base_nulls = of_ordinary(list(ledger.values(null_tasks[BASE])), counts) if counts == "gain" else []
-
-    def judged_on(variant: Variant, bases: Sequence[float | None]) -> tuple[list[float | None], Judged]:
-        """What counts of the captions measured on a variant, and how it stands to ordinary prompts there."""
-        values = [counted(value, counts) for value in ledger.values(case_tasks[variant])]
-        nulls = of_ordinary(list(ledger.values(null_tasks[variant])), counts)
-        if counts == "gain":
-            values, nulls = gains(values, bases), gains(nulls, base_nulls)
-        known = [value for value in nulls if value is not None]
-        if not known:
-            raise ValueError("none of the ordinary prompts could be measured, so there is nothing to compare with")
-        return values, judged(values, known)
+    nulls = _Nulls(subject, ordinary, others, wanted, judge, finish, ledger, BASE if counts == "gain" else final)
+    first = -(-FIRST_DRAWN // wanted.partition) * wanted.partition  # whole tasks, so that none is done twice
+    count = min(len(ordinary), first) if subject.reference is not None else len(ordinary)
+    while True:
+        tasks = nulls.tasks(final, count)
+        null_scores = _scores(
+            nulls.values(final, tasks), nulls.values(BASE, tasks) if counts == "gain" else None, counts
+        )
+        found = judged(scores, _compared_with(null_scores))
+        if count == len(ordinary) or not more_needed(found, len(_known(null_scores)), wanted.false_discovery_rate):
+            break
+        count = min(len(ordinary), 2 * count)
 
     def point(variant: Variant, strength: float, epoch: int | None) -> Point:
-        swept_all = variant == final  # of which every caption was measured
-        scores, found = judged_on(variant, base_cases if swept_all else [base_cases[number] for number in sweep])
-        if swept_all:  # judged as the others are: among the sample
-            scores = [scores[number] for number in sweep]
-            found = Judged.of([found.p[number] for number in sweep])
-        known = [score for score in scores if score is not None]
-        named = sum(bool(one) for one in found.named(wanted.false_discovery_rate))
+        """Of the sample alone, also for the variant of which every caption was measured."""
+        own = values.get(variant) or list(ledger.values(tasks_of(swept, variant)))
+        chosen = [own[number] for number in sweep] if variant == final else own
+        bases = [values[BASE][number] for number in sweep] if counts == "gain" else None
+        null_bases = nulls.values(BASE, tasks) if counts == "gain" else None
+        scores = _scores(chosen, bases, counts)
+        there = judged(scores, _compared_with(_scores(nulls.values(variant, tasks), null_bases, counts)))
+        named = sum(bool(one) for one in there.named(wanted.false_discovery_rate))
+        known = _known(scores)
         return Point(strength, epoch, len(known), named, float(np.median(known)) if known else None)
 
-    values = list(ledger.values(case_tasks[final]))
-    scores, found = judged_on(final, base_cases)
+    left = [v for v in dict.fromkeys([*strengths, *epochs]) if v != final]
+    finish([task for v in left for task in tasks_of(swept, v)], "measuring")
+    points = {v: point(v, strengths.get(v, 1.0), epochs.get(v)) for v in dict.fromkeys([*strengths, *epochs])}
+
     ranked = [(-np.inf if score is None else score) for score in scores]
     order = sorted(range(len(cases)), key=lambda n: (-ranked[n], n))
-    prompts = list(dict.fromkeys(cases[n].caption for n in order if "why" not in values[n]))[: wanted.worst]
+    prompts = list(dict.fromkeys(cases[n].caption for n in order if "why" not in values[final][n]))[: wanted.worst]
     drawing = [Task("images", final, number, (prompt,), words=True) for number, prompt in enumerate(prompts)]
     finish(drawing, "drawing")
-    judge = _Judge(subject, dict(zip(prompts, ledger.values(drawing), strict=True)))
+    judge.saw(dict(zip(prompts, ledger.values(drawing), strict=True)))
     named = found.named(wanted.false_discovery_rate)
+    on_base: list[dict[str, Any]] = values.get(BASE) or [{}] * len(cases)
     rows = {
         (case.caption, case.row): judge.row(case, value, base, score, p, q, flag)
         for case, value, base, score, p, q, flag in zip(
-            cases, values, on_base, scores, found.p, found.q, named, strict=True
+            cases, values[final], on_base, scores, found.p, found.q, named, strict=True
         )
     }
+    compared = len(_known(null_scores))
     return Audit(
         tuple(judge.of_entry(rows[entry.caption, entry.row], entry) for entry in subject.entries),
         counts,
-        len(ordinary),
+        compared,
         wanted.false_discovery_rate,
-        least_named(sum(q is not None for q in found.q), len(ordinary), wanted.false_discovery_rate),
-        tuple(point(v, strength, None) for v, strength in strengths.items()),
-        tuple(point(v, 1.0, epoch) for v, epoch in epochs.items()),
+        least_named(sum(q is not None for q in found.q), compared, wanted.false_discovery_rate),
+        tuple(replace(points[v], epoch=None) for v in strengths),
+        tuple(points[v] for v in epochs),
         () if subject.reference is None else tuple(subject.reference.details.get("skipped", ())),
         judge.threshold,
-        stranger_nulls(*(_magnitudes(ledger.values(tasks[final])) for tasks in (case_tasks, null_tasks))),
+        stranger_nulls(*map(_magnitudes, (values[final], nulls.values(final, tasks)))),
     )
+
+
+class _Nulls:
+    """The ordinary prompts of an audit: beside training images, with an image that the model draws of each.
+
+    Where a base model is known it draws them, as it has not seen the training set: what an overfitted LoRA draws of
+    any prompt is made of its training images.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        ordinary: Sequence[str],
+        others: tuple[str, ...],
+        wanted: AuditSettings,
+        judge: _Judge,
+        finish: Callable[[Sequence[Task], str], None],
+        ledger: Ledger,
+        drawn_by: Variant,
+    ) -> None:
+        self._drawn_by, self._others = drawn_by, others
+        self._subject, self._ordinary, self._wanted = subject, ordinary, wanted
+        self._judge, self._finish, self._ledger = judge, finish, ledger
+
+    def tasks(self, final: Variant, count: int) -> list[Task]:
+        """Of the first ``count``, to be measured on ``final``, without those whose images copy the training set.
+
+        Raises ValueError where those leave too few to compare with.
+        """
+        size = self._wanted.partition
+        parts = [(first, tuple(self._ordinary[first : min(first + size, count)])) for first in range(0, count, size)]
+        reference = self._subject.reference
+        if reference is None:
+            return [Task("nulls", final, first, part) for first, part in parts]
+        side = max(open_image(bytes(reference.thumbnails[0])).size)
+        drawing = [Task("drawn", self._drawn_by, first, part, side=side) for first, part in parts]
+        self._finish(drawing, "drawing ordinary prompts")
+        found: list[Task] = []
+        copied = 0
+        for task in drawing:
+            drawn = [
+                (prompt, base64.b64decode(value["image"]))
+                for prompt, value in zip(task.prompts, self._ledger.values([task]), strict=True)
+                if "image" in value
+            ]
+            copies = self._judge.copies([image for _, image in drawn])
+            copied += sum(copies)
+            kept = [one for one, copy in zip(drawn, copies, strict=True) if not copy]
+            if kept:
+                prompts, images = tuple(prompt for prompt, _ in kept), tuple(image for _, image in kept)
+                found.append(Task("nulls", final, task.first, prompts, images, others=self._others))
+        left = sum(len(task.prompts) for task in found)
+        if copied and left < min(FEWEST, count):
+            raise ValueError(
+                f"of {count:,} ordinary prompts the model draws {copied:,} as copies of the training set, and {left:,} are too "
+                "few to compare its captions with: train for fewer steps, or at a lower rate"
+            )
+        return found
+
+    def values(self, variant: Variant, tasks: Sequence[Task]) -> list[dict[str, Any]]:
+        """What is measured of the same prompts and images on a variant."""
+        own = [replace(task, variant=variant) for task in tasks]
+        self._finish(own, "measuring ordinary prompts")
+        return list(self._ledger.values(own))
+
+
+def _scores(
+    values: Sequence[dict[str, Any]], bases: Sequence[dict[str, Any]] | None, counts: Counts
+) -> list[float | None]:
+    """What counts of each value; None where it, or that of the base model, was not measured."""
+    own = [value.get("magnitude" if counts == "magnitude" else "recovery") for value in values]
+    return own if bases is None else gains(own, [value.get("recovery") for value in bases])
+
+
+def _known(scores: Sequence[float | None]) -> list[float]:
+    return [score for score in scores if score is not None]
+
+
+def _compared_with(scores: Sequence[float | None]) -> list[float]:
+    if not (known := _known(scores)):
+        raise ValueError("none of the ordinary prompts could be measured, so there is nothing to compare with")
+    return known
+
+
+def more_needed(found: Judged, nulls: int, rate: float) -> bool:
+    """Whether captions stand above all of so many ordinary prompts, and are too few to be named for that."""
+    known = _known(found.p)
+    highest = sum(p <= 1 / (nulls + 1) for p in known)
+    return 0 < highest < least_named(len(known), nulls, rate)
 
 
 def _magnitudes(values: Iterable[dict[str, Any]]) -> list[float]:
     return [value["magnitude"] for value in values if "magnitude" in value]
 
 
-def counted(value: dict[str, Any], counts: Counts) -> float | None:
-    """Of a caption: its magnitude, or the contrast of its own image; None where it was not measured."""
-    if counts == "magnitude" or "alignment" not in value:
-        return value.get("magnitude") if counts == "magnitude" else None
-    return contrast(value["alignment"][0], value["alignment"][1:])
-
-
-def of_ordinary(values: Sequence[dict[str, Any]], counts: Counts) -> list[float | None]:
-    """Of ordinary prompts in their order: the magnitude, or the contrast of an image drawn at random; where no base
-    model is known, the highest contrast of several."""
-    found: list[float | None] = []
-    for number, value in enumerate(values):
-        row = value.get("alignment")
-        if row is None or counts == "magnitude":
-            found.append(value.get("magnitude") if counts == "magnitude" else None)
-            continue
-        places = range(len(row))[:NEAREST_OF] if counts == "contrast" else [number % len(row)]
-        found.append(max(contrast(row[place], row[:place] + row[place + 1 :]) for place in places))
-    return found
-
-
 def gain(own: float, base: float) -> float:
-    """c - max(0, c_base)."""
+    """r - max(0, r_base): an image that the base model loses more of with the caption than without is no credit."""
     return own - max(0.0, base)
 
 
@@ -448,29 +555,13 @@ def _variants(
     return strengths, {Variant(str(lora.path)): lora.epoch for lora in loras} if len(loras) > 1 else {}
 
 
-def _null_tasks(
-    subject: Subject, ordinary: Sequence[str], variant: Variant, wanted: AuditSettings, seed: int
+def _caption_tasks(
+    subject: Subject, cases: Sequence[Entry], variant: Variant, wanted: AuditSettings, others: tuple[str, ...]
 ) -> list[Task]:
-    chosen = Random(seed)
-    compared = min(COMPARED, len({case.row for case in subject.cases}))
-    rows = sorted({case.row for case in subject.cases if case.row is not None})
-    tasks = []
-    for first in range(0, len(ordinary), wanted.partition):
-        prompts = tuple(ordinary[first : first + wanted.partition])
-        drawn = (
-            [row for _ in range(0, len(prompts), PROMPTS_A_SEED) for row in chosen.sample(rows, compared)]
-            if rows
-            else []
-        )
-        images = tuple(subject.reference.thumbnails[row] for row in drawn) if subject.reference is not None else ()
-        tasks.append(Task("nulls", variant, first, prompts, images))
-    return tasks
-
-
-def _caption_tasks(subject: Subject, cases: Sequence[Entry], variant: Variant, wanted: AuditSettings) -> list[Task]:
     parts = [(first, cases[first : first + wanted.partition]) for first in range(0, len(cases), wanted.partition)]
     return [
-        Task("captions", variant, first, tuple(c.caption for c in part), subject.images(part)) for first, part in parts
+        Task("captions", variant, first, tuple(c.caption for c in part), subject.images(part), others=others)
+        for first, part in parts
     ]
 
 
@@ -499,12 +590,10 @@ def _finish(
 class _Judge:
     """Puts together what is known of one training image."""
 
-    def __init__(self, subject: Subject, seen: dict[str, dict[str, Any]]) -> None:
+    def __init__(self, subject: Subject) -> None:
         self._reference, self._features = subject.reference, subject.features
-        self._drawn = {
-            caption: tuple(base64.b64decode(data) for data in found["images"]) for caption, found in seen.items()
-        }
-        self._words = {caption: found["word"] for caption, found in seen.items()}
+        self._drawn: dict[str, tuple[bytes, ...]] = {}
+        self._words: dict[str, str | None] = {}
         self._embedded: dict[str, Tensor] = {}
         self.threshold: float | None = None
         if self._reference is not None:
@@ -513,6 +602,21 @@ class _Judge:
             self._sharing: dict[int, list[str]] = {}
             for entry in subject.entries:
                 self._sharing.setdefault(entry.row or 0, []).append(entry.image)
+
+    def saw(self, images: dict[str, dict[str, Any]]) -> None:
+        """The images drawn of captions, with the word that brings them about."""
+        self._drawn = {
+            caption: tuple(base64.b64decode(data) for data in found["images"]) for caption, found in images.items()
+        }
+        self._words = {caption: found["word"] for caption, found in images.items()}
+
+    def copies(self, images: Sequence[bytes]) -> list[bool]:
+        """Which of these files are copies of any training image; none where that cannot be said."""
+        if self.threshold is None or self._reference is None or self._features is None or not images:
+            return [False] * len(images)
+        rows = embed(self._features, [to_tensor(open_image(data)) for data in images])
+        nearest = self._reference.search(rows, 1).similarity[:, 0]
+        return [similarity >= self.threshold for similarity in nearest.tolist()]
 
     def row(
         self,
@@ -530,8 +634,8 @@ class _Judge:
             case.image,
             case.caption,
             value.get("magnitude"),
-            value.get("alignment", [None])[0],
-            base.get("alignment", [None])[0],
+            value.get("recovery"),
+            base.get("recovery"),
             score,
             p,
             q,

@@ -11,24 +11,28 @@ import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from ..calibration.first_step import PROMPTS_A_SEED, SEED_BASE
-from ..core.conditioning import Conditioning
+from ..core.conditioning import Conditioning, sharing, stack
 from ..core.denoiser import Model
 from ..core.memory import OutOfMemory, one_by_one
-from ..core.sampling import first_predictions
-from ..detectors.magnitude import magnitude, rounding
+from ..core.sampling import batches, first_step
+from ..detectors.magnitude import rounding
 from ..explain.views import explain
 from ..kept.foreign import is_number
+from ..reference.images import thumbnail
 from ..report.wording import top_words
 from ..run.measure import Measurement, baseline_of, measure_runs
-from .alignment import alignment, as_trained
+from .recovery import as_trained, drawn, recoveries
 
-Kind = Literal["nulls", "captions", "images"]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Kind = Literal["nulls", "captions", "drawn", "images"]
 _NOT_FINITE = "the model gives NaN or infinity"
 
 
@@ -58,8 +62,9 @@ class Variant:
 class Task:
     """``prompts`` are those from number ``first`` on, a multiple of 25.
 
-    ``training`` holds image files: with captions one for each, with nulls a few for each 25 prompts; none where the
-    training set's images are not at hand. ``words`` asks for the word that brings an image about.
+    ``captions`` are measured, and ``nulls`` with other noises; ``training`` holds an image file for each, which is
+    compared under ``others``, or none where the training set's images are not at hand. ``drawn`` ones are drawn without guidance, as thumbnails of at most
+    ``side`` pixels, and ``images`` as users draw them; then ``words`` asks for the word that brings an image about.
     """
 
     kind: Kind
@@ -68,25 +73,20 @@ class Task:
     prompts: tuple[str, ...]
     training: tuple[bytes, ...] = ()
     words: bool = False
-
-    def images_at(self, begin: int) -> tuple[bytes, ...]:
-        """The image files of the 25 prompts from number ``begin`` of this task on."""
-        if self.kind == "nulls":
-            each = len(self.training) // -(-len(self.prompts) // PROMPTS_A_SEED)
-            begin = begin // PROMPTS_A_SEED * each
-            return self.training[begin : begin + each]
-        return self.training[begin : begin + PROMPTS_A_SEED]
+    side: int = 0
+    others: tuple[str, ...] = ()
 
     def as_row(self) -> dict[str, Any]:
         """Plain values, for a table's row."""
-        return {**asdict(self), "prompts": list(self.prompts), "training": list(self.training)}
+        lists = {name: list(getattr(self, name)) for name in ("prompts", "training", "others")}
+        return {**asdict(self), **lists}
 
     @classmethod
     def of_row(cls, row: dict[str, Any]) -> Task:
         variant = Variant(**row["variant"])
-        return cls(
-            row["kind"], variant, int(row["first"]), tuple(row["prompts"]), tuple(row["training"]), bool(row["words"])
-        )
+        prompts, training, others = (tuple(row[name]) for name in ("prompts", "training", "others"))
+        words, side = bool(row["words"]), int(row["side"])
+        return cls(row["kind"], variant, int(row["first"]), prompts, training, words, side, others)
 
 
 @dataclass(frozen=True)
@@ -97,55 +97,73 @@ class Work:
     batch_size: int = 32
 
     def __call__(self, model: Trained, task: Task) -> list[dict[str, Any]]:
-        """A value a prompt: what was measured at the first step, or its images; or ``why`` there is nothing."""
+        """A value a prompt: what was measured of it, or what was drawn; or ``why`` there is nothing."""
         if task.kind == "images":
             return list(self._images(model, task))
-        return list(self._first_step(model, task))
-
-    def _first_step(self, model: Trained, task: Task) -> Iterator[dict[str, Any]]:
-        """Every 25 prompts share a noise, the nulls' others than the captions', so that neither hangs on one noise."""
-        wanted = self.wanted
-        sigma = model.sigmas(wanted.steps)[0]
-        base = baseline_of(model, wanted)
-        seed = wanted.seed + task.first + (SEED_BASE if task.kind == "nulls" else 0)
+        one_part = self._without_guidance if task.kind == "drawn" else self._measured
+        found: list[dict[str, Any]] = []
         for begin in range(0, len(task.prompts), PROMPTS_A_SEED):
-            prompts = task.prompts[begin : begin + PROMPTS_A_SEED]
-            given = task.images_at(begin)
-            latents = model.latents_of(as_trained(given, *model.image_size)) if given else None
-            encoded = [_encoded(model, prompt) for prompt in prompts]
-            sound = [one for one in encoded if isinstance(one, Conditioning)]
-            noise = model.noise(seed + begin, wanted.images)
+            found += one_part(model, task, begin)
+        return found
 
-            def measured_of(
-                some: Sequence[Conditioning],
-                noise: Tensor = noise,
-                given: Sequence[bytes] = given,
-                latents: Tensor | None = latents,
-            ) -> list[tuple[Tensor, list[float]]]:
-                magnitudes = torch.zeros(len(some), wanted.images)
-                aligned = torch.zeros(len(some), wanted.images, len(given))
-                for part, predictions in first_predictions(model, some, base, noise, sigma, self.batch_size):
-                    towards = torch.zeros(len(part), 0) if latents is None else alignment(predictions, latents).cpu()
-                    values = zip(part, magnitude(predictions).cpu(), strict=True)
-                    for number, ((prompt, image), value) in enumerate(values):
-                        magnitudes[prompt, image] = value
-                        aligned[prompt, image] = towards[number]
-                return list(zip(magnitudes, aligned.mean(1).tolist(), strict=True))
+    def _measured(self, model: Trained, task: Task, begin: int) -> Iterator[dict[str, Any]]:
+        """25 prompts share a noise, the nulls' others than the captions', so that neither hangs on one noise."""
+        wanted, here = self.wanted, slice(begin, begin + PROMPTS_A_SEED)
+        sigma, base = model.sigmas(wanted.steps)[0], baseline_of(model, wanted)
+        noise = model.noise(_seed(wanted, task, begin), wanted.images)
+        files = task.training[here]
+        latents = model.latents_of(as_trained(files, *model.image_size)) if files else None
+        encoded = [_encoded(model, prompt) for prompt in task.prompts[here]]
+        sound = [(number, one) for number, one in enumerate(encoded) if isinstance(one, Conditioning)]
+        compared = [_encoded(model, prompt) for prompt in task.others]
+        others = [one for one in compared if isinstance(one, Conditioning)]
 
-            measured = iter(one_by_one(measured_of, sound))
-            for place, one in enumerate(encoded):
-                if isinstance(one, str):
-                    yield {"why": one}
-                    continue
-                found = next(measured)
-                if isinstance(found, OutOfMemory):
-                    yield {"why": f"not measured: {found}"}
-                    continue
-                own_magnitudes, alignments = found
-                if task.kind == "captions" and given:  # its own image first, then the others
-                    others = [a for a, data in zip(alignments, given, strict=True) if data != given[place]]
-                    alignments = [alignments[place], *others]
-                yield _value(own_magnitudes, alignments, rounding(noise[0].numel(), sigma))
+        def measured(some: Sequence[tuple[int, Conditioning]]) -> list[tuple[Tensor, float | None]]:
+            conditionings = [one for _, one in some]
+            magnitudes = first_step(model, conditionings, base, noise, sigma, self.batch_size)
+            if latents is None:
+                return [(row, None) for row in magnitudes]
+            own = latents[[number for number, _ in some]]
+            found = recoveries(model, conditionings, others or [base], own, noise, self.batch_size)
+            return list(zip(magnitudes, found.tolist(), strict=True))
+
+        values = iter(one_by_one(measured, sound))
+        for one in encoded:
+            if isinstance(one, str):
+                yield {"why": one}
+                continue
+            found = next(values)
+            if isinstance(found, OutOfMemory):
+                yield {"why": f"not measured: {found}"}
+            else:
+                yield _value(*found, rounding(noise[0].numel(), sigma))
+
+    def _without_guidance(self, model: Trained, task: Task, begin: int) -> Iterator[dict[str, Any]]:
+        """An image of each of 25 prompts, each from a noise of its own."""
+        prompts = task.prompts[begin : begin + PROMPTS_A_SEED]
+        noise = model.noise(_seed(self.wanted, task, begin), len(prompts))
+        sigma = model.sigmas(self.wanted.steps)[0]
+        encoded = [_encoded(model, prompt) for prompt in prompts]
+        sound = [(number, one) for number, one in enumerate(encoded) if isinstance(one, Conditioning)]
+
+        def images(some: Sequence[tuple[int, Conditioning]]) -> list[dict[str, Any]]:
+            found: list[dict[str, Any]] = [{} for _ in some]
+            for part in batches(sharing([one for _, one in some]), 1, self.batch_size):
+                places = [place for place, _ in part]
+                together = stack([some[place][1] for place in places])
+                latents = drawn(model, together, noise[[some[place][0] for place in places]], sigma, self.batch_size)
+                sound_ones = torch.isfinite(latents).flatten(1).all(1).tolist()
+                for place, image, sound_one in zip(places, model.decode(latents), sound_ones, strict=True):
+                    found[place] = _thumbnail(image, task.side) if sound_one else {"why": f"not drawn: {_NOT_FINITE}"}
+            return found
+
+        values = iter(one_by_one(images, sound))
+        for one in encoded:
+            if isinstance(one, str):
+                yield {"why": one}
+                continue
+            found = next(values)
+            yield {"why": f"not drawn: {found}"} if isinstance(found, OutOfMemory) else found
 
     def _images(self, model: Trained, task: Task) -> Iterator[dict[str, Any]]:
         """The images of each prompt as PNG in base64, and the word that brings them about."""
@@ -171,14 +189,18 @@ class Work:
         }
 
 
-def _value(magnitudes: Tensor, alignments: Sequence[float], equal: float) -> dict[str, Any]:
-    """Means over the images: of magnitudes [images], which up to ``equal`` are none, and alignments with each image."""
-    if not bool(torch.isfinite(magnitudes).all()) or not all(map(math.isfinite, alignments)):
+def _seed(wanted: Measurement, task: Task, begin: int) -> int:
+    return wanted.seed + task.first + begin + (SEED_BASE if task.kind in ("nulls", "drawn") else 0)
+
+
+def _value(magnitudes: Tensor, recovery: float | None, equal: float) -> dict[str, Any]:
+    """The mean of magnitudes [images], of which those up to ``equal`` are none, and the recovery of the image."""
+    if not bool(torch.isfinite(magnitudes).all()) or not math.isfinite(recovery or 0.0):
         return {"why": f"not measured: {_NOT_FINITE}"}
     if not bool((magnitudes > equal).all()):
         return {"why": "both predictions are equal: the prompt acts on nothing"}
     found: dict[str, Any] = {"magnitude": float(magnitudes.mean())}
-    return {**found, "alignment": list(alignments)} if alignments else found
+    return found if recovery is None else {**found, "recovery": recovery}
 
 
 def check_values(task: Task, values: Any) -> list[dict[str, Any]]:
@@ -186,27 +208,45 @@ def check_values(task: Task, values: Any) -> list[dict[str, Any]]:
     if not isinstance(values, list) or len(values) != len(task.prompts):
         raise ValueError(f"it holds no list of {len(task.prompts)} values")
     for value in values:
-        if not isinstance(value, dict) or not (_is_drawn(value) if task.kind == "images" else _is_measured(value)):
+        if not isinstance(value, dict) or not _LOOKS[task.kind](value):
             raise ValueError(f"{value!r:.60} is not what is found of a prompt")
     return values
 
 
+def _says_why(value: dict[str, Any]) -> bool:
+    return isinstance(value.get("why"), str) and len(value) == 1
+
+
 def _is_measured(value: dict[str, Any]) -> bool:
     if "why" in value:
-        return isinstance(value["why"], str) and len(value) == 1
-    aligned = value.get("alignment", [0.0])
-    numbers = isinstance(aligned, list) and bool(aligned) and all(is_number(one) for one in aligned)
-    return numbers and is_number(value.get("magnitude")) and value["magnitude"] >= 0
+        return _says_why(value)
+    return is_number(value.get("magnitude")) and value["magnitude"] >= 0 and is_number(value.get("recovery", 0.0))
+
+
+def _is_thumbnail(value: dict[str, Any]) -> bool:
+    return _says_why(value) if "why" in value else _are_files([value.get("image")], b"\xff\xd8")
 
 
 def _is_drawn(value: dict[str, Any]) -> bool:
     images, words = value.get("images"), (value.get("word"), value.get("why"))
-    if not isinstance(images, list) or not all(word is None or isinstance(word, str) for word in words):
-        return False
+    named = all(word is None or isinstance(word, str) for word in words)
+    return named and isinstance(images, list) and _are_files(images, b"\x89PNG")
+
+
+def _are_files(images: Sequence[Any], head: bytes) -> bool:
+    """Whether these are files in base64 that begin so."""
     try:
-        return all(base64.b64decode(image, validate=True)[:4] == b"\x89PNG" for image in images)
+        return all(base64.b64decode(image, validate=True).startswith(head) for image in images)
     except (ValueError, TypeError):
         return False
+
+
+_LOOKS: dict[Kind, Callable[[dict[str, Any]], bool]] = {
+    "nulls": _is_measured,
+    "captions": _is_measured,
+    "drawn": _is_thumbnail,
+    "images": _is_drawn,
+}
 
 
 def _encoded(model: Model, prompt: str) -> Conditioning | str:
@@ -226,12 +266,20 @@ def top_word(model: Model, conditioning: Conditioning, wanted: Measurement, batc
 
 def png(image: Tensor) -> str:
     """A PNG file in base64, of an image [3, H, W] in 0..1."""
-    from PIL import Image
-
     file = io.BytesIO()
-    eights = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    Image.fromarray(eights).save(file, "PNG")
+    _in_eights(image).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def _thumbnail(image: Tensor, side: int) -> dict[str, Any]:
+    """As a reference set keeps its images, so that what is drawn is measured as they are."""
+    return {"image": base64.b64encode(thumbnail(_in_eights(image), side)).decode("ascii")}
+
+
+def _in_eights(image: Tensor) -> Image:
+    from PIL import Image as pillow
+
+    return pillow.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
 
 
 # --------------------------------------------------------------------------------------------- engines

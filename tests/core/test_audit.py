@@ -23,8 +23,8 @@ from hand_made import LinearDenoiser
 from PIL import Image
 from safetensors.torch import save_file
 
+from sd_dejavu.calibration.recombined import recombined
 from sd_dejavu.cli.main import main
-from sd_dejavu.core.denoiser import Predictions
 from sd_dejavu.core.similarity import COPY_THRESHOLD, grey_correlation
 from sd_dejavu.core.statistics import benjamini_hochberg, spread
 from sd_dejavu.demo import bundled, world
@@ -36,11 +36,11 @@ from sd_dejavu.reference.features import Grey
 from sd_dejavu.report.audit_html import AuditPage, render_audit
 from sd_dejavu.report.audit_rows import as_json, notes, sentence
 from sd_dejavu.run.measure import Measurement
-from sd_dejavu.training.alignment import alignment, as_trained, contrast
 from sd_dejavu.training.audit import (
     Audit,
     AuditSettings,
     Entry,
+    Point,
     Row,
     Subject,
     audit,
@@ -51,11 +51,13 @@ from sd_dejavu.training.audit import (
     judged,
     least_named,
     lora_files,
-    of_ordinary,
+    more_needed,
+    ordinary_for,
     sampled,
     suggestion,
 )
 from sd_dejavu.training.ledger import Ledger
+from sd_dejavu.training.recovery import LEVELS, as_trained, drawing_levels, drawn, recoveries, recovery
 from sd_dejavu.training.tasks import Task, Variant, Work, one_process
 
 HERE = Path(__file__).parent
@@ -102,35 +104,85 @@ def test_how_many_must_stand_out_together():
     assert least_named(10, 1000, 0.05) == 1
 
 
-def test_alignment_worked_by_hand():
-    start = torch.zeros(1, 1, 2, 2)
-    latents = torch.tensor([[3.0, 4, 0, 0], [0, 0, 5, 0], [-3, -4, 0, 0], [4, -3, 0, 0]]).reshape(4, 1, 2, 2)
-    moved = torch.tensor([3.0, 4, 0, 0]).reshape(1, 1, 2, 2)
-    found = alignment(Predictions(moved, start, torch.ones(1)), latents)
-    assert found[0].tolist() == pytest.approx([1, 0, -1, 0], abs=1e-6)
-    # From another place: the way to (3, 4, 0, 0) is (2, 4, 0, 0), and (3, 0) is moved: 6 / (3 sqrt(20)).
-    start, moved = torch.tensor([1.0, 0, 0, 0]).reshape(1, 1, 2, 2), torch.tensor([4.0, 0, 0, 0]).reshape(1, 1, 2, 2)
-    assert alignment(Predictions(moved, start, torch.ones(1)), latents[:1]).item() == pytest.approx(6 / (3 * 20**0.5))
+def test_more_ordinary_prompts_are_drawn_where_captions_stand_above_all_and_are_too_few():
+    """Of 60 captions with a smallest p of 1/101, 12 must have it together; see above."""
+    for above, needed in ((0, False), (1, True), (11, True), (12, False)):
+        found = judged([2.0] * above + [0.5] * (60 - above), [1.0] * 100)
+        assert more_needed(found, 100, 0.05) is needed
+    assert not more_needed(judged([None, None], [1.0] * 100), 100, 0.05)
 
 
-def test_contrast_and_gain_worked_by_hand():
-    assert contrast(0.8, [0.1, 0.3]) == pytest.approx(0.6)
-    assert contrast(0.8, []) == 0.8
+def test_the_false_discovery_rate_holds_where_more_are_drawn():
+    """Nothing is memorised, so every audit that names a caption is wrong: as many as the rate, and three deviations."""
+    rng, audits, wrong = np.random.default_rng(5), 1500, 0
+    for _ in range(audits):
+        scores, nulls, count = rng.normal(size=30).tolist(), rng.normal(size=800).tolist(), 100
+        while more_needed(found := judged(scores, nulls[:count]), count, 0.05) and count < 800:
+            count *= 2
+        wrong += any(found.named(0.05))
+    assert wrong <= 0.05 * audits + 3 * (audits * 0.05 * 0.95) ** 0.5
+
+
+def test_recovery_worked_by_hand():
+    found = recovery(torch.tensor([1.0, 0, 4, 8]), torch.tensor([[4.0, 6], [4, 6], [4, 4], [2, 6]]))
+    assert found.tolist() == pytest.approx([1 - 1 / 5, 1, 0, 1 - 8 / 4])
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
+def test_recoveries_of_a_denoiser_worked_by_hand(kind: Any):
+    """The network gives s (1, 1, 1, 1) with the word of strength s, and 0 with an unknown one.
+
+    epsilon: D - z = L (n - s) at level L. flow: the velocity n - z in the place of n, and L / (1 + L) of L. v: with 0,
+    D - z = (z + L n) / (1 + L^2) - z, and with s it lies s L / sqrt(1 + L^2) below that.
+    """
+    model = Scripted(prediction_type=kind)
+    noise = model.noise(3, 2)
+    z = torch.tensor([[1.0, -2.0, 0.5, 0.0], [0.0, 1.0, 1.0, 3.0]]).reshape(2, 1, 2, 2)
+    others = [model.encode("unknown"), model.encode("w1")]
+    found = recoveries(model, [model.encode("w2"), model.encode("w0.5")], others, z, noise)
+    for image, strength, value in zip(z.flatten(1).numpy(), (2.0, 0.5), found.tolist(), strict=True):
+        shares = []
+        for n in noise.flatten(1).numpy():
+            for level in LEVELS:
+                without, moved = {
+                    "epsilon": (level * n, level),
+                    "flow": ((n - image) * level / (1 + level), level / (1 + level)),
+                    "v_prediction": ((image + level * n) / (1 + level**2) - image, level / (1 + level**2) ** 0.5),
+                }[kind]
+                own, unknown, one = (((without - moved * s) ** 2).sum() for s in (strength, 0, 1))
+                shares.append(1 - own / ((unknown + one) / 2))
+        assert value == pytest.approx(np.mean(shares), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "flow"])
+def test_a_model_that_knows_one_image_draws_it(kind: Any):
+    image = torch.tensor([1.0, -2.0, 0.5, 0.0]).reshape(1, 1, 2, 2)
+
+    class Sure(Scripted):
+        def __call__(self, x, sigma, conditioning):
+            return image.expand_as(x)
+
+    model = Sure(prediction_type=kind)
+    latents = drawn(model, model.encode("w1"), model.noise(0, 3), 1.0 if kind == "flow" else 14.6)
+    assert torch.allclose(latents, image.expand(3, -1, -1, -1), atol=1e-5)
+    levels = drawing_levels(14.6, "epsilon")
+    assert levels[0] == pytest.approx(14.6) and levels[-1] == 0 and levels == sorted(levels, reverse=True)
+
+
+def test_gain_worked_by_hand():
     assert gain(0.8, 0.3) == pytest.approx(0.5)
     assert gain(0.8, -0.3) == pytest.approx(0.8)
-
-
-def test_what_counts_of_ordinary_prompts():
-    """Contrasts .4 and -.4 of the first prompt with its two images, .2 and -.2 of the last; images go in turns."""
-    values = [
-        {"magnitude": 2.0, "alignment": [0.5, 0.1]},
-        {"why": "too long"},
-        {"magnitude": 3.0, "alignment": [0.1, -0.1]},
-    ]
-    assert of_ordinary(values, "magnitude") == [2.0, None, 3.0]
-    assert of_ordinary(values, "contrast") == [pytest.approx(0.4), None, pytest.approx(0.2)]
-    assert of_ordinary(values[1:], "gain") == [None, pytest.approx(-0.2)]
     assert gains([0.4, None, -0.2], [0.1, 0.3, -0.5]) == [pytest.approx(0.3), None, -0.2]
+
+
+def test_ordinary_prompts_are_recombined_from_the_captions_where_they_can_be():
+    captions = [caption for caption, _ in world.ordinary_captions(60, seed=3)]
+    entries = [Entry(str(n), caption) for n, caption in enumerate([*captions, " "])]
+    made = ordinary_for(entries, 150, lambda count: ["other"] * count)
+    assert made == recombined(captions, 150) and not set(made) & set(captions)
+    assert ordinary_for(entries[:2], 150, lambda count: ["other"] * count) == ["other"] * 150
+    beside_images = [replace(entry, row=number) for number, entry in enumerate(entries)]
+    assert ordinary_for(beside_images, 150, list) == recombined(captions, 152)  # two more, that images are denoised with
 
 
 # ------------------------------------------------------------------------------------- the training set
@@ -316,13 +368,70 @@ def test_borders_of_the_tasks_do_not_matter(tmp_path: Path):
 
 
 def test_a_task_survives_a_table_row():
-    task = Task("captions", Variant("a.safetensors", 0.5), 25, ("a", "b"), (b"\x00\xff", b"x"), True)
+    task = Task("captions", Variant("a.safetensors", 0.5), 25, ("a", "b"), (b"\x00\xff", b"x"), True, 64, ("c",))
     assert Task.of_row(task.as_row()) == task
 
 
-def test_nulls_of_a_task_share_a_few_images_each_25():
-    task = Task("nulls", Variant(), 0, ("a",) * 60, tuple(bytes([n]) for n in range(12)))
-    assert [task.images_at(begin) for begin in (0, 25, 50)] == [tuple(bytes([n]) for n in r) for r in ([0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11])]  # fmt: skip
+class Remembering(Scripted):
+    """Knows the images of some prompts; of any other, that its pixels lie a fifth around a grey that the prompt tints.
+
+    So D = m + (x - m) / (1 + 25 sigma^2) with the grey m, and with a known prompt D is its image.
+    """
+
+    image_size = (8, 8)
+    latent_shape = (3, 8, 8)
+
+    def __init__(self, images: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self._images, self._prompts = images, list[str]()
+
+    def encode(self, prompt: str):
+        self._prompts.append(prompt)
+        found = super().encode("w1")
+        return replace(found, rows=torch.full_like(found.rows, len(self._prompts) - 1.0), prompt=prompt)
+
+    def __call__(self, x, sigma, conditioning):
+        prompts = [self._prompts[int(row[0, 0])] for row in conditioning.rows.expand(len(x), -1, -1)]
+        return torch.stack([self._denoised(*one) for one in zip(x, sigma, prompts, strict=True)])
+
+    def _denoised(self, x: torch.Tensor, sigma: torch.Tensor, prompt: str) -> torch.Tensor:
+        if prompt in self._images:
+            return self._images[prompt]
+        middle = 0.5 + 0.01 * (len(prompt) + sum(map(ord, prompt)) % 7 if prompt else 0) * torch.tensor([1.0, 0, -1])
+        return middle[:, None, None] + (x - middle[:, None, None]) / (1 + 25 * sigma**2)
+
+    def noise(self, seed, images):
+        return torch.randn((images, *self.latent_shape), generator=torch.Generator().manual_seed(seed))
+
+    def latents_of(self, images):
+        return images
+
+    def images_of(self, latents):
+        return latents
+
+
+def test_images_that_a_model_remembers_are_named_and_its_copies_are_no_ordinary_prompts(tmp_path: Path):
+    """Of 24 images the first six come back whole; ten ordinary prompts out of 140 draw one of them."""
+    rng = torch.Generator().manual_seed(1)
+    images = (
+        torch.rand(24, 1, 2, 2, generator=rng).repeat_interleave(4, 2).repeat_interleave(4, 3).expand(-1, 3, -1, -1)
+    )
+    captions = [f"caption {n}" for n in range(24)]
+    reference = from_images(images, captions, [f"{n:02d}" for n in range(24)], Grey())
+    known = dict(zip(captions[:6], images[:6], strict=True))
+    ordinary = [f"ordinary {n}" for n in range(130)] + [f"copy {n}" for n in range(10)]
+    model, others = Remembering({**known, **dict.fromkeys(ordinary[130:], images[0])}), ["other 1", "other 2"]
+    subject = Subject(entries_of(reference), reference, Grey())
+    work, settings = Work(ONE), AuditSettings(worst=0, partition=25)
+    found = audit(subject, [], [*ordinary, *others], lambda v: model, work, Ledger(tmp_path, {}), settings)
+    assert found.counts == "recovery" and found.nulls == 100  # no more were needed
+    assert [row.flagged for row in found.rows] == [True] * 6 + [False] * 18
+    assert all(row.recovery == pytest.approx(1, abs=0.02) for row in found.rows[:6])  # thumbnails are JPEG files
+    backwards = [*ordinary[::-1], *others]
+    backwards = audit(subject, [], backwards, lambda v: model, work, Ledger(tmp_path / "b", {}), settings)
+    assert backwards.nulls == 90  # of the first 100 ten copy the training set
+    with pytest.raises(ValueError, match=r"of 10 ordinary prompts the model draws 10 as copies .* and 0 are too few"):
+        audit(subject, [], [*ordinary[130:], *others], lambda v: model, work, Ledger(tmp_path / "c", {}), settings)
 
 
 # ----------------------------------------------------------------------------------- stopped and resumed
@@ -397,9 +506,8 @@ def test_an_audit_begun_with_release_0_1_goes_on(tmp_path: Path):
         Ledger(tmp_path, identity(entries[:1], ordinary, AuditSettings(), Measurement(images=2), **host))
 
 
-TASKS = (Task("captions", Variant(), 0, ("a", "b")), Task("images", Variant(), 0, ("a", "b")))
-FOUND = {"captions": {"magnitude": 1.0}, "images": {"images": [], "word": None}}
-PNG = "iVBORw0KGgo="
+PNG, JPEG = "iVBORw0KGgo=", "/9j/4AAQ"
+FOUND = {"captions": {"magnitude": 1.0}, "images": {"images": [], "word": None}, "drawn": {"image": JPEG}}
 
 
 @pytest.mark.parametrize(
@@ -413,18 +521,21 @@ PNG = "iVBORw0KGgo="
         ("captions", {"magnitude": -1.0}),
         ("captions", {"magnitude": 10**400}),
         ("captions", {"magnitude": float("nan")}),
-        ("captions", {"magnitude": 1.0, "alignment": []}),
-        ("captions", {"magnitude": 1.0, "alignment": 0.5}),
-        ("captions", {"magnitude": 1.0, "alignment": [0.5, float("inf")]}),
+        ("captions", {"magnitude": 1.0, "recovery": []}),
+        ("captions", {"magnitude": 1.0, "recovery": None}),
+        ("captions", {"magnitude": 1.0, "recovery": float("-inf")}),
         ("captions", {"why": 3}),
         ("images", {"word": None}),
         ("images", {"images": PNG, "word": None}),
         ("images", {"images": ["not an image"], "word": None}),
         ("images", {"images": [PNG], "word": 3}),
+        ("drawn", {}),
+        ("drawn", {"image": PNG}),
+        ("drawn", {"image": JPEG, "why": "both"}),
     ],
 )
-def test_results_that_cannot_be_true_are_neither_kept_nor_taken(tmp_path: Path, kind: str, second: Any):
-    task = TASKS[kind == "images"]
+def test_results_that_cannot_be_true_are_neither_kept_nor_taken(tmp_path: Path, kind: Any, second: Any):
+    task = Task(kind, Variant(), 0, ("a", "b"))
     ledger = Ledger(tmp_path, {})
     with pytest.raises(ValueError, match="is not what is found of a prompt"):
         ledger.keep(task, [FOUND[kind], second])
@@ -703,8 +814,17 @@ def test_the_finding_in_words():
     assert sentence(found) == (
         "1 of 2 training images is named as memorised; of 2 that were drawn again, 1 came out as a copy"
     )
-    assert any("at least 3 must stand out" in note for note in notes(found))
+    # 2 captions at .05: the smallest p must be .025 at most, 1 / (39 + 1).
+    assert any("at least 3 must stand out" in note and note.endswith("prompts to 39.") for note in notes(found))
     assert any("5%" in note for note in notes(found))
+    strengths = tuple(Point(strength, None, 2, named, 0.1) for strength, named in ((0.25, 0), (0.5, 0), (1.0, 2)))
+    epochs = tuple(Point(1.0, epoch, 2, named, 0.1) for epoch, named in ((2, 0), (4, 1), (6, 2)))
+    told = notes(replace(found, strengths=strengths, epochs=epochs))
+    assert "Of the strengths that were measured, up to a strength of 0.5 none is named." in told
+    assert "Of the saved epochs, epoch 2 is the last of which none is named." in told
+    told = notes(replace(found, strengths=strengths[2:], epochs=epochs[1:]))
+    assert "Of the strengths that were measured, captions are named at every strength." in told
+    assert "Of the saved epochs, captions are named at the first." in told
     quiet = Audit((replace(row, flagged=False, copies=None, drawn=0),), "magnitude", 200, 0.05, 1)
     assert sentence(quiet) == "None of 1 captions is named as memorised"
 

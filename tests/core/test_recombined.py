@@ -30,6 +30,14 @@ def test_every_word_is_a_given_one():
     assert {word for prompt in recombined(CAPTIONS, 300) for word in words(prompt)} <= known
 
 
+def test_no_word_of_one_given_prompt_alone_is_carried_over():
+    """It may be the very word that brings that prompt's image back."""
+    given = [*CAPTIONS, "a photo of the Qorvex", "Zyndral"]
+    alone = {word for word in {w for c in given for w in words(c)} if sum(word in words(c) for c in given) == 1}
+    assert {"qorvex", "zyndral"} <= alone
+    assert not {word for prompt in recombined(given, 300) for word in words(prompt)} & alone
+
+
 def test_no_run_tells_one_given_prompt():
     runs: dict[tuple[str, ...], set[int]] = {}
     given = [caption for caption in CAPTIONS if not re.search(r"[^\w\s]", caption)]

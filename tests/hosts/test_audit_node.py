@@ -137,10 +137,10 @@ def test_what_a_lora_adds_counts(comfy: ComfyServer, training_set: Graph) -> Non
         sorted(rows(comfy.run(with_lora(training_set, **plain), timeout=300)), key=lambda r: r["image"]),
         strict=True,
     ):
-        assert other["base_alignment"] == pytest.approx(row["base_alignment"], abs=1e-5)
-        assert other["alignment"] == pytest.approx(other["base_alignment"], abs=1e-5)
-        assert other["score"] <= 1e-5  # c - max(0, c)
-        assert abs(row["alignment"] - row["base_alignment"]) > 1e-3
+        assert other["base_recovery"] == pytest.approx(row["base_recovery"], abs=1e-5)
+        assert other["recovery"] == pytest.approx(other["base_recovery"], abs=1e-5)
+        assert other["score"] <= 1e-5  # r - max(0, r)
+        assert abs(row["recovery"] - row["base_recovery"]) > 1e-3
 
 
 def test_what_makes_no_sense_is_told(comfy: ComfyServer, training_set: Graph) -> None:

@@ -63,7 +63,7 @@ def test_memorised_captions_come_first_and_are_copied(auditing: WebUIServer) -> 
     finally:
         auditing.set_options(sd_model_checkpoint=before)
     rows = {row["caption"]: row for row in document["rows"]}
-    assert document["counts"] == "contrast" and document["nulls"] == 20 and len(rows) == 6
+    assert document["counts"] == "recovery" and document["nulls"] == 20 and len(rows) == 6
     assert all(1 / 21 <= row["p_value"] <= row["q_value"] <= 1 for row in rows.values())
     memorised, ordinary = ([rows[prompt.text]["score"] for prompt in group] for group in (MEMORISED, ORDINARY))
     assert min(memorised) > max(ordinary)
@@ -79,11 +79,11 @@ def test_what_a_lora_adds_counts(auditing: WebUIServer) -> None:
     assert document["counts"] == "gain" and document["loras"] == [LORA]
     for row in document["rows"]:
         assert abs(row["score"]) > 1e-5
-        assert abs(row["alignment"] - row["base_alignment"]) > 1e-4
+        assert abs(row["recovery"] - row["base_recovery"]) > 1e-4
     weak = audited(auditing, lora=LORA, sample=2, strength=1e-6, worst=0)
     for row, strong in zip(weak["rows"], document["rows"], strict=True):
-        assert row["alignment"] == pytest.approx(row["base_alignment"], abs=1e-5)
-        assert row["base_alignment"] == pytest.approx(strong["base_alignment"], abs=1e-5)
+        assert row["recovery"] == pytest.approx(row["base_recovery"], abs=1e-5)
+        assert row["base_recovery"] == pytest.approx(strong["base_recovery"], abs=1e-5)
     # Nothing of it stays.
     assert (pixels(auditing.txt2img()) == pixels(plain)).all() and errors_of_ours(auditing) == []
 

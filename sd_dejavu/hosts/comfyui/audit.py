@@ -19,11 +19,12 @@ from torch import Tensor
 from ...core.conditioning import Conditioning
 from ...reference.features import Metric
 from ...run.measure import Measurement
-from ...training.audit import Audit, AuditSettings, Subject, audit, entries_of, identity, sampled
+from ...training.audit import Audit, AuditSettings, Subject, audit, entries_of, identity, ordinary_for, sampled
 from ...training.ledger import Ledger
 from ...training.tasks import Task, Trained, Variant, Work, nothing_apart
 from .api import CLIP, VAE, ModelPatcher
-from .model import ComfyModel, fingerprint, ordinary_for, with_model
+from .model import ComfyModel, fingerprint, with_model
+from .model import ordinary_for as prompts_for
 from .reference import HostReferences, image_device
 from .text import as_typed, encode_text
 
@@ -116,7 +117,7 @@ def audit_lora(
     _check(vae, start)
     entries = sampled(entries_of(guard.references), wanted.sample, measurement.seed)
     subject = Subject(entries, guard.references, _Features(guard))
-    ordinary = ordinary_for(trained.patcher, wanted.nulls)
+    ordinary = ordinary_for(entries, wanted.nulls, partial(prompts_for, trained.patcher))
     begun = identity(
         entries,
         ordinary,

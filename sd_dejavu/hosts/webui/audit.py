@@ -27,7 +27,7 @@ from ...kept import file_digest
 from ...report.audit_html import AuditPage, render_audit
 from ...report.audit_rows import as_json, settings_shown, thumbnails_of
 from ...run.measure import Measurement
-from ...training.audit import Audit, AuditSettings, Subject, audit, entries_of, identity, sampled
+from ...training.audit import Audit, AuditSettings, Subject, audit, entries_of, identity, ordinary_for, sampled
 from ...training.ledger import Ledger
 from ...training.tasks import Task, Trained, Variant, Work, nothing_apart, top_word
 from . import references
@@ -127,7 +127,7 @@ def run_audit(
     tag = _tag(what)
     entries = sampled(entries_of(guard.references), asked.wanted.sample, measurement.seed)
     subject = Subject(entries, guard.references, guard.features)
-    ordinary = general_prompts(asked.wanted.nulls)
+    ordinary = ordinary_for(entries, asked.wanted.nulls, general_prompts)
     sd_model = host.chosen_model()
     begun = identity(
         entries,
