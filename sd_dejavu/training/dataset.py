@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..kept import is_finite, write_tensors
 from ..reference.images import ImageError, open_image
-from ..reference.sources import Record, Source
+from ..reference.records import Record, Source
 
 _CHUNK = 8  # images encoded at a time
 
@@ -70,7 +70,7 @@ def latents_of(
         try:
             if record.fault:
                 raise ImageError(record.fault)
-            waiting.append((replace(record, data=b""), _fitted(record.data, size)))
+            waiting.append((replace(record, data=b""), _fitted(record, size)))
         except ImageError as error:
             skipped.append((record.name, str(error)))
         if len(waiting) == _CHUNK:
@@ -110,12 +110,12 @@ def _cached(path: Path, key: str) -> LatentSet | None:
         return None
 
 
-def _fitted(data: bytes, size: tuple[int, int]) -> Tensor:
+def _fitted(record: Record, size: tuple[int, int]) -> Tensor:
     """[3, height, width] in -1..1."""
     from PIL import Image, ImageOps
 
     height, width = size
-    fitted = ImageOps.fit(open_image(data), (width, height), Image.Resampling.LANCZOS)
+    fitted = ImageOps.fit(open_image(record.data, record.upright), (width, height), Image.Resampling.LANCZOS)
     pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8).reshape(height, width, 3)
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
 

@@ -40,7 +40,7 @@ from ..kept import (
 )
 from ..kept.foreign import one_line
 from ..quiet import quiet
-from ..reference.sources import Source
+from ..reference.records import Source
 from .dataset import LatentSet, latents_of
 from .filter import FilterSettings, TrainingFilter
 from .loss import Batch, filtered_loss, stratified_timesteps
