@@ -148,8 +148,8 @@ class FolderSource:
         """Notes on captions that lie beside the one that is read."""
         stem, read = image.name.rpartition(".")[0], file.rpartition(".")[2]
         others = [e for e in CAPTION_ENDINGS if e != read and f"{stem}.{e}" in self.found.others]
-        instead = f", but its .{read} file" if read else ""
-        return [f"the .{ending} file beside it is not read{instead}" for ending in others]
+        instead = f"its caption is that of its .{read} file; " if read else ""
+        return [f"{instead}the .{ending} file beside it is not read" for ending in others]
 
 
 def _covers(part: Part, folder: str) -> bool:

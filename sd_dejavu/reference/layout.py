@@ -121,7 +121,8 @@ def layout_of(found: Found, reading: Reading) -> Layout:
         "diffusers": _diffusers,
         "plain": _plain,
     }[trainer](found, reading)
-    return replace(made, guessed=why)
+    unread = [] if trainer == "diffusers" else caption_lists(found)[:1]
+    return replace(made, guessed=why, how="; ".join([made.how, *(f"{name} is not read" for name in unread)]))
 
 
 def _named(trainer: str) -> Trainer:
@@ -201,7 +202,7 @@ def _kohya(found: Found, reading: Reading) -> Layout:
 
 
 def _onetrainer(found: Found, reading: Reading) -> Layout:
-    return Layout("onetrainer", (Part(endings=("txt",)),), "captions from .txt files, a line each")
+    return Layout("onetrainer", (Part(endings=("txt",)),), "captions from .txt files, each of one line")
 
 
 def _ai_toolkit(found: Found, reading: Reading) -> Layout:

@@ -26,11 +26,11 @@ def in_short(skipped: Iterable[Mapping[str, str]]) -> str:
     """What was left out, by its kind, in the order of the kinds; empty where nothing was.
 
     >>> in_short([{"kind": "mask"}, {"kind": "beside"}, {"kind": "mask"}])
-    'left out: 2 masks, 1 image beside the numbered folders'
+    'Left out: 2 masks, 1 image beside the numbered folders'
     """
     counts = Counter(one.get("kind", "unreadable") for one in skipped)
     told = [f"{counts[kind]:,} {words[counts[kind] > 1]}" for kind, words in _WORDS.items() if counts[kind]]
-    return f"left out: {', '.join(told)}" if told else ""
+    return f"Left out: {', '.join(told)}" if told else ""
 
 
 def notes_in_short(notes: Iterable[Mapping[str, str]]) -> list[str]:

@@ -13,7 +13,7 @@ CALLED: dict[Trainer, str] = {  # 'read as ... reads it'
     "kohya": "kohya's trainer",
     "onetrainer": "OneTrainer",
     "ai-toolkit": "ai-toolkit",
-    "diffusers": "diffusers' training scripts",
+    "diffusers": "a training script of diffusers",
     "plain": "a plain trainer",
 }
 GUESS = "guess"

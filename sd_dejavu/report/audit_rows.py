@@ -6,6 +6,7 @@ import re
 from dataclasses import asdict, fields
 from typing import Any
 
+from ..reference.left_out import in_short
 from ..run.measure import Measurement
 from ..training.audit import Audit, AuditSettings, Row, Subject
 from .wording import misfit, number
@@ -48,6 +49,9 @@ def notes(audit: Audit) -> list[str]:
         told.append(f"{counts}, beyond what it does on the base model.")
     if audit.copy_threshold is None and audit.counts != "magnitude":
         told.append("For these features no similarity is established from which an image is a copy.")
+    told += audit.remarks
+    if audit.skipped:
+        told.append(f"{in_short(audit.skipped)}.")
     unmeasured = sum(row.q_value is None for row in audit.rows)
     if unmeasured:
         told.append(f"{unmeasured:,} could not be measured: their rows say why.")
@@ -104,6 +108,7 @@ def as_json(audit: Audit, model: str, loras: list[str]) -> dict[str, Any]:
         "strengths": [asdict(point) for point in audit.strengths],
         "epochs": [asdict(point) for point in audit.epochs],
         "skipped": list(audit.skipped),
+        "remarks": list(audit.remarks),
         "rows": [row_as_json(row) for row in audit.rows],
     }
 

@@ -445,7 +445,7 @@ class _Run:
             "steps": self.step,
             "trained_parameters": sum(p.numel() for p in self.parameters.values()),
             "filter": self.filter and {**asdict(self.filter.counts), "kept_share": self.filter.counts.kept_share},
-            "skipped": [{"name": name, "reason": why} for name, why in self.samples.skipped],
+            "skipped": [{"name": name, "reason": why, "kind": kind} for name, why, kind in self.samples.skipped],
         }
 
 

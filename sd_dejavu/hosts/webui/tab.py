@@ -83,7 +83,7 @@ def _build(here: Here, sets: Component) -> None:
     with folded("Build a reference set", "refset"):
         gr.HTML("<p>Of your training images, with a caption beside each: fox.png and fox.txt.</p>")
         built = {}
-        for names in (("folder", "name"), ("features", "restart")):
+        for names in (("folder", "name"), ("features", "restart"), ("trainer", "trigger_word"), ("trainer_config",)):
             with gr.Row():
                 for name in names:
                     built[name] = component(options[name], "refset", options[name].choices or ())
