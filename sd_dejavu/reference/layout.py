@@ -131,8 +131,7 @@ def _named(trainer: str) -> Trainer:
 
 def _guess(found: Found) -> tuple[Trainer, str]:
     """(trainer, from what that was guessed); 'plain' where nothing speaks for another."""
-    numbered = sum(bool(re.match(r"\d+_", name)) and "/" in name for name in found.images)
-    if 2 * numbered > len(found.images):
+    if _mostly_numbered(found):
         return "kohya", "its numbered folders"
     if lists := caption_lists(found):
         return "diffusers", lists[0]
@@ -143,6 +142,11 @@ def _guess(found: Found) -> tuple[Trainer, str]:
     if any(re.search(r"\[(?:trigger|name)\]", text) for text in _captions(found)):
         return "ai-toolkit", "[trigger] in its captions"
     return "plain", ""
+
+
+def _mostly_numbered(found: Found) -> bool:
+    """Whether most images lie in folders named like ``10_cat``."""
+    return 2 * sum(bool(re.match(r"\d+_[^/]*/", name)) for name in found.images) > len(found.images)
 
 
 def _captions(found: Found) -> Iterator[str]:
@@ -188,9 +192,10 @@ def usual_ending(found: Found) -> tuple[str, ...]:
 def _kohya(found: Found, reading: Reading) -> Layout:
     ending = usual_ending(found)
     how = f"captions from .{ending[0]} files"
-    if parts := numbered_parts(found, Part(endings=ending)):
+    parts, known = numbered_parts(found, Part(endings=ending)), _kohyas_list(found)
+    if parts and (_mostly_numbered(found) or not known):
         how += ", else the folder's name; repeated as the folders' names say"
-    elif known := _kohyas_list(found):
+    elif known:
         parts, how = [Part(list=read_list(found, known))], f"captions from {known}"
     elif itself := _NUMBERED.fullmatch(found.root.name):
         check_repeats(int(itself[1]), f"the name of the folder {found.root.name}", "rename it")
