@@ -99,7 +99,8 @@ def misfits(metadata: Mapping[str, str], images: Sequence[Shown], total: int) ->
                 f"The LoRA was shown the folder '{folder}' {_times(repeats)} an epoch, and it was read as shown "
                 f"{_times(known.most_common(1)[0][0])}."
             )
-        found += _tags(folder, _dict(frequencies.get(folder)), here)
+        if count == len(here):
+            found += _tags(folder, _dict(frequencies.get(folder)), here)
     found += [
         f"The folder '{name}' was read, and the LoRA was not trained with it." for name in read if name not in trained
     ]
