@@ -87,8 +87,8 @@ class BuildReferenceSet(io.ComfyNode):
         return open_source(path, _reading(others)).identity if path is not None else ""
 
     @classmethod
-    def validate_inputs(cls, folder: str, name: str) -> bool | str:
-        return _fault_of(folder, name) or True
+    def validate_inputs(cls, folder: str, name: str, trainer_config: str = "") -> bool | str:
+        return _fault_of(folder, name, trainer_config) or True
 
     @classmethod
     def execute(
@@ -100,7 +100,7 @@ class BuildReferenceSet(io.ComfyNode):
         clip_vision: ClipVision | None = None,
         **reading: object,
     ) -> io.NodeOutput:
-        path, fault = _input_folder(folder), _fault_of(folder, name)
+        path, fault = _input_folder(folder), _fault_of(folder, name, str(reading.get("trainer_config", "")))
         if path is None or fault:
             raise ValueError(fault)
         networks = host.chosen_features(features, clip_vision, _sscd_files())
@@ -214,25 +214,28 @@ def _input_folder(name: str) -> Path | None:
     return Path(folder_paths.get_input_directory()) / name if name in _input_folders() else None
 
 
-def _fault_of(folder: str, name: str) -> str:
+def _fault_of(folder: str, name: str, trainer_config: str) -> str:
     """What is wrong with the inputs of a build, in a sentence."""
     if _input_folder(folder) is None:
         return f"there is no folder {folder!r} below ComfyUI's input folder: put the images into one there"
     if not re.fullmatch(r"\w([\w .-]*\w)?", name):
         return f"a set cannot be kept as {name!r}: use letters, digits, blanks, dots, '-' and '_'"
+    if trainer_config.strip() and _configuration(trainer_config) is None:
+        return f"there is no configuration {trainer_config!r:.80} below ComfyUI's input folder: put it there"
     return ""
 
 
 def _reading(values: dict[str, object]) -> BuildSettings:
-    """As what the training images are read. Raises ValueError for a configuration that is not below the input folder."""
+    """As what the training images are read."""
     wanted: BuildSettings = sockets.settings_of(BuildSettings, values)
-    if not (name := wanted.trainer_config.strip()):
-        return replace(wanted, trainer_config="")
-    top = Path(folder_paths.get_input_directory())
-    inside = Path(os.path.realpath(top / name)).is_relative_to(os.path.realpath(top))
-    if not inside or not (top / name).is_file():
-        raise ValueError(f"there is no configuration {name!r:.80} below ComfyUI's input folder: put it there")
-    return replace(wanted, trainer_config=str(top / name))
+    return replace(wanted, trainer_config=str(_configuration(wanted.trainer_config) or ""))
+
+
+def _configuration(name: str) -> Path | None:
+    """A trainer's configuration by its name below the input folder; nothing outside of that can be named."""
+    top = os.path.realpath(folder_paths.get_input_directory())
+    path = Path(os.path.realpath(os.path.join(top, name.strip())))
+    return path if name.strip() and path.is_file() and path.is_relative_to(top) else None
 
 
 def _sscd_files() -> dict[str, Path]:

@@ -145,8 +145,10 @@ def _guess(found: Found) -> tuple[Trainer, str]:
 
 
 def _mostly_numbered(found: Found) -> bool:
-    """Whether most images lie in folders named like ``10_cat``."""
-    return 2 * sum(bool(re.match(r"\d+_[^/]*/", name)) for name in found.images) > len(found.images)
+    """Whether most folders' images lie in ones named like ``10_cat``, and no more lie beside them."""
+    numbered = sum(bool(re.match(r"\d+_[^/]*/", name)) for name in found.images)
+    beside = sum("/" not in name for name in found.images)
+    return numbered > len(found.images) - numbered - beside and numbered >= beside
 
 
 def _captions(found: Found) -> Iterator[str]:
