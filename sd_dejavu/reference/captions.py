@@ -20,7 +20,7 @@ from .records import cleaned
 
 KEPT_APART = "|||"  # kohya's usual separator of the tags that stay in place
 _PLACES = re.compile(r"\[(?:trigger|name)\]")
-_CHOICE = re.compile(r"\{([^}]+)\}")
+_LIKE_CHOICE = re.compile(r"\{[^{}|]*\|[^{}]*\}")
 FIRST_LINE = "only the first line of its caption is read, as the trainer does"
 FIRST_VARIANT = (
     "its caption has several lines, of which the trainer draws one: the most frequent one is read, or the first"
@@ -82,9 +82,10 @@ def _kohya(text: str, rules: Rules) -> tuple[str, str]:
     caption = f"{caption} {rules.suffix}" if rules.suffix else caption
     if rules.wildcards:
         note = FIRST_VARIANT if "\n" in caption else ""
-        drawn = _drawn(most_frequent(caption.split("\n")))
-        note, caption = note or (FIRST_CHOICE if _CHOICE.search(caption) else ""), drawn
-    elif rules.assumed and not note and re.search(r"\{[^{}]*\|[^{}]*\}", caption):
+        line = most_frequent(caption.split("\n"))
+        caption = _drawn(line)
+        note = note or (FIRST_CHOICE if _LIKE_CHOICE.search(line) else "")
+    elif rules.assumed and not note and _LIKE_CHOICE.search(caption):
         note = AS_TEXT
     kept_separator = rules.kept_separator or (KEPT_APART if rules.assumed else "")
     if rules.tags_apart or (rules.assumed and kept_separator in caption):
@@ -95,11 +96,20 @@ def _kohya(text: str, rules: Rules) -> tuple[str, str]:
 
 
 def _drawn(caption: str) -> str:
-    """With the most frequent of each ``{a|b}``; doubled braces are braces."""
+    """With the most frequent of each ``{a|b}``; doubled braces are braces.
+
+    >>> _drawn("a {red|blue|blue} {{hat}}")
+    'a blue {hat}'
+    """
     opening, closing = "\ue000", "\ue001"  # of the private use area, which no caption needs
-    caption = caption.replace("{{", opening).replace("}}", closing)
-    caption = _CHOICE.sub(lambda found: most_frequent(found[1].split("|")), caption)
-    return caption.replace(opening, "{").replace(closing, "}")
+    text = caption.replace("{{", opening).replace("}}", closing)
+    found: list[str] = []
+    done = 0
+    while (start := text.find("{", done)) >= 0 and (end := text.find("}", start)) >= 0:
+        drawn = most_frequent(text[start + 1 : end].split("|")) if end > start + 1 else "{}"
+        found += [text[done:start], drawn]
+        done = end + 1
+    return "".join([*found, text[done:]]).replace(opening, "{").replace(closing, "}")
 
 
 def _tags(caption: str, rules: Rules, kept_separator: str) -> str:

@@ -120,7 +120,7 @@ class FolderSource:
             notes = self._unread(image, "")
         if text is None or (part.empty_default and not text.strip()):
             text = part.default
-        caption, note = caption_of(self.layout.trainer, text, part.rules)
+        caption, note = caption_of(self.layout.trainer, check_caption(text), part.rules)
         return caption, (*notes, *([note] if note else []))
 
     def _beside(self, image: _Image, file: str) -> tuple[str, list[str]]:

@@ -21,6 +21,7 @@ from .reading import CALLED, GUESS, Reading, Trainer
 from .records import decoded
 
 Values = Mapping[str, Any]
+_LONGEST = 1000  # characters of one of its texts
 _OFFERED = "give kohya's dataset .toml, ai-toolkit's .yaml or OneTrainer's .json of concepts"
 
 
@@ -297,7 +298,7 @@ def _dicts(value: object) -> Iterator[Values]:
 
 def _text(values: Values, name: str) -> str:
     value = values.get(name)
-    return value[:10_000] if isinstance(value, str) else ""
+    return value[:_LONGEST] if isinstance(value, str) else ""
 
 
 def _flag(values: Values, name: str) -> bool:

@@ -71,7 +71,7 @@ def latents_of(
         try:
             if record.fault:
                 raise ImageError(record.fault)
-            waiting.append((replace(record, data=b""), _fitted(record, size)))
+            waiting.append((replace(record, data=b""), _fitted(record.data, size)))
         except ImageError as error:
             skipped.append((record.name, str(error), record.kind))
         if len(waiting) == _CHUNK:
@@ -111,12 +111,12 @@ def _cached(path: Path, key: str) -> LatentSet | None:
         return None
 
 
-def _fitted(record: Record, size: tuple[int, int]) -> Tensor:
+def _fitted(data: bytes, size: tuple[int, int]) -> Tensor:
     """[3, height, width] in -1..1."""
     from PIL import Image, ImageOps
 
     height, width = size
-    fitted = ImageOps.fit(open_image(record.data, record.upright), (width, height), Image.Resampling.LANCZOS)
+    fitted = ImageOps.fit(open_image(data), (width, height), Image.Resampling.LANCZOS)
     pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8).reshape(height, width, 3)
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
 

@@ -81,7 +81,9 @@ def _build(here: Here, sets: Component) -> None:
     """Building a reference set; ``sets`` is the list that it comes into."""
     options = {known.name: known for known in options_of(references.Building)}
     with folded("Build a reference set", "refset"):
-        gr.HTML("<p>Of your training images, with a caption beside each: fox.png and fox.txt.</p>")
+        gr.HTML(
+            "<p>Of your training images, with their captions as your trainer reads them, or fox.txt beside fox.png.</p>"
+        )
         built = {}
         for names in (("folder", "name"), ("features", "restart"), ("trainer", "trigger_word"), ("trainer_config",)):
             with gr.Row():
