@@ -5,15 +5,19 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from test_reference_build import data, image, write
 
 from sd_dejavu.reference import images as reading_images
 from sd_dejavu.reference.build import BuildSettings, build
+from sd_dejavu.reference.captions import Rules, caption_of, most_frequent
 from sd_dejavu.reference.features import Grey
 from sd_dejavu.reference.images import open_image
 from sd_dejavu.reference.reading import Reading
@@ -575,3 +579,69 @@ def test_a_choice_is_noted_where_the_trainer_draws_it(tmp_path: Path) -> None:
     config = tmp_path / "dataset.toml"
     config.write_text(SUBSET.format(general="enable_wildcard = true", subset=""))
     assert records(folder, trainer_config=str(config))["dog/a.png"].notes == (CHOICE,)
+
+
+# ------------------------------------------------------------------------------------- a second implementation
+
+
+def processed_by_kohya(caption: str, rules: Rules) -> str:
+    """``process_caption`` of sd-scripts line by line, with the most frequent one in place of what it draws at random."""
+    if rules.prefix:
+        caption = rules.prefix + " " + caption
+    if rules.suffix:
+        caption = caption + " " + rules.suffix
+    if rules.wildcards:
+        if "\n" in caption:
+            caption = most_frequent(caption.split("\n"))
+        replacer1, replacer2 = "⦅", "⦆"
+        caption = caption.replace("{{", replacer1).replace("}}", replacer2)
+        caption = re.sub(r"\{([^}]+)\}", lambda match: most_frequent(match.group(1).split("|")), caption)
+        caption = caption.replace(replacer1, "{").replace(replacer2, "}")
+    else:
+        caption = caption.split("\n")[0]
+    if rules.tags_apart:
+        fixed_tokens, flex_tokens, fixed_suffix_tokens = [], [], []
+        if rules.kept_separator and rules.kept_separator in caption:
+            fixed_part, flex_part = caption.split(rules.kept_separator, 1)
+            if rules.kept_separator in flex_part:
+                flex_part, fixed_suffix_part = flex_part.split(rules.kept_separator, 1)
+                fixed_suffix_tokens = [t.strip() for t in fixed_suffix_part.split(rules.separator) if t.strip()]
+            fixed_tokens = [t.strip() for t in fixed_part.split(rules.separator) if t.strip()]
+            flex_tokens = [t.strip() for t in flex_part.split(rules.separator) if t.strip()]
+        else:
+            tokens = [t.strip() for t in caption.strip().split(rules.separator)]
+            flex_tokens = tokens[:]
+            if rules.kept > 0:
+                fixed_tokens, flex_tokens = flex_tokens[: rules.kept], tokens[rules.kept :]
+        if rules.tag_dropout >= 1:
+            flex_tokens = []
+        caption = ", ".join(fixed_tokens + flex_tokens + fixed_suffix_tokens)
+    if rules.second_separator:
+        caption = caption.replace(rules.second_separator, rules.separator)
+    return caption
+
+
+def read_by_kohya(text: str, wildcards: bool) -> str:
+    """``read_caption`` of sd-scripts."""
+    lines = io.StringIO(text).readlines() or [""]
+    return "\n".join([line.strip() for line in lines if line.strip() != ""]) if wildcards else lines[0].strip()
+
+
+@given(
+    text=st.text(st.sampled_from("ab {}|,;\n"), max_size=30),
+    rules=st.builds(
+        Rules,
+        prefix=st.sampled_from(["", "p, q"]),
+        suffix=st.sampled_from(["", "s"]),
+        wildcards=st.booleans(),
+        kept=st.integers(0, 2),
+        kept_separator=st.sampled_from(["", "|"]),
+        second_separator=st.sampled_from(["", ";"]),
+        tags_apart=st.booleans(),
+        tag_dropout=st.sampled_from([0.0, 0.5, 1.0]),
+        assumed=st.just(False),
+    ),
+)
+def test_captions_are_those_of_kohyas_own_lines(text: str, rules: Rules) -> None:
+    expected = processed_by_kohya(read_by_kohya(text, rules.wildcards), rules)
+    assert caption_of("kohya", text, rules)[0] == expected.strip()
