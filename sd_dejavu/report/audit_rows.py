@@ -117,7 +117,8 @@ def as_markdown(audit: Audit) -> str:
     """The finding, then a table of all rows, worst first."""
     head = ["verdict", "image", "caption", audit.counts, "p", "q", "copies", "suggestion"]
     lines = [_line(head), _line(["---"] * len(head)), *(_line(_cells(row)) for row in ranked(audit))]
-    return "\n\n".join([f"{sentence(audit)}.", "\n".join(lines), "\n".join(notes(audit))])
+    told = [_as_text(note) if note in audit.remarks else note for note in notes(audit)]
+    return "\n\n".join([f"{sentence(audit)}.", "\n".join(lines), "\n".join(told)])
 
 
 def thumbnails_of(audit: Audit, subject: Subject) -> dict[str, bytes]:
