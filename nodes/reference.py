@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import folder_paths
@@ -13,13 +14,18 @@ from comfy_api.latest import io
 
 from ..sd_dejavu.hosts.comfyui import reference as host
 from ..sd_dejavu.hosts.comfyui.api import ClipVision
+from ..sd_dejavu.reference.build import BuildSettings
+from ..sd_dejavu.reference.left_out import notes_in_short
+from ..sd_dejavu.reference.reading import Reading
 from ..sd_dejavu.reference.reference_set import files_of
 from ..sd_dejavu.reference.sources import open_source
+from ..sd_dejavu.report.wording import skipped
 from . import sockets
 
 BUNDLED = "the bundled model's training pictures"  # as saved workflows name it
 SSCD_FOLDER, SSCD_ENDINGS = "sscd", (".pt", ".pth", ".torchscript")
-SHOWN = 10  # broken images that the report names
+# Parquet files have their usual columns; the others have inputs of one line.
+NOT_CHOSEN = ("image_column", "caption_column", "trainer_config", "trigger_word")
 
 folder_paths.add_model_folder_path(SSCD_FOLDER, os.path.join(folder_paths.models_dir, SSCD_FOLDER))
 
@@ -36,7 +42,7 @@ class BuildReferenceSet(io.ComfyNode):
                 io.Combo.Input(
                     "folder",
                     options=_input_folders(),
-                    tooltip="A folder below ComfyUI's input folder: images with .txt captions beside them, webdataset tars or Parquet files.",
+                    tooltip="A folder below ComfyUI's input folder: images with their captions as a trainer reads them, webdataset tars or Parquet files.",
                 ),
                 io.String.Input("name", default="my images", tooltip="The name to keep the set under."),
                 io.Combo.Input(
@@ -53,6 +59,21 @@ class BuildReferenceSet(io.ComfyNode):
                 io.ClipVision.Input(
                     "clip_vision", optional=True, tooltip="For features by a CLIP Vision model: from Load CLIP Vision."
                 ),
+                *sockets.inputs_of(Reading, NOT_CHOSEN, optional=True),
+                io.String.Input(
+                    "trainer_config",
+                    display_name="trainer config",
+                    default="",
+                    optional=True,
+                    tooltip="The trainer's own configuration, by its name below ComfyUI's input folder: kohya's dataset .toml, ai-toolkit's .yaml or OneTrainer's .json of concepts. It says folders, repeats and captions.",
+                ),
+                io.String.Input(
+                    "trigger_word",
+                    display_name="trigger word",
+                    default="",
+                    optional=True,
+                    tooltip="What ai-toolkit put in for [trigger] and [name], if no configuration says it.",
+                ),
             ],
             outputs=[
                 sockets.References.Output(display_name="references", tooltip="For Nearest Reference and AMG."),
@@ -63,22 +84,30 @@ class BuildReferenceSet(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, folder: str, **others: object) -> str:
         path = _input_folder(folder)
-        return open_source(path).identity if path is not None else ""
+        return open_source(path, _reading(others)).identity if path is not None else ""
 
     @classmethod
-    def validate_inputs(cls, folder: str, name: str) -> bool | str:
-        return _fault_of(folder, name) or True
+    def validate_inputs(cls, folder: str, name: str, trainer_config: str = "") -> bool | str:
+        return _fault_of(folder, name, trainer_config) or True
 
     @classmethod
     def execute(
-        cls, folder: str, name: str, features: str, restart: bool, clip_vision: ClipVision | None = None
+        cls,
+        folder: str,
+        name: str,
+        features: str,
+        restart: bool,
+        clip_vision: ClipVision | None = None,
+        **reading: object,
     ) -> io.NodeOutput:
-        path, fault = _input_folder(folder), _fault_of(folder, name)
+        path, fault = _input_folder(folder), _fault_of(folder, name, str(reading.get("trainer_config", "")))
         if path is None or fault:
             raise ValueError(fault)
         networks = host.chosen_features(features, clip_vision, _sscd_files())
         try:
-            made = host.build_set(path, sockets.references_folder() / f"{name}.safetensors", networks, restart)
+            made = host.build_set(
+                path, sockets.references_folder() / f"{name}.safetensors", networks, restart, _reading(reading)
+            )
         except ValueError as error:
             raise ValueError(str(error).replace("--restart", "'restart'")) from error
         text = _told(made, name)
@@ -185,13 +214,28 @@ def _input_folder(name: str) -> Path | None:
     return Path(folder_paths.get_input_directory()) / name if name in _input_folders() else None
 
 
-def _fault_of(folder: str, name: str) -> str:
+def _fault_of(folder: str, name: str, trainer_config: str) -> str:
     """What is wrong with the inputs of a build, in a sentence."""
     if _input_folder(folder) is None:
         return f"there is no folder {folder!r} below ComfyUI's input folder: put the images into one there"
     if not re.fullmatch(r"\w([\w .-]*\w)?", name):
         return f"a set cannot be kept as {name!r}: use letters, digits, blanks, dots, '-' and '_'"
+    if trainer_config.strip() and _configuration(trainer_config) is None:
+        return f"there is no configuration {trainer_config!r:.80} below ComfyUI's input folder: put it there"
     return ""
+
+
+def _reading(values: dict[str, object]) -> BuildSettings:
+    """As what the training images are read."""
+    wanted: BuildSettings = sockets.settings_of(BuildSettings, values)
+    return replace(wanted, trainer_config=str(_configuration(wanted.trainer_config) or ""))
+
+
+def _configuration(name: str) -> Path | None:
+    """A trainer's configuration by its name below the input folder; nothing outside of that can be named."""
+    top = os.path.realpath(folder_paths.get_input_directory())
+    path = Path(os.path.realpath(os.path.join(top, name.strip())))
+    return path if name.strip() and path.is_file() and path.is_relative_to(top) else None
 
 
 def _sscd_files() -> dict[str, Path]:
@@ -217,13 +261,8 @@ def _told(made: host.HostReferences, name: str) -> str:
         f"{sum(bool(caption) for caption in references.captions)} with a caption, "
         f"{int(references.duplicates.sum())} shown in an epoch. Features {references.features}. Kept as {name}."
     ]
-    skipped = references.details["skipped"]
-    if skipped:
-        lines.append(f"{len(skipped)} skipped:")
-        lines += [f"{fault['name']}: {fault['reason']}" for fault in skipped[:SHOWN]]
-    if len(skipped) > SHOWN:
-        lines.append(f"and {len(skipped) - SHOWN} more, all listed in {name}.json")
-    return "\n".join(lines)
+    lines += notes_in_short(references.details["notes"])
+    return "\n".join([*lines, *skipped(references.details["skipped"], f"{name}.json")])
 
 
 NODES = [BuildReferenceSet, LoadReferenceSet, NearestReference]

@@ -1,6 +1,6 @@
 """Does this checkpoint or LoRA copy the images it was trained with?
 
---dataset takes what trainers take: a folder of images with .txt captions (also in kohya's layout), webdataset tars,
+--dataset takes what trainers take: a folder of images with captions, read as your trainer reads it, webdataset tars,
 Parquet; or a list of captions alone. --lora takes one file, or the files (or the folder) of all saved epochs.
 DIR gets report.html, audit.json and, where pyarrow is installed, audit.parquet. A stopped audit goes on where it was.
 """

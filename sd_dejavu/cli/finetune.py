@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ..reference.reading import Reading
 from ..reference.sources import open_source
 from ..report.wording import skipped
 from ..training.filter import FilterSettings
@@ -32,11 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="folder of images with .txt captions beside them (kohya's 10_name folders repeat theirs), webdataset "
-        ".tar or .parquet (or a folder of those)",
+        help="folder of images with their captions as a trainer reads them, webdataset .tar or .parquet (or a folder of "
+        "those)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the result, logs and states")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: cpu)")
+    common.add_settings(parser, Reading, "reading the training set")
     common.add_settings(parser, FinetuneSettings, "training")
     common.add_settings(parser, FilterSettings, "filter")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the summary as JSON ('-' prints it)")
@@ -47,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     wanted = common.from_arguments(FinetuneSettings, arguments)
     filtering = common.from_arguments(FilterSettings, arguments)
-    source = open_source(arguments.dataset)
+    source = open_source(arguments.dataset, common.from_arguments(Reading, arguments))
     if ":" in arguments.device:
         raise ValueError(
             f"device must be cpu, cuda or mps, not {arguments.device}: choose one with CUDA_VISIBLE_DEVICES"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..kept.foreign import ROWS, TEXT_BYTES, Unreadable, check_caption, contents, one_line
-from ..reference.sources import column_of, parquet_file
+from ..reference.parquet import column_of, parquet_file
 
 STDIN = "-"
 KNOWN_COLUMNS = ("prompt", "caption", "text", "prompts", "captions", "texts")

@@ -22,6 +22,7 @@ from ..kept.foreign import IMAGE_BYTES, Unreadable, contents
 from ..reference.build import BuildSettings, build, embed, only_writer
 from ..reference.features import KINDS, Features, FeatureSettings, load
 from ..reference.images import ImageError, open_image, to_tensor
+from ..reference.left_out import notes_in_short
 from ..reference.nearest import answer, same_features
 from ..reference.qdrant import QdrantSearch
 from ..reference.reference_set import ReferenceSet, files_of
@@ -39,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     making.add_argument(
         "source",
         metavar="SOURCE",
-        help="folder of images with .txt captions beside them, webdataset .tar or .parquet (or a folder of those); "
-        "'bundled' for the bundled model's training images",
+        help="folder of images with their captions as a trainer reads them, webdataset .tar or .parquet (or a folder of "
+        "those); 'bundled' for the bundled model's training images",
     )
     making.add_argument("out", type=Path, metavar="OUT", help="the set becomes OUT.safetensors and OUT.json")
     common.add_settings(making, FeatureSettings, "features")
@@ -143,6 +144,7 @@ def _summary(made: ReferenceSet, out: Path) -> dict[str, Any]:
         "features": made.features,
         "metric": made.metric,
         "skipped": made.details.get("skipped", []),
+        "notes": made.details.get("notes", []),
     }
 
 
@@ -154,7 +156,9 @@ def _told(summary: dict[str, Any]) -> str:
         f"{summary['with_duplicates']} more than once; "
         + ("near duplicates not counted" if near is None else f"{near} with near duplicates")
         + f" (similarity above {summary['near_threshold']:g})\n"
-        f"features {summary['features']}, {summary['metric']}\nsaved as {summary['refset']}"
+        f"features {summary['features']}, {summary['metric']}\n"
+        + "".join(f"{note}\n" for note in notes_in_short(summary["notes"]))
+        + f"saved as {summary['refset']}"
     )
 
 

@@ -66,6 +66,12 @@ def option(
     return field(default=default, metadata={"option": details})
 
 
+def same(settings: type, name: str) -> Any:
+    """A dataclass field that is declared in another settings class."""
+    declared = next(known for known in fields(settings) if known.name == name)
+    return field(default=declared.default, metadata=declared.metadata)
+
+
 def options_of(settings: type) -> list[Option]:
     """The options of a settings class, in the order declared."""
     found = []

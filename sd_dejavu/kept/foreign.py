@@ -17,6 +17,7 @@ IMAGE_BYTES = 256 << 20  # of one image's file, alone or in an archive
 PIXELS = 64 << 20  # of one image: 67 megapixels, 768 MiB in fp32
 CAPTION_BYTES = 1 << 20  # of one caption's file, alone or in an archive
 CAPTION_CHARACTERS = 100_000
+CONFIG_BYTES = 1 << 20  # of a trainer's configuration
 HEADER_BYTES = 1 << 20  # of what an archive says of one of its files
 ROWS = 10_000_000  # of one Parquet file
 REPEATS = 10_000  # times an epoch shows one image

@@ -19,10 +19,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..core.settings import Checked, option
+from ..core.settings import option
 from ..kept import Resumable, is_finite, locked, write_tensors
 from .features import KINDS, Features, Staged
 from .images import ImageError, digest, open_image, thumbnail, to_tensor
+from .reading import Reading
+from .records import Record, Source
 from .reference_set import (
     CHUNK_ELEMENTS,
     NEIGHBOURHOOD,
@@ -32,7 +34,7 @@ from .reference_set import (
     neighbourhood,
     read_document,
 )
-from .sources import Columns, Record, Source, open_source
+from .sources import open_source
 
 PIECE = 128
 THUMBNAIL_SIDE = 128
@@ -43,7 +45,7 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class BuildSettings(Checked):
+class BuildSettings(Reading):
     """How a reference set is built, apart from its features."""
 
     near_threshold: float | None = option(
@@ -58,9 +60,11 @@ class BuildSettings(Checked):
         50_000, "near duplicates are not counted in larger sets: the work grows with the square", minimum=0
     )
     thumbnail_side: int = option(THUMBNAIL_SIDE, "longest side of the thumbnails in pixels", minimum=16, maximum=1024)
-    ignore_repeats: bool = option(False, "do not read folder names such as 10_cat as 'shown 10 times an epoch'")
-    image_column: str = option("", "Parquet column that holds the images (default: image, jpg, png, ...)")
-    caption_column: str = option("", "Parquet column that holds the captions (default: caption, text, prompt)")
+    ignore_repeats: bool = option(False, "the name of --trainer plain in release 0.1")
+
+    @property
+    def reading(self) -> Reading:
+        return replace(self, trainer="plain") if self.ignore_repeats else self
 
 
 def near_threshold_of(features: Features, wanted: float | None = None) -> float:
@@ -89,8 +93,7 @@ def build(
     finished and of the same source and settings is left as it is. Raises ValueError with a sentence where there is
     another one, another process builds it, or no image is usable.
     """
-    columns = Columns(wanted.image_column or None, wanted.caption_column or None)
-    records = open_source(source, columns, not wanted.ignore_repeats)
+    records = open_source(source, wanted.reading)
     near = near_threshold_of(features, wanted.near_threshold)
     begun = {
         "source": records.identity,
@@ -240,6 +243,7 @@ class _Piece:
     embeddings: Tensor
     thumbnails: Thumbnails
     skipped: list[dict[str, str]]
+    notes: list[dict[str, str]]
 
 
 def _read_piece(path: Path) -> _Piece | None:
@@ -248,7 +252,9 @@ def _read_piece(path: Path) -> _Piece | None:
         with safe_open(path, framework="pt") as file:
             records = json.loads(file.metadata()["records"])
             small = Thumbnails(file.get_tensor("thumbnails"), file.get_tensor("thumbnail_ends"))
-            return _Piece(records["rows"], file.get_tensor("embeddings"), small, records["skipped"])
+            return _Piece(
+                records["rows"], file.get_tensor("embeddings"), small, records["skipped"], records.get("notes", [])
+            )
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
@@ -284,6 +290,7 @@ def _write_piece(
 ) -> None:
     rows: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
+    notes: list[dict[str, str]] = []
     thumbnails: list[bytes] = []
 
     def images() -> Iterator[Tensor]:
@@ -291,10 +298,11 @@ def _write_piece(
             try:
                 if record.fault:
                     raise ImageError(record.fault)
-                image = open_image(record.data)
+                image = open_image(record.data, record.upright)
             except ImageError as error:
-                skipped.append({"name": record.name, "reason": str(error)})
+                skipped.append({"name": record.name, "reason": str(error), "kind": record.kind})
                 continue
+            notes.extend({"name": record.name, "note": note} for note in record.notes)
             rows.append(
                 {"name": record.name, "caption": record.caption, "repeats": record.repeats, "digest": digest(image)}
             )
@@ -304,11 +312,15 @@ def _write_piece(
     embeddings = embed(features, images(), batch_size, device)
     sound = [is_finite(row) for row in embeddings]
     reason = "the feature network gives NaN or infinity for it"
-    skipped += [{"name": row["name"], "reason": reason} for row, good in zip(rows, sound, strict=True) if not good]
+    skipped += [
+        {"name": row["name"], "reason": reason, "kind": "unreadable"}
+        for row, good in zip(rows, sound, strict=True)
+        if not good
+    ]
     places = [place for place, good in enumerate(sound) if good]
     kept = Thumbnails.of([thumbnails[place] for place in places])
     tensors = {"embeddings": embeddings[places], "thumbnails": kept.data, "thumbnail_ends": kept.ends}
-    records_kept = {"rows": [rows[place] for place in places], "skipped": skipped}
+    records_kept = {"rows": [rows[place] for place in places], "skipped": skipped, "notes": notes}
     write_tensors(path, tensors, {"records": json.dumps(records_kept)})
 
 
@@ -318,11 +330,13 @@ def _assembled(work: Path, features: Features, near: float, details: dict[str, A
     embeddings: list[Tensor] = []
     thumbnails: list[bytes] = []
     skipped: list[dict[str, str]] = []
+    notes: list[dict[str, str]] = []
     copies: list[dict[str, str]] = []
     number = 0
     while (piece := _read_piece(_piece_file(work, number))) is not None:
         number += 1
         skipped += piece.skipped
+        notes += piece.notes
         kept = []
         for place, row in enumerate(piece.rows):
             if (first := rows.get(row["digest"])) is not None:
@@ -349,5 +363,5 @@ def _assembled(work: Path, features: Features, near: float, details: dict[str, A
         features.name,
         features.metric,
         near,
-        {**details, "copies": copies, "skipped": skipped},
+        {**details, "copies": copies, "skipped": skipped, "notes": notes},
     )

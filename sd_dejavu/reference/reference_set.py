@@ -365,6 +365,10 @@ def _check_details(found: ReferenceSet) -> None:
     for left in _list(found.details, "skipped"):
         _text(left["name"])
         _text(left["reason"])
+        _text(left.get("kind", ""))
+    for said in _list(found.details, "notes"):
+        _text(said["name"])
+        _text(said["note"])
     for name, kind in (("source", str), ("made_with", dict)):
         if not isinstance(found.details.get(name, kind()), kind):
             raise ValueError(f"{name} is {found.details[name]!r:.40}")

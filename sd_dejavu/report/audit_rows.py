@@ -6,6 +6,7 @@ import re
 from dataclasses import asdict, fields
 from typing import Any
 
+from ..reference.left_out import in_short
 from ..run.measure import Measurement
 from ..training.audit import Audit, AuditSettings, Row, Subject
 from .wording import misfit, number
@@ -51,6 +52,9 @@ def notes(audit: Audit) -> list[str]:
     told += _less(audit)
     if audit.copy_threshold is None and audit.counts != "magnitude":
         told.append("For these features no similarity is established from which an image is a copy.")
+    told += audit.remarks
+    if audit.skipped:
+        told.append(f"{in_short(audit.skipped)}.")
     unmeasured = sum(row.q_value is None for row in audit.rows)
     if unmeasured:
         told.append(f"{unmeasured:,} could not be measured: their rows say why.")
@@ -66,8 +70,12 @@ def _less(audit: Audit) -> list[str]:
         calm = f"up to a strength of {max(below):g} none is named" if below else "captions are named at every strength"
         told.append(f"Of the strengths that were measured, {calm}.")
     if any(point.flagged for point in audit.epochs):
-        before = [point.epoch for point in audit.epochs if point.epoch is not None and point.epoch < (audit.begins or 0)]
-        calm = f"epoch {max(before)} is the last of which none is named" if before else "captions are named at the first"
+        before = [
+            point.epoch for point in audit.epochs if point.epoch is not None and point.epoch < (audit.begins or 0)
+        ]
+        calm = (
+            f"epoch {max(before)} is the last of which none is named" if before else "captions are named at the first"
+        )
         told.append(f"Of the saved epochs, {calm}.")
     return told
 
@@ -122,6 +130,7 @@ def as_json(audit: Audit, model: str, loras: list[str]) -> dict[str, Any]:
         "strengths": [asdict(point) for point in audit.strengths],
         "epochs": [asdict(point) for point in audit.epochs],
         "skipped": list(audit.skipped),
+        "remarks": list(audit.remarks),
         "rows": [row_as_json(row) for row in audit.rows],
     }
 
@@ -130,7 +139,8 @@ def as_markdown(audit: Audit) -> str:
     """The finding, then a table of all rows, worst first."""
     head = ["verdict", "image", "caption", audit.counts, "p", "q", "copies", "suggestion"]
     lines = [_line(head), _line(["---"] * len(head)), *(_line(_cells(row)) for row in ranked(audit))]
-    return "\n\n".join([f"{sentence(audit)}.", "\n".join(lines), "\n".join(notes(audit))])
+    told = [_as_text(note) if note in audit.remarks else note for note in notes(audit)]
+    return "\n\n".join([f"{sentence(audit)}.", "\n".join(lines), "\n".join(told)])
 
 
 def thumbnails_of(audit: Audit, subject: Subject) -> dict[str, bytes]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..calibration.profile import ALPHA_DEFAULT, Ordinary, Profile
 from ..core.verdict import Explanation, Verdict, WordSignificance
 from ..detectors import scores
+from ..reference.left_out import in_short
 from ..run.judge import NOTHING_TO_COMPARE, needed_nulls
 
 if TYPE_CHECKING:
@@ -110,12 +111,11 @@ def misfit(prompts: str = "prompts", advice: str = "calibrate with prompts like 
 
 
 def skipped(images: Sequence[Mapping[str, str]], listed_in: object, most: int = 10) -> list[str]:
-    """Lines on images that could not be used (name and reason of each); none where all could."""
+    """Lines on images that were left out (name and reason of each); none where all were read."""
     if not images:
         return []
     more = [f"  and {len(images) - most} more, all listed in {listed_in}"] if len(images) > most else []
-    count = "1 image" if len(images) == 1 else f"{len(images)} images"
-    return [f"{count} skipped:", *(f"  {one['name']}: {one['reason']}" for one in images[:most]), *more]
+    return [f"{in_short(images)}:", *(f"  {one['name']}: {one['reason']}" for one in images[:most]), *more]
 
 
 def changed(outcome: Outcome) -> str:

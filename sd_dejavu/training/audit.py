@@ -50,6 +50,7 @@ from ..reference.nearest import copy_threshold
 from ..reference.reference_set import NEIGHBOURHOOD, ReferenceSet
 from ..run.measure import Measurement
 from .ledger import Ledger
+from .lora_metadata import remarks
 from .tasks import Engine, Task, Trained, Variant, Work, one_process
 
 Progress = Callable[[str, int, int], None]
@@ -159,6 +160,7 @@ class Audit:
     skipped: tuple[dict[str, str], ...] = ()
     copy_threshold: float | None = None
     misfit: bool = False  # the ordinary prompts are stranger to the model than the captions
+    remarks: tuple[str, ...] = ()  # on the training set: as what it was read, and what of a LoRA's file does not fit it
 
     @property
     def flagged(self) -> tuple[Row, ...]:
@@ -440,6 +442,7 @@ def audit(
         () if subject.reference is None else tuple(subject.reference.details.get("skipped", ())),
         judge.threshold,
         stranger_nulls(*map(_magnitudes, (values[final], nulls.values(final, tasks)))),
+        () if subject.reference is None else remarks(subject.reference, [lora.path for lora in loras]),
     )
 
 

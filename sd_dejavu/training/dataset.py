@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..kept import is_finite, write_tensors
 from ..reference.images import ImageError, open_image
-from ..reference.sources import Record, Source
+from ..reference.left_out import Kind
+from ..reference.records import Record, Source
 
 _CHUNK = 8  # images encoded at a time
 
@@ -23,14 +24,14 @@ _CHUNK = 8  # images encoded at a time
 class LatentSet:
     """``latents`` [N, C, H, W] on the CPU, with the samples' names, captions and times an epoch shows each.
 
-    ``skipped`` holds the name of each record that could not be used, and why.
+    ``skipped`` holds the name of each record that was left out, why, and as what.
     """
 
     latents: Tensor
     names: tuple[str, ...]
     captions: tuple[str, ...]
     repeats: tuple[int, ...]
-    skipped: tuple[tuple[str, str], ...]
+    skipped: tuple[tuple[str, str, Kind], ...]
 
     def epoch(self) -> list[int]:
         """Sample numbers of one epoch, in the source's order."""
@@ -55,7 +56,7 @@ def latents_of(
         return found
     total = source.count()
     kept: list[tuple[Record, Tensor]] = []
-    skipped: list[tuple[str, str]] = []
+    skipped: list[tuple[str, str, Kind]] = []
     waiting: list[tuple[Record, Tensor]] = []
 
     def encode() -> None:
@@ -63,7 +64,7 @@ def latents_of(
             if is_finite(latent):
                 kept.append((record, latent))
             else:
-                skipped.append((record.name, "the autoencoder gives NaN or infinity for it"))
+                skipped.append((record.name, "the autoencoder gives NaN or infinity for it", "unreadable"))
         waiting.clear()
 
     for number, record in enumerate(source.records()):
@@ -72,7 +73,7 @@ def latents_of(
                 raise ImageError(record.fault)
             waiting.append((replace(record, data=b""), _fitted(record.data, size)))
         except ImageError as error:
-            skipped.append((record.name, str(error)))
+            skipped.append((record.name, str(error), record.kind))
         if len(waiting) == _CHUNK:
             encode()
         on_progress(number + 1, total)
@@ -103,7 +104,7 @@ def _cached(path: Path, key: str) -> LatentSet | None:
             if about.get("key") != key:
                 return None
             latents = file.get_tensor("latents")
-        skipped = tuple((name, why) for name, why in about["skipped"])
+        skipped = tuple((name, why, kind) for name, why, kind in about["skipped"])
         return LatentSet(latents, tuple(about["names"]), tuple(about["captions"]), tuple(about["repeats"]), skipped)
     # Not whole: made again.
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):

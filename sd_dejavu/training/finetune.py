@@ -40,7 +40,7 @@ from ..kept import (
 )
 from ..kept.foreign import one_line
 from ..quiet import quiet
-from ..reference.sources import Source
+from ..reference.records import Source
 from .dataset import LatentSet, latents_of
 from .filter import FilterSettings, TrainingFilter
 from .loss import Batch, filtered_loss, stratified_timesteps
@@ -445,7 +445,7 @@ class _Run:
             "steps": self.step,
             "trained_parameters": sum(p.numel() for p in self.parameters.values()),
             "filter": self.filter and {**asdict(self.filter.counts), "kept_share": self.filter.counts.kept_share},
-            "skipped": [{"name": name, "reason": why} for name, why in self.samples.skipped],
+            "skipped": [{"name": name, "reason": why, "kind": kind} for name, why, kind in self.samples.skipped],
         }
 
 

@@ -182,7 +182,9 @@ def test_ordinary_prompts_are_recombined_from_the_captions_where_they_can_be():
     assert made == recombined(captions, 150) and not set(made) & set(captions)
     assert ordinary_for(entries[:2], 150, lambda count: ["other"] * count) == ["other"] * 150
     beside_images = [replace(entry, row=number) for number, entry in enumerate(entries)]
-    assert ordinary_for(beside_images, 150, list) == recombined(captions, 152)  # two more, that images are denoised with
+    assert ordinary_for(beside_images, 150, list) == recombined(
+        captions, 152
+    )  # two more, that images are denoised with
 
 
 # ------------------------------------------------------------------------------------- the training set

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sd_dejavu.hosts.webui.text import as_typed
-from sd_dejavu.report.audit_rows import as_json, as_markdown, ranked, row_as_json
+from sd_dejavu.report.audit_rows import as_json, as_markdown, notes, ranked, row_as_json
 from sd_dejavu.training.audit import BASE, Audit, Row
 from sd_dejavu.training.ledger import Ledger
 from sd_dejavu.training.tasks import Task, Variant
@@ -22,6 +22,17 @@ FOUND = Audit(ROWS, "gain", 99, 0.05, 1)
 
 def test_rows_come_worst_first() -> None:
     assert [row.image for row in ranked(FOUND)] == ["c.png", "b.png", "a.png", "d.png"]
+
+
+def test_what_was_read_and_left_out_is_among_the_notes() -> None:
+    skipped = ({"name": "m.png", "reason": "a mask", "kind": "mask"}, {"name": "x.png", "reason": "broken"})
+    found = replace(FOUND, skipped=skipped, remarks=("Training set: 4 images.", "A folder '[a](b)' was read."))
+    told = notes(found)
+    assert [note for note in told if note in found.remarks] == list(found.remarks)
+    assert "Left out: 1 image that could not be read, 1 mask." in told
+    assert as_json(found, "m", [])["remarks"] == list(found.remarks)
+    assert r"A folder '\[a\](b)' was read." in as_markdown(found)
+    assert not any(note.startswith(("Left out", "Training set")) for note in notes(FOUND))
 
 
 def test_a_caption_makes_no_cells_of_its_own() -> None:

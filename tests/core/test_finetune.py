@@ -250,7 +250,9 @@ def test_an_image_for_which_the_autoencoder_gives_nan_is_skipped(
     monkeypatch.setattr(dataset_of, "_encoded", broken)
     _, summary = trained(models["sd1"], dataset, tmp_path)
     assert summary["samples"] == 5
-    assert summary["skipped"] == [{"name": "1_plain/2.png", "reason": "the autoencoder gives NaN or infinity for it"}]
+    assert summary["skipped"] == [
+        {"name": "1_plain/2.png", "reason": "the autoencoder gives NaN or infinity for it", "kind": "unreadable"}
+    ]
 
 
 def test_an_epoch_without_an_end_is_refused(

@@ -32,12 +32,15 @@ from sd_dejavu.demo.reference import bundled_reference
 from sd_dejavu.kept import files as kept_files
 from sd_dejavu.kept.foreign import CAPTION_CHARACTERS, PIXELS, REPEATS
 from sd_dejavu.reference import build as building
-from sd_dejavu.reference import sources
+from sd_dejavu.reference import parquet
+from sd_dejavu.reference import tar as tars
 from sd_dejavu.reference.build import BuildSettings, build, embed, from_images, near_duplicates
 from sd_dejavu.reference.features import Grey, HostVision, Pixels
-from sd_dejavu.reference.images import ImageError, open_image, to_tensor
+from sd_dejavu.reference.images import ImageError, formats, open_image, to_tensor
+from sd_dejavu.reference.reading import Reading
+from sd_dejavu.reference.records import safe_name
 from sd_dejavu.reference.reference_set import ReferenceSet
-from sd_dejavu.reference.sources import Columns, open_source, safe_name
+from sd_dejavu.reference.sources import open_source
 
 
 def image(seed: int, width: int = 48, height: int = 40) -> Image.Image:
@@ -90,7 +93,8 @@ def test_a_folder_of_images_and_captions(tmp_path: Path) -> None:
     }
     made = build(write(tmp_path / "in", files), tmp_path / "set", Pixels(8))
     assert made.names == ("a/c.jpg", "a/d.e.webp", "b.png", "no caption.bmp")
-    assert made.captions == ("a mill", "caf\ufffd", "a fox", "")
+    assert made.captions == ("a mill", "café", "a fox", "")
+    assert made.details["notes"] == [{"name": "a/d.e.webp", "note": "its caption is not UTF-8: read as Windows-1252"}]
     assert made.duplicates.tolist() == [1, 1, 1, 1]
     expected = Pixels(8)(to_tensor(image(1)))  # PNG keeps the pixels
     assert torch.equal(made.embeddings[2:3], expected)
@@ -109,10 +113,10 @@ def test_thumbnails_are_no_larger_than_asked(tmp_path: Path) -> None:
 
 
 def test_kohyas_folders_say_how_often_an_image_is_shown(tmp_path: Path) -> None:
-    source = write(tmp_path / "in", {"10_cat/a.png": data(1), "10_cat/a.txt": "cat", "3_dog/x/b.png": data(2)})
+    source = write(tmp_path / "in", {"10_cat/a.png": data(1), "10_cat/a.txt": "cat", "3_dog/b.png": data(2)})
     made = build(source, tmp_path / "set", Grey())
-    assert dict(zip(made.names, made.duplicates.tolist(), strict=True)) == {"10_cat/a.png": 10, "3_dog/x/b.png": 3}
-    assert "repeated as their folders' names say" in made.details["source"]
+    assert dict(zip(made.names, made.duplicates.tolist(), strict=True)) == {"10_cat/a.png": 10, "3_dog/b.png": 3}
+    assert "repeated as the folders' names say" in made.details["source"]
     ignored = build(source, tmp_path / "ignored", Grey(), BuildSettings(ignore_repeats=True))
     assert ignored.duplicates.tolist() == [1, 1]
 
@@ -139,7 +143,7 @@ def test_broken_images_are_listed_and_skipped(tmp_path: Path) -> None:
     assert reasons["cut.png"].startswith("broken: ")
     assert reasons["long.png"] == "6000 x 10 pixels: too long and narrow"
     for name in ("empty.jpg", "gif.jpg", "text.png"):
-        assert reasons[name] == "not an image of a known format (JPEG, PNG, WEBP, BMP)"
+        assert reasons[name] == f"not an image of a known format ({', '.join(formats())})"
     assert skipped(ReferenceSet.load(tmp_path / "set")) == reasons
 
 
@@ -326,7 +330,7 @@ def test_what_a_tar_says_of_its_sizes_is_not_believed(tmp_path: Path, size: int,
 def test_a_member_that_is_too_large_is_skipped_and_the_others_are_read(
     tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "IMAGE_BYTES", 30_000)
+    monkeypatch.setattr(tars, "IMAGE_BYTES", 30_000)
     files: dict[str, bytes | str] = {"0.png": data(0), "1.png": b"\0" * 30_001, "2.png": data(2), "2.txt": " " * 2**21}
     files.update(
         {"3.png": data(3), "3.json": json.dumps({"caption": "c" * (CAPTION_CHARACTERS + 1)}), "4.png": data(4)}
@@ -381,9 +385,9 @@ def test_parquet_columns_named_by_the_user(tmp_path: Path) -> None:
     wanted = BuildSettings(image_column="foto", caption_column="alt")
     assert build(tmp_path / "t.parquet", tmp_path / "set", Grey(), wanted).captions == ("an owl",)
     with pytest.raises(ValueError, match=r"no column 'x' among 'foto', 'image', 'alt': name the column"):
-        open_source(tmp_path / "t.parquet", Columns(image="x"))
+        open_source(tmp_path / "t.parquet", Reading(image_column="x"))
     with pytest.raises(ValueError, match=r"no column 'y' among"):
-        open_source(tmp_path / "t.parquet", Columns(caption="y"))
+        open_source(tmp_path / "t.parquet", Reading(caption_column="y"))
 
 
 def test_a_parquet_file_with_a_damaged_group_gives_the_others(tmp_path: Path) -> None:
@@ -402,7 +406,7 @@ def test_a_parquet_file_with_a_damaged_group_gives_the_others(tmp_path: Path) ->
 def test_rows_of_a_parquet_file_that_cannot_be_used_are_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "IMAGE_BYTES", 30_000)
+    monkeypatch.setattr(parquet, "IMAGE_BYTES", 30_000)
     captions = [b"good", b"\xff\xfe", b"c" * (CAPTION_CHARACTERS + 1), b"large", b"last"]
     text = pa.StringArray.from_buffers(
         len(captions),
@@ -429,14 +433,14 @@ def test_a_parquet_file_is_read_row_by_row(tmp_path: Path, monkeypatch: pytest.M
     """One value of a dictionary can stand in every row: together they would fill the memory."""
     pq.write_table(pa.table({"image": [b"x" * 1000] * 50}), tmp_path / "t.parquet")
     sizes: list[int] = []
-    real = sources._values
-    monkeypatch.setattr(sources, "_values", lambda row: (sizes.append(row.num_rows), real(row))[1])
+    real = parquet._values
+    monkeypatch.setattr(parquet, "_values", lambda row: (sizes.append(row.num_rows), real(row))[1])
     assert len(list(open_source(tmp_path / "t.parquet").records())) == 50
     assert sizes == [1] * 50
 
 
 def test_a_parquet_file_of_too_many_rows_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "ROWS", 4)
+    monkeypatch.setattr(parquet, "ROWS", 4)
     pq.write_table(pa.table({"image": [data(1)] * 5}), tmp_path / "t.parquet")
     with pytest.raises(ValueError, match="it says that it holds 5 rows, and at most 4 are read"):
         open_source(tmp_path / "t.parquet")

@@ -56,11 +56,30 @@ def test_what_is_printed(tmp_path: Path, folder: Path, capsys: pytest.CaptureFix
     assert main(["refset", "build", str(folder), out, "--features", "grey"]) == 0
     printed = capsys.readouterr()
     assert "6 different images, 1 with a caption, 7 shown in an epoch" in printed.out
-    assert "broken.png: not an image of a known format" in printed.err
+    assert "Left out: 1 image that could not be read:\n  broken.png: not an image of a known format" in printed.err
     assert main(["refset", "search", out, str(folder / "3.png"), "--count", "1"]) == 0
     printed = capsys.readouterr()
     assert "a copy" in printed.out
     assert "[bold]" in printed.out
+
+
+def test_what_is_printed_of_a_trainers_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files: dict[str, bytes | str] = {f"2_fox/{n}.png": data(n) for n in range(3)}
+    files |= {"2_fox/0.txt": "a fox\nred", "2_fox/1.txt": "a fox\ngrey", "2_fox/0-masklabel.png": data(3)}
+    folder, out = str(write(tmp_path / "images", {**files, "cover.png": data(4)})), str(tmp_path / "set")
+    assert main(["refset", "build", folder, out, "--features", "grey"]) == 0
+    printed = capsys.readouterr()
+    assert "read as kohya's trainer reads it (guessed from its numbered folders)" in printed.out
+    assert "3 different images, 3 with a caption, 6 shown in an epoch" in printed.out
+    assert "2 images: only the first line of its caption is read, as the trainer does\n" in printed.out
+    assert printed.err.startswith(
+        "Left out: 1 mask, 1 image beside the numbered folders:\n  2_fox/0-masklabel.png: a mask"
+    )
+    assert main(["refset", "build", folder, out, "--restart", "--trainer", "plain", "--json"]) == 0
+    (summary,) = answer(capsys)
+    assert (summary["images"], summary["shown_in_an_epoch"]) == (4, 4)
+    assert main(["refset", "build", folder, out, "--trainer-config", str(tmp_path / "none.toml")]) == 2
+    assert "none.toml: cannot be read" in capsys.readouterr().err
 
 
 def test_the_bundled_models_copies_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_reference_build import data, write
 
 from sd_dejavu.calibration import store
 from sd_dejavu.calibration.first_step import PROMPTS_A_SEED
@@ -15,7 +16,7 @@ from sd_dejavu.calibration.profile import Null, Ordinary, Profile, Setting
 from sd_dejavu.core.settings import named, options_of
 from sd_dejavu.hosts.webui.audit import read
 from sd_dejavu.hosts.webui.calibration import Calibrating, Calibration, networks_of
-from sd_dejavu.hosts.webui.references import Building, guard_of
+from sd_dejavu.hosts.webui.references import Building, build_set, guard_of
 from sd_dejavu.hosts.webui.run import Automatic1111
 from sd_dejavu.hosts.webui.work import Telling, calibrated
 from sd_dejavu.run.measure import Measurement
@@ -150,6 +151,28 @@ def test_what_is_told_begins_with_what_it_is_good_for() -> None:
 def test_a_reference_set_that_cannot_be_built_is_told_of(values: dict[str, Any], why: str) -> None:
     with pytest.raises(ValueError, match=why):
         Building(**values)
+
+
+def test_a_reference_set_is_built_as_the_trainer_read_it(tmp_path: Path) -> None:
+    folder = write(tmp_path / "in", {"4_red fox/a.png": data(1), "cover.png": data(2)})
+    wanted = {"folder": str(folder), "name": "foxes"}
+    (tmp_path / "sets").mkdir()
+
+    def told(**more: Any) -> str:
+        return build_set(Building(**wanted, **more), tmp_path / "sets", lambda stage, done, total: None)
+
+    assert told() == (
+        "Ready: 1 different images, 1 with a caption. Kept as foxes. 1 image of a folder, read as kohya's trainer reads it "
+        "(guessed from its numbered folders): captions from .txt files, else the folder's name; repeated as the folders' names "
+        "say. Left out: 1 image beside the numbered folders:   cover.png: kohya's trainer reads the images of numbered folders "
+        "only"
+    )
+    with pytest.raises(ValueError, match=r"^gone\.toml: cannot be read: No such file or directory$"):
+        told(trainer_config=str(folder / "gone.toml"))
+    (tmp_path / "config.json").write_text('{"datasets": [{"subsets": [{"image_dir": "x/4_red fox"}]}]}')
+    with pytest.raises(ValueError, match="made from another source or with other settings"):
+        told(trainer_config=str(tmp_path / "config.json"))
+    assert "read as a plain trainer reads it" in told(trainer="plain", restart=True)
 
 
 def profile(prompts: int) -> Profile:

@@ -234,7 +234,7 @@ def _grey_correlation(one: Image.Image, other: Image.Image) -> float:
 def test_a_set_is_built_loaded_and_finds_the_right_image(server: ComfyServer, training_folder: str) -> None:
     text = server.run(_built(training_folder, "six images"))["references"]["text"][0]
     assert "6 different images, 6 with a caption, 7 shown in an epoch" in text
-    assert "1 skipped" in text and "broken.png: not an image" in text
+    assert "Left out: 1 image that could not be read" in text and "broken.png: not an image" in text
     darker = Image.fromarray((np.asarray(_image(2), float) * 0.8).astype(np.uint8))
     darker.save(server.home / "input" / "darker.png")
     graph = _loaded("six images") | {"image": node("LoadImage", image="darker.png")}
@@ -254,6 +254,29 @@ def test_a_set_is_built_loaded_and_finds_the_right_image(server: ComfyServer, tr
     tiles = [image.crop((left, 16, left + 256, 272)).resize((64, 64), Image.Resampling.BOX) for left in (16, 288)]
     assert _grey_correlation(tiles[0], darker) > 0.999
     assert _grey_correlation(tiles[1], _image(order[0])) > 0.98  # a JPEG
+
+
+def test_a_folder_is_read_as_its_trainer_reads_it(server: ComfyServer, tmp_path: Path) -> None:
+    top = server.home / "input" / "kohya"
+    (top / "4_red fox").mkdir(parents=True)
+    _image(0).save(top / "4_red fox" / "a.png")
+    _image(1).save(top / "cover.png")
+    text = server.run(_built("kohya", "as kohya"))["references"]["text"][0]
+    assert "read as kohya's trainer reads it (guessed from its numbered folders)" in text
+    assert "1 different images, 1 with a caption, 4 shown in an epoch" in text
+    assert "Left out: 1 image beside the numbered folders:\n  cover.png: kohya's trainer" in text
+    made = ReferenceSet.load(server.home / "user" / "dejavu" / "references" / "as kohya")
+    assert made.captions == ("red fox",)
+    text = server.run(_built("kohya", "plainly", trainer="plain"))["references"]["text"][0]
+    assert "2 different images, 0 with a caption, 2 shown in an epoch" in text
+    subset = "[[datasets.subsets]]\nimage_dir = '/train/4_red fox'\nclass_tokens = 'a {blue|red} fox'\n"
+    (top / "dataset.toml").write_text(f"[[datasets]]\nenable_wildcard = true\n{subset}", encoding="utf-8")
+    text = server.run(_built("kohya", "configured", trainer_config="kohya/dataset.toml"))["references"]["text"][0]
+    assert "1 different images, 1 with a caption, 1 shown in an epoch" in text and "as dataset.toml says" in text
+    (tmp_path / "secret.toml").write_text("x")
+    for name in ("gone.toml", str(tmp_path / "secret.toml"), "../input/../user"):
+        with pytest.raises(PromptRejected, match="no configuration"):
+            server.post(_built("kohya", "outside", trainer_config=name))
 
 
 def test_another_image_is_no_copy(server: ComfyServer, training_folder: str) -> None:

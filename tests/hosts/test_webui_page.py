@@ -214,6 +214,15 @@ def test_a_reference_set_is_built_in_the_tab(webui: WebUIServer, tmp_path: Path)
         build(str(source / "gone"), "foxes", "No reference set: there is no folder 'gone'")
         build(str(source), "foxes", "Ready: 3 different images, 3 with a caption. Kept as foxes.")
         assert "broken.png" in built.inner_text()
+        numbered = tmp_path / "numbered"
+        (numbered / "4_fox").mkdir(parents=True)
+        for name in ("4_fox/a.png", "cover.png"):
+            Image.new("RGB", (64, 64), (len(name) * 9, 40, 90)).save(numbered / name)
+        build(str(numbered), "as kohya", "read as kohya's trainer reads it (guessed from its numbered folders)")
+        assert "Left out: 1 image beside the numbered folders" in built.inner_text()
+        page.fill("trainer_config_refset", str(numbered / "gone.toml"))
+        build(str(numbered), "configured", "No reference set: gone.toml: cannot be read: No such file or directory")
+        page.fill("trainer_config_refset", "")
         page.browser.wait_for_function("() => !document.querySelector('.dejavu-progress')", timeout=30_000)
         assert page.browser.locator("#dejavu_references_audit input").first.input_value() == "foxes"
         page.screenshot(artefact(f"{webui.kind.folder}-tab.png", tmp_path))
@@ -232,7 +241,7 @@ def test_a_reference_set_is_built_in_the_tab(webui: WebUIServer, tmp_path: Path)
         assert "torch: " in found.inner_text() and webui.kind.name in found.inner_text()
         assert str(webui.home) not in found.inner_text()
         page.screenshot(artefact(f"{webui.kind.folder}-machine.png", tmp_path))
-    for file in kept.glob("foxes.*"):
+    for file in (*kept.glob("foxes.*"), *kept.glob("as kohya.*")):
         file.unlink()
 
 

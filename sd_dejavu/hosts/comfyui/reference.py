@@ -165,7 +165,9 @@ def image_device() -> torch.device:
 # -------------------------------------------------------------------------------------------- sets
 
 
-def build_set(source: Path, out: Path, networks: HostFeatures, restart: bool) -> HostReferences:
+def build_set(
+    source: Path, out: Path, networks: HostFeatures, restart: bool, reading: BuildSettings = BuildSettings()
+) -> HostReferences:
     """See :func:`sd_dejavu.reference.build.build`: stopped by the host's interruption, it goes on when run again."""
     bar = comfy.utils.ProgressBar(1)
 
@@ -178,7 +180,7 @@ def build_set(source: Path, out: Path, networks: HostFeatures, restart: bool) ->
         source,
         out,
         networks.features,
-        BuildSettings(),
+        reading,
         _made_with(networks.features),
         device=str(image_device()),
         restart=restart,

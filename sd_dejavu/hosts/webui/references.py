@@ -10,12 +10,14 @@ from functools import lru_cache
 from pathlib import Path
 
 from ...core.guidance import GuidanceRule
-from ...core.settings import Checked, option
+from ...core.settings import Checked, option, same
 from ...mitigations import anti_memorization_guidance as amg
 from ...mitigations.guard import Guard
 from ...reference.build import BuildSettings, build
 from ...reference.features import KINDS, FeatureSettings, load
+from ...reference.left_out import notes_in_short
 from ...reference.nearest import same_features
+from ...reference.reading import Reading
 from ...reference.reference_set import ReferenceSet
 from ...report.wording import skipped
 from .guidance import GuidedModel
@@ -29,7 +31,7 @@ HOW_TO_BUILD = "build one of your images and captions in the tab Déjà Vu"
 class Building(Checked):
     """A reference set to build."""
 
-    folder: str = option("", "the folder of the training images, with a .txt of the same name for each caption")
+    folder: str = option("", "the folder of the training images, with their captions as a trainer reads them")
     name: str = option("", "what to keep it as")
     features: str = option(
         "grey",
@@ -39,6 +41,9 @@ class Building(Checked):
         choices=FEATURES,
     )
     restart: bool = option(False, "begin anew, without what is kept under this name")
+    trainer: str = same(Reading, "trainer")
+    trainer_config: str = same(Reading, "trainer_config")
+    trigger_word: str = same(Reading, "trigger_word")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,12 +102,14 @@ def build_set(asked: Building, sets: Path, tell: Callable[[str, int, int], None]
     if not source.is_absolute() or not source.exists():
         raise ValueError(f"there is no folder {source.name!r}: give the whole path of the one with your images")
     chosen = _features(asked.features, sets)
+    reading = BuildSettings(asked.trainer, asked.trainer_config.strip(), asked.trigger_word.strip())
     how = {name: value for name, value in asdict(chosen).items() if name != "weights"}
     out = sets / f"{asked.name}.safetensors"
-    made = build(source, out, load(chosen, "cpu"), BuildSettings(), how, restart=asked.restart, on_progress=tell)
+    made = build(source, out, load(chosen, "cpu"), reading, how, restart=asked.restart, on_progress=tell)
     captions = sum(bool(caption) for caption in made.captions)
     told = f"Ready: {len(made):,} different images, {captions:,} with a caption. Kept as {asked.name}."
-    return " ".join([told, *skipped(made.details["skipped"], f"{asked.name}.json")])
+    read = [f"{made.details['source']}.", *(f"{note}." for note in notes_in_short(made.details["notes"]))]
+    return " ".join([told, *read, *skipped(made.details["skipped"], f"{asked.name}.json")])
 
 
 def _features(name: str, sets: Path) -> FeatureSettings:

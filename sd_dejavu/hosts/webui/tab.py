@@ -83,9 +83,11 @@ def _build(here: Here) -> Callable[[Component], None]:
     """Building a reference set; what is given the audit's list of them, built later, for the new one to come into."""
     options = {known.name: known for known in options_of(references.Building)}
     with folded("Build a reference set", "refset", opened=not references.names(here.references)):
-        gr.HTML("<p>Of your training images, with a caption beside each: fox.png and fox.txt.</p>")
+        gr.HTML(
+            "<p>Of your training images, with their captions as your trainer reads them, or fox.txt beside fox.png.</p>"
+        )
         built = {}
-        for names in (("folder", "name"), ("features", "restart")):
+        for names in (("folder", "name"), ("features", "restart"), ("trainer", "trigger_word"), ("trainer_config",)):
             with gr.Row():
                 for name in names:
                     built[name] = component(options[name], "refset", options[name].choices or ())
