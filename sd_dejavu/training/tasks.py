@@ -152,9 +152,9 @@ class Work:
                 places = [place for place, _ in part]
                 together = stack([some[place][1] for place in places])
                 latents = drawn(model, together, noise[[some[place][0] for place in places]], sigma, self.batch_size)
-                sound_ones = torch.isfinite(latents).flatten(1).all(1).tolist()
-                for place, image, sound_one in zip(places, model.decode(latents), sound_ones, strict=True):
-                    found[place] = _thumbnail(image, task.side) if sound_one else {"why": f"not drawn: {_NOT_FINITE}"}
+                for place, latent, image in zip(places, latents, model.decode(latents), strict=True):
+                    finite = bool(torch.isfinite(latent).all()) and bool(torch.isfinite(image).all())
+                    found[place] = _thumbnail(image, task.side) if finite else {"why": f"not drawn: {_NOT_FINITE}"}
             return found
 
         values = iter(one_by_one(images, sound))

@@ -192,6 +192,10 @@ class TrainedModel(GuidedModel):
         self.host.load_encoders(self.step)
         return super().encode(as_typed(prompt))
 
+    def decode(self, latents: Tensor) -> Tensor:
+        """One by one, as a decoder asks for more memory than the model does."""
+        return torch.cat([self.images_of(latent[None]).detach().clamp(0, 1).cpu() for latent in latents])
+
     def latents_of(self, images: Tensor) -> Tensor:
         return self.host.latents_of(self.step, images)
 
