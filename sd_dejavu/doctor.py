@@ -27,7 +27,7 @@ _PACKAGES = {
     "pillow": "images",
     "diffusers": "reading models",
     "transformers": "reading models",
-    "peft": "LoRAs, and fine-tuning",
+    "peft": "training LoRAs",
     "pyarrow": "lists and training sets in Parquet",
 }
 _OF_COMMANDS = ("diffusers", "transformers", "peft", "pyarrow")  # a host reads its models itself

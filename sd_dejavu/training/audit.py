@@ -34,7 +34,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..calibration.first_step import PROMPTS_A_SEED
@@ -50,6 +49,7 @@ from ..reference.nearest import copy_threshold
 from ..reference.reference_set import NEIGHBOURHOOD, ReferenceSet
 from ..run.measure import Measurement
 from .ledger import Ledger
+from .lora_files import holds_lora
 from .lora_metadata import remarks
 from .tasks import Engine, Task, Trained, Variant, Work, one_process
 
@@ -286,7 +286,7 @@ def lora_files(paths: Sequence[Path]) -> list[LoraFile]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = [file for file in sorted(path.glob("*.safetensors")) if _holds_lora(file)]
+            inside = [file for file in sorted(path.glob("*.safetensors")) if holds_lora(file)]
             if not inside:
                 raise ValueError(
                     f"the folder {path} holds no LoRAs (.safetensors): name the folder with the saved ones"
@@ -294,7 +294,7 @@ def lora_files(paths: Sequence[Path]) -> list[LoraFile]:
             found += inside
         elif not path.is_file():
             raise ValueError(f"there is no LoRA {path}: check the path")
-        elif not _holds_lora(path):
+        elif not holds_lora(path):
             raise ValueError(f"{path} is no LoRA in the .safetensors format: convert it, or name another file")
         else:
             found.append(path)
@@ -308,17 +308,6 @@ def lora_files(paths: Sequence[Path]) -> list[LoraFile]:
         return [LoraFile(path, place) for place, path in enumerate(ordered, 1)]
     following = 2 * numbers[-1] - (numbers[-2] if len(numbers) > 1 else 0)
     return [LoraFile(path, numbered.get(path, following)) for path in ordered]
-
-
-def _holds_lora(path: Path) -> bool:
-    """By the names of its tensors; trainers keep other .safetensors files beside their LoRAs."""
-    if not path.is_file():  # a pipe of that name would be waited for
-        return False
-    try:
-        with safe_open(path, framework="pt") as file:
-            return any("lora" in key for key in file.keys())  # noqa: SIM118
-    except (SafetensorError, OSError):
-        return False
 
 
 # --------------------------------------------------------------------------------------------- the audit

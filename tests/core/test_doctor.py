@@ -28,7 +28,7 @@ def test_a_sound_machine_is_sound() -> None:
 def test_a_missing_package_names_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.util, "find_spec", lambda name: None if name in ("peft", "safetensors") else object())
     assert found("peft") == Finding(
-        "peft", "not installed", None, "for LoRAs, and fine-tuning: pip install 'sd-dejavu[finetune]'"
+        "peft", "not installed", None, "for training LoRAs: pip install 'sd-dejavu[finetune]'"
     )
     assert found("safetensors").works is False and found("safetensors").advice.endswith("pip install safetensors")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import pickle
 import re
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from ...quiet import quiet
 from . import ModelError
 from .adapter import DiffusersModel
 from .families import Family, Shapes, family_of_checkpoint, family_of_pipeline, takes_images
+from .lora import merge
 
 _LIBRARIES = (None, "diffusers", "transformers", "stable_diffusion")  # where a folder's parts may come from
 _INDEX = "model_index.json"
@@ -44,8 +44,8 @@ def load(
 
     ``config`` names a diffusers folder (or hub id) with the configuration files and tokenizer of a single-file
     checkpoint that is none of the sizes this package describes. ``prompt_weights`` reads '(word:1.3)' in prompts. ``lora`` is a .safetensors file
-    in diffusers' or kohya's layout, merged into the weights at ``lora_strength``. Only a hub id given here reaches the
-    network. Raises ModelError with a sentence when the model or the LoRA cannot be found or used.
+    of any kind (:mod:`sd_dejavu.training.lora_files`), merged into the weights at ``lora_strength``; keys of it that fit
+    nothing are told to the log. Only a hub id given here reaches the network. Raises ModelError with a sentence when the model or the LoRA cannot be found or used.
     """
     if dtype not in _DTYPES:
         raise ModelError(f"dtype {dtype!r} is unknown: use one of {', '.join(_DTYPES)}")
@@ -57,7 +57,9 @@ def load(
             pipeline = _load_pipeline(path, name, _DTYPES[dtype], config)
             _refuse_incomplete(pipeline, name)
             if lora is not None:
-                _merge_lora(pipeline, Path(lora), lora_strength, name)
+                family = family_of_pipeline(type(pipeline).__name__, name)
+                encoders = [part for part, _ in family.text_encoders]
+                merge(pipeline, family.network, encoders, Path(lora), lora_strength, name)
             return DiffusersModel(pipeline.to(place), name, prompt_weights)
     except ModelError:
         raise
@@ -92,24 +94,6 @@ def _refuse_incomplete(pipeline: Any, name: str) -> None:
             lacking = [key for key, parameter in module.named_parameters() if parameter.is_meta]
             if lacking:
                 raise ModelError(_incomplete(name, part, lacking))
-
-
-def _merge_lora(pipeline: Any, file: Path, strength: float, name: str) -> None:
-    """Adds a LoRA to the weights of the UNet and the text encoders, which keep their names and shapes."""
-    if file.suffix != ".safetensors":
-        raise ModelError(f"the LoRA {file} is no .safetensors file, the only kind that is read: convert it first")
-    if not file.is_file():
-        raise ModelError(f"there is no LoRA {file}: check the path")
-    if importlib.util.find_spec("peft") is None:
-        raise ModelError("merging a LoRA needs the package peft: pip install 'sd-dejavu[finetune]'")
-    try:  # warnings are of keys that fit no part of the model: told below, if it is all of them
-        pipeline.load_lora_weights(str(file.parent), weight_name=file.name, local_files_only=True)
-    except Exception as error:  # the loaders raise many types; all mean that the file is no LoRA for this model
-        raise ModelError(f"the LoRA {file} cannot be merged into {name}: {one_line(error)}") from error
-    if not pipeline.get_list_adapters():
-        raise ModelError(f"the LoRA {file} holds nothing for {name}: it was made for another kind of model")
-    pipeline.fuse_lora(components=sorted(pipeline.get_list_adapters()), lora_scale=strength, safe_fusing=True)
-    pipeline.unload_lora_weights()
 
 
 def _incomplete(name: str, part: str, lacking: Sequence[str]) -> str:
