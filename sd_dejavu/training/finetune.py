@@ -46,6 +46,7 @@ from .filter import FilterSettings, TrainingFilter
 from .loss import Batch, filtered_loss, stratified_timesteps
 from .tasks import Trained
 
+_KOHYA = {"lora_A": "lora_down", "lora_B": "lora_up"}
 TRAINED_BY_LORA = ("to_q", "to_k", "to_v", "to_out.0")
 _KNOWN_CAPTIONS = 256  # conditionings that are kept
 _STATE, _RESULT = "state-", "result.json"
@@ -411,15 +412,16 @@ class _Run:
                 self._save_lora(self.out / f"lora{ending}.safetensors")
 
     def _save_lora(self, path: Path) -> None:
-        from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
+        """In kohya's names, which every host reads: ComfyUI passes over those that diffusers writes."""
         from peft.utils import get_peft_model_state_dict
 
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.model.pipeline.unet))
-        with replacing(path) as partial:
-            folder = partial.with_suffix(".folder" + PARTIAL)
-            type(self.model.pipeline).save_lora_weights(folder, unet_lora_layers=layers, weight_name=path.name)
-            (folder / path.name).replace(partial)
-            folder.rmdir()
+        tensors: dict[str, torch.Tensor] = {}
+        for key, value in get_peft_model_state_dict(self.model.pipeline.unet).items():
+            module, _, side = key.removesuffix(".weight").rpartition(".")
+            name = f"lora_unet_{module.replace('.', '_')}"
+            tensors[f"{name}.{_KOHYA[side]}.weight"] = value.detach().cpu().contiguous()
+            tensors[f"{name}.alpha"] = torch.tensor(float(self.wanted.rank or 0))
+        write_tensors(path, tensors)
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:

@@ -88,7 +88,9 @@ def test_a_lora_is_the_model_that_was_trained(
     plain.pipeline.load_lora_weights(tmp_path / "lora.safetensors")
     torch.testing.assert_close(prediction(plain), prediction(model))
     assert not torch.allclose(prediction(model), before, atol=1e-4)
-    assert summary["trained_parameters"] == sum(v.numel() for v in load_file(tmp_path / "lora.safetensors").values())
+    saved = load_file(tmp_path / "lora.safetensors")
+    assert all(name.startswith("lora_unet_") for name in saved)  # ComfyUI passes over the names that diffusers writes
+    assert summary["trained_parameters"] == sum(v.numel() for name, v in saved.items() if not name.endswith(".alpha"))
 
 
 def test_a_whole_unet_is_saved_in_diffusers_layout(models: dict[str, Path], dataset: Path, tmp_path: Path) -> None:
@@ -159,7 +161,7 @@ def test_averaged_weights_are_saved_and_training_is_the_same(
     for name, averaged in found["ema", 3].items():
         expected = 0.05 * found["ema", 2][name] + 0.95 * found["plain", 3][name]
         torch.testing.assert_close(averaged, expected)
-        assert not torch.equal(averaged, found["plain", 3][name])
+        assert name.endswith(".alpha") or not torch.equal(averaged, found["plain", 3][name])
 
 
 # ----------------------------------------------------------------------------------- broken off, gone on
