@@ -3,7 +3,7 @@
 Whole models: 40 memorised pairs of the bundled model, and of the second one, on which nothing is tuned, each among 120
 captioned images of its world that it never saw; five seeds, with other unseen images for each. Beside the training
 images, and from the captions alone. LoRAs of the bundled model, trained here: one that overfits eight images shown 200
-times each, among eight more that it never saw, at each saved epoch; one on 48 images of which six are repeated 200
+times each, among eight more that it never saw; one on 48 images of which six are repeated 200
 times; a healthy one on 64 images shown three times each. Then the captions of the first audit are measured by the audit's
 own task, one image each, and some of them by the published procedure of benchmarks/first_step.py (every prompt alone,
 all 50 steps, decoding), side by side in one process.
@@ -128,11 +128,11 @@ def write_set(folder: Path, numbers: range) -> None:
 
 
 def trained(data: Path, out: Path, epochs: int) -> list[LoraFile]:
-    """One LoRA an epoch."""
-    recipe = [*RECIPE, "--epochs", str(epochs), "--save-every", "1"]
+    """A LoRA of every second epoch and of the last."""
+    recipe = [*RECIPE, "--epochs", str(epochs), "--save-every", "2"]
     assert command(["finetune", "--dataset", str(data), "--out", str(out), *recipe]) == 0
-    files = [*sorted(out.glob("lora-epoch-*.safetensors"))[: epochs - 1], out / "lora.safetensors"]
-    return [LoraFile(file, epoch) for epoch, file in enumerate(files, 1)]
+    saved = [LoraFile(out / f"lora-epoch-{epoch:04d}.safetensors", epoch) for epoch in range(2, epochs, 2)]
+    return [*saved, LoraFile(out / "lora.safetensors", epochs)]
 
 
 def copies_of(lora: LoraFile, captions: list[str], images: Tensor) -> int:
@@ -160,7 +160,7 @@ def of_loras(folder: Path) -> list[dict[str, Any]]:
         files = trained(folder / name, folder / f"{name}-lora", epochs)
         captions, pixels = pairs_of(range(audited_images))
         subject = subject_of(as_images(pixels), captions)
-        settings = AuditSettings(worst=0, strength_steps=4)
+        settings = AuditSettings(worst=0, strength_steps=1)
         result = audited(subject, Measurement(images=2, steps=25), settings, Load(), files)
         row = {
             "lora": name,
@@ -178,7 +178,6 @@ def of_loras(folder: Path) -> list[dict[str, Any]]:
                 }
                 for point, file in zip(result.epochs, files, strict=True)
             ],
-            "strengths": [{"strength": point.strength, "named": point.flagged} for point in result.strengths],
         }
         found.append(row)
         print(row, flush=True)

@@ -315,14 +315,13 @@ def auditing() -> str:
             row["lora"],
             f"{row['named']} of {row['shown often']}" if row["shown often"] else "",
             f"{row['others named']} of {row['others']}",
-            ", ".join(f"{point['named']} ({point['copies']})" for point in row["epochs"]),
-            ", ".join(f"{point['strength']:g}: {point['named']}" for point in row["strengths"]),
+            ", ".join(f"{point['epoch']}: {point['named']} ({point['copies']})" for point in row["epochs"]),
         ]
         for row in found["loras"]
     ]
-    lora_head = ["LoRA", "named of those shown often", "of the others", "named at each epoch (copies)", "at strengths"]
+    lora_head = ["LoRA", "named of those shown often", "of the others", "named at an epoch (copies)"]
     return f"""**Audit** at a false discovery rate of {found["false_discovery_rate"]:g}: memorised pairs among images of the same world that the model never
-saw, for five seeds. Nothing was tuned on the second model.
+saw, a seed each. Nothing was tuned on the second model, but its first seed was looked at when the statistic was chosen.
 
 {table(head, lines)}
 
