@@ -73,6 +73,28 @@ function generate(root, tab) {
   root.querySelector(`#${tab}_generate`).click()
 }
 
+/** Lays the map of where the prompt acts over the image that stands in the gallery, or takes it away. */
+function toggleWhere(pressed, container, root, tab) {
+  const section = pressed.closest('.dejavu-image')
+  const figure = section.querySelector('.dejavu-where')
+  figure.hidden = !figure.hidden
+  pressed.setAttribute('aria-pressed', String(!figure.hidden))
+  pressed.textContent = figure.hidden ? 'Show where' : 'Hide where'
+  const source = galleryImage([...container.querySelectorAll('.dejavu-image')], section, root.querySelector(`#${tab}_gallery`))
+  if (source && !figure.querySelector('.dejavu-made')) {
+    figure.querySelector('.dejavu-map').before(make('img', { class: 'dejavu-made', alt: '', src: source }))
+  }
+}
+
+/** The source of the image that a section of the panel is of; null where the gallery shows others, or none. A grid of all
+ * stands before them. */
+export function galleryImage(sections, section, gallery) {
+  const [small, large] = ['.thumbnails img', '.grid-wrap img'].map((images) => [...(gallery?.querySelectorAll(images) ?? [])])
+  const shown = small.length ? small : large
+  const before = shown.length - sections.length
+  return before === 0 || (before === 1 && sections.length > 1) ? shown[before + sections.indexOf(section)].src : null
+}
+
 // ----------------------------------------------------------------------------------------------------- work
 
 let wanted = null // ordinary prompts that the panel's button asks for
@@ -159,6 +181,7 @@ function watch(root) {
     container.addEventListener('click', (event) => {
       const pressed = event.target.closest('button[data-dejavu]')
       if (pressed?.dataset.dejavu === 'generate') generate(root, tab)
+      if (pressed?.dataset.dejavu === 'where') toggleWhere(pressed, container, root, tab)
       if (pressed?.dataset.dejavu === 'calibrate' && !container.classList.contains('dejavu-at-work')) {
         wanted = Number(pressed.dataset.count)
         root.querySelector(`#dejavu_calibrate_run_${tab}`).click()

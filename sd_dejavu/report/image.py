@@ -28,6 +28,9 @@ def png_uri(pixels: Pixels) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 
+_PARTS, _ABOVE_NOISE = 4, 0.2  # a side; of the variance
+
+
 def colours(values: NDArray[Any]) -> NDArray[np.float64]:
     """Numbers in 0..1, any shape [...], as colours [..., 3] in 0..255."""
     return np.stack([np.interp(values, _STOPS, channel) for channel in _COLOURS.T], axis=-1)
@@ -51,6 +54,26 @@ def where_overlay(image: Pixels, squared_difference: Tensor | NDArray[Any], opac
     grey = image.astype(float) @ (0.299, 0.587, 0.114)
     mixed = (1 - opacity) * grey[..., None] + opacity * colours(smooth)
     return np.clip(np.rint(mixed), 0, 255).astype(np.uint8)
+
+
+def tells_parts(values: NDArray[Any]) -> bool:
+    """Whether a map [h, w] tells parts of the image apart, as ComfyUI's page asks before it shows one.
+
+    Of its variance, the share that lies between the sixteen parts of a 4 x 4 grid is far above that of noise, which is one
+    over the cells of a part.
+
+    >>> half = np.repeat([[0.0], [1.0]], 8, axis=0).repeat(16, axis=1)
+    >>> tells_parts(half), tells_parts(np.ones((16, 16))), tells_parts(np.indices((16, 16)).sum(0) % 2)
+    (True, False, False)
+    """
+    height, width = values.shape
+    if height < _PARTS or width < _PARTS or not (whole := float(values.var())):
+        return False
+    rows, columns = (np.arange(side) * _PARTS // side for side in (height, width))
+    parts = (_PARTS * rows[:, None] + columns).ravel()
+    cells = np.bincount(parts)
+    means = np.bincount(parts, values.ravel()) / cells
+    return bool(means.var() / whole > _ABOVE_NOISE + 1 / (values.size / len(cells)))
 
 
 def _numbers(values: Tensor | NDArray[Any]) -> NDArray[np.float64]:

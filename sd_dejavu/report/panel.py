@@ -14,7 +14,7 @@ from ..core.verdict import Verdict
 from ..doctor import Finding, headline
 from ..run.report import Report
 from .chart import loss_sparkline, magnitude_chart
-from .image import colours, png_uri
+from .image import colours, png_uri, tells_parts
 from .templating import macro, rendered
 from .wording import beside_label, changed, facts, label, sentence
 from .words import NO_WORDS, without_word, word_legend, word_spans
@@ -140,9 +140,12 @@ def _chart(report: Report, verdict: Verdict) -> str:
 
 
 def _where(report: Report) -> str:
+    """The map as an image; '' where there is none, or it tells no part of the image from another."""
     try:
         values = report.maps()[0].double().numpy()
     except NotMeasured:
+        return ""
+    if not tells_parts(values):
         return ""
     scaled = (values - values.min()) / (np.ptp(values) or 1)
     return png_uri(np.rint(colours(scaled)).astype(np.uint8))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -156,7 +157,7 @@ def test_the_panel_shows_text_as_text() -> None:
     page = panel([("Image 1", Report.of(found))])
     assert "&lt;b&gt;a&lt;/b&gt;" in page and "<b>" not in page and "<i>" not in page
     assert "Likely a replay" in page and page.count('class="dejavu-word"') == 2 and "<svg" in page
-    assert page.count("data:image/png;base64,") == 1
+    assert "data:image/png;base64," not in page  # the prompt acts alike everywhere
     assert plain_text([("Image 1", Report.of(found))]).startswith("Image 1: Likely a replay")
     assert paragraph("<script>") == "<p>&lt;script&gt;</p>"
     assert framed('<p class="x">', '"t"').endswith('title="&#34;t&#34;" srcdoc="&lt;p class=&#34;x&#34;&gt;"></iframe>')
@@ -171,6 +172,15 @@ def explained(flagged_at: float) -> RunState:
     words = (WordSignificance("a", 0, 1, 2.0, 1.0, 0.1), WordSignificance("fox", 2, 5, 1.0, 0.5, None))
     found.explanation = Explanation("confirmed gradient", words, "norm")
     return found
+
+
+def test_where_the_prompt_acts_is_offered_where_that_tells_parts_of_the_image_apart(monkeypatch: Any) -> None:
+    """Half against half does; a chessboard, whose parts are all alike, does not."""
+    chessboard = torch.arange(64).reshape(8, 8).add(torch.arange(8)[:, None]) % 2
+    for values, offered in ((torch.ones(8, 8).triu(), True), (chessboard, False), (torch.ones(8, 8), False)):
+        monkeypatch.setattr(Report, "maps", lambda self, values=values: values[None].float())
+        page = panel([("Image 1", Report.of(watch("a fox")))])
+        assert ("Show where" in page) is offered and page.count("data:image/png;base64,") == int(offered)
 
 
 def test_words_are_pale_where_nothing_is_flagged() -> None:

@@ -61,6 +61,18 @@ def test_the_panel_below_the_gallery(uncalibrated: WebUIServer, theme: str, tmp_
         assert page.prompt == "a (fox:0.8), in the <b>snow</b>"
         page.word(1, "Restore")
         assert page.prompt == "a red (fox:0.8), in the <b>snow</b>"
+        # Where the prompt acts, over the image that stands in the gallery: both load, one over the other.
+        where = page.browser.locator(f"{PANEL} button[data-dejavu=where]").first
+        where.click()
+        assert where.inner_text() == "Hide where" and where.get_attribute("aria-pressed") == "true"
+        made, acted = (
+            page.browser.locator(f"{PANEL} .dejavu-where img.dejavu-{kind}").first for kind in ("made", "map")
+        )
+        page.browser.wait_for_function("image => image.naturalWidth > 0", arg=made.element_handle())
+        assert made.bounding_box() == acted.bounding_box()
+        page.screenshot(artefact(f"{webui.kind.folder}-where-{theme}.png", tmp_path))
+        where.click()
+        assert not acted.is_visible()
         page.browser.evaluate(f"() => {{ document.querySelector('{PANEL} .dejavu-panel').dataset.old = 'yes' }}")
         page.browser.locator(f"{PANEL} button[data-dejavu=generate]").click()
         page.browser.wait_for_selector(f"{PANEL} .dejavu-panel:not([data-old])", timeout=180_000)

@@ -66,7 +66,8 @@ def _missing(tool: str) -> str | None:
 def test_front_end_passes_vitest(tmp_path: Path) -> None:
     if why := _missing("npm"):
         pytest.skip(why)
-    shutil.copytree(WEB, tmp_path / "web")
+    for needed in (WEB, WEB.parent / "javascript"):
+        shutil.copytree(needed, tmp_path / needed.name)
     folder = shutil.copytree(HERE, tmp_path / "tests" / "web", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=folder, check=True, capture_output=True, timeout=300)
     done = subprocess.run(["npm", "test"], cwd=folder, capture_output=True, text=True, timeout=300)
