@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from webui_page import PANEL, open_webui
@@ -15,8 +16,14 @@ from webui_server import WebUIServer
 from webui_watched import NAME, watched
 
 from sd_dejavu.hosts.webui.controls import OPTIONS
+from sd_dejavu.report.image import png_uri
 
 PROMPT = "a red fox, in the <b>snow</b>"
+_MAP = png_uri((np.eye(8)[..., None] * [250, 160, 10]).astype(np.uint8))
+WHERE = (  # as the panel's template writes it
+    '<button type="button" class="dejavu-button" data-dejavu="where" aria-pressed="false">Show where</button>'
+    f'<figure class="dejavu-where" hidden><div><img class="dejavu-map" alt="" src="{_MAP}"></div></figure>'
+)
 
 
 def artefact(name: str, tmp_path: Path) -> Path:
@@ -61,14 +68,18 @@ def test_the_panel_below_the_gallery(uncalibrated: WebUIServer, theme: str, tmp_
         assert page.prompt == "a (fox:0.8), in the <b>snow</b>"
         page.word(1, "Restore")
         assert page.prompt == "a red (fox:0.8), in the <b>snow</b>"
-        # Where the prompt acts, over the image that stands in the gallery: both load, one over the other.
+        # The map of so little a model tells no part of the image from another, so none is offered. One that does:
+        assert page.browser.locator(f"{PANEL} button[data-dejavu=where]").count() == 0
+        page.browser.locator(f"{PANEL} .dejavu-image").first.evaluate(
+            "(section, html) => section.insertAdjacentHTML('beforeend', html)", WHERE
+        )
         where = page.browser.locator(f"{PANEL} button[data-dejavu=where]").first
         where.click()
         assert where.inner_text() == "Hide where" and where.get_attribute("aria-pressed") == "true"
         made, acted = (
             page.browser.locator(f"{PANEL} .dejavu-where img.dejavu-{kind}").first for kind in ("made", "map")
         )
-        page.browser.wait_for_function("image => image.naturalWidth > 0", arg=made.element_handle())
+        page.browser.wait_for_function("image => image.naturalWidth === 64", arg=made.element_handle())
         assert made.bounding_box() == acted.bounding_box()
         page.screenshot(artefact(f"{webui.kind.folder}-where-{theme}.png", tmp_path))
         where.click()
