@@ -300,6 +300,13 @@ without the prompt costs a third here, not the published tenth. Against a random
 baseline of training, the difference is within the intervals."""
 
 
+_LORAS = {
+    "overfitted": "eight images 200 times each, and eight that it never saw",
+    "repeated": "48 images, of which six 200 times each",
+    "healthy": "64 images three times each",
+}
+
+
 def auditing() -> str:
     found = read("audit")
     speed = found["speed"]
@@ -312,22 +319,20 @@ def auditing() -> str:
     head = ["model", "given", "memorised ones named, a seed each", "unseen ones named"]
     loras = [
         [
-            row["lora"],
+            _LORAS[row["lora"]],
             f"{row['named']} of {row['shown often']}" if row["shown often"] else "",
             f"{row['others named']} of {row['others']}",
             ", ".join(f"{point['epoch']}: {point['named']} ({point['copies']})" for point in row["epochs"]),
         ]
         for row in found["loras"]
     ]
-    lora_head = ["LoRA", "named of those shown often", "of the others", "named at an epoch (copies)"]
+    lora_head = ["shown to the LoRA", "named of those shown often", "of the others", "named at an epoch (copies)"]
     return f"""**Audit** at a false discovery rate of {found["false_discovery_rate"]:g}: memorised pairs among images of the same world that the model never
 saw, a seed each. Nothing was tuned on the second model, but its first seed was looked at when the statistic was chosen.
 
 {table(head, lines)}
 
-LoRAs of the bundled model: one shown eight images 200 times each, audited with eight more that it never saw; one shown six of
-48 images 200 times each; one shown 64 images three times each. Copies are of those shown often (of the first eight, for the
-healthy one), an image each.
+LoRAs of the bundled model. Copies are of those shown often (of the first eight, for the healthy one), an image each.
 
 {table(lora_head, loras)}
 
