@@ -11,11 +11,12 @@ from test_monitor import PROFILE, SETTING, predictions
 
 from sd_dejavu.calibration.profile import Profile
 from sd_dejavu.core.conditioning import Conditioning
-from sd_dejavu.core.settings import Option
+from sd_dejavu.core.settings import Option, options_of
 from sd_dejavu.core.verdict import Explanation, WordSignificance
 from sd_dejavu.doctor import Finding
 from sd_dejavu.hosts.webui import controls
 from sd_dejavu.mitigations import Outcome
+from sd_dejavu.reference.reading import Reading
 from sd_dejavu.report.panel import Offer, findings, framed, panel, paragraph, plain_text
 from sd_dejavu.run.monitoring import Monitoring
 from sd_dejavu.run.report import Report
@@ -122,6 +123,8 @@ def test_the_components_of_options() -> None:
     assert (
         kinds["mitigation"] == kinds["references"] == "dropdown" and kinds["alpha"] == kinds["insertions"] == "slider"
     )
+    building = {known.name: controls.shown_as(known, known.choices) for known in options_of(Reading)}
+    assert building["trainer"] == "dropdown" and building["trainer_config"] == building["trigger_word"] == "text"
     assert controls.shown_as(Option("count", 1, "", int)) == "number"
     assert controls.shown_as(Option("count", 1, "", int, maximum=controls.SLIDER_LIMIT + 1)) == "number"
 

@@ -129,7 +129,7 @@ _LABELS = {  # where the name of an option says too little beside its control
     "false_discovery_rate": "Captions named wrongly",
     "restart": "Begin anew",
 }
-_FREE_TEXT = ("folder", "name")
+_FREE_TEXT = ("folder", "name", "trainer_config", "trigger_word")
 LONGEST_INFO = 120  # characters
 
 
