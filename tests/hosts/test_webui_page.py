@@ -245,7 +245,7 @@ def test_a_reference_set_is_built_in_the_tab(webui: WebUIServer, tmp_path: Path)
         build(str(numbered), "configured", "No reference set: gone.toml: cannot be read: No such file or directory")
         page.fill("trainer_config_refset", "")
         page.browser.wait_for_function("() => !document.querySelector('.dejavu-progress')", timeout=30_000)
-        assert page.browser.locator("#dejavu_references_audit input").first.input_value() == "foxes"
+        assert page.browser.locator("#dejavu_references_audit input").first.input_value() == "as kohya"
         page.screenshot(artefact(f"{webui.kind.folder}-tab.png", tmp_path))
         # It can be chosen in the accordion too, without the page being loaded again.
         page.browser.locator("#tabs > .tab-nav button", has_text="txt2img").first.click()
