@@ -328,7 +328,8 @@ def auditing() -> str:
     ]
     lora_head = ["shown to the LoRA", "named of those shown often", "of the others", "named at an epoch (copies)"]
     return f"""**Audit** at a false discovery rate of {found["false_discovery_rate"]:g}: memorised pairs among images of the same world that the model never
-saw, a seed each. Nothing was tuned on the second model, but its first seed was looked at when the statistic was chosen.
+saw, a seed each. The noise levels were chosen on the bundled model and a LoRA of it; that the statistic parts the second
+model's pairs too had been seen once before.
 
 {table(head, lines)}
 

@@ -107,9 +107,9 @@ class Row:
     """What was found of one training image.
 
     ``magnitude`` is the first step's, L2; ``recovery`` is the share of the training image's denoising error that its
-    caption takes away, and ``base_recovery`` that on the base model. ``score`` is what counts of these. ``q_value`` is the smallest false discovery rate at
-    which it would be named, ``flagged`` whether that is low enough. All of these are None where ``why`` says what kept
-    it from being measured. ``copies`` of ``drawn`` images are copies of this very training image, ``similarity``
+    caption takes away, and ``base_recovery`` that on the base model. ``score`` is what counts of these. ``q_value`` is
+    the smallest false discovery rate at which it would be named, ``flagged`` whether that is low enough. All of these
+    are None where ``why`` says what kept it from being measured. ``copies`` of ``drawn`` images are copies of this very training image, ``similarity``
     is that of the likest; None where none was drawn or no threshold is established. ``word`` brings the images
     about most.
     """
