@@ -17,7 +17,7 @@ _MARKUP = re.compile(r"[\\`*_{}\[\]<>|~&!#@$]|(?<=:)/(?=/)|(?<=www)\.", re.IGNOR
 def sentence(audit: Audit) -> str:
     """The finding in one sentence, without a full stop at the end."""
     named, copied, all_of_them = len(audit.flagged), len(audit.copied), len(audit.rows)
-    what = "captions" if audit.counts == "magnitude" else "training images"
+    what = "captions" if audit.captions_alone else "training images"
     drawn = sum(row.copies is not None for row in audit.rows)
     told = f"{named:,} of {all_of_them:,} {what} {'is' if named == 1 else 'are'} named as memorised"
     if not named:
@@ -42,15 +42,22 @@ def notes(audit: Audit) -> list[str]:
         told.append(
             misfit("captions", "give ordinary prompts of your captions' kind (on the command line: --null-prompts)")
         )
-    if audit.counts == "magnitude":
-        told.append("There were captions only, so nothing could be compared with the training images.")
-    counts = "What counts is how much of a training image's error in denoising its caption takes away (1: all of it)"
+    image = "a training image's"
+    if audit.captions_alone:
+        image = "its"
+        told.append(
+            "There were captions only: what the model draws of each, without guidance, stood in for its training image, "
+            "and nothing could be compared with the training images."
+        )
+        if audit.counts == "gain":
+            told.append("The copies of a LoRA seldom stand out so: name the folder with its training images.")
+    counts = f"What counts is how much of {image} error in denoising its caption takes away (1: all of it)"
     if audit.counts == "recovery":
         told.append(f"{counts}.")
     if audit.counts == "gain":
         told.append(f"{counts}, beyond what it does on the base model.")
     told += _less(audit)
-    if audit.copy_threshold is None and audit.counts != "magnitude":
+    if audit.copy_threshold is None and not audit.captions_alone:
         told.append("For these features no similarity is established from which an image is a copy.")
     told += audit.remarks
     if audit.skipped:

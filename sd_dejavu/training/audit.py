@@ -2,12 +2,13 @@
 
 Where the training images are at hand, each is noised and denoised with its caption and with ordinary prompts
 (:mod:`sd_dejavu.training.recovery`): what counts is how much of the error the caption takes away, and with a LoRA, or
-where the base model of a checkpoint is named, the gain over the base model. A list of captions alone is measured at the
-first step: how far each moves the prediction (the magnitude of Wen et al., ICLR 2024).
+where the base model of a checkpoint is named, the gain over the base model. Where there are captions alone, an image that
+the model draws of each, without guidance, stands in for its training image: of a memorised caption that is the training
+image. How far each caption moves the prediction at the first step (the magnitude of Wen et al., ICLR 2024) is told
+beside.
 
-Captions are compared with ordinary prompts by a split-conformal p-value. Beside training images these are measured on
-images that the model itself draws of them without guidance; those that come out as copies of the training set are left
-out. Over many captions some p-values are small by chance, so they are corrected by Benjamini & Hochberg's procedure: of
+Captions are compared with ordinary prompts by a split-conformal p-value. These are measured on images that the model
+itself draws of them in the same way; those that come out as copies of the training set are left out. Over many captions some p-values are small by chance, so they are corrected by Benjamini & Hochberg's procedure: of
 the captions that are named, in expectation a share of at most ``false_discovery_rate`` is named wrongly. The smallest
 p-value is 1 / (ordinary prompts + 1), so with few of them and many captions a single one cannot be told
 (:attr:`Audit.least_named`): where captions stand above all ordinary prompts, and are too few to be named for that, more
@@ -42,8 +43,8 @@ from ..calibration.recombined import recombined
 from ..core.settings import Checked, by_id, option
 from ..core.statistics import benjamini_hochberg, spread
 from ..kept import digest_of, json_digest
-from ..reference.build import embed
-from ..reference.features import Features
+from ..reference.build import THUMBNAIL_SIDE, embed, from_images
+from ..reference.features import Features, Grey
 from ..reference.images import open_image, to_tensor
 from ..reference.nearest import copy_threshold
 from ..reference.reference_set import NEIGHBOURHOOD, ReferenceSet
@@ -54,7 +55,7 @@ from .lora_metadata import remarks
 from .tasks import Engine, Task, Trained, Variant, Work, one_process
 
 Progress = Callable[[str, int, int], None]
-Counts = Literal["magnitude", "recovery", "gain"]
+Counts = Literal["recovery", "gain"]
 BASE = Variant(base=True)
 _NUMBER = re.compile(r"(\d+)$")  # at the end of a saved LoRA's name
 NEAREST_SHOWN = 5  # near duplicates that are named
@@ -72,7 +73,7 @@ class AuditSettings(Checked):
     )
     nulls: int = option(
         1000,
-        "ordinary prompts to compare with, at most; beside training images 100 are drawn first, more where needed",
+        "ordinary prompts to compare with, at most; 100 are drawn first, more where needed",
         minimum=FEWEST,
         maximum=1_000_000,
     )
@@ -158,6 +159,7 @@ class Audit:
     strengths: tuple[Point, ...] = ()
     epochs: tuple[Point, ...] = ()
     skipped: tuple[dict[str, str], ...] = ()
+    captions_alone: bool = False  # what the model drew of each caption stood in for its training image
     copy_threshold: float | None = None
     misfit: bool = False  # the ordinary prompts are stranger to the model than the captions
     remarks: tuple[str, ...] = ()  # on the training set: as what it was read, and what of a LoRA's file does not fit it
@@ -239,10 +241,10 @@ def sampled(entries: Sequence[Entry], count: int, seed: int) -> list[Entry]:
 
 def ordinary_for(entries: Sequence[Entry], count: int, otherwise: Callable[[int], list[str]]) -> list[str]:
     """Ordinary prompts to compare the captions with: recombined from them, so that they are no stranger to the model,
-    at most ``count``, and two more beside training images; ``otherwise`` gives others where the captions share too few
-    words for 100."""
+    at most ``count``, and two more to denoise each image with; ``otherwise`` gives others where the captions share too
+    few words for 100."""
     captions = [entry.caption for entry in entries if entry.caption.strip()]
-    count += OTHERS if any(entry.row is not None for entry in entries) else 0
+    count += OTHERS
     try:
         return recombined(captions, count, at_least=min(count, FIRST_DRAWN))
     except ValueError:
@@ -255,12 +257,11 @@ def identity(
     """All that what is measured depends on, as plain values for the ledger.
 
     ``host`` says by names what is audited there (checkpoint, LoRAs, autoencoder) and in what way. Release 0.1 measured
-    training images in another way, so those audits are begun anew.
+    in another way, so its audits are begun anew.
     """
-    beside_images = {"counts": "recovery"} if any(entry.row is not None for entry in entries) else {}
     return {
         **host,
-        **beside_images,
+        "counts": "recovery",
         "dataset": digest_of(json.dumps([entry.image, entry.caption]) for entry in entries),
         "ordinary_prompts": json_digest(list(ordinary)),
         "partition": wanted.partition,
@@ -329,11 +330,6 @@ class Subject:
         """The different captions, those of another image apart."""
         return list({(entry.caption, entry.row): entry for entry in reversed(self.entries)}.values())[::-1]
 
-    def images(self, cases: Sequence[Entry]) -> tuple[bytes, ...]:
-        if self.reference is None:
-            return ()
-        return tuple(self.reference.thumbnails[case.row] for case in cases if case.row is not None)
-
 
 def audit(
     subject: Subject,
@@ -349,7 +345,7 @@ def audit(
 ) -> Audit:
     """Audits the subject against ``ordinary`` prompts; what the ledger holds is not done again.
 
-    Beside training images the last two are what each image is denoised with besides its caption.
+    The last two are what each image is denoised with besides its caption.
 
     ``has_base`` says that ``load`` can also give the model that was trained on, as it always can where LoRAs are
     named. Raises ValueError where there is nothing to measure, or to compare with.
@@ -361,29 +357,28 @@ def audit(
         )
     final = Variant(str(loras[-1].path)) if loras else Variant()
     has_base = has_base or bool(loras)
-    counts: Counts = "magnitude" if subject.reference is None else "gain" if has_base else "recovery"
+    counts: Counts = "gain" if has_base else "recovery"
     strengths, epochs = _variants(loras, final, wanted) if loras and wanted.sweep else ({}, {})
     sweep = spread(range(len(cases)), wanted.sweep)
-    swept = [cases[number] for number in sweep]
     finish = partial(_finish, load=load, work=work, ledger=ledger, engine=engine, on_progress=on_progress)
     judge = _Judge(subject)
+    others, ordinary = tuple(ordinary[-OTHERS:]), ordinary[:-OTHERS]
+    pictures = _pictures(subject, final, wanted, others, finish, ledger)
+    swept = pictures.some(sweep)
     asked = [final, BASE] if counts == "gain" else [final]
-    others = tuple(ordinary[-OTHERS:]) if subject.reference is not None else ()
-    ordinary = ordinary[: len(ordinary) - len(others)]
-    tasks_of = partial(_caption_tasks, subject, wanted=wanted, others=others)
-    case_tasks = {v: tasks_of(cases, v) for v in asked}
-    finish([task for v in asked for task in case_tasks[v]], "measuring")
-    values = {v: list(ledger.values(tasks)) for v, tasks in case_tasks.items()}
-    scores = _scores(values[final], values.get(BASE), counts)
+    finish([task for v in asked for task in pictures.tasks(v)], "measuring")
+    values = {v: pictures.values(v) for v in asked}
+    scores = _scores(values[final], values.get(BASE))
 
-    nulls = _Nulls(subject, ordinary, others, wanted, judge, finish, ledger, BASE if counts == "gain" else final)
+    # What a LoRA draws is like its training set, whatever the prompt: only beside pictures that it has not drawn
+    # itself does the base model draw the ordinary prompts.
+    drawn_by = BASE if counts == "gain" and subject.reference is not None else final
+    nulls = _Nulls(ordinary, others, wanted, pictures, finish, ledger, drawn_by)
     first = -(-FIRST_DRAWN // wanted.partition) * wanted.partition  # whole tasks, so that none is done twice
-    count = min(len(ordinary), first) if subject.reference is not None else len(ordinary)
+    count = min(len(ordinary), first)
     while True:
         tasks = nulls.tasks(final, count)
-        null_scores = _scores(
-            nulls.values(final, tasks), nulls.values(BASE, tasks) if counts == "gain" else None, counts
-        )
+        null_scores = _scores(nulls.values(final, tasks), nulls.values(BASE, tasks) if counts == "gain" else None)
         found = judged(scores, _compared_with(null_scores))
         if count == len(ordinary) or not more_needed(found, len(_known(null_scores)), wanted.false_discovery_rate):
             break
@@ -391,18 +386,18 @@ def audit(
 
     def point(variant: Variant, strength: float, epoch: int | None) -> Point:
         """Of the sample alone, also for the variant of which every caption was measured."""
-        own = values.get(variant) or list(ledger.values(tasks_of(swept, variant)))
+        own = values.get(variant) or swept.values(variant)
         chosen = [own[number] for number in sweep] if variant == final else own
         bases = [values[BASE][number] for number in sweep] if counts == "gain" else None
         null_bases = nulls.values(BASE, tasks) if counts == "gain" else None
-        scores = _scores(chosen, bases, counts)
-        there = judged(scores, _compared_with(_scores(nulls.values(variant, tasks), null_bases, counts)))
+        scores = _scores(chosen, bases)
+        there = judged(scores, _compared_with(_scores(nulls.values(variant, tasks), null_bases)))
         named = sum(bool(one) for one in there.named(wanted.false_discovery_rate))
         known = _known(scores)
         return Point(strength, epoch, len(known), named, float(np.median(known)) if known else None)
 
     left = [v for v in dict.fromkeys([*strengths, *epochs]) if v != final]
-    finish([task for v in left for task in tasks_of(swept, v)], "measuring")
+    finish([task for v in left for task in swept.tasks(v)], "measuring")
     points = {v: point(v, strengths.get(v, 1.0), epochs.get(v)) for v in dict.fromkeys([*strengths, *epochs])}
 
     ranked = [(-np.inf if score is None else score) for score in scores]
@@ -429,33 +424,109 @@ def audit(
         tuple(replace(points[v], epoch=None) for v in strengths),
         tuple(points[v] for v in epochs),
         () if subject.reference is None else tuple(subject.reference.details.get("skipped", ())),
+        subject.reference is None,
         judge.threshold,
         stranger_nulls(*map(_magnitudes, (values[final], nulls.values(final, tasks)))),
         () if subject.reference is None else remarks(subject.reference, [lora.path for lora in loras]),
     )
 
 
-class _Nulls:
-    """The ordinary prompts of an audit: beside training images, with an image that the model draws of each.
+@dataclass(frozen=True)
+class _Pictures:
+    """The image that each caption is measured with, a file; None where ``why`` there is none.
 
-    Where a base model is known it draws them, as it has not seen the training set: what an overfitted LoRA draws of
-    any prompt is made of its training images.
+    ``seen`` compares others with all of them.
+    """
+
+    captions: tuple[str, ...]
+    files: tuple[bytes | None, ...]
+    whys: tuple[str, ...]
+    others: tuple[str, ...]
+    partition: int
+    ledger: Ledger
+    seen: _Judge
+
+    @property
+    def side(self) -> int:
+        """Of the longer side in pixels. Raises ValueError where there is no image at all."""
+        for file in self.files:
+            if file is not None:
+                return max(open_image(file).size)
+        raise ValueError(f"none of the captions could be drawn, so there is nothing to measure: {self.whys[0]}")
+
+    def some(self, numbers: Sequence[int]) -> _Pictures:
+        captions, files, whys = (tuple(of[n] for n in numbers) for of in (self.captions, self.files, self.whys))
+        return replace(self, captions=captions, files=files, whys=whys)
+
+    def tasks(self, variant: Variant) -> list[Task]:
+        found = []
+        for first in range(0, len(self.captions), self.partition):
+            here = slice(first, first + self.partition)
+            pairs = [
+                (c, file) for c, file in zip(self.captions[here], self.files[here], strict=True) if file is not None
+            ]
+            if pairs:
+                captions, files = tuple(c for c, _ in pairs), tuple(file for _, file in pairs)
+                found.append(Task("captions", variant, first, captions, files, others=self.others))
+        return found
+
+    def values(self, variant: Variant) -> list[dict[str, Any]]:
+        """What was measured of each caption, or why it was not."""
+        measured = self.ledger.values(self.tasks(variant))
+        pairs = zip(self.files, self.whys, strict=True)
+        return [{"why": why} if file is None else next(measured) for file, why in pairs]
+
+
+def _pictures(
+    subject: Subject,
+    final: Variant,
+    wanted: AuditSettings,
+    others: tuple[str, ...],
+    finish: Callable[[Sequence[Task], str], None],
+    ledger: Ledger,
+) -> _Pictures:
+    """The training images; or where there are captions alone, what the model draws of each without guidance."""
+    cases = subject.cases
+    captions = tuple(case.caption for case in cases)
+    files: tuple[bytes | None, ...]
+    if subject.reference is not None:
+        files = tuple(subject.reference.thumbnails[case.row] for case in cases if case.row is not None)
+        return _Pictures(captions, files, ("",) * len(cases), others, wanted.partition, ledger, _Judge(subject))
+    parts = [(first, captions[first : first + wanted.partition]) for first in range(0, len(cases), wanted.partition)]
+    drawing = [Task("stand-ins", final, first, part, side=THUMBNAIL_SIDE) for first, part in parts]
+    finish(drawing, "drawing the captions")
+    found = list(ledger.values(drawing))
+    files = tuple(base64.b64decode(one["image"]) if "image" in one else None for one in found)
+    whys = tuple(one.get("why", "") for one in found)
+    drawn = [(case, file) for case, file in zip(cases, files, strict=True) if file is not None]
+    seen = Subject([])
+    if drawn:
+        images = torch.cat([to_tensor(open_image(file)) for _, file in drawn])
+        names = [case.image for case, _ in drawn]
+        seen = Subject([], from_images(images, [case.caption for case, _ in drawn], names, Grey()), Grey())
+    return _Pictures(captions, files, whys, others, wanted.partition, ledger, _Judge(seen))
+
+
+class _Nulls:
+    """The ordinary prompts of an audit, with an image of each that ``drawn_by`` draws.
+
+    Beside training images that is the base model where one is known, as it has not seen them: what an overfitted LoRA
+    draws of any prompt is made of its training images.
     """
 
     def __init__(
         self,
-        subject: Subject,
         ordinary: Sequence[str],
         others: tuple[str, ...],
         wanted: AuditSettings,
-        judge: _Judge,
+        pictures: _Pictures,
         finish: Callable[[Sequence[Task], str], None],
         ledger: Ledger,
         drawn_by: Variant,
     ) -> None:
         self._drawn_by, self._others = drawn_by, others
-        self._subject, self._ordinary, self._wanted = subject, ordinary, wanted
-        self._judge, self._finish, self._ledger = judge, finish, ledger
+        self._ordinary, self._wanted, self._pictures = ordinary, wanted, pictures
+        self._finish, self._ledger = finish, ledger
 
     def tasks(self, final: Variant, count: int) -> list[Task]:
         """Of the first ``count``, to be measured on ``final``, without those whose images copy the training set.
@@ -464,11 +535,7 @@ class _Nulls:
         """
         size = self._wanted.partition
         parts = [(first, tuple(self._ordinary[first : min(first + size, count)])) for first in range(0, count, size)]
-        reference = self._subject.reference
-        if reference is None:
-            return [Task("nulls", final, first, part) for first, part in parts]
-        side = max(open_image(bytes(reference.thumbnails[0])).size)
-        drawing = [Task("drawn", self._drawn_by, first, part, side=side) for first, part in parts]
+        drawing = [Task("drawn", self._drawn_by, first, part, side=self._pictures.side) for first, part in parts]
         self._finish(drawing, "drawing ordinary prompts")
         found: list[Task] = []
         copied = 0
@@ -478,7 +545,7 @@ class _Nulls:
                 for prompt, value in zip(task.prompts, self._ledger.values([task]), strict=True)
                 if "image" in value
             ]
-            copies = self._judge.copies([image for _, image in drawn])
+            copies = self._pictures.seen.copies([image for _, image in drawn])
             copied += sum(copies)
             kept = [one for one, copy in zip(drawn, copies, strict=True) if not copy]
             if kept:
@@ -499,11 +566,9 @@ class _Nulls:
         return list(self._ledger.values(own))
 
 
-def _scores(
-    values: Sequence[dict[str, Any]], bases: Sequence[dict[str, Any]] | None, counts: Counts
-) -> list[float | None]:
+def _scores(values: Sequence[dict[str, Any]], bases: Sequence[dict[str, Any]] | None) -> list[float | None]:
     """What counts of each value; None where it, or that of the base model, was not measured."""
-    own = [value.get("magnitude" if counts == "magnitude" else "recovery") for value in values]
+    own = [value.get("recovery") for value in values]
     return own if bases is None else gains(own, [value.get("recovery") for value in bases])
 
 
@@ -545,16 +610,6 @@ def _variants(
     steps = [step / wanted.strength_steps for step in range(1, wanted.strength_steps)]
     strengths = {**{Variant(final.lora, strength): strength for strength in steps}, final: 1.0}
     return strengths, {Variant(str(lora.path)): lora.epoch for lora in loras} if len(loras) > 1 else {}
-
-
-def _caption_tasks(
-    subject: Subject, cases: Sequence[Entry], variant: Variant, wanted: AuditSettings, others: tuple[str, ...]
-) -> list[Task]:
-    parts = [(first, cases[first : first + wanted.partition]) for first in range(0, len(cases), wanted.partition)]
-    return [
-        Task("captions", variant, first, tuple(c.caption for c in part), subject.images(part), others=others)
-        for first, part in parts
-    ]
 
 
 def _finish(

@@ -32,7 +32,7 @@ from .recovery import as_trained, drawn, recoveries
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Kind = Literal["nulls", "captions", "drawn", "images"]
+Kind = Literal["nulls", "captions", "drawn", "stand-ins", "images"]
 _NOT_FINITE = "the model gives NaN or infinity"
 
 
@@ -63,8 +63,9 @@ class Task:
     """``prompts`` are those from number ``first`` on, a multiple of 25.
 
     ``captions`` are measured, and ``nulls`` with other noises; ``training`` holds an image file for each, which is
-    compared under ``others``, or none where the training set's images are not at hand. ``drawn`` ones are drawn without guidance, as thumbnails of at most
-    ``side`` pixels, and ``images`` as users draw them; then ``words`` asks for the word that brings an image about.
+    compared under ``others``. ``drawn`` ones are drawn without guidance, as thumbnails of at most ``side`` pixels,
+    ``stand-ins`` so with other noises, and ``images`` as users draw them; then ``words`` asks for the word that brings an
+    image about.
     """
 
     kind: Kind
@@ -100,7 +101,7 @@ class Work:
         """A value a prompt: what was measured of it, or what was drawn; or ``why`` there is nothing."""
         if task.kind == "images":
             return list(self._images(model, task))
-        one_part = self._without_guidance if task.kind == "drawn" else self._measured
+        one_part = self._without_guidance if task.kind in ("drawn", "stand-ins") else self._measured
         found: list[dict[str, Any]] = []
         for begin in range(0, len(task.prompts), PROMPTS_A_SEED):
             found += one_part(model, task, begin)
@@ -111,18 +112,15 @@ class Work:
         wanted, here = self.wanted, slice(begin, begin + PROMPTS_A_SEED)
         sigma, base = model.sigmas(wanted.steps)[0], baseline_of(model, wanted)
         noise = model.noise(_seed(wanted, task, begin), wanted.images)
-        files = task.training[here]
-        latents = model.latents_of(as_trained(files, *model.image_size)) if files else None
+        latents = model.latents_of(as_trained(task.training[here], *model.image_size))
         encoded = [_encoded(model, prompt) for prompt in task.prompts[here]]
         sound = [(number, one) for number, one in enumerate(encoded) if isinstance(one, Conditioning)]
         compared = [_encoded(model, prompt) for prompt in task.others]
         others = [one for one in compared if isinstance(one, Conditioning)]
 
-        def measured(some: Sequence[tuple[int, Conditioning]]) -> list[tuple[Tensor, float | None]]:
+        def measured(some: Sequence[tuple[int, Conditioning]]) -> list[tuple[Tensor, float]]:
             conditionings = [one for _, one in some]
             magnitudes = first_step(model, conditionings, base, noise, sigma, self.batch_size)
-            if latents is None:
-                return [(row, None) for row in magnitudes]
             own = latents[[number for number, _ in some]]
             found = recoveries(model, conditionings, others or [base], own, noise, self.batch_size)
             return list(zip(magnitudes, found.tolist(), strict=True))
@@ -193,14 +191,13 @@ def _seed(wanted: Measurement, task: Task, begin: int) -> int:
     return wanted.seed + task.first + begin + (SEED_BASE if task.kind in ("nulls", "drawn") else 0)
 
 
-def _value(magnitudes: Tensor, recovery: float | None, equal: float) -> dict[str, Any]:
+def _value(magnitudes: Tensor, recovery: float, equal: float) -> dict[str, Any]:
     """The mean of magnitudes [images], of which those up to ``equal`` are none, and the recovery of the image."""
-    if not bool(torch.isfinite(magnitudes).all()) or not math.isfinite(recovery or 0.0):
+    if not bool(torch.isfinite(magnitudes).all()) or not math.isfinite(recovery):
         return {"why": f"not measured: {_NOT_FINITE}"}
     if not bool((magnitudes > equal).all()):
         return {"why": "both predictions are equal: the prompt acts on nothing"}
-    found: dict[str, Any] = {"magnitude": float(magnitudes.mean())}
-    return found if recovery is None else {**found, "recovery": recovery}
+    return {"magnitude": float(magnitudes.mean()), "recovery": recovery}
 
 
 def check_values(task: Task, values: Any) -> list[dict[str, Any]]:
@@ -220,7 +217,7 @@ def _says_why(value: dict[str, Any]) -> bool:
 def _is_measured(value: dict[str, Any]) -> bool:
     if "why" in value:
         return _says_why(value)
-    return is_number(value.get("magnitude")) and value["magnitude"] >= 0 and is_number(value.get("recovery", 0.0))
+    return is_number(value.get("magnitude")) and value["magnitude"] >= 0 and is_number(value.get("recovery"))
 
 
 def _is_thumbnail(value: dict[str, Any]) -> bool:
@@ -245,6 +242,7 @@ _LOOKS: dict[Kind, Callable[[dict[str, Any]], bool]] = {
     "nulls": _is_measured,
     "captions": _is_measured,
     "drawn": _is_thumbnail,
+    "stand-ins": _is_thumbnail,
     "images": _is_drawn,
 }
 

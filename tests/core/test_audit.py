@@ -179,12 +179,9 @@ def test_ordinary_prompts_are_recombined_from_the_captions_where_they_can_be():
     captions = [caption for caption, _ in world.ordinary_captions(60, seed=3)]
     entries = [Entry(str(n), caption) for n, caption in enumerate([*captions, " "])]
     made = ordinary_for(entries, 150, lambda count: ["other"] * count)
-    assert made == recombined(captions, 150) and not set(made) & set(captions)
-    assert ordinary_for(entries[:2], 150, lambda count: ["other"] * count) == ["other"] * 150
-    beside_images = [replace(entry, row=number) for number, entry in enumerate(entries)]
-    assert ordinary_for(beside_images, 150, list) == recombined(
-        captions, 152
-    )  # two more, that images are denoised with
+    assert made == recombined(captions, 152)  # two more, that images are denoised with
+    assert not set(made) & set(captions)
+    assert ordinary_for(entries[:2], 150, lambda count: ["other"] * count) == ["other"] * 152
 
 
 # ------------------------------------------------------------------------------------- the training set
@@ -306,31 +303,89 @@ class Scripted(LinearDenoiser):
         return images.mean(1, keepdim=True)
 
 
-def captions_and_nulls() -> tuple[list[str], list[str]]:
-    return [f"w{n % 7 + 1.5} x{n}" for n in range(60)] + ["w50 y"], [f"w{n % 5 + 1} z{n}" for n in range(99)]
+class Remembering(Scripted):
+    """Knows the images of some prompts; of any other, that its pixels lie a fifth around a grey that the prompt tints.
+
+    So D = m + (x - m) / (1 + 25 sigma^2) with the grey m, and with a known prompt D is its image.
+    """
+
+    image_size = (8, 8)
+    latent_shape = (3, 8, 8)
+
+    def __init__(self, images: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self._images, self._prompts = images, list[str]()
+
+    def encode(self, prompt: str):
+        self._prompts.append(prompt)
+        found = super().encode("w1")
+        return replace(found, rows=torch.full_like(found.rows, len(self._prompts) - 1.0), prompt=prompt)
+
+    def __call__(self, x, sigma, conditioning):
+        prompts = [self._prompts[int(row[0, 0])] for row in conditioning.rows.expand(len(x), -1, -1)]
+        return torch.stack([self._denoised(*one) for one in zip(x, sigma, prompts, strict=True)])
+
+    def _denoised(self, x: torch.Tensor, sigma: torch.Tensor, prompt: str) -> torch.Tensor:
+        if prompt in self._images:
+            return self._images[prompt]
+        middle = 0.5 + 0.01 * (len(prompt) + sum(map(ord, prompt)) % 7 if prompt else 0) * torch.tensor([1.0, 0, -1])
+        return middle[:, None, None] + (x - middle[:, None, None]) / (1 + 25 * sigma**2)
+
+    def noise(self, seed, images):
+        return torch.randn((images, *self.latent_shape), generator=torch.Generator().manual_seed(seed))
+
+    def latents_of(self, images):
+        return images
+
+    def images_of(self, latents):
+        return latents
+
+
+def coarse_images(count: int) -> torch.Tensor:
+    """[count, 3, 8, 8] of four even squares each."""
+    rng = torch.Generator().manual_seed(1)
+    squares = torch.rand(count, 1, 2, 2, generator=rng)
+    return squares.repeat_interleave(4, 2).repeat_interleave(4, 3).expand(-1, 3, -1, -1)
+
+
+CAPTIONS = [f"caption {n}" for n in range(61)]
+ORDINARY = [f"ordinary {n}" for n in range(95)] + [f"copy {n}" for n in range(5)]
+OTHER = ["other 1", "other 2"]
+
+
+def remembers_some() -> Remembering:
+    """Of the captions fourteen; and it draws the first one's image of the last five ordinary prompts as well."""
+    images = coarse_images(14)
+    return Remembering({**dict(zip(CAPTIONS[:14], images, strict=True)), **dict.fromkeys(ORDINARY[95:], images[0])})
 
 
 def run_audit(
-    folder: Path,
-    engine: Any = one_process,
-    wanted: AuditSettings = AuditSettings(partition=25, worst=0),
-    load: Callable[[Variant], Any] = lambda variant: Scripted(),
+    folder: Path, engine: Any = one_process, wanted: AuditSettings = AuditSettings(partition=25, worst=0)
 ) -> Audit:
-    captions, ordinary = captions_and_nulls()
-    subject = Subject([Entry(f"line {n}", caption) for n, caption in enumerate(captions)])
-    return audit(subject, [], ordinary, load, Work(ONE), Ledger(folder, {"of": "this"}), wanted, engine)
+    """From the captions alone."""
+    subject = Subject([Entry(f"line {n}", caption) for n, caption in enumerate(CAPTIONS)])
+    ledger, model = Ledger(folder, {"of": "this"}), remembers_some()
+    return audit(subject, [], [*ORDINARY, *OTHER], lambda v: model, Work(ONE), ledger, wanted, engine)
 
 
-def test_magnitudes_are_those_of_the_hand_made_model(tmp_path: Path):
+def test_magnitudes_are_those_of_the_hand_made_model():
+    """A word of strength s gives 2 s."""
+    file = io.BytesIO()
+    Image.new("RGB", (2, 2), "red").save(file, "JPEG")
+    task = Task("captions", Variant(), 0, ("w1.5", "w50 y"), (file.getvalue(),) * 2, others=("w1",))
+    assert [value["magnitude"] for value in Work(ONE)(Scripted(), task)] == pytest.approx([3.0, 100.0])
+
+
+def test_captions_alone_are_measured_with_what_the_model_draws_of_them(tmp_path: Path):
     found = run_audit(tmp_path)
-    assert found.counts == "magnitude" and found.nulls == 99
-    # A word of strength s gives 2 s; of the 99 nulls 20 have the strength 1, the others 2 to 5.
-    assert [row.magnitude for row in found.rows[:3]] == pytest.approx([3.0, 5.0, 7.0])
-    assert found.rows[0].p_value == pytest.approx(80 / 100)
-    assert found.rows[60].magnitude == pytest.approx(100) and found.rows[60].p_value == pytest.approx(1 / 100)
-    # 61 captions, of which 3 times 8 of strength 5.5 to 7.5 and the last are above all nulls: q = .01 * 61 / 25.
-    assert found.rows[60].q_value == pytest.approx(0.01 * 61 / 25)
-    assert {row.caption[:4] for row in found.flagged} == {"w5.5", "w6.5", "w7.5", "w50 "} and len(found.flagged) == 25
+    assert found.counts == "recovery" and found.captions_alone and found.nulls == 95  # five copy the first caption's
+    assert [row.flagged for row in found.rows] == [True] * 14 + [False] * 47
+    assert all(row.recovery == pytest.approx(1, abs=0.02) for row in found.rows[:14])  # thumbnails are JPEG files
+    # Fourteen of 61 have the smallest p of 1 / 96.
+    assert found.rows[0].p_value == pytest.approx(1 / 96) and found.rows[0].q_value == pytest.approx(61 / 96 / 14)
+    assert all(row.copies is None and row.similarity is None for row in found.rows)
+    told = " ".join(notes(found))
+    assert "captions only: what the model draws of each" in told and "LoRA" not in told
 
 
 def test_ordinary_prompts_that_are_stranger_than_the_captions_are_told(tmp_path: Path):
@@ -374,50 +429,9 @@ def test_a_task_survives_a_table_row():
     assert Task.of_row(task.as_row()) == task
 
 
-class Remembering(Scripted):
-    """Knows the images of some prompts; of any other, that its pixels lie a fifth around a grey that the prompt tints.
-
-    So D = m + (x - m) / (1 + 25 sigma^2) with the grey m, and with a known prompt D is its image.
-    """
-
-    image_size = (8, 8)
-    latent_shape = (3, 8, 8)
-
-    def __init__(self, images: dict[str, torch.Tensor]) -> None:
-        super().__init__()
-        self._images, self._prompts = images, list[str]()
-
-    def encode(self, prompt: str):
-        self._prompts.append(prompt)
-        found = super().encode("w1")
-        return replace(found, rows=torch.full_like(found.rows, len(self._prompts) - 1.0), prompt=prompt)
-
-    def __call__(self, x, sigma, conditioning):
-        prompts = [self._prompts[int(row[0, 0])] for row in conditioning.rows.expand(len(x), -1, -1)]
-        return torch.stack([self._denoised(*one) for one in zip(x, sigma, prompts, strict=True)])
-
-    def _denoised(self, x: torch.Tensor, sigma: torch.Tensor, prompt: str) -> torch.Tensor:
-        if prompt in self._images:
-            return self._images[prompt]
-        middle = 0.5 + 0.01 * (len(prompt) + sum(map(ord, prompt)) % 7 if prompt else 0) * torch.tensor([1.0, 0, -1])
-        return middle[:, None, None] + (x - middle[:, None, None]) / (1 + 25 * sigma**2)
-
-    def noise(self, seed, images):
-        return torch.randn((images, *self.latent_shape), generator=torch.Generator().manual_seed(seed))
-
-    def latents_of(self, images):
-        return images
-
-    def images_of(self, latents):
-        return latents
-
-
 def test_images_that_a_model_remembers_are_named_and_its_copies_are_no_ordinary_prompts(tmp_path: Path):
     """Of 24 images the first six come back whole; ten ordinary prompts out of 140 draw one of them."""
-    rng = torch.Generator().manual_seed(1)
-    images = (
-        torch.rand(24, 1, 2, 2, generator=rng).repeat_interleave(4, 2).repeat_interleave(4, 3).expand(-1, 3, -1, -1)
-    )
+    images = coarse_images(24)
     captions = [f"caption {n}" for n in range(24)]
     reference = from_images(images, captions, [f"{n:02d}" for n in range(24)], Grey())
     known = dict(zip(captions[:6], images[:6], strict=True))
@@ -461,7 +475,7 @@ def test_an_audit_that_is_killed_at_random_points_does_nothing_twice_and_finds_t
         except Killed:
             continue
     assert found == unbroken
-    assert sorted(done) == sorted(set(done)) and len(done) == 4 + 3
+    assert sorted(done) == sorted(set(done)) and len(done) == 3 * 2 + 4 * 2
 
 
 def test_the_ledger_refuses_another_audit_and_repairs_what_is_broken(tmp_path: Path):
@@ -491,8 +505,8 @@ def test_a_damaged_note_of_an_audit_is_refused(tmp_path: Path, text: str):
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_an_audit_begun_with_release_0_1_goes_on(tmp_path: Path):
-    """Its note word by word, as the command line wrote it."""
+def test_an_audit_begun_with_release_0_1_is_told_apart(tmp_path: Path):
+    """Its note word by word, as the command line wrote it: what counted then was another thing."""
     entries, ordinary = [Entry("a.png", "a fox"), Entry("ü.png", "")], ["w1", "w2"]
     dataset = hashlib.sha256(b'["a.png", "a fox"]["\\u00fc.png", ""]').hexdigest()[:16]
     nulls = hashlib.sha256(b'["w1", "w2"]').hexdigest()[:16]
@@ -503,13 +517,21 @@ def test_an_audit_begun_with_release_0_1_goes_on(tmp_path: Path):
         '"alpha": 0.01}'
     )
     host = {"model": "bundled", "base": "", "loras": (), "dtype": "float32", "batch_size": 32, "prompt_weights": False}
-    Ledger(tmp_path, identity(entries, ordinary, AuditSettings(), Measurement(), **host))
+    with pytest.raises(ValueError, match="holds an audit with"):
+        Ledger(tmp_path, identity(entries, ordinary, AuditSettings(), Measurement(), **host))
+    Ledger(tmp_path / "now", identity(entries, ordinary, AuditSettings(), Measurement(), **host))
+    tmp_path /= "now"
     with pytest.raises(ValueError, match="holds an audit with another dataset and images 4 instead of 2: go on as"):
         Ledger(tmp_path, identity(entries[:1], ordinary, AuditSettings(), Measurement(images=2), **host))
 
 
 PNG, JPEG = "iVBORw0KGgo=", "/9j/4AAQ"
-FOUND = {"captions": {"magnitude": 1.0}, "images": {"images": [], "word": None}, "drawn": {"image": JPEG}}
+FOUND = {
+    "captions": {"magnitude": 1.0, "recovery": 0.5},
+    "images": {"images": [], "word": None},
+    "drawn": {"image": JPEG},
+    "stand-ins": {"image": JPEG},
+}
 
 
 @pytest.mark.parametrize(
@@ -518,11 +540,12 @@ FOUND = {"captions": {"magnitude": 1.0}, "images": {"images": [], "word": None},
         ("captions", "text"),
         ("captions", None),
         ("captions", {}),
-        ("captions", {"magnitude": "1"}),
-        ("captions", {"magnitude": True}),
-        ("captions", {"magnitude": -1.0}),
-        ("captions", {"magnitude": 10**400}),
-        ("captions", {"magnitude": float("nan")}),
+        ("captions", {"magnitude": "1", "recovery": 0.5}),
+        ("captions", {"magnitude": True, "recovery": 0.5}),
+        ("captions", {"magnitude": -1.0, "recovery": 0.5}),
+        ("captions", {"magnitude": 10**400, "recovery": 0.5}),
+        ("captions", {"magnitude": float("nan"), "recovery": 0.5}),
+        ("captions", {"magnitude": 1.0}),
         ("captions", {"magnitude": 1.0, "recovery": []}),
         ("captions", {"magnitude": 1.0, "recovery": None}),
         ("captions", {"magnitude": 1.0, "recovery": float("-inf")}),
@@ -532,6 +555,7 @@ FOUND = {"captions": {"magnitude": 1.0}, "images": {"images": [], "word": None},
         ("images", {"images": ["not an image"], "word": None}),
         ("images", {"images": [PNG], "word": 3}),
         ("drawn", {}),
+        ("stand-ins", {"image": "/9j/"[:3]}),
         ("drawn", {"image": PNG}),
         ("drawn", {"image": JPEG, "why": "both"}),
     ],
@@ -589,21 +613,21 @@ def test_a_second_process_is_told_who_audits_there(tmp_path: Path):
     ledger = Ledger(tmp_path, {"of": "this"})
     with ledger.held(), pytest.raises(ValueError, match=f"{tmp_path} is being written to by process {os.getpid()} on"):
         run_audit(tmp_path)
-    assert run_audit(tmp_path).nulls == 99
+    assert run_audit(tmp_path).nulls == 95
     assert not (tmp_path / "dejavu.lock").exists()
 
 
 @pytest.fixture(scope="module")
 def caption_list(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """10 memorised captions of the bundled model and 40 ordinary ones."""
+    """10 memorised captions of the bundled model and 20 ordinary ones."""
     often = [p.caption for p in bundled.pairs() if p.repetitions >= 300 and p.kind == "hard"][:10]
     path = tmp_path_factory.mktemp("list") / "captions.txt"
-    path.write_text("\n".join([*often, *bundled.held_out_ordinary(40, 6001)]))
+    path.write_text("\n".join([*often, *bundled.held_out_ordinary(20, 6001)]))
     return path
 
 
 def command(captions: Path, out: Path, *more: str) -> list[str]:
-    sizes = ["--nulls", "200", "--images", "1", "--partition", "25", "--worst", "0"]
+    sizes = ["--nulls", "100", "--images", "1", "--partition", "25", "--worst", "0"]
     return ["audit", "--dataset", str(captions), "--out", str(out), *sizes, *more]
 
 
@@ -619,7 +643,7 @@ def test_memorised_captions_are_named_from_a_list_alone(unbroken: Path):
     named = [row["flagged"] for row in document["rows"]]
     assert sum(named[:10]) >= 9
     assert sum(named[10:]) <= 2
-    assert document["counts"] == "magnitude" and document["rows"][0]["copies"] is None
+    assert document["counts"] == "recovery" and document["rows"][0]["copies"] is None
     import pyarrow.parquet as pq
 
     assert pq.read_table(unbroken / "audit.parquet").to_pylist() == document["rows"]
@@ -670,7 +694,7 @@ def test_a_cluster_finds_the_same_and_a_lost_worker_loses_nothing(caption_list: 
     assert workers
     for worker in workers:
         os.kill(worker, signal.SIGKILL)
-    assert len(list(out.glob("tasks/*-*-*.json"))) < 10  # it was not the last task
+    assert len(list(out.glob("tasks/*-*-*.json"))) < 12  # it was not the last task
     assert process.wait() == 0
     assert (out / "audit.json").read_bytes() == (unbroken / "audit.json").read_bytes()
 
@@ -802,7 +826,7 @@ def page_of(found: Audit) -> str:
 
 def test_text_reaches_the_page_as_text():
     row = Row("<img src=x>", "<script>alert(1)</script>", 1.0, None, None, 1.0, 0.001, 0.01, True, word="<b>")
-    found = Audit((row,), "magnitude", 100, 0.05, 1, skipped=({"name": "<i>", "reason": "<u>"},))
+    found = Audit((row,), "recovery", 100, 0.05, 1, captions_alone=True, skipped=({"name": "<i>", "reason": "<u>"},))
     page = page_of(found)
     for told in ("<script", "<img src=x", "<model>", "<lora>", "<set>", "<i>", "<u>"):
         assert told not in page
@@ -826,8 +850,9 @@ def test_the_finding_in_words():
     told = notes(replace(found, strengths=strengths[2:], epochs=epochs[1:]))
     assert "Of the strengths that were measured, captions are named at every strength." in told
     assert "Of the saved epochs, captions are named at the first." in told
-    quiet = Audit((replace(row, flagged=False, copies=None, drawn=0),), "magnitude", 200, 0.05, 1)
+    quiet = replace(found, rows=(replace(row, flagged=False, copies=None, drawn=0),), captions_alone=True)
     assert sentence(quiet) == "None of 1 captions is named as memorised"
+    assert any("copies of a LoRA seldom stand out so" in note for note in notes(quiet))
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,8 @@ def test_results_of_the_base_model_are_kept_apart(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path, {})
     both = [Task("captions", variant, 0, ("a red fox",)) for variant in (Variant(), BASE)]
     for number, task in enumerate(both):
-        ledger.keep(task, [{"magnitude": number}])
-    assert list(ledger.values(both)) == [{"magnitude": 0}, {"magnitude": 1}]
+        ledger.keep(task, [{"magnitude": number, "recovery": 0.5}])
+    assert [value["magnitude"] for value in ledger.values(both)] == [0, 1]
 
 
 def test_a_caption_holds_no_syntax_of_the_hosts() -> None:
