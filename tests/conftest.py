@@ -38,16 +38,44 @@ class Together(LoadScopeScheduling):
         return webui or f"{file} {comfyui}"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--everywhere", action="store_true", help="all tests on the older ComfyUIs and front ends too, not each once"
+    )
+
+
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
     return Together(config, log)
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What holds a server for long goes first, so that the many short files fill both processes to the end."""
-    older = pytest.mark.skip(reason="takes minutes, and is tried on the newest ComfyUI")
+    if not config.getoption("everywhere"):
+        left_out = _done_on_the_newest(items)
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+    items.sort(
+        key=lambda item: (not set(WEBUIS) & set(re.findall(r"\w+", item.name)), item.path.parent.name == "core"),
+    )
+
+
+def _done_on_the_newest(items: list[pytest.Item]) -> list[pytest.Item]:
+    """What does not run again on an older ComfyUI, nor in a front end that one pins: all but the first parameters of each
+    test, and what takes minutes. Tests marked ``everywhere`` run whole there too."""
+    from page_summary import NEWEST, newest_front_end, pages  # a plugin, which pytest must be the first to import
+
+    newest = [*COMFYUI, ""][-2 if COMFYUI else -1]
+    front_ends = [page for page in pages() if page.endswith(NEWEST)] if newest_front_end() else pages()
+    tried: set[tuple[str, str]] = set()
+    left_out = []
     for item in items:
-        given = set(re.findall(r"[^\[\]-]+", item.name.partition("[")[2]))
-        if item.get_closest_marker("newest") and given & set(list(COMFYUI)[:-1]):
-            item.add_marker(older)
-    items.sort(key=lambda item: (not set(WEBUIS) & set(re.findall(r"\w+", item.name)), item.path.parent.name == "core"))
+        given = re.findall(r"[^\[\]-]+", item.name.partition("[")[2])
+        host = next((one for one in given if one.partition(" with ")[0] in COMFYUI), newest)
+        test = (item.nodeid.partition("[")[0], host)
+        if host in (newest, *front_ends) or item.get_closest_marker("everywhere"):
+            continue
+        if test in tried or item.get_closest_marker("newest"):
+            left_out.append(item)
+        tried.add(test)
+    return left_out

@@ -15,6 +15,8 @@ from graphs import Graph, node
 from sd_dejavu.calibration.first_step import SEED_BASE
 from sd_dejavu.calibration.ordinary_prompts import ordinary_prompts
 
+pytestmark = pytest.mark.everywhere  # each version of the host has its own way with a family
+
 HERE = Path(__file__).parent
 FLOW = ("SD3", "Flux", "Lumina2", "Z-Image", "Qwen-Image", "Wan 2.1")
 FAMILIES = (*FLOW, "HunyuanDiT")
