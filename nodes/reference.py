@@ -16,6 +16,7 @@ from ..sd_dejavu.hosts.comfyui import reference as host
 from ..sd_dejavu.hosts.comfyui.api import ClipVision
 from ..sd_dejavu.reference.build import BuildSettings
 from ..sd_dejavu.reference.left_out import notes_in_short
+from ..sd_dejavu.reference.network_files import ENDINGS
 from ..sd_dejavu.reference.reading import Reading
 from ..sd_dejavu.reference.reference_set import files_of
 from ..sd_dejavu.reference.sources import open_source
@@ -23,7 +24,7 @@ from ..sd_dejavu.report.wording import skipped
 from . import sockets
 
 BUNDLED = "the bundled model's training pictures"  # as saved workflows name it
-SSCD_FOLDER, SSCD_ENDINGS = "sscd", (".pt", ".pth", ".torchscript")
+SSCD_FOLDER = "sscd"
 # Parquet files have their usual columns; the others have inputs of one line.
 NOT_CHOSEN = ("image_column", "caption_column", "trainer_config", "trigger_word")
 
@@ -49,7 +50,7 @@ class BuildReferenceSet(io.ComfyNode):
                     "features",
                     options=host.feature_choices(list(_sscd_files())),
                     default="grey",
-                    tooltip="What makes two images alike: grey, pixels and latents need no download; SSCD files are those in models/sscd, which can hold code, so take them from their authors only.",
+                    tooltip="What makes two images alike: grey, pixels and latents need no download; SSCD files are those in models/sscd; TorchScript can hold code, so take it from its authors only.",
                 ),
                 io.Boolean.Input(
                     "restart",
@@ -239,7 +240,7 @@ def _configuration(name: str) -> Path | None:
 
 
 def _sscd_files() -> dict[str, Path]:
-    found = (name for name in folder_paths.get_filename_list(SSCD_FOLDER) if name.lower().endswith(SSCD_ENDINGS))
+    found = (name for name in folder_paths.get_filename_list(SSCD_FOLDER) if name.lower().endswith(ENDINGS))
     return {name: Path(folder_paths.get_full_path_or_raise(SSCD_FOLDER, name)) for name in found}
 
 

@@ -256,9 +256,7 @@ def _score(alike: Tensor, others: Tensor) -> Tensor:
     return gap
 
 
-def _others_and_nulls(
-    queries: Tensor, asked: Sequence[int], rows: Tensor, same: float
-) -> tuple[Tensor, list[Tensor]]:
+def _others_and_nulls(queries: Tensor, asked: Sequence[int], rows: Tensor, same: float) -> tuple[Tensor, list[Tensor]]:
     """t [N, 14] over the background ``queries`` [B, 28, D], which lie at ``asked``, and the nulls of each of these.
 
     Pairs whose wholes are as alike as ``same``, plainly or in a mirror, are of one image. For the nulls of an image t is
