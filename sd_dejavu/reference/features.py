@@ -233,7 +233,7 @@ class SSCD(_InTwoSteps):
             raise FeatureError(
                 f"{path} takes images of {only} x {only} only: {'choose 320' if only == 320 else 'export it for any size'}"
             )
-        self._size = size
+        self._size, self._device = size, device
         self.name = f"sscd {size} {digest_of_network(path)}"
         _check_rows(self, str(path), device)
 
@@ -243,7 +243,7 @@ class SSCD(_InTwoSteps):
         return short_side(images.float(), 288)
 
     def embed(self, prepared: Tensor) -> Tensor:
-        return F.normalize(self._network(normalised(prepared, *IMAGENET)).float(), dim=1)
+        return F.normalize(self._network(normalised(prepared.to(self._device), *IMAGENET)).float(), dim=1)
 
 
 @dataclass(frozen=True)
@@ -268,6 +268,7 @@ class Transformers(_InTwoSteps):
 
     def __init__(self, kind: Literal["clip", "dinov2"], weights: str, device: str = "cpu") -> None:
         self._rows, self.preprocessing, digits = _vision_model(kind, weights, device)
+        self._device = device
         self.name = f"{kind} {self.preprocessing.crop} {digits}"
         _check_rows(self, weights, device)
 
@@ -280,7 +281,7 @@ class Transformers(_InTwoSteps):
         return centre(reduced.clamp(0, 1), wanted.crop)
 
     def embed(self, prepared: Tensor) -> Tensor:
-        inputs = normalised(prepared, self.preprocessing.mean, self.preprocessing.std)
+        inputs = normalised(prepared.to(self._device), self.preprocessing.mean, self.preprocessing.std)
         return F.normalize(self._rows(inputs).float(), dim=1)
 
 

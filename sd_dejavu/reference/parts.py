@@ -172,10 +172,12 @@ def part_index(
     rows: Sequence[int] | None = None,
     batch_size: int = 32,
     device: str = "cpu",
+    threshold: float | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> PartIndex:
     """The windows of all images of a set, or of those at ``rows`` and a background; ``features`` made the set.
 
+    ``threshold`` is the similarity of a copy; that of the features' kind, if none is given.
     Raises ValueError with a sentence where the features have no cosine, or the images are too few or too many.
     """
     reference.check(features)
@@ -197,7 +199,7 @@ def part_index(
     place = {number: at for at, number in enumerate(numbers)}
     asked = [place[number] for number in background]
     mirrors = _windows_of(features, [images[at].flip(-1) for at in asked], batch_size, device)
-    floor = copy_threshold(reference.features)
+    floor = copy_threshold(reference.features) if threshold is None else threshold
     same = floor if floor is not None else near_threshold_of(features, reference.near_threshold)
     others, nulls = _others_and_nulls(torch.cat([plain[asked], mirrors], 1), asked, plain, same)
     if len(nulls) < FEWEST:
