@@ -215,11 +215,11 @@ def parts(guard: HostReferences, images: Tensor) -> list[PartMatch]:
     Raises ValueError with a sentence for a set that parts are not compared with.
     """
     guard.networks.load()
-    return _index(guard.references, guard.features).search([image[None, ..., :3].movedim(-1, 1) for image in images])
+    return _index(guard).search([image[None, ..., :3].movedim(-1, 1) for image in images])
 
 
 @lru_cache(maxsize=1)
-def _index(references: ReferenceSet, features: Features) -> PartIndex:
+def _index(guard: HostReferences) -> PartIndex:
     """Of a whole set, kept until another is asked about."""
     bar = comfy.utils.ProgressBar(1)
 
@@ -227,7 +227,7 @@ def _index(references: ReferenceSet, features: Features) -> PartIndex:
         comfy.model_management.throw_exception_if_processing_interrupted()
         bar.update_absolute(done, total)
 
-    return part_index(references, features, device=str(image_device()), on_progress=show)
+    return part_index(guard.references, guard.features, device=str(image_device()), on_progress=show)
 
 
 def _made_with(features: Features) -> dict[str, object]:
