@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sd_dejavu.core.similarity import COPY_THRESHOLD
 from sd_dejavu.core.statistics import wilson
 from sd_dejavu.demo import bundled, second_world, world
 from sd_dejavu.hosts.diffusers.load import load
@@ -110,7 +111,9 @@ def measured(name: str, training: Tensor, strangers: Tensor, model: Any) -> list
     for kind in made[0]:
         images = blurred(model, torch.stack([one[kind] for one in made]))
         rows.append(row(index, kind, images, list(range(count))))
-    rows.append(row(index, "none", blurred(model, strangers), [number % count for number in range(len(strangers))]))
+    drawn = blurred(model, strangers)
+    apart = drawn[reference.search(Grey()(drawn), 1).similarity[:, 0] < COPY_THRESHOLD]  # others are copies as wholes
+    rows.append(row(index, "none", apart, [number % count for number in range(len(apart))]))
     levels = {"anywhere": index.of_any.chance, "against one": index.of_one.chance}
     return [{"world": name, "levels": levels, **one} for one in rows]
 

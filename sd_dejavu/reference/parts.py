@@ -200,8 +200,9 @@ def part_index(
     asked = [place[number] for number in background]
     mirrors = _windows_of(features, [images[at].flip(-1) for at in asked], batch_size, device)
     floor = copy_threshold(reference.features) if threshold is None else threshold
-    same = floor if floor is not None else near_threshold_of(features, reference.near_threshold)
-    others, nulls = _others_and_nulls(torch.cat([plain[asked], mirrors], 1), asked, plain, same)
+    near = near_threshold_of(features, reference.near_threshold)
+    same = near if floor is None else floor
+    others, nulls = _others_and_nulls(torch.cat([plain[asked], mirrors], 1), asked, plain, same, near)
     if len(nulls) < FEWEST:
         raise ValueError(
             f"the set holds {len(nulls)} images that are no copies of each other, and comparing parts needs {FEWEST}"
@@ -258,29 +259,33 @@ def _score(alike: Tensor, others: Tensor) -> Tensor:
     return gap
 
 
-def _others_and_nulls(queries: Tensor, asked: Sequence[int], rows: Tensor, same: float) -> tuple[Tensor, list[Tensor]]:
+def _others_and_nulls(
+    queries: Tensor, asked: Sequence[int], rows: Tensor, same: float, near: float
+) -> tuple[Tensor, list[Tensor]]:
     """t [N, 14] over the background ``queries`` [B, 28, D], which lie at ``asked``, and the nulls of each of these.
 
-    Pairs whose wholes are as alike as ``same``, plainly or in a mirror, are of one image. For the nulls of an image t is
-    taken without it, as it would be for an image that is not of the set.
+    Pairs whose wholes are as alike as ``same``, plainly or in a mirror, are copies of each other, and not 'others' for t.
+    No nulls are those that would be told as copies of the whole, and near duplicates in a mirror. For the nulls of an image
+    t is taken without it, as it would be for an image that is not of the set.
     """
     count = len(rows)
     step = max(1, _AT_ONCE // (queries.shape[1] * count * len(WINDOWS)))
-    best, one_image = [], []
+    best, copies, left_out = [], [], []
     for part in queries.split(step):
         found = torch.einsum("bqd,nwd->bqnw", part, rows)
-        whole = found[:, [0, len(WINDOWS)], :, 0].amax(1)
+        straight, turned = found[:, 0, :, 0].clone(), found[:, len(WINDOWS), :, 0].clone()
         found[:, 0, :, 0] = 0
         best.append(found.amax(1))
-        one_image.append(whole >= same)
-    alike, equal = torch.cat(best), torch.cat(one_image)
-    equal[torch.arange(len(asked)), torch.tensor(asked)] = True
-    alike[equal] = 0
-    top = alike.clamp_min(0).topk(2, dim=0)
+        copies.append(straight.maximum(turned) >= same)
+        left_out.append((straight >= same) | (turned >= near))
+    alike, copy, no_null = torch.cat(best), torch.cat(copies), torch.cat(left_out)
+    itself = (torch.arange(len(asked)), torch.tensor(asked))
+    copy[itself] = no_null[itself] = True
+    top = alike.masked_fill(copy[..., None], 0).clamp_min(0).topk(2, dim=0)
     nulls = []
     for number in range(len(asked)):
         without = torch.where(top.indices[0] == number, top.values[1], top.values[0])
-        scores = _score(alike[number], without)[~equal[number]]
+        scores = _score(alike[number], without)[~no_null[number]]
         if len(scores):
             nulls.append(scores.amax(1))
     return top.values[0], nulls
