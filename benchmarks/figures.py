@@ -16,7 +16,6 @@ The results come from these commands, one after the other on an idle machine:
         --timed-steps 8 --arms none "random word" "threshold, from ordinary captions" \\
         --json benchmarks/results/training_filter.json
     python benchmarks/audit.py --json benchmarks/results/audit.json
-    python benchmarks/parts.py --json benchmarks/results/parts.json
     python benchmarks/audit_image.py
     python benchmarks/images.py
     python benchmarks/screenshots.py
@@ -342,24 +341,6 @@ It measures {speed["captions_a_second"]:.1f} captions a second from their captio
 {speed["captions_a_second_published"]:.2f}: {speed["times_faster"]:.0f} times as many."""
 
 
-def copied_parts() -> str:
-    found = read("parts")["rows"]
-    worlds = list(dict.fromkeys(row["world"] for row in found))
-    kinds = [kind for kind in dict.fromkeys(row["kind"] for row in found) if kind != "none"]
-    ways = ("anywhere", "against one")
-    rows = {(row["world"], row["kind"]): row for row in found}
-    lines = [
-        [kind if kind != "none" else "nothing of the set", *(share(rows[w, kind][way]) for w in worlds for way in ways)]
-        for kind in (*kinds, "none")
-    ]
-    named = {"anywhere": "in the set", "against one": "against its own"}
-    head = ["what an image holds", *(f"{world}: {named[way]}" for world in worlds for way in ways)]
-    return f"""**Copies of parts** by `grey`, in sets of {rows[worlds[0], kinds[0]]["anywhere"]["count"]} images: the share said to hold a copied part, of the right image,
-after one way through the autoencoder. The windows and the score were chosen on the bundled model's world, nothing on the second.
-
-{table(head, lines)}"""
-
-
 def batches() -> str:
     found = read("batches")
     kinds = list(dict.fromkeys(row["calibration"] for row in found["rows"]))
@@ -401,7 +382,6 @@ PARTS: tuple[Callable[[], str], ...] = (
     mitigation,
     training,
     auditing,
-    copied_parts,
     speed,
     host_cost,
 )
