@@ -16,14 +16,17 @@ from ..sd_dejavu.hosts.comfyui import reference as host
 from ..sd_dejavu.hosts.comfyui.api import ClipVision
 from ..sd_dejavu.reference.build import BuildSettings
 from ..sd_dejavu.reference.left_out import notes_in_short
+from ..sd_dejavu.reference.nearest import Answer
+from ..sd_dejavu.reference.network_files import ENDINGS
+from ..sd_dejavu.reference.parts import PartMatch
 from ..sd_dejavu.reference.reading import Reading
 from ..sd_dejavu.reference.reference_set import files_of
 from ..sd_dejavu.reference.sources import open_source
-from ..sd_dejavu.report.wording import skipped
+from ..sd_dejavu.report.wording import part_sentence, skipped
 from . import sockets
 
 BUNDLED = "the bundled model's training pictures"  # as saved workflows name it
-SSCD_FOLDER, SSCD_ENDINGS = "sscd", (".pt", ".pth", ".torchscript")
+SSCD_FOLDER = "sscd"
 # Parquet files have their usual columns; the others have inputs of one line.
 NOT_CHOSEN = ("image_column", "caption_column", "trainer_config", "trigger_word")
 
@@ -49,7 +52,7 @@ class BuildReferenceSet(io.ComfyNode):
                     "features",
                     options=host.feature_choices(list(_sscd_files())),
                     default="grey",
-                    tooltip="What makes two images alike: grey, pixels and latents need no download; SSCD files are those in models/sscd, which can hold code, so take them from their authors only.",
+                    tooltip="What makes two images alike: grey, pixels and latents need no download; SSCD files are those in models/sscd; TorchScript can hold code, so take it from its authors only.",
                 ),
                 io.Boolean.Input(
                     "restart",
@@ -168,6 +171,12 @@ class NearestReference(io.ComfyNode):
                 io.Image.Input("image", tooltip="The images to look up."),
                 sockets.References.Input("references", tooltip="From Build or Load Reference Set."),
                 io.Int.Input("count", default=3, min=1, max=16, tooltip="How many training images to show of each."),
+                io.Boolean.Input(
+                    "parts",
+                    default=False,
+                    optional=True,
+                    tooltip="Also look for copies of parts of training images: tiles, crops, mirrored. It takes longer the first time.",
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="side by side", tooltip="Each image, then its nearest training images."),
@@ -182,21 +191,31 @@ class NearestReference(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, image: torch.Tensor, references: host.HostReferences, count: int) -> io.NodeOutput:
+    def execute(
+        cls, image: torch.Tensor, references: host.HostReferences, count: int, parts: bool = False
+    ) -> io.NodeOutput:
         from ..sd_dejavu.report.neighbour_image import neighbour_image
 
         answers = host.nearest(references, image, count)
         pixels = (image[..., :3].clamp(0, 1) * 255).round().byte().cpu().numpy()
+        found = host.parts(references, image) if parts else [None] * len(answers)
+        told = list(zip(answers, found, strict=True))
         shown = [
-            neighbour_image(query, references.references, answer) for query, answer in zip(pixels, answers, strict=True)
+            neighbour_image(query, references.references, answer, part)
+            for query, (answer, part) in zip(pixels, told, strict=True)
         ]
+        records = [answer.as_json() | ({"part": part.as_json()} if part else {}) for answer, part in told]
         return io.NodeOutput(
             torch.cat([sockets.image_of(pair) for pair in shown]),
             max(answer.similarity for answer in answers),
             any(answer.copy for answer in answers),
-            json.dumps([answer.as_json() for answer in answers], ensure_ascii=False),
-            ui={"text": ["\n".join(answer.sentence for answer in answers)]},
+            json.dumps(records, ensure_ascii=False),
+            ui={"text": ["\n".join(_sentence(answer, part) for answer, part in told)]},
         )
+
+
+def _sentence(answer: Answer, part: PartMatch | None) -> str:
+    return answer.sentence if part is None else f"{answer.sentence}\n{part_sentence(part)}"
 
 
 def _input_folders() -> list[str]:
@@ -239,7 +258,7 @@ def _configuration(name: str) -> Path | None:
 
 
 def _sscd_files() -> dict[str, Path]:
-    found = (name for name in folder_paths.get_filename_list(SSCD_FOLDER) if name.lower().endswith(SSCD_ENDINGS))
+    found = (name for name in folder_paths.get_filename_list(SSCD_FOLDER) if name.lower().endswith(ENDINGS))
     return {name: Path(folder_paths.get_full_path_or_raise(SSCD_FOLDER, name)) for name in found}
 
 

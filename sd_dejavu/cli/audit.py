@@ -202,12 +202,14 @@ def _write(
 
 def _print(found: Audit, out: Path) -> None:
     common.tell("\n".join([f"{sentence(found)}.", *notes(found)]))
-    worst = [row for row in ranked(found) if row.flagged or row.copies]
+    worst = [row for row in ranked(found) if row.flagged or row.copies or row.parts]
     if worst:
-        table = Table("verdict", "image", "caption", found.counts, "q", "copies", "suggestion")
+        table = Table("verdict", "image", "caption", found.counts, "q", "copies", "of a part", "suggestion")
         for row in worst[:SHOWN]:
             shown, told = figures(row), [plain(text) for text in (row.image, row.caption, row.suggestion)]
-            table.add_row(verdict_of(row), *told[:2], shown["score"], shown["q"], shown["copies"], told[2])
+            table.add_row(
+                verdict_of(row), *told[:2], *(shown[name] for name in ("score", "q", "copies", "parts")), told[2]
+            )
         Console().print(table)
         if len(worst) > SHOWN:
             common.tell(f"and {len(worst) - SHOWN:,} more")

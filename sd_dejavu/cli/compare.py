@@ -119,13 +119,23 @@ def plot(rows: Sequence[MitigationRow]) -> str:
 
 def _table(rows: Sequence[MitigationRow], pairs: int, ordinary: int) -> Table:
     table = Table(
-        "method", "copies (95%)", "likeness", "top 5%", "caption", "ordinary kept", "change", "time", "peak MB"
+        "method",
+        "copies (95%)",
+        "of a part",
+        "likeness",
+        "top 5%",
+        "caption",
+        "ordinary kept",
+        "change",
+        "time",
+        "peak MB",
     )
     table.title = f"{pairs} memorised and {ordinary} ordinary captions, the same noises for every method"
     for row in rows:
         table.add_row(
             row.method,
             str(row.copies),
+            f"{row.part_copies.hits}/{row.part_copies.count}",
             f"{row.similarity:.2f}",
             f"{row.similarity_top5:.2f}",
             f"{row.caption_score:.2f}",

@@ -24,10 +24,11 @@ from ..reference.features import KINDS, Features, FeatureSettings, load
 from ..reference.images import ImageError, open_image, to_tensor
 from ..reference.left_out import notes_in_short
 from ..reference.nearest import answer, same_features
+from ..reference.parts import PartIndex, part_index
 from ..reference.qdrant import QdrantSearch
 from ..reference.reference_set import ReferenceSet, files_of
 from ..report.terminal import plain
-from ..report.wording import skipped
+from ..report.wording import part_sentence, skipped
 from . import common
 
 BUNDLED = "bundled"
@@ -58,6 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="similarity from which an image is called a copy (default: "
         + ", ".join(f"{name} {kind.copy:g}" for name, kind in KINDS.items() if kind.copy is not None)
         + "; none for the others)",
+    )
+    asking.add_argument(
+        "--parts",
+        action="store_true",
+        help="also look for copies of parts of training images: tiles, crops, mirrored (grey, sscd; the set's thumbnails "
+        "are embedded first)",
     )
     asking.add_argument("--weights", default="", help="the weights the set was made with, where it was with any")
     asking.add_argument(
@@ -166,8 +173,15 @@ def _search(arguments: argparse.Namespace) -> int:
     """The training images nearest to each image, with similarity, caption and duplicate count."""
     reference = ReferenceSet.load(arguments.refset)
     features = same_features(reference, arguments.weights, arguments.device)
-    queries = [_query(path, features, arguments.device) for path in arguments.images]
+    images = [_image(path) for path in arguments.images]
+    queries = [embed(features, [image], device=arguments.device) for image in images]
     with ExitStack() as stack:
+        parts: PartIndex | None = None
+        if arguments.parts:
+            with common.progress_bar(Console(stderr=True)) as bar:
+                show = partial(common.stages(bar), "cutting into parts")
+                batch_size, device, threshold = arguments.batch_size, arguments.device, arguments.threshold
+                parts = part_index(reference, features, None, batch_size, device, threshold, show)
         searched: ReferenceSet | QdrantSearch
         if arguments.qdrant is None:
             searched = reference.to(arguments.device)
@@ -177,19 +191,25 @@ def _search(arguments: argparse.Namespace) -> int:
             place = beside if arguments.qdrant == "-" else arguments.qdrant
             show = partial(common.stages(bar), "uploading")
             searched = stack.enter_context(QdrantSearch(reference, place, show))
-        for path, query in zip(arguments.images, queries, strict=True):
+        for path, image, query in zip(arguments.images, images, queries, strict=True):
             found = searched.search(query, arguments.count)
             record = {"image": str(path), **answer(reference, found, 0, arguments.threshold).as_json()}
+            part = parts.search([image])[0] if parts is not None else None
+            if part is not None:
+                record["part"] = part.as_json()
             if arguments.json:
                 common.print_json(record)
             else:
                 Console().print(_table(record))
+                if part is not None:
+                    common.tell(part_sentence(part))
     return 0
 
 
-def _query(path: Path, features: Features, device: str) -> torch.Tensor:
+def _image(path: Path) -> torch.Tensor:
+    """[1, 3, H, W] in 0..1."""
     try:
-        return embed(features, [to_tensor(open_image(contents(path, IMAGE_BYTES)))], device=device)
+        return to_tensor(open_image(contents(path, IMAGE_BYTES)))
     except ImageError as error:
         raise ValueError(f"{path} cannot be used: {error}") from error
     except Unreadable as error:

@@ -30,6 +30,7 @@ from ..mitigations.anti_memorization_guidance import GREY
 from ..mitigations.guard import Guard
 from ..peak_memory import peak_memory
 from ..reference.features import Grey
+from ..reference.parts import part_index
 from ..run.measure import (
     Measured,
     Measurement,
@@ -221,6 +222,7 @@ class MitigationRow:
     ``change_on_ordinary`` is the root mean square difference of all of them, in 0..1. ``seconds_ratio`` is the
     median over the pairs of the time against plain sampling, ``peak_memory_mb`` the largest that was seen, NaN
     where it cannot be told. ``not_measured`` counts prompts for which memory did not suffice; the rest is of the others.
+    ``part_copies`` counts the images that are no copies, but hold a copy of a part of the training image.
     """
 
     method: str
@@ -234,6 +236,7 @@ class MitigationRow:
     seconds_ratio: float
     peak_memory_mb: float
     not_measured: int = 0
+    part_copies: Share = Share(0, 0)
 
 
 @dataclass
@@ -246,6 +249,7 @@ class _Tally:
     changes: list[float] = field(default_factory=list)
     untouched: int = 0
     not_measured: int = 0
+    part_copies: list[bool] = field(default_factory=list)
 
 
 def mitigations(
@@ -270,6 +274,8 @@ def mitigations(
     start = Start.of(model, noise, sigma, guidance, target, wanted.seed, acceptable, guard)
     trials = {NONE: None, **methods}
     tallies = {name: _Tally() for name in trials}
+    reference = bundled_reference()
+    parts = part_index(reference, Grey())
 
     def trial(caption: str, name: str) -> tuple[Outcome, Tensor, Tensor] | None:
         """What came of it, and its images; None where memory does not suffice."""
@@ -297,7 +303,12 @@ def mitigations(
             outcome, latents, images = found
             tally.seconds[number] = seconds
             tally.peaks.append(peak.megabytes)
-            tally.likeness += copies(pair, images).tolist()
+            likeness = copies(pair, images).tolist()
+            tally.likeness += likeness
+            matches = parts.against(list(images.split(1)), reference.captions.index(pair.caption))
+            tally.part_copies += [
+                bool(match.copy) and whole < COPY_THRESHOLD for match, whole in zip(matches, likeness, strict=True)
+            ]
             begins = start if outcome.x is None else start.moved(model, outcome.x)
             tally.scores.append(float(begins.scores(model, outcome.conditioning).mean()))
             tally.captions += [follows(model, pair, latent) for latent in latents[:1] if pair.trigger]
@@ -345,6 +356,7 @@ def _row(name: str, tally: _Tally, plain: _Tally) -> MitigationRow:
         median([tally.seconds[n] / plain.seconds[n] for n in tally.seconds if n in plain.seconds] or [float("nan")]),
         max(tally.peaks, default=float("nan")),
         tally.not_measured,
+        Share(sum(tally.part_copies), len(tally.part_copies)),
     )
 
 

@@ -1,19 +1,19 @@
 """Feature networks: what makes two images near to each other.
 
-* ``sscd``: Self-Supervised Copy Detection (Pizzi et al., CVPR 2022), a TorchScript file named by the user, at its
-  authors' preprocessing: ImageNet normalisation, short side 288 or 320 x 320.
-* ``clip``, ``dinov2``: a vision model through transformers, a local folder or a hub id named by the user.
+* ``sscd``: Self-Supervised Copy Detection (Pizzi et al., CVPR 2022), a file named by the user (TorchScript, safetensors
+  or ONNX), at its authors' preprocessing: ImageNet normalisation, short side 288 or 320 x 320.
+* ``clip``, ``dinov2``: a vision model through transformers, a local folder or a hub id named by the user; ``dinov2`` also
+  as one file (safetensors, TorchScript or ONNX).
 * ``pixels``, ``latents``: no network; the pixels, or an autoencoder's latents, of images reduced to one side, with
   the normalised L2 distance of Carlini et al. (USENIX Security 2023).
 * ``grey``: the structural metric by which copies of the bundled model are judged (:mod:`sd_dejavu.core.similarity`).
 * :class:`HostVision`: the vision model that a host has loaded.
 
-All are differentiable in the images. Nothing here reaches the network but a hub id given by the user.
+All but ONNX files are differentiable in the images. Nothing here reaches the network but a hub id given by the user.
 """
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,10 +26,12 @@ from torch import Tensor
 
 from ..core.settings import Checked, option
 from ..core.similarity import COPY_THRESHOLD, structure
-from ..kept import file_digest
 from ..kept.foreign import json_of, one_line
 from ..quiet import quiet
 from ..weights import digest, named, of_module, sampled
+from . import dinov2, sscd
+from .network_files import FeatureError as FeatureError
+from .network_files import digest_of_network, is_weights, open_network, tensors_of
 
 Metric = Literal["cosine", "normalised L2"]
 
@@ -66,26 +68,51 @@ class Staged(Protocol):
 
 
 @dataclass(frozen=True)
+class Published:
+    """A similarity from which an image is called a copy, and by whom."""
+
+    similarity: float
+    source: str
+
+
+@dataclass(frozen=True)
 class Kind:
     """One choice of features.
 
-    ``near``: two training images more similar than this count as near duplicates. ``copy``: a generated image
-    at least this similar to a training image is called its copy; None where no threshold is established.
+    ``near``: two training images more similar than this count as near duplicates. ``published``: similarities of a
+    copy with who set them; the first is the one that counts here. Empty where no threshold is established.
     """
 
     help: str
     needs_weights: bool
     near: float
-    copy: float | None
+    published: tuple[Published, ...] = ()
 
+    @property
+    def copy(self) -> float | None:
+        """A generated image at least this similar to a training image is called its copy; None where none is known."""
+        return self.published[0].similarity if self.published else None
+
+
+_CARLINI = (Published(-1.4, "Chen et al., CVPR 2024, after Carlini et al., USENIX Security 2023, for CIFAR-10"),)
+_SSCD = (
+    Published(0.5, "Somepalli et al., CVPR 2023, for images of Stable Diffusion; so do Chen et al., CVPR 2024"),
+    Published(0.7, "Wen et al., ICLR 2024, for the memorised prompts of Webster (2023) that are sure"),
+    Published(0.75, "Pizzi et al., CVPR 2022: 90% of such pairs of DISC are copies, for sscd_disc_mixup"),
+)
 
 KINDS: dict[str, Kind] = {
-    "pixels": Kind("pixels of the reduced image, normalised L2", False, -0.5, -1.4),
-    "latents": Kind("latents of an autoencoder, normalised L2", False, -0.5, -1.4),
-    "grey": Kind("structure: grey values at 32 x 32, correlation", False, 0.95, COPY_THRESHOLD),
-    "sscd": Kind("SSCD copy detection, a TorchScript file", True, 0.75, 0.5),
-    "clip": Kind("a CLIP vision model through transformers", True, 0.95, None),
-    "dinov2": Kind("a DINOv2 model through transformers", True, 0.9, None),
+    "pixels": Kind("pixels of the reduced image, normalised L2", False, -0.5, _CARLINI),
+    "latents": Kind("latents of an autoencoder, normalised L2", False, -0.5, _CARLINI),
+    "grey": Kind(
+        "structure: grey values at 32 x 32, correlation",
+        False,
+        0.95,
+        (Published(COPY_THRESHOLD, "this project, for the copies of its bundled model"),),
+    ),
+    "sscd": Kind("SSCD copy detection, a TorchScript, safetensors or ONNX file", True, 0.75, _SSCD),
+    "clip": Kind("a CLIP vision model through transformers", True, 0.95),
+    "dinov2": Kind("a DINOv2 model: through transformers, or a safetensors, TorchScript or ONNX file", True, 0.9),
 }
 
 
@@ -96,9 +123,9 @@ class FeatureSettings(Checked):
     features: str = option("pixels", "; ".join(f"{n}: {k.help}" for n, k in KINDS.items()), choices=tuple(KINDS))
     weights: str = option(
         "",
-        "sscd: a TorchScript file, which can hold code that runs when it is loaded, so only one from authors you "
-        "trust; clip, dinov2: a folder in transformers' layout, or a hub id, which is fetched from the network; "
-        "latents: a diffusers folder with an autoencoder (default: the bundled model's)",
+        "sscd, dinov2: a file, .safetensors, .onnx (with onnxruntime), or TorchScript, which can hold code that runs when "
+        "it is loaded, so only one from authors you trust; clip, dinov2: a folder in transformers' layout, or a hub id, "
+        "which is fetched from the network; latents: a diffusers folder with an autoencoder (default: the bundled model's)",
     )
     side: int | None = option(
         None,
@@ -108,10 +135,6 @@ class FeatureSettings(Checked):
         maximum=2048,
     )
     sscd_size: str = option("288", "sscd: short side 288, or 320 x 320 without regard to shape", choices=("288", "320"))
-
-
-class FeatureError(ValueError):
-    """Features that cannot be used; the text says why and what to do."""
 
 
 # ------------------------------------------------------------------------------------- without a network
@@ -195,14 +218,23 @@ class HostVision:
 
 
 class SSCD(_InTwoSteps):
-    """A TorchScript file of the SSCD authors; ``size`` 288 is the short side, 320 the side of a square."""
+    """A file of the SSCD authors, or its weights as safetensors or ONNX; ``size`` 288 is the short side, 320 the side of a
+    square."""
 
     metric: Metric = "cosine"
 
     def __init__(self, path: Path, size: Literal[288, 320] = 288, device: str = "cpu") -> None:
-        self._module = _torchscript(path, device)
-        self._size = size
-        self.name = f"sscd {size} {file_digest(path, 8)}"
+        if not path.is_file():
+            raise FeatureError(
+                f"there is no file {path}: name the file of SSCD, such as sscd_disc_mixup.torchscript.pt"
+            )
+        self._network, only = _sscd_network(path, device)
+        if only not in (None, size if size == 320 else None):
+            raise FeatureError(
+                f"{path} takes images of {only} x {only} only: {'choose 320' if only == 320 else 'export it for any size'}"
+            )
+        self._size, self._device = size, device
+        self.name = f"sscd {size} {digest_of_network(path)}"
         _check_rows(self, str(path), device)
 
     def prepare(self, images: Tensor) -> Tensor:
@@ -211,7 +243,7 @@ class SSCD(_InTwoSteps):
         return short_side(images.float(), 288)
 
     def embed(self, prepared: Tensor) -> Tensor:
-        return F.normalize(self._module(normalised(prepared, *IMAGENET)).float().flatten(1), dim=1)
+        return F.normalize(self._network(normalised(prepared.to(self._device), *IMAGENET)).float(), dim=1)
 
 
 @dataclass(frozen=True)
@@ -226,14 +258,18 @@ class Preprocessing:
 
 
 class Transformers(_InTwoSteps):
-    """A CLIP or DINOv2 vision model: CLIP's projected image embedding, or DINOv2's class token."""
+    """A CLIP or DINOv2 vision model: CLIP's projected image embedding, or DINOv2's class token.
+
+    ``weights`` is a folder in transformers' layout or a hub id; for DINOv2 also a file. What transformers computes has the
+    same name from a folder and from a safetensors file, whichever names its tensors bear.
+    """
 
     metric: Metric = "cosine"
 
     def __init__(self, kind: Literal["clip", "dinov2"], weights: str, device: str = "cpu") -> None:
-        self._module, self.preprocessing = _transformers_model(kind, weights, device)
-        self._output = "image_embeds" if kind == "clip" else "pooler_output"
-        self.name = f"{kind} {self.preprocessing.crop} {weights_digest(self._module)}"
+        self._rows, self.preprocessing, digits = _vision_model(kind, weights, device)
+        self._device = device
+        self.name = f"{kind} {self.preprocessing.crop} {digits}"
         _check_rows(self, weights, device)
 
     def prepare(self, images: Tensor) -> Tensor:
@@ -245,8 +281,8 @@ class Transformers(_InTwoSteps):
         return centre(reduced.clamp(0, 1), wanted.crop)
 
     def embed(self, prepared: Tensor) -> Tensor:
-        inputs = normalised(prepared, self.preprocessing.mean, self.preprocessing.std)
-        return F.normalize(getattr(self._module(pixel_values=inputs), self._output).float(), dim=1)
+        inputs = normalised(prepared.to(self._device), self.preprocessing.mean, self.preprocessing.std)
+        return F.normalize(self._rows(inputs).float(), dim=1)
 
 
 def load(settings: FeatureSettings, device: str = "cpu") -> Features:
@@ -300,34 +336,56 @@ def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
 # ------------------------------------------------------------------------------------------------- loading
 
 
-def _torchscript(path: Path, device: str) -> Any:
-    if not path.is_file():
-        raise FeatureError(f"there is no file {path}: name the TorchScript file of SSCD, such as sscd_disc_mixup")
+Rows = Callable[[Tensor], Tensor]
+
+
+def _sscd_network(path: Path, device: str) -> tuple[Rows, int | None]:
+    """The network, and the side of the only images that it takes."""
+    if not is_weights(path):
+        network = open_network(path, device)
+        return network, network.side
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the only format in which SSCD is published, and an old one
-            module = torch.jit.load(str(path), map_location=device)
-    except (RuntimeError, ValueError) as error:
-        raise FeatureError(f"{path} cannot be loaded as TorchScript: {one_line(error)}") from error
-    module.eval()
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
-    return module
+        return sscd.network(tensors_of(path)).to(device), None
+    except ValueError as error:
+        raise error if isinstance(error, FeatureError) else FeatureError(f"{path}: {error}") from error
 
 
+def _vision_model(kind: Literal["clip", "dinov2"], weights: str, device: str) -> tuple[Rows, Preprocessing, str]:
+    """The network with its preprocessing, and 8 digits of it."""
+    path = Path(weights)
+    if path.is_file() and kind == "clip":
+        raise FeatureError(f"{weights} is a file: name a folder in transformers' layout, or a hub id")
+    if path.is_file() and not is_weights(path):
+        network = open_network(path, device)
+        crop = network.side or _DINOV2.crop
+        side = round(crop * _DINOV2.side / _DINOV2.crop)
+        return network, Preprocessing(side, crop, *IMAGENET), digest_of_network(path)
+    if path.is_file():
+        try:
+            module, preprocessing = dinov2.network(tensors_of(path)), _DINOV2
+        except ValueError as error:
+            raise error if isinstance(error, FeatureError) else FeatureError(f"{weights}: {error}") from error
+    else:
+        module, preprocessing = _transformers_model(kind, weights)
+    module.to(device).eval().requires_grad_(False)
+    output = "image_embeds" if kind == "clip" else "pooler_output"
+    return lambda images: getattr(module(pixel_values=images), output), preprocessing, weights_digest(module)
+
+
+_DINOV2 = Preprocessing(256, 224, *IMAGENET)  # its authors': bicubic to 256, and the middle 224 of it
 _MODEL_TYPES = {
     "clip": ("clip", "clip_vision_model"),
     "dinov2": ("dinov2", "dinov2_with_registers"),
 }
 
 
-def _transformers_model(kind: str, weights: str, device: str) -> tuple[torch.nn.Module, Preprocessing]:
+def _transformers_model(kind: str, weights: str) -> tuple[torch.nn.Module, Preprocessing]:
     """Only safetensors are read, and no code that a repository brings along is run."""
     from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
 
     local = Path(weights).is_dir()
     if not local and (Path(weights).is_absolute() or weights.startswith((".", "~")) or weights.count("/") > 1):
-        raise FeatureError(f"there is no folder {weights}: name a folder in transformers' layout, or a hub id")
+        raise FeatureError(f"there is no {weights}: name a folder in transformers' layout, or a hub id")
     try:
         config = AutoConfig.from_pretrained(weights, local_files_only=local)
         if config.model_type not in _MODEL_TYPES[kind]:
@@ -340,7 +398,6 @@ def _transformers_model(kind: str, weights: str, device: str) -> tuple[torch.nn.
         raise
     except Exception as error:  # the loaders raise dozens of types; all mean that this is not a usable model
         raise FeatureError(f"{weights} cannot be loaded as a {kind} vision model: {one_line(error)}") from error
-    module.to(device).eval().requires_grad_(False)
     return module, preprocessing
 
 

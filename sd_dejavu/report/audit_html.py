@@ -53,6 +53,9 @@ def _shown(row: Row, thumbnails: Mapping[str, bytes]) -> dict[str, object]:
         "caption": row.caption,
         "label": verdict_of(row),
         **figures(row),
+        "part_drawn": row.part_drawn,
+        "drawn_frame": "" if row.part is None else _frame(row.part.box),
+        "training_frame": "" if row.part is None else _frame(row.part.of_box),
         "word": row.word or "",
         "suggestion": row.suggestion or row.why,
         "duplicates": row.duplicates,
@@ -74,6 +77,12 @@ def _charts(audit: Audit) -> Sequence[str]:
         labels = [f"{point.strength:g}" for point in audit.strengths]
         found.append(share_chart(labels, shares(audit.strengths), "Captions named at each strength", "strength"))
     return found
+
+
+def _frame(box: Sequence[float]) -> str:
+    """Where a frame round a part of an image stands, as CSS."""
+    left, top, right, bottom = (100 * share for share in box)
+    return f"left:{left:g}%;top:{top:g}%;width:{right - left:g}%;height:{bottom - top:g}%"
 
 
 def _uri(kind: str, data: bytes) -> str:

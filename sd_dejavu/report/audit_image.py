@@ -10,7 +10,7 @@ from ..reference.images import open_image
 from ..training.audit import Audit, Row
 from .audit_rows import ranked, verdict_of
 from .image import Pixels
-from .tiles import SIDE, side_by_side
+from .tiles import SIDE, Frame, side_by_side
 from .wording import number
 
 
@@ -25,11 +25,15 @@ def audit_images(audit: Audit, thumbnails: Mapping[str, bytes]) -> list[Pixels]:
 def _of_row(row: Row, counts: str, training: bytes) -> Pixels:
     tiles = [open_image(training), *(open_image(image) for image in row.images)]
     texts = [_told(row, counts), *([f"Drawn again {place}"] for place in range(1, len(tiles)))]
-    return side_by_side(tiles, texts, marked=1 if row.copies or row.flagged else 0)
+    frames: list[Frame] = []
+    if row.part is not None and row.part_drawn is not None:
+        frames = [(0, row.part.of_box), (row.part_drawn, row.part.box)]
+    return side_by_side(tiles, texts, 1 if row.copies or row.parts or row.flagged else 0, frames)
 
 
 def _told(row: Row, counts: str) -> list[str]:
     measured = "" if row.score is None else f"{counts} {number(row.score)}, q {row.q_value:.2g}"
     copies = "no threshold" if row.copies is None else f"copies {row.copies} of {row.drawn}"
+    copies += f", of a part {row.parts}" if row.parts else ""
     alike = "" if row.similarity is None else f"similarity {row.similarity:.2f}, {copies}"
     return [verdict_of(row), measured, alike, row.image, row.caption]

@@ -9,7 +9,7 @@ from typing import Any
 from ..reference.left_out import in_short
 from ..run.measure import Measurement
 from ..training.audit import Audit, AuditSettings, Row, Subject
-from .wording import misfit, number
+from .wording import misfit, number, part_text
 
 _MARKUP = re.compile(r"[\\`*_{}\[\]<>|~&!#@$]|(?<=:)/(?=/)|(?<=www)\.", re.IGNORECASE)
 
@@ -24,6 +24,8 @@ def sentence(audit: Audit) -> str:
         told = f"None of {all_of_them:,} {what} is named as memorised"
     if drawn:
         told += f"; of {drawn:,} that were drawn again, {copied or 'none'} came out as {'a copy' if copied == 1 else 'copies'}"
+    if partly := len(audit.partly_copied):
+        told += f", {partly} with a copy of a part"
     return told if audit.begins is None else f"{told}; memorisation starts at epoch {audit.begins}"
 
 
@@ -57,6 +59,11 @@ def notes(audit: Audit) -> list[str]:
     if audit.counts == "gain":
         told.append(f"{counts}, beyond what it does on the base model.")
     told += _less(audit)
+    if parts := [row.part for row in audit.rows if row.part is not None]:
+        told.append(
+            "A part counts as copied where it is as like its training image as copies are, and stands out by more than "
+            f"{1 - parts[0].chance:.1%} of pairs of different training images do."
+        )
     if audit.copy_threshold is None and not audit.captions_alone:
         told.append("For these features no similarity is established from which an image is a copy.")
     told += audit.remarks
@@ -88,9 +95,9 @@ def _less(audit: Audit) -> list[str]:
 
 
 def verdict_of(row: Row) -> str:
-    """'Copied', 'Named', 'Not named' or 'Not measured'."""
-    if row.copies:
-        return "Copied"
+    """'Copied', 'Partly copied', 'Named', 'Not named' or 'Not measured'."""
+    if row.copies or row.parts:
+        return "Copied" if row.copies else "Partly copied"
     return {True: "Named", False: "Not named", None: "Not measured"}[row.flagged]
 
 
@@ -102,21 +109,30 @@ def figures(row: Row) -> dict[str, str]:
         "q": "" if row.q_value is None else f"{row.q_value:.2g}",
         "copies": "" if row.copies is None else f"{row.copies} of {row.drawn}",
         "similarity": "" if row.similarity is None else f"{row.similarity:.2f}",
+        "parts": "" if row.parts is None else f"{row.parts} of {row.drawn}",
+        "part": "" if row.part is None else f"drawn again {row.part_drawn}: {part_text(row.part)}",
     }
 
 
 def ranked(audit: Audit) -> list[Row]:
-    """The rows, worst first: copied ones, then those named, then by their q-value."""
+    """The rows, worst first: copied ones, partly copied ones, then those named, then by their q-value."""
     return sorted(audit.rows, key=_rank)
 
 
-def _rank(row: Row) -> tuple[bool, bool, float, float]:
-    return (not row.copies, not row.flagged, 2.0 if row.q_value is None else row.q_value, -(row.score or 0.0))
+def _rank(row: Row) -> tuple[bool, bool, bool, float, float]:
+    return (
+        not row.copies,
+        not row.parts,
+        not row.flagged,
+        2.0 if row.q_value is None else row.q_value,
+        -(row.score or 0.0),
+    )
 
 
 def row_as_json(row: Row) -> dict[str, Any]:
     """Plain values, without the images."""
     values = {f.name: getattr(row, f.name) for f in fields(Row) if f.name != "images"}
+    values["part"] = None if row.part is None else row.part.as_json()
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
@@ -144,7 +160,7 @@ def as_json(audit: Audit, model: str, loras: list[str]) -> dict[str, Any]:
 
 def as_markdown(audit: Audit) -> str:
     """The finding, then a table of all rows, worst first."""
-    head = ["verdict", "image", "caption", audit.counts, "p", "q", "copies", "suggestion"]
+    head = ["verdict", "image", "caption", audit.counts, "p", "q", "copies", "copies of a part", "suggestion"]
     lines = [_line(head), _line(["---"] * len(head)), *(_line(_cells(row)) for row in ranked(audit))]
     told = [_as_text(note) if note in audit.remarks else note for note in notes(audit)]
     return "\n\n".join([f"{sentence(audit)}.", "\n".join(lines), "\n".join(told)])
@@ -182,7 +198,7 @@ def _cells(row: Row) -> list[str]:
     return [
         verdict_of(row),
         *told,
-        *(shown[name] for name in ("score", "p", "q", "copies")),
+        *(shown[name] for name in ("score", "p", "q", "copies", "parts")),
         _as_text(row.suggestion or row.why),
     ]
 

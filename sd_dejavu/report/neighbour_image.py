@@ -6,16 +6,31 @@ from PIL import Image
 
 from ..reference.images import open_image
 from ..reference.nearest import Answer
+from ..reference.parts import PartMatch
 from ..reference.reference_set import ReferenceSet
 from .image import Pixels
-from .tiles import side_by_side
+from .tiles import Frame, side_by_side
+from .wording import part_heading
 
 
-def neighbour_image(query: Pixels, reference: ReferenceSet, answer: Answer) -> Pixels:
-    """uint8 [H, W, 3]: the query [H, W, 3] first, then its neighbours, nearest first; equal sizes for equal counts."""
+def neighbour_image(query: Pixels, reference: ReferenceSet, answer: Answer, part: PartMatch | None = None) -> Pixels:
+    """uint8 [H, W, 3]: the query [H, W, 3] first, then its neighbours, nearest first; equal sizes for equal counts.
+
+    Where parts were compared, the image with the likest part comes last, and both parts are framed.
+    """
     tiles = [Image.fromarray(query), *(open_image(reference.thumbnails[index]) for index in answer.indices)]
     texts = [_of_query(answer), *(_of_neighbour(answer, number) for number in range(len(answer.neighbours)))]
-    return side_by_side(tiles, texts, marked=2 if answer.copy else 0)
+    frames: list[Frame] = []
+    if part is not None:
+        frames = [(0, part.box), (len(tiles), part.of_box)]
+        tiles.append(open_image(reference.thumbnails[part.row]))
+        texts.append(_of_part(part, reference))
+    return side_by_side(tiles, texts, 2 if answer.copy else 1 if part is not None and part.copy else 0, frames)
+
+
+def _of_part(part: PartMatch, reference: ReferenceSet) -> list[str]:
+    mirrored = "framed, mirrored" if part.mirrored else "framed"
+    return [part_heading(part), f"similarity {part.similarity:.3f}", mirrored, part.name, reference.captions[part.row]]
 
 
 def _of_query(answer: Answer) -> list[str]:

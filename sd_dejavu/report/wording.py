@@ -14,6 +14,7 @@ from ..run.judge import NOTHING_TO_COMPARE, needed_nulls
 
 if TYPE_CHECKING:
     from ..mitigations import Outcome
+    from ..reference.parts import PartMatch
 
 _ORDINARY: dict[Ordinary | None, str] = {
     "recombined": "ordinary prompts, recombined from yours,",
@@ -45,6 +46,36 @@ def beside_label(verdict: Verdict) -> str:
     """The sentence where :func:`label` stands before it: 'No verdict' is not said twice."""
     told = sentence(verdict).removeprefix(f"{label(verdict)}: ")
     return told[:1].upper() + told[1:]
+
+
+def place(box: Sequence[float]) -> str:
+    """Where in an image a box (left, top, right, bottom), in shares of its sides, lies.
+
+    >>> place((0.25, 0, 0.75, 0.5)), place((0, 0, 1, 1))
+    ('25-75% across, 0-50% down', 'the whole')
+    """
+    if tuple(box) == (0, 0, 1, 1):
+        return "the whole"
+    left, top, right, bottom = (round(100 * share) for share in box)
+    return f"{left}-{right}% across, {top}-{bottom}% down"
+
+
+def part_text(match: PartMatch) -> str:
+    """What part of an image is like what part of its training image, and how much."""
+    return (
+        f"{place(match.box)} is like {place(match.of_box)} of {match.name}{', mirrored' if match.mirrored else ''} "
+        f"(similarity {match.similarity:.2f})"
+    )
+
+
+def part_heading(match: PartMatch) -> str:
+    return {True: "A copy of a part", False: "No part is a copy", None: "Parts not judged"}[match.copy]
+
+
+def part_sentence(match: PartMatch) -> str:
+    """Whether a part of an image is a copy, which, and how often that is said by chance."""
+    chance = f"; by chance in {match.chance:.1%} of images" if match.copy else ""
+    return f"{part_heading(match)}: {part_text(match)}{chance}"
 
 
 def p_text(verdict: Verdict) -> str:

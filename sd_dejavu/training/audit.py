@@ -27,6 +27,7 @@ import base64
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,7 @@ from ..reference.build import THUMBNAIL_SIDE, embed, from_images
 from ..reference.features import Features, Grey
 from ..reference.images import open_image, to_tensor
 from ..reference.nearest import copy_threshold
+from ..reference.parts import PartIndex, PartMatch, part_index
 from ..reference.reference_set import NEIGHBOURHOOD, ReferenceSet
 from ..run.measure import Measurement
 from .ledger import Ledger
@@ -111,8 +113,9 @@ class Row:
     caption takes away, and ``base_recovery`` that on the base model. ``score`` is what counts of these. ``q_value`` is
     the smallest false discovery rate at which it would be named, ``flagged`` whether that is low enough. All of these
     are None where ``why`` says what kept it from being measured. ``copies`` of ``drawn`` images are copies of this very training image, ``similarity``
-    is that of the likest; None where none was drawn or no threshold is established. ``word`` brings the images
-    about most.
+    is that of the likest; None where none was drawn or no threshold is established. ``parts`` of the others hold a copy
+    of a part of it, ``part`` is the plainest of these and ``part_drawn`` counts from 1 which image it is in; None where
+    parts cannot be compared. ``word`` brings the images about most.
     """
 
     image: str
@@ -134,6 +137,9 @@ class Row:
     suggestion: str = ""
     why: str = ""
     images: tuple[bytes, ...] = field(default=(), repr=False)  # PNG files
+    parts: int | None = None
+    part: PartMatch | None = None
+    part_drawn: int | None = None
 
 
 @dataclass(frozen=True)
@@ -172,6 +178,11 @@ class Audit:
     def copied(self) -> tuple[Row, ...]:
         """Rows of which a drawn image is a copy of the training image."""
         return tuple(row for row in self.rows if row.copies)
+
+    @property
+    def partly_copied(self) -> tuple[Row, ...]:
+        """Rows of which no drawn image is a copy, but one holds a copy of a part of the training image."""
+        return tuple(row for row in self.rows if row.parts and not row.copies)
 
     @property
     def enough(self) -> int:
@@ -642,6 +653,8 @@ class _Judge:
         self._drawn: dict[str, tuple[bytes, ...]] = {}
         self._words: dict[str, str | None] = {}
         self._embedded: dict[str, Tensor] = {}
+        self._parts: PartIndex | None = None
+        self._entries = subject.entries
         self.threshold: float | None = None
         if self._reference is not None:
             small = self._reference.metric == "normalised L2" and len(self._reference) < NEIGHBOURHOOD
@@ -656,6 +669,10 @@ class _Judge:
             caption: tuple(base64.b64decode(data) for data in found["images"]) for caption, found in images.items()
         }
         self._words = {caption: found["word"] for caption, found in images.items()}
+        rows = [entry.row for entry in self._entries if entry.row is not None and self._drawn.get(entry.caption)]
+        if rows and self._reference is not None and self._features is not None and self.threshold is not None:
+            with suppress(ValueError):  # sets that parts are not compared with
+                self._parts = part_index(self._reference, self._features, rows)
 
     def copies(self, images: Sequence[bytes]) -> list[bool]:
         """Which of these files are copies of any training image; none where that cannot be said."""
@@ -677,6 +694,7 @@ class _Judge:
     ) -> Row:
         """Of one case; entries that share its caption and image get the same."""
         similarity, copies = self._compared(case)
+        parts, part, part_drawn = self._compared_parts(case)
         return Row(
             case.image,
             case.caption,
@@ -694,6 +712,9 @@ class _Judge:
             near_duplicates=self._near(case) if flag or copies else (),
             why=value.get("why") or base.get("why", ""),
             images=self._drawn.get(case.caption, ()),
+            parts=parts,
+            part=part,
+            part_drawn=part_drawn,
         )
 
     def of_entry(self, row: Row, entry: Entry) -> Row:
@@ -713,6 +734,23 @@ class _Judge:
         copies = None if self.threshold is None else int((similarity >= self.threshold).sum())
         return float(similarity.max()), copies
 
+    def _compared_parts(self, case: Entry) -> tuple[int | None, PartMatch | None, int | None]:
+        """How many drawn images that are no copies hold a copied part of the training image, the plainest, and in which."""
+        images = self._drawn.get(case.caption)
+        if self._parts is None or self._reference is None or case.row is None or not images:
+            return None, None, None
+        rows = self._embedded[case.caption]
+        whole = self._reference.similarity(rows, torch.full((len(rows),), case.row)).tolist()
+        found = self._parts.against([to_tensor(open_image(data)) for data in images], case.row)
+        partly = [
+            (match, number)
+            for number, (match, similarity) in enumerate(zip(found, whole, strict=True), 1)
+            if match.copy and similarity < (self.threshold or 0.0)
+        ]
+        if not partly:
+            return 0, None, None
+        return len(partly), *max(partly, key=lambda one: one[0].score)
+
     def _near(self, case: Entry) -> tuple[str, ...]:
         """Other images of the set that are nearly the same."""
         if self._reference is None or self._reference.near_threshold is None or case.row is None:
@@ -725,11 +763,13 @@ class _Judge:
 
 def suggestion(row: Row) -> str:
     """What to do about one training image; empty where there is nothing."""
-    if not row.flagged and not row.copies:
+    if not row.flagged and not row.copies and not row.parts:
         return ""
+    if row.parts and not row.copies and not row.flagged:
+        return "look at the part that is like it: its caption does not stand out from ordinary prompts"
     if row.copies and not row.flagged:
         return "it is copied, but its caption does not stand out from ordinary prompts: draw it with the base model too"
-    if row.drawn and row.copies == 0:
+    if row.drawn and row.copies == 0 and not row.parts:
         return "watch it: its caption acts like a memorised one, but no image drawn from it is a copy yet"
     if row.duplicates:
         return f"keep one of the {1 + len(row.duplicates)} equal images, and drop the others"

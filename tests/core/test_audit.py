@@ -34,7 +34,7 @@ from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.reference.build import from_images
 from sd_dejavu.reference.features import Grey
 from sd_dejavu.report.audit_html import AuditPage, render_audit
-from sd_dejavu.report.audit_rows import as_json, notes, sentence
+from sd_dejavu.report.audit_rows import as_json, notes, sentence, verdict_of
 from sd_dejavu.run.measure import Measurement
 from sd_dejavu.training.audit import (
     Audit,
@@ -448,6 +448,37 @@ def test_images_that_a_model_remembers_are_named_and_its_copies_are_no_ordinary_
     assert backwards.nulls == 90  # of the first 100 ten copy the training set
     with pytest.raises(ValueError, match=r"of 10 ordinary prompts the model draws 10 as copies .* and 0 are too few"):
         audit(subject, [], [*ordinary[130:], *others], lambda v: model, work, Ledger(tmp_path / "c", {}), settings)
+
+
+def test_drawn_images_that_hold_a_part_of_their_training_image_are_partly_copied(tmp_path: Path):
+    """Three captions bring their image back mirrored, one its crop enlarged; the other four draw images of their own."""
+    training = bundled.training_images()[:40]
+    rng = np.random.default_rng(3)
+    own = [torch.tensor(world.draw_scene(world.random_scene(rng))).permute(2, 0, 1) / 255 for _ in range(4)]
+    crop = torch.nn.functional.interpolate(training[3][None, :, 16:48, :32], (64, 64), mode="bilinear")[0]
+    drawn = [*training[:3].flip(-1), crop, *own]
+    captions = [f"caption {n}" for n in range(40)]
+    reference = from_images(training, captions, [f"{n:02d}" for n in range(40)], Grey())
+
+    class Wordless(Remembering):
+        """Without words, so that none is asked for, and on images of 64 x 64."""
+
+        image_size, latent_shape = (64, 64), (3, 64, 64)
+
+        def encode(self, prompt: str):
+            return replace(super().encode(prompt), words=(), tokens=())
+
+    model = Wordless(dict(zip(captions, drawn, strict=False)))
+    subject = Subject(entries_of(reference), reference, Grey())
+    ordinary = [f"ordinary {n}" for n in range(30)]
+    work, settings = Work(Measurement(images=1, steps=2, guidance_scale=1.0)), AuditSettings(worst=40, partition=25)
+    found = audit(subject, [], ordinary, lambda v: model, work, Ledger(tmp_path, {}), settings)
+    assert [row.parts for row in found.rows[:8]] == [1] * 4 + [0] * 4
+    assert [row.image for row in found.partly_copied] == ["00", "01", "02", "03"]
+    assert all(row.part is not None and row.part.mirrored and row.part_drawn == 1 for row in found.rows[:3])
+    assert found.rows[3].part.of_box == (0, 0.25, 0.5, 0.75) and found.rows[3].part.box == (0, 0, 1, 1)
+    assert found.rows[3].part.name == "03"
+    assert {verdict_of(row) for row in found.partly_copied} == {"Partly copied"}
 
 
 # ----------------------------------------------------------------------------------- stopped and resumed

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+import io
+import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pytest
+from PIL import Image
+
 from sd_dejavu.hosts.webui.text import as_typed
-from sd_dejavu.report.audit_rows import as_json, as_markdown, notes, ranked, row_as_json
+from sd_dejavu.reference.parts import PartMatch
+from sd_dejavu.report.audit_html import AuditPage, render_audit
+from sd_dejavu.report.audit_image import audit_images
+from sd_dejavu.report.audit_rows import (
+    as_json,
+    as_markdown,
+    figures,
+    notes,
+    ranked,
+    row_as_json,
+    sentence,
+    verdict_of,
+)
+from sd_dejavu.report.tiles import GAP, SIDE
 from sd_dejavu.training.audit import BASE, Audit, Row
 from sd_dejavu.training.ledger import Ledger
 from sd_dejavu.training.tasks import Task, Variant
@@ -38,7 +57,7 @@ def test_what_was_read_and_left_out_is_among_the_notes() -> None:
 def test_a_caption_makes_no_cells_of_its_own() -> None:
     lines = [line for line in as_markdown(FOUND).splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(ROWS) and "| gain |" in lines[0]
-    assert {line.replace("\\|", "").count("|") for line in lines} == {9}
+    assert {line.replace("\\|", "").count("|") for line in lines} == {10}
     assert "named \\| twice over" in lines[3] and "there is no caption" in lines[5]
 
 
@@ -69,3 +88,44 @@ def test_results_of_the_base_model_are_kept_apart(tmp_path: Path) -> None:
 def test_a_caption_holds_no_syntax_of_the_hosts() -> None:
     assert as_typed("a (red:1.3) [fox] AND snow BREAK") == r"a \(red:1.3\) \[fox\] and snow break"
     assert as_typed(r"<lora:other:1> BAND \o/") == r"< lora:other:1> BAND \\o/"
+
+
+PART = PartMatch(2, "c.png", 0.93, 2.5, True, (0.25, 0.0, 0.75, 0.5), (0.5, 0.25, 1.0, 0.75), True, 0.001)
+
+
+def test_a_copied_part_is_told_with_its_place() -> None:
+    partly = replace(ROWS[0], copies=0, drawn=4, parts=1, part=PART, part_drawn=3)
+    found = replace(FOUND, rows=(*ROWS[1:], partly))
+    assert [row.image for row in ranked(found)] == ["c.png", "a.png", "b.png", "d.png"]
+    assert verdict_of(partly) == "Partly copied"
+    assert figures(partly)["part"] == (
+        "drawn again 3: 25-75% across, 0-50% down is like 50-100% across, 25-75% down of c.png, mirrored (similarity 0.93)"
+    )
+    assert "1 came out as a copy, 1 with a copy of a part" in sentence(found)
+    assert any("stands out by more than 99.9% of pairs of different training images" in note for note in notes(found))
+    document = json.loads(json.dumps(row_as_json(partly)))
+    assert document["part"]["box"] == [0.25, 0.0, 0.75, 0.5] and document["parts"] == 1
+    assert "1 of 4" in as_markdown(found)
+
+
+def test_the_page_and_the_image_frame_both_parts() -> None:
+    rng = np.random.default_rng(0)
+    files = []
+    for kind in ("PNG", "JPEG"):
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(100, 110, (64, 64, 3), dtype=np.uint8)).save(file, kind)
+        files.append(file.getvalue())
+    partly = replace(ROWS[0], copies=0, drawn=2, parts=1, part=PART, part_drawn=2, images=(files[0],) * 2)
+    found = replace(FOUND, rows=(partly,))
+    page = render_audit(AuditPage(found, "m", "", "d", {"a.png": files[1]}, {}))
+    assert page.count("left:25%;top:0%;width:50%;height:50%") == 1
+    assert page.count("left:50%;top:25%;width:50%;height:50%") == 1
+    (framed,) = audit_images(found, {"a.png": files[1]})
+    (plain,) = audit_images(replace(found, rows=(replace(partly, part=None),)), {"a.png": files[1]})
+    changed = (framed[: GAP + SIDE] != plain[: GAP + SIDE]).any(2)
+    for tile, (left, top, right, bottom) in ((0, PART.of_box), (2, PART.box)):
+        start = GAP + tile * (SIDE + GAP)
+        rows, columns = np.nonzero(changed[GAP:, start : start + SIDE])
+        assert (columns.min(), columns.max()) == pytest.approx((left * SIDE, right * SIDE), abs=4)
+        assert (rows.min(), rows.max()) == pytest.approx((top * SIDE, bottom * SIDE), abs=4)
+    assert not changed[:, GAP + SIDE + GAP : GAP + 2 * SIDE + GAP].any()

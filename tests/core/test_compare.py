@@ -29,7 +29,15 @@ def test_a_row_is_made_of_what_was_counted() -> None:
     plain = _Tally(seconds={0: 1.0, 1: 2.0, 2: 4.0})
     likeness = [0.1 * n for n in range(11)]
     tally = _Tally(
-        likeness, [2.0, 4.0], [0.5, 1.0], {0: 1.1, 1: 3.0, 2: 12.0, 3: 99.0}, [100.0, 300.0], [0.0, 0.2], 1, 2
+        likeness,
+        [2.0, 4.0],
+        [0.5, 1.0],
+        {0: 1.1, 1: 3.0, 2: 12.0, 3: 99.0},
+        [100.0, 300.0],
+        [0.0, 0.2],
+        1,
+        2,
+        [True, False, True],
     )
     found = _row("x", tally, plain)
     assert (found.copies.hits, found.copies.count) == (3, 11)  # .8, .9 and 1 of 0, .1, ... 1
@@ -38,6 +46,7 @@ def test_a_row_is_made_of_what_was_counted() -> None:
     assert found.change_on_ordinary == pytest.approx(0.1) and (found.untouched.hits, found.untouched.count) == (1, 2)
     assert found.seconds_ratio == pytest.approx(1.5)  # the middle of 1.1, 1.5 and 3: pair 3 was not drawn plainly
     assert found.not_measured == 2
+    assert (found.part_copies.hits, found.part_copies.count) == (2, 3)
     nothing = _row("x", _Tally(not_measured=5), plain)
     assert nothing.copies.count == 0 and math.isnan(nothing.seconds_ratio) and math.isnan(nothing.similarity_top5)
     assert found.peak_memory_mb == 300

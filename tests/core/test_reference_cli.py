@@ -100,6 +100,25 @@ def test_the_bundled_models_copies_are_found(tmp_path: Path, capsys: pytest.Capt
     assert "is there already" in capsys.readouterr().err
 
 
+def test_copies_of_parts_are_found_with_their_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "set")
+    assert main(["refset", "build", "bundled", out, "--features", "grey"]) == 0
+    eights = (bundled.training_images()[20] * 255).byte().permute(1, 2, 0).numpy()
+    Image.fromarray(eights[16:48, :32]).resize((256, 256), Image.Resampling.BICUBIC).save(tmp_path / "crop.png")
+    Image.fromarray(eights[:, ::-1]).save(tmp_path / "mirrored.png")
+    capsys.readouterr()
+    images = [str(tmp_path / name) for name in ("crop.png", "mirrored.png")]
+    assert main(["refset", "search", out, *images, "--json", "--parts"]) == 0
+    crop, mirrored = answer(capsys)
+    assert crop["copy"] is mirrored["copy"] is False
+    assert (crop["part"]["copy"], crop["part"]["name"], crop["part"]["box"]) == (True, "pair-021", [0, 0, 1, 1])
+    assert crop["part"]["of_box"] == [0, 0.25, 0.5, 0.75] and mirrored["part"]["mirrored"] is True
+    assert main(["refset", "search", out, images[1], "--parts"]) == 0
+    assert "A copy of a part:" in capsys.readouterr().out
+    assert main(["refset", "search", out, images[1], "--json", "--parts", "--threshold", "1.01"]) == 0
+    assert answer(capsys)[0]["part"]["copy"] is False
+
+
 def test_small_sets_get_no_verdict_from_the_normalised_distance(
     tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,6 +131,8 @@ def test_small_sets_get_no_verdict_from_the_normalised_distance(
     assert row["copy"] is None
     assert "a set of 6 images is too small" in row["why"]
     assert row["neighbours"][0]["similarity"] == 0
+    assert main(["refset", "search", out, str(folder / "1.png"), "--parts"]) == 2
+    assert "parts are not compared by pixels 16" in capsys.readouterr().err
 
 
 def test_weights_are_named_again_and_checked(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -256,6 +256,31 @@ def test_a_set_is_built_loaded_and_finds_the_right_image(server: ComfyServer, tr
     assert _grey_correlation(tiles[1], _image(order[0])) > 0.98  # a JPEG
 
 
+def test_a_copied_part_is_found_framed_and_told(server: ComfyServer, training_folder: str) -> None:
+    """A training image in a mirror, whose whole is like none; a set of six images cannot tell."""
+    mirrored = _image(20).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    mirrored.save(server.home / "input" / "mirrored.png")
+    shown = {}
+    for parts in (False, True):
+        graph = _nearest(_loaded(BUNDLED) | {"image": node("LoadImage", image="mirrored.png")}, ["image", 0])
+        graph["nearest"]["inputs"]["parts"] = parts
+        outputs = server.run(graph)
+        (answer,) = _answers(outputs)
+        shown[parts] = Image.open(io.BytesIO(server.view(outputs["found"]["images"][0]))).size
+        assert answer["copy"] is False and outputs["copy"]["text"] == ["False"] and ("part" in answer) is parts
+    part = answer["part"]
+    assert (part["copy"], part["name"], part["mirrored"]) == (True, "pair-021", True)
+    left, top, right, bottom = part["box"]
+    assert part["of_box"] == [1 - right, top, 1 - left, bottom]
+    assert shown[True][0] == shown[False][0] + 272  # one more tile
+    assert "A copy of a part: " in outputs["nearest"]["text"][0]
+    server.run(_built(training_folder, "six for parts"))
+    graph = _nearest(_loaded("six for parts") | {"image": node("LoadImage", image="mirrored.png")}, ["image", 0])
+    graph["nearest"]["inputs"]["parts"] = True
+    with pytest.raises(ExecutionFailed, match="a set of 6 images is too small to compare parts with"):
+        server.run(graph)
+
+
 def test_a_folder_is_read_as_its_trainer_reads_it(server: ComfyServer, tmp_path: Path) -> None:
     top = server.home / "input" / "kohya"
     (top / "4_red fox").mkdir(parents=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +32,7 @@ from ...reference.features import (
     weights_digest,
 )
 from ...reference.nearest import Answer, answer
+from ...reference.parts import PartIndex, PartMatch, part_index
 from ...reference.reference_set import ReferenceSet
 from .api import ClipVision, ModelPatcher
 from .demo import load_demo_model
@@ -205,6 +207,27 @@ def nearest(guard: HostReferences, images: Tensor, count: int) -> list[Answer]:
     queries = [image[None, ..., :3].movedim(-1, 1) for image in images]
     found = guard.references.search(embed(guard.features, queries, device=str(image_device())), count)
     return [answer(guard.references, found, row) for row in range(len(queries))]
+
+
+def parts(guard: HostReferences, images: Tensor) -> list[PartMatch]:
+    """For each of the host's images [B, H, W, C] the part that is likest to one of a reference image.
+
+    Raises ValueError with a sentence for a set that parts are not compared with.
+    """
+    guard.networks.load()
+    return _index(guard).search([image[None, ..., :3].movedim(-1, 1) for image in images])
+
+
+@lru_cache(maxsize=1)
+def _index(guard: HostReferences) -> PartIndex:
+    """Of a whole set, kept until another is asked about."""
+    bar = comfy.utils.ProgressBar(1)
+
+    def show(done: int, total: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+
+    return part_index(guard.references, guard.features, device=str(image_device()), on_progress=show)
 
 
 def _made_with(features: Features) -> dict[str, object]:
