@@ -172,7 +172,7 @@ def of_loras(folder: Path) -> list[dict[str, Any]]:
         captions, pixels = pairs_of(range(audited_images))
         subject = subject_of(as_images(pixels), captions)
         settings = AuditSettings(worst=0, strength_steps=1)
-        result = audited(subject, Measurement(images=2, steps=25), settings, Load(), files)
+        result = audited(subject, Measurement(steps=25), settings, Load(), files)
         row = {
             "lora": name,
             "shown often": shown,
