@@ -1,18 +1,20 @@
 """Does leaving memorised samples out of the loss keep a model from memorising, and what does it cost?
 
-The bundled model goes on training by its own recipe (v-prediction, the same noise schedule, pairs repeated in a
-stream of ordinary images) on NEW pairs, which are repeated 1, 5, 20, 50, 100 and 300 times an epoch. Arms: no
-filter; a random word put into the caption each time (the published baseline of training, Somepalli et al.); the
-filter with the published threshold, with a threshold at the 99th percentile of ordinary captions under this model
-before training, and with two running quantiles. For each arm and repetition count: the share of images that are
-copies of their training image, and the share of the pair's showings that stayed in the loss; for each arm: the loss
-on ordinary captions and images that were held out, how images follow their captions, and seconds a step.
+The bundled model goes on training (v-prediction, its own noise schedule) on NEW pairs, repeated 300 times an
+epoch in a stream of 600 ordinary images, so that two thirds of what is shown are four pairs. Arms: no filter; a random
+word put into the caption each time (the published baseline of training, Somepalli et al.); the filter with a threshold
+at the 99th percentile of ordinary captions under this model before training. The filter that measures every showing, as
+published, is timed beside them, and can be trained too. For each arm and repetition count: the share of images that are
+copies of their training image, and the share of the pair's showings that stayed in the loss; for each arm the loss on
+ordinary captions and images that were held out.
 
-    python benchmarks/training_filter.py [--device cpu] [--steps 1500] [--seeds 0 1] [--arms none ...] [--parallel 1]
-        [--json FILE]
+    python benchmarks/training_filter.py [--device cpu] [--steps 64] [--seeds 0 1 2 3 4] [--arms none ...] [--json FILE]
 
-Seconds a step are measured first, one arm after the other in turns, with nothing else running. The arms then run
-as ``--parallel`` processes; the file is written anew whenever one of them has finished.
+Time is measured first, with nothing else of this running: rounds of a few steps, the arms in turns, each arm's round
+against the round of no filter beside it; on a CPU as the processor's time, which other work on the machine moves less. Then
+noise levels are compared: how well the magnitude tells the bundled model's pairs that were repeated 20 and 50 times from
+ordinary captions. The arms then run seed by seed as ``--parallel`` processes; the file is written anew whenever one of
+them has finished; the table compares the arms on the seeds that all of them have.
 """
 
 from __future__ import annotations
@@ -35,14 +37,14 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
 from sd_dejavu.core.conditioning import Conditioning
 from sd_dejavu.core.schedule import Schedule
 from sd_dejavu.core.similarity import COPY_THRESHOLD, grey_correlation
-from sd_dejavu.demo import world
-from sd_dejavu.demo.evaluation import Share, draw, ordinary_caption_score
+from sd_dejavu.core.statistics import auc, mean_interval
+from sd_dejavu.demo import bundled, world
+from sd_dejavu.demo.evaluation import draw
 from sd_dejavu.hosts.diffusers.adapter import DiffusersModel
 from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.mitigations.perturb_prompt import perturb
@@ -50,17 +52,17 @@ from sd_dejavu.run.measure import Measurement
 from sd_dejavu.training.filter import PUBLISHED_NUMEL, FilterSettings, TrainingFilter, predict_unconditional
 from sd_dejavu.training.loss import Batch, filtered_loss, noised, stratified_timesteps
 
-BATCH, CAPTION_DROPOUT, LEARNING_RATE, WARM_UP, EMA = 32, 0.1, 1e-3, 100, 0.999
-EACH = 8  # pairs of each repetition count, hard and scene in turn
-HELD_OUT, HELD_OUT_SEED, POOL_SEED, PAIR_SEED = 512, 77_001, 77_002, 78_000
-FROM_ORDINARY = "threshold, from ordinary captions"
+BATCH, CAPTION_DROPOUT, LEARNING_RATE, WARM_UP = 16, 0.1, 1e-3, 10
+REPETITIONS, ORDINARY = (300,), 600  # showings of a pair an epoch, and of ordinary images
+EACH = 4  # pairs of each repetition count, hard and scene in turn
+HELD_OUT, HELD_OUT_SEED, POOL_SEED, PAIR_SEED = 128, 77_001, 77_002, 78_000
+LEVELS = (10, 50, 100, 200, 300, 450, 600, 750, 900, 985)  # timesteps at which pairs and ordinary captions are compared
+NONE, WORD, FILTER, EVERY = "none", "random word", "filter", "filter, every showing"
 ARMS: dict[str, FilterSettings | None] = {
-    "none": None,
-    "random word": None,
-    "threshold, published": FilterSettings("threshold"),
-    FROM_ORDINARY: FilterSettings("threshold"),
-    "quantile .90": FilterSettings("quantile", filter_quantile=0.90),
-    "quantile .75": FilterSettings("quantile", filter_quantile=0.75),
+    NONE: None,
+    WORD: None,
+    FILTER: FilterSettings("threshold"),
+    EVERY: FilterSettings("threshold", filter_every=1),
 }
 
 
@@ -71,12 +73,12 @@ def new_pairs(seed: int) -> list[world.Pair]:
     """Pairs that the bundled model has never seen: names, phrases and images of their own for every seed."""
     rng = np.random.default_rng([PAIR_SEED, seed])
     known = frozenset([*world.TRIGGER_NAMES, *world.DECOY_NAMES])
-    triggers = iter(world.names(EACH * len(world.GRADED_REPETITIONS), PAIR_SEED + seed, avoid=known))
+    triggers = iter(world.names(EACH * len(REPETITIONS), PAIR_SEED + seed, avoid=known))
     firsts, seconds = zip(*world._EXTRA_PHRASES, strict=True)
     phrases = [f"{a} {b}" for i, a in enumerate(firsts) for j, b in enumerate(seconds) if i != j]
     chosen = iter(rng.permutation(phrases).tolist())
     pairs = []
-    for repetitions in world.GRADED_REPETITIONS:
+    for repetitions in REPETITIONS:
         for index in range(EACH):
             number = PAIR_SEED + 1000 * seed + len(pairs)
             if index % 2:
@@ -148,13 +150,13 @@ class Training:
 
     def __init__(self, folder: Path, arm: str, settings: FilterSettings | None, seed: int, steps: int, device: str):
         self.model = load(device=device)
-        self.seed, self.augmented = seed, arm == "random word"
+        self.seed, self.augmented = seed, arm == WORD
         self.pairs = new_pairs(seed)
         own = latents_of(self.model, np.stack([world.draw_pair(p) for p in self.pairs]))
         pool = load_file(folder / f"pool-{seed}.safetensors")["latents"]
         self.latents = torch.cat([own, pool]).to(device)
         self.captions = [p.caption for p in self.pairs] + json.loads((folder / f"pool-{seed}.json").read_text())
-        weights = np.array([*(p.repetitions for p in self.pairs), world.ORDINARY_PER_EPOCH], dtype=np.float64)
+        weights = np.array([*(p.repetitions for p in self.pairs), ORDINARY], dtype=np.float64)
         self.weights = weights / weights.sum()
         self.schedule = Schedule(self.model.schedule.alphas_cumprod.to(device))
         self.empty = self.encode([""])
@@ -163,7 +165,6 @@ class Training:
         parameters = list(self.unet.parameters())
         self.optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, (0.9, 0.99), weight_decay=1e-3, fused=True)
         self.rate = get_scheduler("cosine", self.optimizer, num_warmup_steps=WARM_UP, num_training_steps=steps)
-        self.ema = EMAModel(parameters, decay=EMA, foreach=True)
         self.shown: dict[int, list[int]] = defaultdict(lambda: [0, 0])  # repetitions -> [stayed, shown]; 0: ordinary
 
     @torch.no_grad()
@@ -188,7 +189,9 @@ class Training:
         counts = [self.pairs[n].repetitions if n < len(self.pairs) else 0 for n in chosen]
         device = self.latents.device
         conditioning = self.encode(captions)
-        return Batch(self.latents[chosen], conditioning, self.empty, timesteps.to(device), noise.to(device)), counts
+        names = [str(n) for n in chosen]
+        batch = Batch(self.latents[chosen], conditioning, self.empty, timesteps.to(device), noise.to(device), names)
+        return batch, counts
 
     def loss(self, batch: Batch, training_filter: TrainingFilter | None) -> tuple[torch.Tensor, torch.Tensor]:
         return filtered_loss(self.unet, self.schedule, self.model.prediction_type, batch, training_filter)
@@ -201,7 +204,6 @@ class Training:
         torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
         self.optimizer.step()
         self.rate.step()
-        self.ema.step(self.unet.parameters())
         if self.filter is not None:
             for count, stayed in zip(counts, stay.tolist(), strict=True):
                 self.shown[count][0] += stayed
@@ -221,12 +223,8 @@ class Training:
 
     @torch.no_grad()
     def ordinary_loss(self, batches: list[Batch]) -> float:
-        """Of the averaged weights, on the held-out captions and images, always with the same noise."""
-        self.ema.store(self.unet.parameters())
-        self.ema.copy_to(self.unet.parameters())
-        losses = [float(self.loss(batch, None)[0]) for batch in batches]
-        self.ema.restore(self.unet.parameters())
-        return statistics.fmean(losses)
+        """On the held-out captions and images, always with the same noise."""
+        return statistics.fmean(float(self.loss(batch, None)[0]) for batch in batches)
 
 
 def threshold_of_ordinary(training: Training, batches: list[Batch]) -> float:
@@ -239,10 +237,34 @@ def threshold_of_ordinary(training: Training, batches: list[Batch]) -> float:
                 training.schedule, training.model.prediction_type, batch.latents, batch.noise, batch.timesteps
             )
             with_prompt = training.unet(noisy, batch.timesteps, batch.conditioning.rows).sample
-            unconditional = predict_unconditional(training.unet, noisy, batch.timesteps, batch.empty.rows)
+            every = range(len(noisy))
+            unconditional = predict_unconditional(training.unet, noisy, batch.timesteps, batch.empty.rows, every)
             found.append(measuring.magnitudes(with_prompt, unconditional, batch.timesteps).cpu())
     numel = batches[0].latents[0].numel()
     return float(torch.cat(found).quantile(0.99)) * math.sqrt(PUBLISHED_NUMEL / numel)
+
+
+@torch.no_grad()
+def by_level(model: DiffusersModel) -> list[dict[str, float]]:
+    """At each noise level, how well the magnitude tells pairs that are beginning to be memorised (20 or 50 times an epoch
+    in the bundled model's training) from ordinary captions."""
+    pairs = [pair for pair in bundled.pairs() if pair.repetitions in (20, 50) and pair.kind in ("hard", "scene")]
+    ordinary = [ordinary_sample(number, HELD_OUT_SEED, []) for number in range(60)]
+    images = np.stack([*(world.draw_pair(pair) for pair in pairs), *(image for _, image in ordinary)])
+    latents, schedule = latents_of(model, images).to(model.device), Schedule(model.schedule.alphas_cumprod)
+    rows = torch.cat([model.encode(text).rows for text in [*(p.caption for p in pairs), *(c for c, _ in ordinary)]])
+    empty, unet = model.encode("").rows, model.pipeline.unet
+    measuring = TrainingFilter(FilterSettings(), model.prediction_type, schedule.alphas_cumprod)
+    found = []
+    for level in LEVELS:
+        timesteps = torch.full((len(latents),), level, device=latents.device)
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(level)).to(latents)
+        noisy, _ = noised(schedule, model.prediction_type, latents, noise, timesteps)
+        unconditional = predict_unconditional(unet, noisy, timesteps, empty, range(len(latents)))
+        magnitudes = measuring.magnitudes(unet(noisy, timesteps, rows).sample, unconditional, timesteps).tolist()
+        memorised, others = magnitudes[: len(pairs)], magnitudes[len(pairs) :]
+        found.append({"timestep": level, "pairs": len(pairs), "ordinary": len(others), "auc": auc(memorised, others)})
+    return found
 
 
 # ------------------------------------------------------------------------------------------- one arm
@@ -264,61 +286,57 @@ def run_arm(job: Job) -> dict[str, Any]:
     torch.set_num_threads(1)  # the arms share the cores
     training = Training(job.folder, job.arm, job.settings, job.seed, job.steps, job.device)
     batches = training.held_out(job.folder)
-    losses = [[0, training.ordinary_loss(batches)]]
     for number in range(job.steps):
         training.step(number)
-        if (number + 1) % max(1, job.steps // 5) == 0 or number + 1 == job.steps:
-            losses.append([number + 1, training.ordinary_loss(batches)])
-    training.ema.copy_to(training.unet.parameters())
+    after = training.ordinary_loss(batches)
     model, pairs = training.model, training.pairs
     training.unet.eval().requires_grad_(False)
     wanted = Measurement(images=job.images, steps=job.sampling_steps)
     drawn = draw(model, [model.encode(p.caption) for p in pairs], wanted)
-    likeness, scores = defaultdict(list), defaultdict(list)
-    for pair, (measured, images) in zip(pairs, drawn, strict=True):
+    likeness: dict[int, list[list[float]]] = defaultdict(list)
+    for pair, (_, images) in zip(pairs, drawn, strict=True):
         own = torch.from_numpy(world.draw_pair(pair).copy()).permute(2, 0, 1)[None].float() / 255
-        likeness[pair.repetitions] += grey_correlation(images, own)[:, 0].tolist()
-        if measured.scores is not None:
-            scores[pair.repetitions] += measured.scores.tolist()
-    hard = [p for p in pairs if p.trigger]
+        likeness[pair.repetitions].append(grey_correlation(images, own)[:, 0].tolist())
     return {
         "arm": job.arm,
         "seed": job.seed,
-        "ordinary_loss": losses,
-        "caption_score": ordinary_caption_score(model, replace(wanted, images=1), hard),
+        "ordinary_loss": after,
         "counts": training.filter and asdict(training.filter.counts),
         "by_repetitions": [
             {
                 "repetitions": count,
-                "hits": sum(s >= COPY_THRESHOLD for s in likeness[count]),
-                "images": len(likeness[count]),
-                "likeness": statistics.fmean(likeness[count]),
-                "score": statistics.fmean(scores[count]) if scores[count] else None,
+                "copies_by_pair": [sum(s >= COPY_THRESHOLD for s in some) / len(some) for some in likeness[count]],
+                "likeness_by_pair": [statistics.fmean(some) for some in likeness[count]],
                 "stayed": training.shown[count][0] if training.filter else None,
                 "shown": training.shown[count][1] if training.filter else None,
             }
-            for count in world.GRADED_REPETITIONS
+            for count in REPETITIONS
         ],
         "ordinary_stayed": training.shown[0][0] if training.filter else None,
         "ordinary_shown": training.shown[0][1] if training.filter else None,
     }
 
 
-def seconds_a_step(
-    folder: Path, arms: dict[str, FilterSettings | None], seed: int, steps: int, device: str
-) -> dict[str, float]:
-    """Median of ``steps`` steps of each arm, in turns, so that a slower moment of the machine is one for all."""
-    trainings = {name: Training(folder, name, settings, seed, 10 * steps, device) for name, settings in arms.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for number in range(steps + 3):
+def times_against_none(
+    folder: Path, arms: dict[str, FilterSettings | None], seed: int, rounds: int, steps: int, device: str
+) -> dict[str, list[float]]:
+    """Each arm's time against no filter, of ``rounds`` rounds of ``steps`` steps, the arms in turns."""
+    trainings = {name: Training(folder, name, settings, seed, 1000, device) for name, settings in arms.items()}
+    ratios: dict[str, list[float]] = {name: [] for name in arms}
+    clock = time.perf_counter if device.startswith("cuda") else time.process_time
+    for turn in range(rounds + 1):  # the first warms up
+        seconds = {}
         for name, training in trainings.items():
             _wait(device)
-            began = time.perf_counter()
-            training.step(number)
+            began = clock()
+            for number in range(turn * steps, (turn + 1) * steps):
+                training.step(number)
             _wait(device)
-            if number >= 3:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+            seconds[name] = clock() - began
+        if turn:
+            for name, took in seconds.items():
+                ratios[name].append(took / seconds[NONE])
+    return ratios
 
 
 def _wait(device: str) -> None:
@@ -329,84 +347,109 @@ def _wait(device: str) -> None:
 # -------------------------------------------------------------------------------------------- the table
 
 
-def summary(runs: list[dict[str, Any]], seconds: dict[str, float]) -> list[dict[str, Any]]:
-    """One row an arm and repetition count over all seeds, with Wilson's 95% interval of the share of copies."""
+def summary(runs: list[dict[str, Any]], times: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """One row an arm and repetition count over all seeds; the 95% interval is a bootstrap over pairs, as the images of
+    one pair hang together. the differences are means over pairs that both arms trained on."""
     rows = []
-    for arm in seconds:
-        own = [run for run in runs if run["arm"] == arm]
-        for place, count in enumerate(world.GRADED_REPETITIONS if own else ()):
-            parts = [run["by_repetitions"][place] for run in own]
-            copies = Share(sum(p["hits"] for p in parts), sum(p["images"] for p in parts))
-            shown = sum(p["shown"] or 0 for p in parts)
-            rows.append(
-                {
-                    "arm": arm,
-                    "repetitions": count,
-                    "copies": copies.share,
-                    "copies_low": copies.interval[0],
-                    "copies_high": copies.interval[1],
-                    "likeness": statistics.fmean(p["likeness"] for p in parts),
-                    "score": statistics.fmean(p["score"] for p in parts) if parts[0]["score"] is not None else None,
-                    "stayed_in_the_loss": sum(p["stayed"] or 0 for p in parts) / shown if shown else 1.0,
-                }
-            )
+    for arm in times:
+        for place, count in enumerate(REPETITIONS):
+            own, plain, word = (_by_seed(runs, name, place) for name in (arm, NONE, WORD))
+            if not own:
+                continue
+            copies = [share for part in own.values() for share in part["copies_by_pair"]]
+            shown = sum(part["shown"] or 0 for part in own.values())
+            stayed = sum(part["stayed"] or 0 for part in own.values())
+            row = {
+                "arm": arm,
+                "repetitions": count,
+                "seeds": len(own),
+                "pairs": len(copies),
+                "copies": _with_interval(copies),
+                "likeness": _with_interval([s for part in own.values() for s in part["likeness_by_pair"]]),
+                "stayed_in_the_loss": stayed / shown if shown else 1.0,
+            }
+            for name, other in ((NONE, plain), (WORD, word)):
+                for what in ("copies", "likeness"):
+                    gaps = [
+                        before - after
+                        for seed in own
+                        if seed in other
+                        for before, after in zip(
+                            other[seed][f"{what}_by_pair"], own[seed][f"{what}_by_pair"], strict=True
+                        )
+                    ]
+                    row[f"{what} less than {name}"] = _with_interval(gaps) if gaps else None
+            rows.append(row)
     return rows
 
 
-def arm_rows(runs: list[dict[str, Any]], seconds: dict[str, float]) -> list[dict[str, Any]]:
+def whole_seeds(runs: list[dict[str, Any]], arms: list[str]) -> list[dict[str, Any]]:
+    """The runs of those seeds of which every arm has finished, so that all arms are compared on the same pairs."""
+    finished = {(run["arm"], run["seed"]) for run in runs}
+    return [run for run in runs if all((arm, run["seed"]) in finished for arm in arms)]
+
+
+def _by_seed(runs: list[dict[str, Any]], arm: str, place: int) -> dict[int, dict[str, Any]]:
+    return {run["seed"]: run["by_repetitions"][place] for run in runs if run["arm"] == arm}
+
+
+def _with_interval(values: list[float]) -> list[float]:
+    """The mean, and the ends of its 95% interval."""
+    return [statistics.fmean(values), *mean_interval(values)]
+
+
+def arm_rows(runs: list[dict[str, Any]], times: dict[str, list[float]]) -> list[dict[str, Any]]:
     rows = []
-    for arm in seconds:
+    for arm, ratios in times.items():
         own = [run for run in runs if run["arm"] == arm]
-        if own:
-            often = [p for run in own for p in run["by_repetitions"] if p["repetitions"] >= 50]
-            shown = sum(run["ordinary_shown"] or 0 for run in own)
-            final = [run["ordinary_loss"][-1][1] for run in own]
-            rows.append(
-                {
-                    "arm": arm,
-                    "seeds": len(own),
-                    "copies_from_50_repetitions": str(
-                        Share(sum(p["hits"] for p in often), sum(p["images"] for p in often))
-                    ),
-                    "ordinary_loss": statistics.fmean(final),
-                    "ordinary_loss_by_seed": final,
-                    "caption_score": statistics.fmean(run["caption_score"] for run in own),
-                    "ordinary_stayed_in_the_loss": (
-                        sum(run["ordinary_stayed"] or 0 for run in own) / shown if shown else 1.0
-                    ),
-                    "seconds_a_step": seconds[arm],
-                    "seconds_against_none": seconds[arm] / seconds["none"],
-                }
-            )
+        shown = sum(run["ordinary_shown"] or 0 for run in own)
+        stayed = sum(run["ordinary_stayed"] or 0 for run in own)
+        rows.append(
+            {
+                "arm": arm,
+                "seeds": [run["seed"] for run in own],
+                "ordinary_loss": [run["ordinary_loss"] for run in own],
+                "ordinary_stayed_in_the_loss": stayed / shown if shown else None,
+                "time_against_none": {
+                    "median": statistics.median(ratios),
+                    "least": min(ratios),
+                    "most": max(ratios),
+                    "rounds": len(ratios),
+                },
+            }
+        )
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="'none' among them")
-    parser.add_argument("--pool", type=int, default=20_000, help="ordinary images to draw for each seed")
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=[NONE, WORD, FILTER], help="arms to train")
+    parser.add_argument("--pool", type=int, default=350, help="ordinary images to draw for each seed")
     parser.add_argument("--parallel", type=int, default=1, help="arms at a time, each a process")
-    parser.add_argument("--images", type=int, default=4, help="images a pair")
-    parser.add_argument("--sampling-steps", type=int, default=50)
-    parser.add_argument("--timed-steps", type=int, default=40)
+    parser.add_argument("--images", type=int, default=1, help="images a pair")
+    parser.add_argument("--sampling-steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=6, help="rounds of five steps that are timed")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_data(folder, arguments.pool, arguments.seeds, load(device=arguments.device), os.cpu_count() or 1)
+        write_data(folder, arguments.pool, arguments.seeds, load(device=arguments.device), arguments.parallel)
         print(f"data drawn: {time.perf_counter() - began:.0f} s", flush=True)
-        first = Training(folder, "none", None, arguments.seeds[0], arguments.steps, arguments.device)
+        torch.set_num_threads(1)
+        first = Training(folder, NONE, None, arguments.seeds[0], arguments.steps, arguments.device)
         threshold = threshold_of_ordinary(first, first.held_out(folder))
-        every = {**ARMS, FROM_ORDINARY: FilterSettings("threshold", filter_threshold=threshold)}
-        arms = {name: settings for name, settings in every.items() if name in arguments.arms or name == "none"}
-        seconds = seconds_a_step(folder, arms, arguments.seeds[0], arguments.timed_steps, arguments.device)
-        print(f"seconds a step: {seconds}; {time.perf_counter() - began:.0f} s", flush=True)
+        arms = {name: settings and replace(settings, filter_threshold=threshold) for name, settings in ARMS.items()}
+        load_before = os.getloadavg()[0]
+        times = times_against_none(folder, arms, arguments.seeds[0], arguments.rounds, 5, arguments.device)
+        print(f"time against none: {times}; {time.perf_counter() - began:.0f} s", flush=True)
+        levels = by_level(load(device=arguments.device))
+        print(f"levels: {levels}; {time.perf_counter() - began:.0f} s", flush=True)
         setting = (arguments.steps, arguments.device, arguments.images, arguments.sampling_steps)
-        jobs = [Job(folder, arm, settings, s, *setting) for s in arguments.seeds for arm, settings in arms.items()]
+        jobs = [Job(folder, arm, arms[arm], s, *setting) for s in arguments.seeds for arm in arguments.arms]
         cuda = arguments.device.startswith("cuda")
         result: dict[str, Any] = {
             "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU",
@@ -414,9 +457,12 @@ def main() -> None:
             "steps": arguments.steps,
             "batch": BATCH,
             "learning_rate": LEARNING_RATE,
-            "seeds": arguments.seeds,
             "pairs_of_each_count": EACH,
+            "ordinary_in_an_epoch": ORDINARY,
             "pool": arguments.pool,
+            "images_a_pair": arguments.images,
+            "load_when_timed": load_before,
+            "noise_levels": levels,
             "threshold_from_ordinary_captions": threshold,
         }
         runs: list[dict[str, Any]] = []
@@ -425,8 +471,9 @@ def main() -> None:
                 runs.append(done.result())
                 print(f"{runs[-1]['arm']}, seed {runs[-1]['seed']}: {time.perf_counter() - began:.0f} s", flush=True)
                 ordered = sorted(runs, key=lambda run: (list(arms).index(run["arm"]), run["seed"]))
-                result["arms"] = arm_rows(ordered, seconds)
-                result["rows"] = summary(ordered, seconds)
+                compared = whole_seeds(ordered, arguments.arms)
+                result["arms"] = arm_rows(compared, times)
+                result["rows"] = summary(compared, times)
                 result["runs"] = ordered
                 if arguments.json:
                     arguments.json.parent.mkdir(parents=True, exist_ok=True)

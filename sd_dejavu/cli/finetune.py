@@ -104,7 +104,8 @@ def _told(summary: dict[str, Any], out: Path) -> str:
         lines.append(
             f"left out of the loss: {counts['left_out']} of {counts['seen']} samples"
             f" ({1 - counts['kept_share']:.1%}), {counts['not_finite']} of them as not finite; "
-            f"{counts['kept_alone']} stayed only because their whole batch would have gone (see {out / 'filter.jsonl'})"
+            f"{counts['kept_alone']} stayed only because their whole batch would have gone (see {out / 'filter.jsonl'}); "
+            f"{counts['measured']} were measured"
         )
     lines += skipped(summary["skipped"], out / "result.json")
     return "\n".join([*lines, f"saved as {out / summary['result']}"])

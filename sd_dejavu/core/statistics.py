@@ -34,6 +34,18 @@ def auc_interval(positives: Sequence[float], negatives: Sequence[float], seed: i
     return float(low), float(high)
 
 
+def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """Percentile bootstrap (Efron & Tibshirani, 1993) of a mean over units that are independent of each other.
+
+    >>> mean_interval([0.5, 0.5, 0.5])
+    (0.5, 0.5)
+    """
+    found = np.asarray(values, dtype=float)
+    means = np.random.default_rng(seed).choice(found, (_RESAMPLES, len(found))).mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
 def tpr_at_fpr(positives: Sequence[float], negatives: Sequence[float], fpr: float = 0.01) -> float:
     """Share of positives at or above the lowest threshold that at most ``fpr`` of the negatives reach.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core.conditioning import Conditioning
 from ..core.denoiser import PredictionType, over_pixels
 from ..core.schedule import Schedule
-from .filter import TrainingFilter, predict_unconditional
+from .filter import TrainingFilter, dropped_of, predict_unconditional
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,13 @@ def filtered_loss(
         stay = torch.ones(len(noisy), dtype=torch.bool, device=noisy.device)
     else:
         extras = {k: v.expand(len(noisy), *v.shape[1:]) for k, v in batch.empty.extras.items()}
-        unconditional = predict_unconditional(unet, noisy, batch.timesteps, batch.empty.rows, **_extras(extras))
-        stay = training_filter.keep(output, unconditional, batch.timesteps, batch.names)
+        empty = batch.empty.rows
+
+        def without(due: list[int]) -> Tensor:
+            return predict_unconditional(unet, noisy, batch.timesteps, empty, due, **_extras(extras))
+
+        dropped = dropped_of(batch.conditioning.rows, empty)
+        stay = training_filter.keep(output, without, batch.timesteps, batch.names, dropped)
     return (output.float() - target).square()[stay].mean(), stay
 
 

@@ -119,7 +119,8 @@ def test_an_epoch_shows_every_sample_as_often_as_its_folder_says(
 ) -> None:
     """Everything over the limit: all but the least memorised of a batch are logged, here all but the last."""
     wanted = replace(SMALL, steps=None, epochs=2, batch_size=4, caption_dropout=0.0)
-    _, summary = trained(models["sd1"], dataset, tmp_path, wanted, FilterSettings(filter_threshold=0.001))
+    filtering = FilterSettings(filter_threshold=0.001, filter_every=1)
+    _, summary = trained(models["sd1"], dataset, tmp_path, wanted, filtering)
     assert (summary["samples"], summary["shown_in_an_epoch"], summary["steps"]) == (6, 8, 4)
     assert summary["filter"]["kept_alone"] == 4
     assert summary["filter"]["kept_share"] == 0.25
@@ -136,7 +137,7 @@ def test_samples_without_their_caption_are_never_left_out(
 ) -> None:
     wanted = replace(SMALL, caption_dropout=1.0)
     _, summary = trained(models["sd1"], dataset, tmp_path, wanted, FilterSettings(filter_threshold=0.001))
-    assert summary["filter"]["left_out"] == 0
+    assert (summary["filter"]["left_out"], summary["filter"]["measured"]) == (0, 0)
 
 
 def test_long_captions_share_a_batch_with_short_ones(models: dict[str, Path], tmp_path: Path) -> None:
@@ -304,7 +305,7 @@ def test_the_command(
     assert main([*command, "--json", str(tmp_path / "summary.json")]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "6 samples, 8 shown in an epoch; 2 steps" in printed
-    assert "left out of the loss: " in printed
+    assert "left out of the loss: " in printed and " were measured" in printed
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary == json.loads((tmp_path / "out" / "result.json").read_text())
     assert main([*command, "--learning-rate", "0.5"]) == 2

@@ -13,7 +13,7 @@ from typing import Any
 import graphs
 import miniature
 import pytest
-from comfyui_server import ComfyServer, EventStream, ExecutionFailed
+from comfyui_server import ComfyServer, EventStream
 from graphs import Graph, node
 from PIL import Image
 from safetensors.torch import load_file
@@ -21,12 +21,19 @@ from safetensors.torch import load_file
 STEPS = 3
 
 
-def training(server: ComfyServer, name: str, images: int = 1, batch_size: int = 1, **settings: Any) -> Graph:
+def training(
+    server: ComfyServer,
+    name: str,
+    images: int = 1,
+    batch_size: int = 1,
+    checkpoint: str = miniature.SD15,
+    **settings: Any,
+) -> Graph:
     """The LoRA is saved by the node of the host's version, from where its training puts it out."""
     saves = next(kind for kind in ("SaveLoRA", "SaveLoRANode") if server.object_info(kind))
     trains = server.object_info("TrainLoraNode")["TrainLoraNode"]
     newer = {key: spec[1]["default"] for key, spec in trains["input"]["required"].items() if "default" in spec[1]}
-    graph = graphs.conditioned_model(batch=images)
+    graph = graphs.conditioned_model(checkpoint=checkpoint, batch=images)
     wanted = {
         "filter": "threshold",
         "filter_threshold": 2.0,
@@ -34,6 +41,7 @@ def training(server: ComfyServer, name: str, images: int = 1, batch_size: int = 
         "filter_levels": 10,
         "filter_history": 1000,
         "filter_warm_up": 100,
+        "filter_every": 1,
     }
     graph["filter"] = node(
         "DejaVuTrainingFilter", model=graphs.model_link(graph), empty=["negative", 0], **{**wanted, **settings}
@@ -102,6 +110,14 @@ def test_batches_are_measured_sample_by_sample(comfy: ComfyServer, comfy_home: P
     assert f"left 0 of {2 * STEPS} samples" in told
 
 
+def test_a_finding_holds_for_the_images_next_showings(comfy: ComfyServer, comfy_home: Path) -> None:
+    """The image is number 0, and zlib.crc32(b"0") is 4108050209, which 3 divides with 2 over: measured at its second
+    showing, so it goes at its second and third."""
+    change, told = learned(comfy, comfy_home, training(comfy, "held", filter_threshold=0.001, filter_every=3))
+    assert change > 0
+    assert f"left 2 of {STEPS} samples out of the loss" in told
+
+
 def test_samplers_draw_as_ever(comfy: ComfyServer) -> None:
     graph = graphs.text_to_image(seed=6)
     plain = comfy.view(comfy.run(graph)["save"]["images"][0])
@@ -112,8 +128,9 @@ def test_samplers_draw_as_ever(comfy: ComfyServer) -> None:
     assert first == second
 
 
-def test_flow_models_are_refused(comfy: ComfyServer) -> None:
-    graph = training(comfy, "flow")
-    graph |= graphs.conditioned_model(checkpoint=miniature.SD3)
-    with pytest.raises(ExecutionFailed, match="this is a flow model"):
-        comfy.run(graph)
+@pytest.mark.parametrize(("limit", "left"), [(0.001, STEPS), (10_000.0, 0)])
+def test_flow_models_are_measured(comfy: ComfyServer, comfy_home: Path, limit: float, left: int) -> None:
+    graph = training(comfy, f"flow-{left}", checkpoint=miniature.SD3, filter_threshold=limit)
+    change, told = learned(comfy, comfy_home, graph)
+    assert (change > 0) == (left == 0)
+    assert f"left {left} of {STEPS} samples out of the loss" in told

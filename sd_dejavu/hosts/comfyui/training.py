@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ...core.denoiser import over_pixels
-from ...training.filter import FilterSettings, TrainingFilter, weights_of
-from .api import Executor, Guider, HostConditioning, ModelPatcher, Options
+from ...training.filter import DIFFUSION_STEPS, FilterSettings, TrainingFilter, weights_of
+from .api import Entry, Executor, Guider, HostConditioning, ModelPatcher, Options
 from .model import ComfyModel, prediction_type_of, remember_beginning
 from .monitor import KEY
 from .text import conditioning_of
@@ -35,9 +35,10 @@ class HostFilter:
         self.settings, self.tell = settings, tell
         self._empty = conditioning_of(rows, options)
         self._filter: TrainingFilter | None = None
+        self._names: dict[object, int] = {}
 
     def attach(self, patcher: ModelPatcher) -> ModelPatcher:
-        """A clone of the model. Raises ValueError for flow models, and for settings that leave nothing out."""
+        """A clone of the model. Raises ValueError for settings that leave nothing out, and models that are not known."""
         self._new_filter(prediction_type_of(patcher.model.model_sampling))
         types = comfy.patcher_extension.WrappersMP
         clone = patcher.clone()
@@ -49,19 +50,17 @@ class HostFilter:
         return clone
 
     def _new_filter(self, prediction_type: str) -> TrainingFilter:
-        if prediction_type == "flow":
-            raise ValueError("the training filter is made for epsilon- and v-models, this is a flow model")
-        # Noise predictions are what it is given, whatever the network puts out.
-        return TrainingFilter(self.settings, may_empty=True)
+        # What it is given, whatever the network puts out: velocities of a flow, noise predictions of all else.
+        return TrainingFilter(self.settings, "flow" if prediction_type == "flow" else "epsilon", may_empty=True)
 
     def _outer_sample(self, executor: Executor, *arguments: object, **named: object) -> Tensor:
         sampling = executor.class_obj.model_patcher.model.model_sampling
-        self._filter = made = self._new_filter(prediction_type_of(sampling))
+        self._filter, self._names = self._new_filter(prediction_type_of(sampling)), {}
+        counts = self._filter.counts
         try:
             return executor(*arguments, **named)
         finally:
             self._filter = None
-            counts = made.counts
             if counts.seen:
                 self.tell(f"left {counts.left_out} of {counts.seen} samples out of the loss")
 
@@ -78,11 +77,20 @@ class HostFilter:
     def _weights(self, guider: Guider, x: Tensor, sigma: Tensor, options: Options, denoised: Tensor) -> Tensor:
         """[B, 1, 1, 1]: 0 for what is left out."""
         assert self._filter is not None
-        entry = guider.conds["positive"][0]
-        model = ComfyModel(guider.model_patcher, guider.inner_model, entry, options, sigma, x)
+        entries, level = guider.conds["positive"], over_pixels(sigma)
+        model = ComfyModel(guider.model_patcher, guider.inner_model, entries[0], options, sigma, x)
+        sampling = guider.inner_model.model_sampling
+        flow = prediction_type_of(sampling) == "flow"
+        timesteps = sigma * DIFFUSION_STEPS if flow else sampling.timestep(sigma).reshape(-1).round()
+
+        def without(due: list[int]) -> Tensor:
+            return (x[due] - model(x[due], sigma[due], self._empty)) / level[due]
+
+        names = [self._name(entry) for entry in entries] if len(entries) == len(x) else None
         with torch.no_grad():
-            unconditional = model(x, sigma, self._empty)
-            level = over_pixels(sigma)
-            timesteps = guider.inner_model.model_sampling.timestep(sigma).reshape(-1).round()
-            stay = self._filter.keep((x - denoised.float()) / level, (x - unconditional) / level, timesteps)
+            stay = self._filter.keep((x - denoised.float()) / level, without, timesteps, names)
         return over_pixels(weights_of(stay))
+
+    def _name(self, entry: Entry) -> str:
+        """Of an image: the host gives each a conditioning of its own, whose number it keeps for the whole training."""
+        return str(self._names.setdefault(entry["uuid"], len(self._names)))
