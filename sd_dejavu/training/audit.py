@@ -61,6 +61,7 @@ BASE = Variant(base=True)
 _NUMBER = re.compile(r"(\d+)$")  # at the end of a saved LoRA's name
 NEAREST_SHOWN = 5  # near duplicates that are named
 FIRST_DRAWN = 100  # ordinary prompts that are drawn before more are asked for
+RECOMBINED = 20_000  # captions that ordinary prompts are recombined from, at most
 FEWEST = 20  # ordinary prompts to compare with
 COMPARED_AT_ONCE = 4096  # images drawn of ordinary prompts with all of the training set
 OTHERS = 2  # ordinary prompts that each training image is denoised with beside its caption
@@ -244,13 +245,19 @@ def sampled(entries: Sequence[Entry], count: int, seed: int) -> list[Entry]:
 def ordinary_for(entries: Sequence[Entry], count: int, otherwise: Callable[[int], list[str]]) -> list[str]:
     """Ordinary prompts to compare the captions with: recombined from them, so that they are no stranger to the model,
     at most ``count``, and two more to denoise each image with; ``otherwise`` gives others where the captions share too
-    few words for 100."""
+    few words for 100. Of many captions some are recombined, at even distances, and what comes out as another is left out.
+    """
     captions = [entry.caption for entry in entries if entry.caption.strip()]
     count += OTHERS
+    some = spread(captions, RECOMBINED)
     try:
-        return recombined(captions, count, at_least=min(count, FIRST_DRAWN))
+        made = recombined(some, count, at_least=min(count, FIRST_DRAWN))
     except ValueError:
         return otherwise(count)
+    if len(some) == len(captions):
+        return made
+    given = {caption.casefold() for caption in captions}
+    return [prompt for prompt in made if prompt.casefold() not in given]
 
 
 def identity(
