@@ -1,9 +1,9 @@
 """How an audit's memory and time grow with the captions, without a model: a stub gives values and pictures at once.
 
 Captions alone, and captions with images in a reference set on disk; each size in a process of its own, whose memory is
-looked at all the while, without what is mapped from files (RssAnon of Linux). The captions themselves, their rows and the
-report are in it. All time is the audit's own: tasks, ledger, thumbnails, judging. Then the same audit again, when nothing
-is left to measure: that is what reading the ledger and judging take.
+looked at all the while, without what is mapped from files (RssAnon of Linux). The captions themselves and their rows are
+in it. Seconds are the processor's, and all the audit's own: tasks, ledger, thumbnails, judging. Then the same audit again,
+when nothing is left to measure: that is what reading the ledger and judging take.
 
     python benchmarks/audit_scale.py [--json FILE] [--captions 2000 8000 32000]
 """
@@ -41,6 +41,7 @@ from sd_dejavu.training.tasks import Task, Work, nothing_apart
 PARTS = ("captions alone", "images and captions")
 WORDS, LENGTH = 2000, 12  # different words, and those of a caption: about 80 characters
 SIDE = 128  # of a thumbnail, as a reference set keeps it
+NULLS = 100  # ordinary prompts: what these take does not grow with the captions
 MIB = 1 << 20
 
 
@@ -126,9 +127,9 @@ def measured(part: str, count: int, folder: Path) -> dict[str, Any]:
     stub, begun, seconds = Stub(), in_memory(), dict[str, float]()
 
     def timed(name: str, work: Callable[[], Any]) -> Any:
-        start = time.perf_counter()
+        start = time.process_time()
         found = work()
-        seconds[name] = time.perf_counter() - start
+        seconds[name] = time.process_time() - start
         return found
 
     with Peak() as peak:
@@ -138,8 +139,8 @@ def measured(part: str, count: int, folder: Path) -> dict[str, Any]:
             reference = ReferenceSet.load(folder / "set")
             subject = Subject(entries_of(reference), reference, Grey())
         given = in_memory()
-        ordinary = timed("ordinary prompts", lambda: ordinary_for(subject.entries, 1000, lambda wanted: []))
-        wanted = AuditSettings(worst=0)
+        ordinary = timed("ordinary prompts", lambda: ordinary_for(subject.entries, NULLS, lambda wanted: []))
+        wanted = AuditSettings(worst=0, nulls=NULLS)
         ledger = Ledger(folder / "tasks", identity(subject.entries, ordinary, wanted, Measurement()))
 
         def whole() -> Audit:
@@ -175,9 +176,9 @@ def main() -> None:
                     pool.apply(write_set, (count, Path(name) / "set"))
                 found.append(pool.apply(measured, (part, count, Path(name))))
             print(found[-1], flush=True)
-    result = {"cpu": f"{platform.machine()} CPU, one thread", "python": platform.python_version(), "rows": found}
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            result = {"cpu": f"{platform.machine()}, one thread", "python": platform.python_version(), "rows": found}
+            if arguments.json:
+                arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -522,16 +522,17 @@ class _Drawings(Sequence[bytes]):
 
     def __init__(self, tasks: Sequence[Task], ledger: Ledger) -> None:
         self._tasks, self._ledger = tasks, ledger
+        self._count = sum(len(task.prompts) for task in tasks)
         self._read: tuple[int, list[dict[str, Any]]] = (-1, [])
         self.whys = {n: value["why"] for n, value in enumerate(ledger.values(tasks)) if "why" in value}
 
     def __len__(self) -> int:
-        return sum(len(task.prompts) for task in self._tasks)
+        return self._count
 
     def __getitem__(self, number: Any) -> Any:
         if isinstance(number, slice):
             return [self[n] for n in range(*number.indices(len(self)))]
-        task, place = divmod(range(len(self))[number], len(self._tasks[0].prompts))
+        task, place = divmod(range(self._count)[number], len(self._tasks[0].prompts))
         if self._read[0] != task:
             self._read = (task, list(self._ledger.values([self._tasks[task]])))
         return base64.b64decode(self._read[1][place]["image"])
