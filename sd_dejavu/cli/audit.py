@@ -114,7 +114,11 @@ def run(arguments: argparse.Namespace) -> int:
     engine = _engine(arguments)
     arguments.out.mkdir(parents=True, exist_ok=True)
     with locked(arguments.out, arguments.out / LOCK):
-        return _audited(arguments, wanted, measurement, loras, load, engine)
+        try:
+            return _audited(arguments, wanted, measurement, loras, load, engine)
+        except KeyboardInterrupt:
+            common.warn("stopped: the same command goes on where it stood")
+            raise
 
 
 def _audited(

@@ -795,6 +795,18 @@ def test_a_process_that_is_killed_loses_nothing(caption_list: Path, unbroken: Pa
     assert main(command(caption_list, out, "--seed", "1")) == 2  # another audit in the same folder
 
 
+def test_a_command_that_is_stopped_says_that_it_goes_on(
+    caption_list: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def stopped(*arguments: Any) -> Audit:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sd_dejavu.cli.audit.audit", stopped)
+    assert main(command(caption_list, tmp_path)) == 130
+    assert "stopped: the same command goes on where it stood" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.lock"))
+
+
 def ray_workers() -> list[int]:
     found = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
