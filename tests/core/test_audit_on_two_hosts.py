@@ -100,8 +100,8 @@ def test_an_audit_on_two_hosts_of_which_one_is_lost_finds_the_same(
     head, other, folder = two_hosts
     often = [pair.caption for pair in bundled.pairs() if pair.repetitions >= 300 and pair.kind == "hard"][:10]
     captions = tmp_path / "captions.txt"
-    captions.write_text("\n".join([*often, *bundled.held_out_ordinary(50, 6001)]), encoding="utf-8")
-    sizes = ["--nulls", "100", "--images", "1", "--partition", "25", "--worst", "0"]
+    captions.write_text("\n".join([*often, *bundled.held_out_ordinary(20, 6001)]), encoding="utf-8")
+    sizes = ["--nulls", "50", "--images", "1", "--partition", "25", "--worst", "0"]
 
     def audit(out: str) -> list[str]:
         return ["audit", "--dataset", str(captions), "--out", str(tmp_path / out), *sizes]
@@ -120,10 +120,10 @@ def test_an_audit_on_two_hosts_of_which_one_is_lost_finds_the_same(
         at_work = any(told.startswith("ray::MapWorker") for told in other.processes().values())
         return at_work and any(kept("*-*-*.json"))
 
-    wait_for(in_the_middle, 300)
+    wait_for(in_the_middle, 600)
     other.switch_off()
-    assert len(list(kept("*-*-*.json"))) < 14  # it was not the last task
-    assert running.wait(420) == 0
+    assert len(list(kept("*-*-*.json"))) < 8  # it was not the last task
+    assert running.wait(600) == 0
     assert not other.processes()
     for name in ("audit.json", "audit.parquet"):
         assert (tmp_path / "cluster" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
