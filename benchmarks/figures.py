@@ -369,8 +369,7 @@ def audit_scale() -> str:
     head = ["given", "captions", "memory, MiB", "ledger, MiB", "seconds", "seconds, nothing left to measure"]
     hours = ", ".join(f"{MILLION / rate / workers / 3600:,.1f} with {workers}" for workers in WORKERS)
     needs = "; ".join(
-        f"{captions:,} captions against 1,000 ordinary prompts: {least_named(captions, 1000, 0.05):,}"
-        for captions in (10_000, 100_000, MILLION)
+        f"{least_named(captions, 1000, 0.05):,} of {captions:,}" for captions in (10_000, 100_000, MILLION)
     )
     return f"""**An audit's size**, without a model (a stub gives values and pictures at once; {found["cpu"]}): the most memory beside what
 is mapped from files, and the audit's own processor time.
@@ -381,8 +380,9 @@ Worked out from these for {MILLION:,} captions, on a line through the two larges
 
 {table(["given", "memory, GiB", "ledger, GiB", "hours of the audit's own"], plan)}
 
-The bundled model's {rate:.1f} captions a second on one core make {hours} such cores, in hours. How many captions must stand
-out together to be named at 5%: {needs}."""
+The bundled model's {rate:.1f} captions a second on one core make hours beside these: {hours} such cores, if these share the
+work evenly. Against 1,000 ordinary prompts, so many captions must stand out together to be named at 5%: {needs}. To name a
+single one of {MILLION:,} takes {20 * MILLION - 1:,} ordinary prompts."""
 
 
 def _at_a_million(rows: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> str:
