@@ -14,6 +14,7 @@ The results come from these commands, one after the other on an idle machine:
     python benchmarks/optimisation.py --json benchmarks/results/optimisation.json
     python benchmarks/training_filter.py --rounds 5 --json benchmarks/results/training_filter.json
     python benchmarks/audit.py --json benchmarks/results/audit.json
+    python benchmarks/audit_scale.py --json benchmarks/results/audit_scale.json
     python benchmarks/audit_image.py
     python benchmarks/images.py
     python benchmarks/screenshots.py
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from sd_dejavu.core.statistics import wilson
+from sd_dejavu.training.audit import least_named
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -366,6 +368,66 @@ It measures {speed["captions_a_second"]:.1f} captions a second from their captio
 {speed["captions_a_second_published"]:.2f}: {speed["times_faster"]:.0f} times as many."""
 
 
+MILLION = 1_000_000
+WORKERS = (1, 8, 64)
+
+
+def audit_scale() -> str:
+    """Measured up to some thousand captions, and worked out for a million: a line through the two largest sizes."""
+    found, rate = read("audit_scale"), read("audit")["speed"]["captions_a_second"]
+    lines, plan = [], []
+    for given in dict.fromkeys(row["given"] for row in found["rows"]):
+        rows = [row for row in found["rows"] if row["given"] == given]
+        for row in rows:
+            memory, own, again = row["mib_at_most"], row["seconds"]["audit"], row["seconds"]["audit again"]
+            lines.append(
+                [
+                    given,
+                    f"{row['captions']:,}",
+                    f"{memory:.0f}",
+                    f"{row['mib_on_disk']:.0f}",
+                    f"{own:.1f}",
+                    f"{again:.1f}",
+                ]
+            )
+        plan.append([given, *(_at_a_million(rows[-2:], of) for of in (_memory, _disk, _hours))])
+    head = ["given", "captions", "memory, MiB", "ledger, MiB", "seconds", "seconds, nothing left to measure"]
+    hours = ", ".join(f"{MILLION / rate / workers / 3600:,.1f} with {workers}" for workers in WORKERS)
+    needs = "; ".join(
+        f"{least_named(captions, 1000, 0.05):,} of {captions:,}" for captions in (10_000, 100_000, MILLION)
+    )
+    return f"""**An audit's size**, without a model (a stub gives values and pictures at once; {found["cpu"]}): the most memory beside what
+is mapped from files, and the audit's own processor time.
+
+{table(head, lines)}
+
+Worked out from these for {MILLION:,} captions, on a line through the two largest sizes:
+
+{table(["given", "memory, GiB", "ledger, GiB", "hours of the audit's own"], plan)}
+
+The bundled model's {rate:.1f} captions a second on one core make hours beside these: {hours} such cores, if these share the
+work evenly. Against 1,000 ordinary prompts, so many captions must stand out together to be named at 5%: {needs}. To name a
+single one of {MILLION:,} takes {20 * MILLION - 1:,} ordinary prompts."""
+
+
+def _at_a_million(rows: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> str:
+    first, second = rows
+    slope = (value(second) - value(first)) / (second["captions"] - first["captions"])
+    return f"{value(second) + slope * (MILLION - second['captions']):.1f}"
+
+
+def _memory(row: dict[str, Any]) -> float:
+    return float(row["mib_at_most"]) / 1024
+
+
+def _disk(row: dict[str, Any]) -> float:
+    return float(row["mib_on_disk"]) / 1024
+
+
+def _hours(row: dict[str, Any]) -> float:
+    return float(sum(row["seconds"].values()) - row["seconds"]["audit again"]) / 3600
+
+
 def batches() -> str:
     found = read("batches")
     kinds = list(dict.fromkeys(row["calibration"] for row in found["rows"]))
@@ -407,6 +469,7 @@ PARTS: tuple[Callable[[], str], ...] = (
     mitigation,
     training,
     auditing,
+    audit_scale,
     speed,
     host_cost,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import torch
 from comfy_api.latest import io
@@ -56,6 +57,7 @@ class AuditLora(io.ComfyNode):
                 ),
                 io.String.Output(display_name="report", tooltip="The same rows as JSON, with all that was found."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -87,6 +89,7 @@ class AuditLora(io.ComfyNode):
             wanted,
             measurement,
             sockets.audits_folder(),
+            partial(comfyui.tell, str(cls.hidden.unique_id)),
         )
         images = audit_images(found, thumbnails_of(found, subject))
         return io.NodeOutput(

@@ -1,7 +1,7 @@
 """Does this checkpoint or LoRA copy the images it was trained with?
 
 --dataset takes what trainers take: a folder of images with captions, read as your trainer reads it, webdataset tars,
-Parquet; or a list of captions alone. --lora takes one file, or the files (or the folder) of all saved epochs.
+shards of Parquet; or captions alone: a list, or shards of Parquet without images. --lora takes one file, or the files (or the folder) of all saved epochs.
 DIR gets report.html, audit.json and, where pyarrow is installed, audit.parquet. A stopped audit goes on where it was.
 """
 
@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
+import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from rich.console import Console
 from rich.table import Table
@@ -22,8 +24,19 @@ from ..reference.build import BuildSettings
 from ..reference.features import Features, FeatureSettings
 from ..reference.nearest import same_features
 from ..reference.reference_set import ReferenceSet
+from ..reference.sources import caption_tables
 from ..report.audit_html import AuditPage, render_audit
-from ..report.audit_rows import as_json, figures, notes, ranked, sentence, settings_shown, thumbnails_of, verdict_of
+from ..report.audit_rows import (
+    figures,
+    json_pieces,
+    notes,
+    ranked,
+    row_as_json,
+    sentence,
+    settings_shown,
+    thumbnails_of,
+    verdict_of,
+)
 from ..report.terminal import plain
 from ..run.measure import Measurement
 from ..training.audit import (
@@ -31,6 +44,7 @@ from ..training.audit import (
     AuditSettings,
     Entry,
     LoraFile,
+    Row,
     Subject,
     audit,
     entries_of,
@@ -49,6 +63,7 @@ from .refset import built, check_device
 LIST_ENDINGS = (".txt", ".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 FIXED = ("score", "alpha")  # an audit measures the first step, and corrects for many tests instead
 SHOWN = 15
+WRITTEN_AT_ONCE = 10_000  # rows of a table
 FEATURES = "grey"
 
 
@@ -99,7 +114,11 @@ def run(arguments: argparse.Namespace) -> int:
     engine = _engine(arguments)
     arguments.out.mkdir(parents=True, exist_ok=True)
     with locked(arguments.out, arguments.out / LOCK):
-        return _audited(arguments, wanted, measurement, loras, load, engine)
+        try:
+            return _audited(arguments, wanted, measurement, loras, load, engine)
+        except KeyboardInterrupt:
+            common.warn("stopped: the same command goes on where it stood")
+            raise
 
 
 def _audited(
@@ -130,8 +149,7 @@ def _audited(
         work = Work(measurement, arguments.batch_size)
         found = audit(subject, loras, ordinary, load, work, ledger, wanted, engine, show, arguments.base is not None)
     name = "bundled model" if arguments.model is None else str(arguments.model)
-    document = as_json(found, name, [lora.path.name for lora in loras])
-    _write(document, found, arguments, subject, name, wanted, measurement)
+    _write(found, [lora.path.name for lora in loras], arguments, subject, name, wanted, measurement)
     if str(arguments.json) != "-":
         _print(found, arguments.out)
     return 0
@@ -153,9 +171,7 @@ def _subject(arguments: argparse.Namespace, wanted: AuditSettings, measurement: 
     """The training set as entries, from a reference set that is built on the way where none is named."""
     if (arguments.dataset is None) == (arguments.reference is None):
         raise ValueError("name the training set with --dataset, or a reference set of it with --reference")
-    if arguments.dataset is not None and Path(arguments.dataset).suffix.lower() in LIST_ENDINGS:
-        captions = read_prompts(Path(arguments.dataset), [], None, arguments.column)
-        entries = [Entry(f"line {number}", caption) for number, caption in enumerate(captions, 1)]
+    if arguments.dataset is not None and (entries := _captions_alone(arguments, Path(arguments.dataset))):
         return Subject(sampled(entries, wanted.sample, measurement.seed))
     features: Features
     if arguments.reference is not None:
@@ -166,31 +182,48 @@ def _subject(arguments: argparse.Namespace, wanted: AuditSettings, measurement: 
     return Subject(sampled(entries_of(reference), wanted.sample, measurement.seed), reference, features)
 
 
+def _captions_alone(arguments: argparse.Namespace, dataset: Path) -> list[Entry]:
+    """Of a list, or of Parquet files without images; none where there are images."""
+    if dataset.suffix.lower() in LIST_ENDINGS:
+        captions = read_prompts(dataset, [], None, arguments.column)
+        return [Entry(f"line {number}", caption) for number, caption in enumerate(captions, 1)]
+    reading = common.from_arguments(BuildSettings, arguments).reading
+    if arguments.column and not reading.caption_column:
+        reading = replace(reading, caption_column=arguments.column)
+    found: list[Entry] = []
+    if (tables := caption_tables(dataset, reading)) is not None:
+        for record in tables.records():
+            if record.fault:
+                raise ValueError(f"{record.name}: {record.fault}: mend it, or take it out")
+            found.append(Entry(record.name, record.caption))
+    return found
+
+
 # ---------------------------------------------------------------------------------------------- output
 
 
 def _write(
-    document: dict[str, Any],
     found: Audit,
+    loras: list[str],
     arguments: argparse.Namespace,
     subject: Subject,
     name: str,
     wanted: AuditSettings,
     measurement: Measurement,
 ) -> None:
-    write_text(arguments.out / "audit.json", json.dumps(document, indent=1) + "\n")
-    common.write_rows(document, arguments.json, None)
+    with replacing(arguments.out / "audit.json") as partial, partial.open("w", encoding="utf-8") as file:
+        file.writelines(json_pieces(found, name, loras))
+    if str(arguments.json) == "-":
+        sys.stdout.writelines(json_pieces(found, name, loras))
+    elif arguments.json is not None:
+        with arguments.json.open("w", encoding="utf-8") as file:
+            file.writelines(json_pieces(found, name, loras))
     if importlib.util.find_spec("pyarrow") is not None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         with replacing(arguments.out / "audit.parquet") as partial:
-            pq.write_table(pa.Table.from_pylist(document["rows"]), partial)
+            _write_parquet(found, partial)
     dataset = Path(arguments.dataset or arguments.reference).name
-    lora = ", ".join(document["loras"])
-    page = AuditPage(
-        found, name, lora, dataset, thumbnails_of(found, subject), settings_shown(found, wanted, measurement, subject)
-    )
+    shown = settings_shown(found, wanted, measurement, subject)
+    page = AuditPage(found, name, ", ".join(loras), dataset, thumbnails_of(found, subject), shown)
     write_text(arguments.out / "report.html", render_audit(page))
     if subject.reference is not None:
         folder = arguments.out / "drawn"
@@ -198,6 +231,27 @@ def _write(
         for number, row in enumerate((row for row in found.rows if row.images), 1):
             for image, data in enumerate(row.images, 1):
                 write_bytes(folder / f"row-{number:03d}-image-{image}.png", data)
+
+
+def _write_parquet(found: Audit, path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds = {
+        str: pa.string(),
+        float: pa.float64(),
+        int: pa.int64(),
+        bool: pa.bool_(),
+        tuple: pa.list_(pa.string()),
+    }
+    types = {
+        name: get_args(hint)[0] if NoneType in get_args(hint) else hint for name, hint in get_type_hints(Row).items()
+    }
+    schema = pa.schema([(name, kinds[get_origin(types[name]) or types[name]]) for name in row_as_json(Row("", ""))])
+    with pq.ParquetWriter(path, schema) as file:
+        for start in range(0, len(found.rows), WRITTEN_AT_ONCE):
+            rows = [row_as_json(row) for row in found.rows[start : start + WRITTEN_AT_ONCE]]
+            file.write_table(pa.Table.from_pylist(rows, schema))
 
 
 def _print(found: Audit, out: Path) -> None:

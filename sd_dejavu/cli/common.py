@@ -14,7 +14,8 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.text import Text
 
 from ..calibration import store
 from ..calibration.ordinary_prompts import general_prompts
@@ -22,6 +23,7 @@ from ..calibration.profile import Ordinary, Profile
 from ..calibration.recombined import recombined
 from ..core.denoiser import Model, PromptTooLong
 from ..core.memory import OutOfMemory, release, telling
+from ..core.progress import Stopwatch
 from ..core.settings import options_of
 from ..core.verdict import Explanation, Verdict, View
 from ..explain.views import explain
@@ -256,9 +258,23 @@ def _advance(bar: Progress, task: TaskID, before: int, done: float) -> None:
     bar.update(task, completed=before + done)
 
 
+class Pace(ProgressColumn):
+    """The rate and the time left of each line of a bar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._watches: dict[TaskID, Stopwatch] = {}
+
+    def render(self, task: Task) -> Text:
+        if task.total is None:
+            return Text("")
+        watch = self._watches.setdefault(task.id, Stopwatch(task.get_time))
+        return Text(watch(task.description, task.completed, task.total).pace)
+
+
 def progress_bar(console: Console) -> Progress:
     """Hidden where standard error is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Pace())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
@@ -268,7 +284,7 @@ def stages(bar: Progress) -> Callable[[str, int, int], None]:
 
     def show(stage: str, done: int, total: int) -> None:
         if stage not in tasks:
-            tasks[stage] = bar.add_task(stage)
+            tasks[stage] = bar.add_task(stage, completed=done, total=total)
         bar.update(tasks[stage], completed=done, total=total)
 
     return show

@@ -19,10 +19,12 @@ class ParquetSource:
     """Rows with an image's bytes (a binary column, or a struct with ``bytes``) and a caption.
 
     A file that cannot be read is one record that says so. Raises ValueError where none of them can, or one lacks a column.
+    With ``captions_alone`` no images are needed, and none are read.
     """
 
     files: tuple[Path, ...]
     reading: Reading = Reading()
+    captions_alone: bool = False
 
     def __post_init__(self) -> None:
         faults = [_looked_at(file)[1] for file in self.files]
@@ -45,6 +47,7 @@ class ParquetSource:
         return sum(_looked_at(file)[0] for file in self.files)
 
     def records(self, start: int = 0, images: bool = True) -> Iterator[Record]:
+        images = images and not self.captions_alone
         for path in self.files:
             rows, fault = _looked_at(path)
             if start < rows and fault:
@@ -68,20 +71,19 @@ class ParquetSource:
                         row += 1
                 row = end
 
-    def _chosen(self, path: Path) -> tuple[str, str | None]:
-        """The columns of the image and of the caption; there need be no caption."""
+    def _chosen(self, path: Path) -> tuple[str | None, str | None]:
+        """The columns of the image and of the caption; there need be only one of them, that which is asked for."""
         with parquet_file(path) as file:
             names = file.schema_arrow.names
         image = column_of(names, self.reading.image_column or None, IMAGE_COLUMNS)
         caption = column_of(names, self.reading.caption_column or None, CAPTION_COLUMNS)
         shown = ", ".join(repr(name) for name in names[:12]) or "none"
-        if image is None:
+        if image is None and not self.captions_alone:
             wanted = repr(self.reading.image_column or IMAGE_COLUMNS[0])
             raise ValueError(f"{path.name}: no column {wanted} among {shown}: name the column that holds the images")
-        if caption is None and self.reading.caption_column:
-            raise ValueError(
-                f"{path.name}: no column {self.reading.caption_column!r} among {shown}: name the column that holds the captions"
-            )
+        if caption is None and (self.captions_alone or self.reading.caption_column):
+            wanted = repr(self.reading.caption_column or CAPTION_COLUMNS[0])
+            raise ValueError(f"{path.name}: no column {wanted} among {shown}: name the column that holds the captions")
         return image, caption
 
 
@@ -154,6 +156,16 @@ def parquet_file(path: Path) -> Any:
         return file
     except Exception as error:  # the library raises many types for broken bytes
         raise Unreadable(f"not a sound Parquet file ({one_line(error)})") from error
+
+
+def without_images(files: Sequence[Path], reading: Reading = Reading()) -> bool:
+    """Whether none of these files that can be read has a column of images."""
+    return not reading.image_column and not any(_image_column(file) for file in files if not _looked_at(file)[1])
+
+
+def _image_column(path: Path) -> str | None:
+    with parquet_file(path) as file:
+        return column_of(file.schema_arrow.names, None, IMAGE_COLUMNS)
 
 
 def column_of(names: Sequence[str], wanted: str | None, usual: Sequence[str]) -> str | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .folder import FolderSource
 from .layout import layout_of, look
-from .parquet import ParquetSource
+from .parquet import ParquetSource, without_images
 from .reading import GUESS, Reading
 from .records import IMAGE_ENDINGS, Source
 from .tar import TarSource
@@ -50,6 +50,16 @@ def open_source(path: Path, reading: Reading = Reading()) -> Source:
     if reading.trainer_config:
         return FolderSource(found, configured(Path(reading.trainer_config), found, reading))
     return FolderSource(found, layout_of(found, reading))
+
+
+def caption_tables(path: Path, reading: Reading = Reading()) -> ParquetSource | None:
+    """The Parquet file or files at ``path`` where they hold captions without images; None where they do not."""
+    if path.is_dir():
+        found = look(path, _TAR_ENDINGS, _TABLE_ENDINGS)
+        files = () if found.images or found.tars else tuple(found.tables)
+    else:
+        files = (path,) if path.is_file() and path.suffix.lower() in _TABLE_ENDINGS else ()
+    return ParquetSource(files, reading, captions_alone=True) if files and without_images(files, reading) else None
 
 
 def _unlike_folders(source: Source, reading: Reading) -> Source:

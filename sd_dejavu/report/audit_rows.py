@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, fields
+from textwrap import indent
 from typing import Any
 
 from ..reference.left_out import in_short
@@ -138,6 +141,19 @@ def row_as_json(row: Row) -> dict[str, Any]:
 
 def as_json(audit: Audit, model: str, loras: list[str]) -> dict[str, Any]:
     """The whole finding as plain values, without the images."""
+    return {**_head(audit, model, loras), "rows": [row_as_json(row) for row in audit.rows]}
+
+
+def json_pieces(audit: Audit, model: str, loras: list[str]) -> Iterator[str]:
+    """The text of :func:`as_json`, row by row: of a million rows the whole is never in memory."""
+    yield json.dumps(_head(audit, model, loras), indent=1).removesuffix("\n}") + ',\n "rows": ['
+    for place, row in enumerate(audit.rows):
+        yield ("," if place else "") + "\n" + indent(json.dumps(row_as_json(row), indent=1), "  ")
+    yield "\n ]\n}\n"
+
+
+def _head(audit: Audit, model: str, loras: list[str]) -> dict[str, Any]:
+    """All but the rows."""
     return {
         "format": "dejavu-audit",
         "schema_version": 2,
@@ -154,7 +170,6 @@ def as_json(audit: Audit, model: str, loras: list[str]) -> dict[str, Any]:
         "epochs": [asdict(point) for point in audit.epochs],
         "skipped": list(audit.skipped),
         "remarks": list(audit.remarks),
-        "rows": [row_as_json(row) for row in audit.rows],
     }
 
 
@@ -170,7 +185,8 @@ def thumbnails_of(audit: Audit, subject: Subject) -> dict[str, bytes]:
     """The training image (a JPEG file) of each row that was drawn, by its name."""
     if subject.reference is None:
         return {}
-    rows = {entry.image: entry.row for entry in subject.entries}
+    drawn = {row.image for row in audit.rows if row.images}
+    rows = {entry.image: entry.row for entry in subject.entries if entry.image in drawn}
     return {
         row.image: bytes(subject.reference.thumbnails[number])
         for row in audit.rows

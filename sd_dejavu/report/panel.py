@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
 
 import numpy as np
 from markupsafe import Markup
 
+from ..core.progress import duration
 from ..core.trace import NotMeasured
 from ..core.verdict import Verdict
 from ..doctor import Finding, headline
@@ -38,17 +38,6 @@ def panel(reports: Sequence[tuple[str, Report]], offer: Offer | None = None) -> 
     """
     images = [_image(title, report) for title, report in reports]
     return rendered("panel.html.j2", images=images, offer=_offered(offer), from_image=_from_image(reports))
-
-
-def duration(seconds: float) -> str:
-    """About how long something takes.
-
-    >>> duration(18.2), duration(130), duration(7200)
-    ('about 20 s', 'about 3 min', 'about 2 h')
-    """
-    if seconds > 90 * 60:
-        return f"about {ceil(seconds / 3600 - 0.25)} h"
-    return f"about {ceil(seconds / 60)} min" if seconds > 90 else f"about {max(5, 5 * ceil(seconds / 5))} s"
 
 
 def plain_text(reports: Sequence[tuple[str, Report]]) -> str:

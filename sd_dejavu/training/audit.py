@@ -26,7 +26,8 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -44,7 +45,7 @@ from ..calibration.recombined import recombined
 from ..core.settings import Checked, by_id, option
 from ..core.statistics import benjamini_hochberg, spread
 from ..kept import digest_of, json_digest
-from ..reference.build import THUMBNAIL_SIDE, embed, from_images
+from ..reference.build import PIECE, THUMBNAIL_SIDE, embed
 from ..reference.features import Features, Grey
 from ..reference.images import open_image, to_tensor
 from ..reference.nearest import copy_threshold
@@ -54,7 +55,7 @@ from ..run.measure import Measurement
 from .ledger import Ledger
 from .lora_files import holds_lora
 from .lora_metadata import remarks
-from .tasks import Engine, Task, Trained, Variant, Work, one_process
+from .tasks import MEASURED, Chosen, Engine, Task, Trained, Variant, Work, one_process
 
 Progress = Callable[[str, int, int], None]
 Counts = Literal["recovery", "gain"]
@@ -62,7 +63,9 @@ BASE = Variant(base=True)
 _NUMBER = re.compile(r"(\d+)$")  # at the end of a saved LoRA's name
 NEAREST_SHOWN = 5  # near duplicates that are named
 FIRST_DRAWN = 100  # ordinary prompts that are drawn before more are asked for
+RECOMBINED = 20_000  # captions that ordinary prompts are recombined from, at most
 FEWEST = 20  # ordinary prompts to compare with
+COMPARED_AT_ONCE = 4096  # images drawn of ordinary prompts with all of the training set
 OTHERS = 2  # ordinary prompts that each training image is denoised with beside its caption
 
 
@@ -95,7 +98,7 @@ class AuditSettings(Checked):
             raise ValueError(f"partition must be a multiple of {PROMPTS_A_SEED}, not {self.partition}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One image of the training set with its caption; ``row`` is its place in the reference set, None without one."""
 
@@ -105,7 +108,7 @@ class Entry:
     row: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """What was found of one training image.
 
@@ -253,13 +256,19 @@ def sampled(entries: Sequence[Entry], count: int, seed: int) -> list[Entry]:
 def ordinary_for(entries: Sequence[Entry], count: int, otherwise: Callable[[int], list[str]]) -> list[str]:
     """Ordinary prompts to compare the captions with: recombined from them, so that they are no stranger to the model,
     at most ``count``, and two more to denoise each image with; ``otherwise`` gives others where the captions share too
-    few words for 100."""
+    few words for 100. Of many captions some are recombined, at even distances, and what comes out as another is left out.
+    """
     captions = [entry.caption for entry in entries if entry.caption.strip()]
     count += OTHERS
+    some = spread(captions, RECOMBINED)
     try:
-        return recombined(captions, count, at_least=min(count, FIRST_DRAWN))
+        made = recombined(some, count, at_least=min(count, FIRST_DRAWN))
     except ValueError:
         return otherwise(count)
+    if len(some) == len(captions):
+        return made
+    given = {caption.casefold() for caption in captions}
+    return [prompt for prompt in made if prompt.casefold() not in given]
 
 
 def identity(
@@ -374,7 +383,7 @@ def audit(
     finish = partial(_finish, load=load, work=work, ledger=ledger, engine=engine, on_progress=on_progress)
     judge = _Judge(subject)
     others, ordinary = tuple(ordinary[-OTHERS:]), ordinary[:-OTHERS]
-    pictures = _pictures(subject, final, wanted, others, finish, ledger)
+    pictures = _pictures(subject, cases, final, wanted, others, finish, ledger)
     swept = pictures.some(sweep)
     asked = [final, BASE] if counts == "gain" else [final]
     finish([task for v in asked for task in pictures.tasks(v)], "measuring")
@@ -418,16 +427,16 @@ def audit(
     finish(drawing, "drawing")
     judge.saw(dict(zip(prompts, ledger.values(drawing), strict=True)))
     named = found.named(wanted.false_discovery_rate)
-    on_base: list[dict[str, Any]] = values.get(BASE) or [{}] * len(cases)
-    rows = {
-        (case.caption, case.row): judge.row(case, value, base, score, p, q, flag)
-        for case, value, base, score, p, q, flag in zip(
-            cases, values[final], on_base, scores, found.p, found.q, named, strict=True
-        )
-    }
+    case_of = {(case.caption, case.row): number for number, case in enumerate(cases)}
+
+    def row(entry: Entry) -> Row:
+        n = case_of[entry.caption, entry.row]
+        base = values[BASE][n] if counts == "gain" else {}
+        return judge.row(cases[n], values[final][n], base, scores[n], found.p[n], found.q[n], named[n])
+
     compared = len(_known(null_scores))
     return Audit(
-        tuple(judge.of_entry(rows[entry.caption, entry.row], entry) for entry in subject.entries),
+        tuple(judge.of_entry(row(entry), entry) for entry in subject.entries),
         counts,
         compared,
         wanted.false_discovery_rate,
@@ -444,52 +453,105 @@ def audit(
 
 @dataclass(frozen=True)
 class _Pictures:
-    """The image that each caption is measured with, a file; None where ``why`` there is none.
+    """The image that each caption is measured with: its number among ``files``, None where ``whys`` says why not.
 
-    ``seen`` compares others with all of them.
+    ``copies`` tells which of other images are copies of any of them.
     """
 
-    captions: tuple[str, ...]
-    files: tuple[bytes | None, ...]
-    whys: tuple[str, ...]
+    captions: Sequence[str]
+    files: Sequence[bytes]
+    numbers: Sequence[int | None]
+    whys: Mapping[int, str]
     others: tuple[str, ...]
     partition: int
     ledger: Ledger
-    seen: _Judge
+    copies: Callable[[Sequence[bytes]], list[bool]]
 
     @property
     def side(self) -> int:
         """Of the longer side in pixels. Raises ValueError where there is no image at all."""
-        for file in self.files:
-            if file is not None:
-                return max(open_image(file).size)
+        for number in self.numbers:
+            if number is not None:
+                return max(open_image(self.files[number]).size)
         raise ValueError(f"none of the captions could be drawn, so there is nothing to measure: {self.whys[0]}")
 
-    def some(self, numbers: Sequence[int]) -> _Pictures:
-        captions, files, whys = (tuple(of[n] for n in numbers) for of in (self.captions, self.files, self.whys))
-        return replace(self, captions=captions, files=files, whys=whys)
+    def some(self, places: Sequence[int]) -> _Pictures:
+        captions, numbers = [self.captions[n] for n in places], [self.numbers[n] for n in places]
+        whys = {place: self.whys[n] for place, n in enumerate(places) if n in self.whys}
+        return replace(self, captions=captions, numbers=numbers, whys=whys)
 
     def tasks(self, variant: Variant) -> list[Task]:
         found = []
         for first in range(0, len(self.captions), self.partition):
             here = slice(first, first + self.partition)
             pairs = [
-                (c, file) for c, file in zip(self.captions[here], self.files[here], strict=True) if file is not None
+                (c, number)
+                for c, number in zip(self.captions[here], self.numbers[here], strict=True)
+                if number is not None
             ]
             if pairs:
-                captions, files = tuple(c for c, _ in pairs), tuple(file for _, file in pairs)
-                found.append(Task("captions", variant, first, captions, files, others=self.others))
+                files = Chosen(self.files, [number for _, number in pairs])
+                found.append(Task("captions", variant, first, tuple(c for c, _ in pairs), files, others=self.others))
         return found
 
-    def values(self, variant: Variant) -> list[dict[str, Any]]:
+    def values(self, variant: Variant) -> _Values:
         """What was measured of each caption, or why it was not."""
         measured = self.ledger.values(self.tasks(variant))
-        pairs = zip(self.files, self.whys, strict=True)
-        return [{"why": why} if file is None else next(measured) for file, why in pairs]
+        return _Values(
+            {"why": self.whys[place]} if number is None else next(measured) for place, number in enumerate(self.numbers)
+        )
+
+
+class _Values(Sequence[dict[str, Any]]):
+    """What was measured of many prompts, as two numbers each; or why it was not."""
+
+    def __init__(self, values: Iterable[dict[str, Any]]) -> None:
+        self._numbers, self._whys = array("d"), dict[int, str]()
+        for place, value in enumerate(values):
+            if "why" in value:
+                self._whys[place] = value["why"]
+            self._numbers.extend(value.get(name, np.nan) for name in MEASURED)
+
+    def __len__(self) -> int:
+        return len(self._numbers) // len(MEASURED)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self[n] for n in range(*place.indices(len(self)))]
+        place = range(len(self))[place]
+        if place in self._whys:
+            return {"why": self._whys[place]}
+        start = place * len(MEASURED)
+        return dict(zip(MEASURED, self._numbers[start : start + len(MEASURED)], strict=True))
+
+
+class _Drawings(Sequence[bytes]):
+    """The images that finished tasks drew, read from the ledger a task at a time; ``whys`` says why one is not there.
+
+    All tasks but the last have as many prompts as the first.
+    """
+
+    def __init__(self, tasks: Sequence[Task], ledger: Ledger) -> None:
+        self._tasks, self._ledger = tasks, ledger
+        self._count = sum(len(task.prompts) for task in tasks)
+        self._read: tuple[int, list[dict[str, Any]]] = (-1, [])
+        self.whys = {n: value["why"] for n, value in enumerate(ledger.values(tasks)) if "why" in value}
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[n] for n in range(*number.indices(len(self)))]
+        task, place = divmod(range(self._count)[number], len(self._tasks[0].prompts))
+        if self._read[0] != task:
+            self._read = (task, list(self._ledger.values([self._tasks[task]])))
+        return base64.b64decode(self._read[1][place]["image"])
 
 
 def _pictures(
     subject: Subject,
+    cases: Sequence[Entry],
     final: Variant,
     wanted: AuditSettings,
     others: tuple[str, ...],
@@ -497,25 +559,36 @@ def _pictures(
     ledger: Ledger,
 ) -> _Pictures:
     """The training images; or where there are captions alone, what the model draws of each without guidance."""
-    cases = subject.cases
-    captions = tuple(case.caption for case in cases)
-    files: tuple[bytes | None, ...]
+    captions = [case.caption for case in cases]
     if subject.reference is not None:
-        files = tuple(subject.reference.thumbnails[case.row] for case in cases if case.row is not None)
-        return _Pictures(captions, files, ("",) * len(cases), others, wanted.partition, ledger, _Judge(subject))
-    parts = [(first, captions[first : first + wanted.partition]) for first in range(0, len(cases), wanted.partition)]
-    drawing = [Task("stand-ins", final, first, part, side=THUMBNAIL_SIDE) for first, part in parts]
+        numbers = [case.row for case in cases]
+        copies = _Judge(subject).copies
+        return _Pictures(captions, subject.reference.thumbnails, numbers, {}, others, wanted.partition, ledger, copies)
+    drawing = [
+        Task("stand-ins", final, first, tuple(captions[first : first + wanted.partition]), side=THUMBNAIL_SIDE)
+        for first in range(0, len(cases), wanted.partition)
+    ]
     finish(drawing, "drawing the captions")
-    found = list(ledger.values(drawing))
-    files = tuple(base64.b64decode(one["image"]) if "image" in one else None for one in found)
-    whys = tuple(one.get("why", "") for one in found)
-    drawn = [(case, file) for case, file in zip(cases, files, strict=True) if file is not None]
-    seen = Subject([])
-    if drawn:
-        images = torch.cat([to_tensor(open_image(file)) for _, file in drawn])
-        names = [case.image for case, _ in drawn]
-        seen = Subject([], from_images(images, [case.caption for case, _ in drawn], names, Grey()), Grey())
-    return _Pictures(captions, files, whys, others, wanted.partition, ledger, _Judge(seen))
+    files = _Drawings(drawing, ledger)
+    drawn = [None if n in files.whys else n for n in range(len(files))]
+    there = Chosen(files, [n for n in drawn if n is not None])
+    return _Pictures(
+        captions, files, drawn, files.whys, others, wanted.partition, ledger, partial(_copies_of_any, files=there)
+    )
+
+
+def _copies_of_any(images: Sequence[bytes], files: Sequence[bytes]) -> list[bool]:
+    """Which images are copies of any of many files, of which a piece is read at a time."""
+    features = Grey()
+    threshold = copy_threshold(features.name)
+    if threshold is None or not images:
+        return [False] * len(images)
+    rows = embed(features, map(to_tensor, map(open_image, images)))
+    nearest = torch.full((len(rows),), -1.0)
+    for start in range(0, len(files), PIECE):
+        there = embed(features, map(to_tensor, map(open_image, files[start : start + PIECE])))
+        nearest = nearest.maximum((rows @ there.T).amax(1))
+    return (nearest >= threshold).tolist()
 
 
 class _Nulls:
@@ -538,6 +611,7 @@ class _Nulls:
         self._drawn_by, self._others = drawn_by, others
         self._ordinary, self._wanted, self._pictures = ordinary, wanted, pictures
         self._finish, self._ledger = finish, ledger
+        self._copied: dict[int, bool] = {}
 
     def tasks(self, final: Variant, count: int) -> list[Task]:
         """Of the first ``count``, to be measured on ``final``, without those whose images copy the training set.
@@ -548,20 +622,18 @@ class _Nulls:
         parts = [(first, tuple(self._ordinary[first : min(first + size, count)])) for first in range(0, count, size)]
         drawing = [Task("drawn", self._drawn_by, first, part, side=self._pictures.side) for first, part in parts]
         self._finish(drawing, "drawing ordinary prompts")
+        files = _Drawings(drawing, self._ledger)
+        there = [n for n in range(len(files)) if n not in files.whys]
+        for start in range(0, len(there), COMPARED_AT_ONCE):
+            fresh = [n for n in there[start : start + COMPARED_AT_ONCE] if n not in self._copied]
+            self._copied.update(zip(fresh, self._pictures.copies(Chosen(files, fresh)[:]), strict=True))
+        copied = sum(self._copied[n] for n in there)
         found: list[Task] = []
-        copied = 0
         for task in drawing:
-            drawn = [
-                (prompt, base64.b64decode(value["image"]))
-                for prompt, value in zip(task.prompts, self._ledger.values([task]), strict=True)
-                if "image" in value
-            ]
-            copies = self._pictures.seen.copies([image for _, image in drawn])
-            copied += sum(copies)
-            kept = [one for one, copy in zip(drawn, copies, strict=True) if not copy]
+            kept = [n for n in range(task.first, task.first + len(task.prompts)) if self._copied.get(n) is False]
             if kept:
-                prompts, images = tuple(prompt for prompt, _ in kept), tuple(image for _, image in kept)
-                found.append(Task("nulls", final, task.first, prompts, images, others=self._others))
+                prompts = tuple(self._ordinary[n] for n in kept)
+                found.append(Task("nulls", final, task.first, prompts, Chosen(files, kept), others=self._others))
         left = sum(len(task.prompts) for task in found)
         if copied and left < min(FEWEST, count):
             raise ValueError(
@@ -570,11 +642,11 @@ class _Nulls:
             )
         return found
 
-    def values(self, variant: Variant, tasks: Sequence[Task]) -> list[dict[str, Any]]:
+    def values(self, variant: Variant, tasks: Sequence[Task]) -> _Values:
         """What is measured of the same prompts and images on a variant."""
         own = [replace(task, variant=variant) for task in tasks]
         self._finish(own, "measuring ordinary prompts")
-        return list(self._ledger.values(own))
+        return _Values(self._ledger.values(own))
 
 
 def _scores(values: Sequence[dict[str, Any]], bases: Sequence[dict[str, Any]] | None) -> list[float | None]:
@@ -632,7 +704,7 @@ def _finish(
     engine: Engine,
     on_progress: Progress,
 ) -> None:
-    left = ledger.missing(list(dict.fromkeys(tasks)))
+    left = ledger.missing(tasks)
     total = sum(len(task.prompts) for task in tasks)
     done = total - sum(len(task.prompts) for task in left)
     on_progress(stage, done, total)

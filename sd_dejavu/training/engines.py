@@ -2,6 +2,8 @@
 
 Each task is a row of a data set; a pool of actors, each with a model of its own, maps rows to results, which come
 back one task after the other and are kept by the caller. When a worker dies, Ray gives its task to another one.
+
+A thousand rows are sent at a time, with their images: memory does not grow with the number of tasks.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ import torch
 
 from ..core.settings import Checked, option
 from .tasks import Bench, Engine, Task, Trained, Variant, Work
+
+SENT_AT_ONCE = 1000  # tasks, after which the replicas load their model again
 
 
 @dataclass(frozen=True)
@@ -56,15 +60,18 @@ def on_ray(cluster: Cluster) -> Engine:
         if ours:
             _connect(ray, cluster)
         try:
-            rows = [{"number": number, **task.as_row()} for number, task in enumerate(tasks)]
-            results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-                Worker,  # type: ignore[arg-type, unused-ignore]
-                fn_constructor_args=(load, work, torch.get_num_threads()),
-                compute=ray.data.ActorPoolStrategy(size=min(cluster.workers, len(rows))),
-                num_gpus=cluster.gpus_a_worker or None,
-            )
-            for found in results.iter_rows():
-                yield tasks[int(found["number"])], json.loads(found["values"])
+            for first in range(0, len(tasks), SENT_AT_ONCE):
+                part = tasks[first : first + SENT_AT_ONCE]
+                rows = [{"number": number, **task.as_row()} for number, task in enumerate(part)]
+                results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+                    Worker,  # type: ignore[arg-type, unused-ignore]
+                    fn_constructor_args=(load, work, torch.get_num_threads()),
+                    compute=ray.data.ActorPoolStrategy(size=min(cluster.workers, len(rows))),
+                    num_gpus=cluster.gpus_a_worker or None,
+                )
+                del rows
+                for found in results.iter_rows():
+                    yield part[int(found["number"])], json.loads(found["values"])
         finally:
             if ours:
                 ray.shutdown()

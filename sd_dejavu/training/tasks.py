@@ -10,7 +10,7 @@ import base64
 import io
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Kind = Literal["nulls", "captions", "drawn", "stand-ins", "images"]
+MEASURED = ("magnitude", "recovery")  # of a caption, or an ordinary prompt
 _NOT_FINITE = "the model gives NaN or infinity"
 
 
@@ -59,6 +60,22 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Chosen(Sequence[bytes]):
+    """Some of many files by their numbers, each read when it is asked for."""
+
+    files: Sequence[bytes]
+    numbers: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self.files[number] for number in self.numbers[place]]
+        return self.files[self.numbers[place]]
+
+
+@dataclass(frozen=True)
 class Task:
     """``prompts`` are those from number ``first`` on, a multiple of 25.
 
@@ -72,15 +89,16 @@ class Task:
     variant: Variant
     first: int
     prompts: tuple[str, ...]
-    training: tuple[bytes, ...] = ()
+    training: Sequence[bytes] = ()
     words: bool = False
     side: int = 0
     others: tuple[str, ...] = ()
 
     def as_row(self) -> dict[str, Any]:
         """Plain values, for a table's row."""
-        lists = {name: list(getattr(self, name)) for name in ("prompts", "training", "others")}
-        return {**asdict(self), **lists}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        lists = {name: list(values[name]) for name in ("prompts", "training", "others")}
+        return {**values, **lists, "variant": asdict(self.variant)}
 
     @classmethod
     def of_row(cls, row: dict[str, Any]) -> Task:

@@ -31,8 +31,9 @@ from sd_dejavu.demo import bundled, world
 from sd_dejavu.hosts.diffusers import ModelError
 from sd_dejavu.hosts.diffusers.audit import Load
 from sd_dejavu.hosts.diffusers.load import load
-from sd_dejavu.reference.build import from_images
+from sd_dejavu.reference.build import build, from_images
 from sd_dejavu.reference.features import Grey
+from sd_dejavu.reference.reference_set import ReferenceSet
 from sd_dejavu.report.audit_html import AuditPage, render_audit
 from sd_dejavu.report.audit_rows import as_json, notes, sentence, verdict_of
 from sd_dejavu.run.measure import Measurement
@@ -56,9 +57,10 @@ from sd_dejavu.training.audit import (
     sampled,
     suggestion,
 )
+from sd_dejavu.training.engines import Cluster, on_ray
 from sd_dejavu.training.ledger import Ledger
 from sd_dejavu.training.recovery import LEVELS, as_trained, drawing_levels, drawn, recoveries, recovery
-from sd_dejavu.training.tasks import Task, Variant, Work, one_process
+from sd_dejavu.training.tasks import Chosen, Task, Variant, Work, one_process
 
 HERE = Path(__file__).parent
 ONE = Measurement(images=1, steps=4)
@@ -182,6 +184,17 @@ def test_ordinary_prompts_are_recombined_from_the_captions_where_they_can_be():
     assert made == recombined(captions, 152)  # two more, that images are denoised with
     assert not set(made) & set(captions)
     assert ordinary_for(entries[:2], 150, lambda count: ["other"] * count) == ["other"] * 152
+
+
+def test_of_many_captions_some_are_recombined_and_none_of_the_others_comes_out(monkeypatch: pytest.MonkeyPatch):
+    captions = [caption for caption, _ in world.ordinary_captions(240, seed=3)]
+    made = recombined(captions[::4], 152)
+    captions[1:3] = made[3], made[7].upper()  # among those that are not recombined
+    monkeypatch.setattr("sd_dejavu.training.audit.RECOMBINED", 60)
+    found = ordinary_for([Entry(str(n), caption) for n, caption in enumerate(captions)], 150, lambda count: [])
+    given = {caption.casefold() for caption in captions}
+    assert found == [prompt for prompt in made if prompt.casefold() not in given]
+    assert made[3] not in found and made[7] not in found and made[0] in found
 
 
 # ------------------------------------------------------------------------------------- the training set
@@ -680,6 +693,116 @@ def test_memorised_captions_are_named_from_a_list_alone(unbroken: Path):
     assert pq.read_table(unbroken / "audit.parquet").to_pylist() == document["rows"]
 
 
+def write_shards(folder: Path, captions: Sequence[str | None], **more: Sequence[Any]) -> Path:
+    """Parquet files of 13 rows each."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    folder.mkdir()
+    for number, start in enumerate(range(0, len(captions), 13)):
+        columns = {"caption": captions, **more}
+        table = pa.table({name: values[start : start + 13] for name, values in columns.items()})
+        pq.write_table(table, folder / f"train-{number:05d}.parquet", row_group_size=5)
+    return folder
+
+
+def test_shards_of_captions_are_audited_as_a_list_is(caption_list: Path, unbroken: Path, tmp_path: Path):
+    captions = caption_list.read_text().splitlines()
+    shards = write_shards(tmp_path / "shards", captions, url=captions)
+    assert main(command(shards, tmp_path / "out")) == 0
+    document = json.loads((tmp_path / "out" / "audit.json").read_text())
+    names = [f"train-{n // 13:05d}.parquet/row-{n % 13}" for n in range(30)]
+    assert [row.pop("image") for row in document["rows"]] == names
+    listed = json.loads((unbroken / "audit.json").read_text())["rows"]
+    assert document["rows"] == [{name: value for name, value in row.items() if name != "image"} for row in listed]
+
+
+def test_shards_with_images_are_a_training_set_and_what_is_wrong_with_one_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    captions, scenes_of = ["a red boat", "a fox", None, "a hut"] * 4, scenes(16)
+    files = []
+    for scene in scenes_of:
+        file = io.BytesIO()
+        Image.fromarray(world.draw_scene(scene)).save(file, "PNG")
+        files.append(file.getvalue())
+    entries = entries_of(built_from(write_shards(tmp_path / "both", captions, image=files), tmp_path / "set"))
+    assert [entry.caption for entry in entries] == [caption or "" for caption in captions]
+    assert entries[14].image == "train-00001.parquet/row-1"
+    shards = write_shards(tmp_path / "alone", captions)
+    (shards / "train-00001.parquet").write_bytes(b"PAR1")
+    assert main(command(shards, tmp_path / "out")) == 2
+    assert "train-00001.parquet: not a sound Parquet file" in capsys.readouterr().err
+    assert main(command(shards, tmp_path / "out", "--column", "prompt")) == 2
+    assert "no column 'prompt' among 'caption'" in capsys.readouterr().err
+
+
+def built_from(source: Path, out: Path) -> ReferenceSet:
+    return build(source, out, Grey())
+
+
+def test_images_are_read_when_their_task_is_done(tmp_path: Path):
+    """Of 60 images in tasks of 25: none is held before, nor by a task that is over."""
+    reference, read = image_set(60), list[int]()
+
+    class Watched(Sequence[bytes]):
+        def __len__(self) -> int:
+            return len(reference.thumbnails)
+
+        def __getitem__(self, number: Any) -> Any:
+            read.append(number)
+            return reference.thumbnails[number]
+
+    subject = Subject(entries_of(reference), replace(reference, thumbnails=Watched()), Grey())
+    seen = []
+
+    def engine(tasks: Sequence[Task], load: Any, work: Any) -> Iterator[tuple[Task, list[Any]]]:
+        for task in tasks:
+            read.clear()
+            values = work(Scripted(), task)
+            if task.kind == "captions":
+                seen.append(sorted(read))
+            yield task, values
+
+    settings = AuditSettings(worst=0, partition=25)
+    audit(subject, [], ["w1"] * 40, lambda v: Scripted(), Work(ONE), Ledger(tmp_path, {}), settings, engine)
+    assert seen == [list(range(25)), list(range(25, 50)), list(range(50, 60))]
+
+
+def test_many_tasks_are_sent_to_a_cluster_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("ray")
+    sent = []
+
+    class Data:
+        def __init__(self, rows: list[dict[str, Any]]) -> None:
+            sent.append(len(rows))
+            self._rows = rows
+
+        def map(self, worker: Any, fn_constructor_args: Any, **more: Any) -> Data:
+            return Data.of([*map(worker(*fn_constructor_args), self._rows)])
+
+        @classmethod
+        def of(cls, rows: list[dict[str, Any]]) -> Data:
+            made = cls.__new__(cls)
+            made._rows = rows[::-1]  # as they come from a cluster: in any order
+            return made
+
+        def iter_rows(self) -> Iterator[dict[str, Any]]:
+            return iter(self._rows)
+
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.data.from_items", lambda rows, **more: Data(rows))
+    monkeypatch.setattr("sd_dejavu.training.engines.SENT_AT_ONCE", 3)
+    file = io.BytesIO()
+    Image.new("RGB", (2, 2), "red").save(file, "JPEG")
+    tasks = [
+        Task("captions", Variant(), 25 * n, (f"w{n + 1}",), Chosen([file.getvalue()], [0]), others=("w1",))
+        for n in range(8)
+    ]
+    work, model = Work(ONE), Scripted()
+    found = sorted(on_ray(Cluster())(tasks, lambda v: model, work), key=lambda pair: pair[0].first)
+    assert sent == [3, 3, 2]
+    assert found == [(task, work(model, task)) for task in tasks]
+
+
 def in_a_process(arguments: list[str]) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent.parent)}
     return subprocess.Popen([sys.executable, "-m", "sd_dejavu", *arguments], env=environment, stdout=subprocess.DEVNULL)
@@ -701,6 +824,18 @@ def test_a_process_that_is_killed_loses_nothing(caption_list: Path, unbroken: Pa
     assert (out / "audit.json").read_bytes() == (unbroken / "audit.json").read_bytes()
     assert {file: file.stat().st_mtime_ns for file in before} == before
     assert main(command(caption_list, out, "--seed", "1")) == 2  # another audit in the same folder
+
+
+def test_a_command_that_is_stopped_says_that_it_goes_on(
+    caption_list: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def stopped(*arguments: Any) -> Audit:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sd_dejavu.cli.audit.audit", stopped)
+    assert main(command(caption_list, tmp_path)) == 130
+    assert "stopped: the same command goes on where it stood" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.lock"))
 
 
 def ray_workers() -> list[int]:

@@ -19,6 +19,7 @@ from sd_dejavu.report.audit_rows import (
     as_json,
     as_markdown,
     figures,
+    json_pieces,
     notes,
     ranked,
     row_as_json,
@@ -52,6 +53,11 @@ def test_what_was_read_and_left_out_is_among_the_notes() -> None:
     assert as_json(found, "m", [])["remarks"] == list(found.remarks)
     assert r"A folder '\[a\](b)' was read." in as_markdown(found)
     assert not any(note.startswith(("Left out", "Training set")) for note in notes(FOUND))
+
+
+def test_the_document_is_the_same_written_row_by_row() -> None:
+    for found in (FOUND, replace(FOUND, rows=ROWS[:1], remarks=("ü",))):
+        assert "".join(json_pieces(found, "m", ["l"])) == json.dumps(as_json(found, "m", ["l"]), indent=1) + "\n"
 
 
 def test_a_caption_makes_no_cells_of_its_own() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -101,14 +103,12 @@ def test_networks_are_taken_out_of_a_prompt() -> None:
     assert Calibrating(networks="<lora:a b:0.5> <hypernet:x:1>").size == "512 x 512"
 
 
-def test_how_far_it_is_and_how_long_it_takes() -> None:
-    now = iter((0.0, 3.0, 9.0, 100.0, 100.0))
-    tell = Telling(lambda: next(now))
-    assert tell.sentence("ordinary prompts", 25, 1000) == "ordinary prompts: 25 of 1,000"
-    assert tell.sentence("ordinary prompts", 50, 1000) == "ordinary prompts: 50 of 1,000, about 2 min left"
-    assert tell.sentence("ordinary prompts", 475, 1000) == "ordinary prompts: 475 of 1,000, about 15 s left"
-    assert tell.sentence("ordinary prompts", 1000, 1000) == "ordinary prompts: 1,000 of 1,000"
-    assert tell.sentence("whole runs", 0, 20) == "whole runs: 0 of 20"  # which begin anew
+def test_the_page_is_told_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "modules", SimpleNamespace(shared=SimpleNamespace(state=state)))
+    Telling()("ordinary prompts", 25, 1000)
+    assert state.textinfo == "ordinary prompts: 25 of 1,000"
+    assert (state.job_no, state.job_count, state.sampling_step, state.sampling_steps) == (0, 1, 25, 1000)
 
 
 def test_whole_runs_are_added_to_the_first_steps_that_are_kept(tmp_path: Path) -> None:

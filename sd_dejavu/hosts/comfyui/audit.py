@@ -17,6 +17,7 @@ import comfy.utils
 from torch import Tensor
 
 from ...core.conditioning import Conditioning
+from ...core.progress import Stopwatch
 from ...reference.features import Metric
 from ...run.measure import Measurement
 from ...training.audit import Audit, AuditSettings, Subject, audit, entries_of, identity, ordinary_for, sampled
@@ -109,8 +110,11 @@ def audit_lora(
     wanted: AuditSettings,
     measurement: Measurement,
     folder: Path,
+    tell: Callable[[str], None],
 ) -> tuple[Audit, Subject]:
     """Which captions of a reference set bring their images back. With a ``base`` it is the gain over it that counts.
+
+    ``tell`` is told how far it is.
 
     Raises ValueError where there is nothing to measure.
     """
@@ -128,7 +132,11 @@ def audit_lora(
         vae=fingerprint(vae.patcher, ""),
         latent=list(start.latent.shape[1:]),
     )
-    bar = comfy.utils.ProgressBar(1)
+    bar, watch = comfy.utils.ProgressBar(1), Stopwatch()
+
+    def show(stage: str, done: int, total: int) -> None:
+        bar.update_absolute(done, total)
+        tell(watch(stage, done, total).sentence)
 
     def engine(tasks: Sequence[Task], load: Callable[[Variant], Trained], work: Work) -> Iterator[tuple[Task, Values]]:
         for task in tasks:
@@ -144,7 +152,7 @@ def audit_lora(
         Ledger.below(folder, begun),
         wanted,
         engine,
-        lambda stage, done, total: bar.update_absolute(done, total),
+        show,
         base is not None,
     )
     return found, subject

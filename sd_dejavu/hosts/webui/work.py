@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 from ...calibration.profile import Profile
+from ...core.progress import Stopwatch
 from ...core.settings import named, options_of
 from ...detectors import scores
 from ...report import panel, wording
@@ -27,27 +27,17 @@ NOT_KNOWN = "this image's run is not known any more: generate it again"
 
 
 class Telling:
-    """Tells the host's page how far some work is, and about how long the rest will take."""
+    """Tells the host's page how far some work is, how fast it goes, and about how long the rest will take."""
 
-    def __init__(self, now: Callable[[], float] = monotonic) -> None:
-        self._now, self._what, self._begun, self._first = now, "", 0.0, 0
+    def __init__(self) -> None:
+        self._watch = Stopwatch()
 
     def __call__(self, what: str, done: int, total: int) -> None:
         from modules import shared
 
         state = shared.state
-        state.textinfo = self.sentence(what, done, total)
+        state.textinfo = self._watch(what, done, total).sentence
         state.job_count, state.job_no, state.sampling_step, state.sampling_steps = 1, 0, done, total
-
-    def sentence(self, what: str, done: int, total: int) -> str:
-        """'ordinary prompts: 34 of 100, about 20 s left'; without a time while nothing is known of it."""
-        if what != self._what:
-            self._what, self._begun, self._first = what, self._now(), done
-        left = ""
-        if done > self._first and done < total:
-            seconds = (self._now() - self._begun) / (done - self._first) * (total - done)
-            left = f", {panel.duration(seconds)} left"
-        return f"{what}: {done:,} of {total:,}{left}"
 
 
 def read_calibrating(values: Mapping[str, object]) -> Calibrating:
