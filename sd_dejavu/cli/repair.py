@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
             lambda contents: places_of(Load(*asked)(Variant(base=True)), contents),
             Work(measurement, arguments.batch_size),
             wanted,
-            show,
+            on_progress=show,
         )
     common.write_rows(found.as_json(), arguments.json, None)
     if str(arguments.json) != "-":

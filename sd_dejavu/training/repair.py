@@ -34,7 +34,7 @@ from .audit import BASE, OTHERS, Entry, Progress, Subject, gains
 from .likeness import distance, likeness, style
 from .lora_files import Contents, read
 from .spectral import WAYS, Place, Update, Way
-from .tasks import Bench, Task, Trained, Variant, Work
+from .tasks import Engine, Task, Trained, Variant, Work, one_process
 
 KEPT: Mapping[Way, Sequence[float]] = {
     "strength": (0.8, 0.65, 0.5, 0.35),
@@ -123,6 +123,7 @@ def repair(
     places: Callable[[Contents], tuple[Contents, Mapping[str, Place]]],
     work: Work,
     wanted: RepairSettings = RepairSettings(),
+    engine: Engine = one_process,
     on_progress: Progress = lambda stage, done, total: None,
 ) -> Repaired:
     """Writes to ``out`` what is left of a LoRA, and says what it was and is.
@@ -144,7 +145,7 @@ def repair(
     ways = [way for way in WAYS if wanted.way in ("all", way) and update.acts(way)]
     if not ways:
         raise ValueError(f"{wanted.way!r} would leave all of this LoRA, or nothing of it: choose another way")
-    seen = _Seen(subject, ordinary[:-OTHERS], load, work)
+    seen = _Seen(subject, ordinary[:-OTHERS], lambda tasks, work: [v for _, v in engine(tasks, load, work)], work)
     steps = [(way, kept) for way in ways for kept in KEPT[way]]
     total = len(steps) + 4  # and the captions' ranks, the base model, the LoRA as it was, and the last look
     done = 0
@@ -187,7 +188,11 @@ class _Seen:
     """What is drawn of a variant: copies of the captions chosen, and the style of ordinary prompts."""
 
     def __init__(
-        self, subject: Subject, ordinary: Sequence[str], load: Callable[[Variant], Trained], work: Work
+        self,
+        subject: Subject,
+        ordinary: Sequence[str],
+        done: Callable[[Sequence[Task], Work], list[list[dict[str, Any]]]],
+        work: Work,
     ) -> None:
         if subject.reference is None or subject.features is None:
             raise ValueError("a repair needs the training images: name their folder, or a reference set of them")
@@ -201,7 +206,7 @@ class _Seen:
                 f"{len(subject.reference):,} images: take grey or SSCD features"
             )
         self._threshold = threshold
-        self._subject, self._ordinary, self._load, self._work = subject, tuple(ordinary), load, work
+        self._subject, self._ordinary, self._done, self._work = subject, tuple(ordinary), done, work
         self._chosen: list[Entry] = []
         self._side = max(open_image(bytes(self._reference.thumbnails[0])).size)
         files = spread(range(len(self._reference)), LARGEST_STYLE)
@@ -217,10 +222,8 @@ class _Seen:
                 "the training set holds no captions, so there is nothing to draw: put a .txt beside each image"
             )
         prompts, images = tuple(case.caption for case in cases), self._subject.images(cases)
-        own, base = (
-            [value.get("recovery") for value in Bench(self._load, self._work)(task)]
-            for task in (Task("captions", v, 0, prompts, images, others=tuple(others)) for v in (lora, BASE))
-        )
+        tasks = [Task("captions", variant, 0, prompts, images, others=tuple(others)) for variant in (lora, BASE)]
+        own, base = ([value.get("recovery") for value in values] for values in self._done(tasks, self._work))
         known = [(gain, number) for number, gain in enumerate(gains(own, base)) if gain is not None]
         self._chosen = [cases[number] for _, number in sorted(known, key=lambda pair: (-pair[0], pair[1]))[:count]]
         if not self._chosen:
@@ -228,26 +231,24 @@ class _Seen:
 
     def base(self) -> None:
         """The base model's distance, from which the likeness counts."""
-        self._bare = distance(style(self._ordinary_images(Bench(self._load, self._work), BASE)), self._training)
+        (values,) = self._done([self._drawing(BASE)], self._work)
+        self._bare = distance(style(_images_of(values)), self._training)
 
     def from_other_noises(self) -> _Seen:
         """The same captions and prompts, drawn anew."""
         wanted = self._work.wanted
-        again = _Seen(
-            self._subject,
-            self._ordinary,
-            self._load,
-            replace(self._work, wanted=replace(wanted, seed=wanted.seed + _OTHER_NOISES)),
-        )
+        work = replace(self._work, wanted=replace(wanted, seed=wanted.seed + _OTHER_NOISES))
+        again = _Seen(self._subject, self._ordinary, self._done, work)
         again._chosen = self._chosen
         again.base()
         return again
 
     def point(self, way: Way, kept: float, variant: Variant) -> Point:
         """Of a variant; the first that is asked for is the LoRA as it is."""
-        bench = Bench(self._load, self._work)
-        copies, drawn = self._copies(bench, variant)
-        images = self._ordinary_images(bench, variant)
+        tasks = [Task("images", variant, number, (case.caption,)) for number, case in enumerate(self._chosen)]
+        *values, ordinary = self._done([*tasks, self._drawing(variant)], self._work)
+        copies, drawn = self._copies([found["images"] for (found,) in values])
+        images = _images_of(ordinary)
         there = distance(style(images), self._training)
         rows = embed(self._features, [image[None] for image in images])
         elsewhere = float((self._reference.search(rows, 1).similarity[:, 0] >= self._threshold).float().mean())
@@ -255,26 +256,29 @@ class _Seen:
         assert self._bare is not None  # the base model comes first
         return Point(way, kept, copies, drawn, likeness(there, self._whole, self._bare), elsewhere)
 
-    def _copies(self, bench: Bench, variant: Variant) -> tuple[int, int]:
+    def _drawing(self, variant: Variant) -> Task:
+        return Task("drawn", variant, 0, self._ordinary, side=self._side)
+
+    def _copies(self, files: Sequence[Sequence[str]]) -> tuple[int, int]:
+        """How many of each caption's images in base64 are copies of its training image, and of how many."""
         copies = drawn = 0
-        for number, case in enumerate(self._chosen):
-            (found,) = bench(Task("images", variant, number, (case.caption,)))
-            images = [to_tensor(open_image(base64.b64decode(data))) for data in found["images"]]
-            if not images:
+        for case, data in zip(self._chosen, files, strict=True):
+            if not data:
                 continue
-            rows = embed(self._features, images)
+            rows = embed(self._features, [to_tensor(open_image(base64.b64decode(one))) for one in data])
             own = self._reference.similarity(rows, torch.full((len(rows),), case.row))
             copies, drawn = copies + int((own >= self._threshold).sum()), drawn + len(rows)
         if not drawn:
             raise ValueError("none of the captions could be drawn: the LoRA may break the model at this strength")
         return copies, drawn
 
-    def _ordinary_images(self, bench: Bench, variant: Variant) -> list[Tensor]:
-        values = bench(Task("drawn", variant, 0, self._ordinary, side=self._side))
-        images = [to_tensor(open_image(base64.b64decode(value["image"])))[0] for value in values if "image" in value]
-        if not images:
-            raise ValueError("none of the ordinary prompts could be drawn: the LoRA may break the model")
-        return images
+
+def _images_of(values: Sequence[dict[str, Any]]) -> list[Tensor]:
+    """[3, H, W] each, of the ordinary prompts that could be drawn."""
+    images = [to_tensor(open_image(base64.b64decode(value["image"])))[0] for value in values if "image" in value]
+    if not images:
+        raise ValueError("none of the ordinary prompts could be drawn: the LoRA may break the model")
+    return images
 
 
 def _row(point: Point) -> dict[str, Any]:
