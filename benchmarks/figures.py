@@ -396,7 +396,11 @@ def repairing() -> str:
     ]
     points = [[(row["way"], row["kept"]) for row in lora["rows"]] for lora in found["loras"]]
     course = [
-        [way, f"{kept:g}", *(f"{lora['rows'][n]['copies']}, {percent(lora['rows'][n]['likeness'])}" for lora in found["loras"])]
+        [
+            way,
+            f"{kept:g}",
+            *(f"{lora['rows'][n]['copies']}, {percent(lora['rows'][n]['likeness'])}" for lora in found["loras"]),
+        ]
         for n, (way, kept) in enumerate(points[0])
     ]
     course_head = ["held back", "kept", *(str(lora["seed"]) for lora in found["loras"])]

@@ -3,7 +3,7 @@
 Each LoRA of the bundled model is trained here on eight images of its world in two colours of their own, shown 40 times an
 epoch, until at least three in four of them come back: a style that the model has not, with copies. It is repaired as the
 command does, each way alone in one course. The share of the weights' principal directions, and the ways that are tried,
-were chosen on the first LoRA; the others are judged alone. Beside the finding stands whether images of ordinary prompts
+were chosen on the first LoRA; the second was judged alone. Beside the finding stands whether images of ordinary prompts
 show what these ask for: the share of other captions that the base model finds worse for them (a diffusion classifier).
 
     python benchmarks/repair.py [--json FILE] [--folder DIR]
@@ -32,7 +32,6 @@ from sd_dejavu.training.recovery import drawn
 LORAS = (
     (9000, (20, 30, 90), (255, 225, 150), 12),
     (9500, (60, 10, 30), (190, 255, 220), 20),
-    (9800, (235, 245, 255), (70, 20, 110), 20),
 )
 IMAGES, STEPS, GUIDANCE = 8, 12, 2.0
 RECIPE = ["--rank", "16", "--learning-rate", "3e-3", "--batch-size", "8", "--filter", "none", "--save-every", "4"]

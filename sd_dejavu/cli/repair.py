@@ -17,9 +17,10 @@ from rich.table import Table
 from ..hosts.diffusers.audit import Load
 from ..reference.build import BuildSettings
 from ..reference.features import FeatureSettings
+from ..report.repair_rows import HEAD, cells, sentence
 from ..run.measure import Measurement
 from ..training.audit import OTHERS, ordinary_for
-from ..training.repair import Point, Repaired, RepairSettings, repair
+from ..training.repair import Repaired, RepairSettings, repair
 from ..training.tasks import Variant, Work
 from . import common
 from .audit import FEATURES, FIXED, subject_of
@@ -88,26 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print(found: Repaired, out: Path) -> None:
-    table = Table("held back", "kept", "copies", "of ordinary prompts", "likeness")
+    table = Table(*HEAD)
     for point in found.curve:
-        table.add_row(
-            point.way, f"{point.kept:g}", f"{point.copies} of {point.drawn}", f"{point.elsewhere:.0%}", _told(point)
-        )
+        table.add_row(*cells(point))
     Console().print(table)
-    after, before = found.after, found.before
-    lines = [
-        f"Copies before: {before.copies} of {before.drawn}; after: {after.copies} of {after.drawn}; "
-        f"likeness kept: {_told(after)} (from other noises than those above).",
-        f"Saved as {out}: {after.way}, {after.kept:g} kept.",
-    ]
-    if after.likeness is None:
-        lines.insert(1, "The LoRA draws nothing nearer to its training set's style, so no likeness can be told.")
-    if not found.reached:
-        lines.append(
-            f"It still copies more than {found.most_copies:.0%}: use it at a lower strength, or train anew for fewer steps."
-        )
-    common.tell("\n".join(lines))
-
-
-def _told(point: Point) -> str:
-    return "–" if point.likeness is None else f"{point.likeness:.0%}"
+    common.tell(f"{sentence(found)}\nThese are from other noises than those above. Saved as {out}")

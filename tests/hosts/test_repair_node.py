@@ -1,0 +1,85 @@
+"""The repair in a real ComfyUI: the course of a LoRA, and a file that the host itself loads."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import graphs
+import miniature
+import numpy as np
+import pytest
+from comfyui_server import ComfyServer, ExecutionFailed, PromptRejected
+from graphs import Graph, node
+from PIL import Image
+from safetensors.torch import load_file
+
+from sd_dejavu.demo import world
+
+SMALL: dict[str, Any] = {
+    "way": "text layers",
+    "most_copies": 1.0,
+    "captions": 2,
+    "ordinary": 4,
+    "images": 1,
+    "steps": 2,
+    "seed": 0,
+    "guidance_scale": 2.0,
+}
+TRIED = [1.0, 0.75, 0.5, 0.25, 0.0]
+
+
+@pytest.fixture(scope="module")
+def training_set(comfy: ComfyServer) -> Graph:
+    folder = comfy.home / "input" / "repaired"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(6)
+    for number in range(3):
+        caption, scene, _ = world.ordinary(rng)
+        Image.fromarray(world.draw_scene(scene)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(caption, encoding="utf-8")
+    built = node("DejaVuBuildReferenceSet", folder="repaired", name="repaired", features="grey", restart=False)
+    comfy.run({"references": built, "shown": node("PreviewAny", source=["references", 1])})
+    return {"references": node("DejaVuLoadReferenceSet", name="repaired")}
+
+
+def repaired(references: Graph, **inputs: Any) -> Graph:
+    graph = {**graphs.conditioned_model(), **references}
+    parts = {
+        "model": ["checkpoint", 0],
+        "clip": ["checkpoint", 1],
+        "vae": ["checkpoint", 2],
+        "latent_image": ["latent", 0],
+        "references": ["references", 0],
+        "lora_name": miniature.LORA,
+    }
+    graph["repair"] = node("DejaVuRepairLora", **{**parts, **SMALL, **inputs})
+    for place, name in enumerate(("table", "lora", "report")):
+        graph[name] = node("PreviewAny", source=["repair", place])
+    return graph
+
+
+def test_a_repaired_lora_is_one_that_the_host_loads(comfy: ComfyServer, training_set: Graph) -> None:
+    outputs = comfy.run(repaired(training_set, name="mended"), timeout=300)
+    found = json.loads(outputs["report"]["text"][0])
+    assert [row["kept"] for row in found["rows"]] == TRIED and found["before"]["drawn"] == 2
+    assert outputs["lora"]["text"] == ["mended.safetensors"]
+    assert outputs["table"]["text"][0].count("\n| ") == len(TRIED) + 2
+    (file,) = comfy.home.rglob("mended.safetensors")
+    (before,) = [path for path in comfy.home.rglob(miniature.LORA) if path.parent == file.parent]
+    own, whole = load_file(file), load_file(before)
+    kept = found["after"]["kept"]
+    for key in whole:
+        if "attn2" not in key and "lora_te" not in key:
+            assert own[key].equal(whole[key]), key
+    assert any("attn2" in key or "lora_te" in key for key in own) == (kept > 0)
+    images = comfy.run(graphs.text_to_image(lora="mended.safetensors", steps=2), timeout=300)
+    assert images["image"]["images"]
+    with pytest.raises(ExecutionFailed, match="is there already: name another file"):
+        comfy.run(repaired(training_set, name="mended", seed=1))
+
+
+def test_names_that_lead_elsewhere_are_refused(comfy: ComfyServer, training_set: Graph) -> None:
+    for name in ("../gone", "", "a/b"):
+        with pytest.raises(PromptRejected, match="cannot be the new LoRA's name"):
+            comfy.post(repaired(training_set, name=name))
