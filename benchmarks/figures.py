@@ -381,7 +381,7 @@ def repairing() -> str:
             percent(row["after"]["likeness"]),
             f"{row['after']['way']}, {row['after']['kept']:g}",
             f"{row['before']['elsewhere']:.0%}, {row['after']['elsewhere']:.0%}",
-            ", ".join(f"{row['follows'][of]:.2f}" for of in ("base", "before", "after")),
+            ", ".join(f"{row['follows'][of]:.2f}" for of in ("before", "after")),
         ]
         for row in found["loras"]
     ]
@@ -392,7 +392,7 @@ def repairing() -> str:
         "likeness kept",
         "held back, kept",
         "copies of ordinary prompts, before and after",
-        "what prompts ask for: base model, before, after",
+        "what prompts ask for, before and after",
     ]
     points = [[(row["way"], row["kept"]) for row in lora["rows"]] for lora in found["loras"]]
     course = [
@@ -407,7 +407,7 @@ def repairing() -> str:
     drawn = found["loras"][0]["rows"][0]["drawn"]
     return f"""**Repair** of LoRAs of the bundled model that copy: {found["images"]} images in two colours of their own, 40 times an epoch. Guidance is
 {found["guidance"]:g} and {found["steps"]} steps, where these LoRAs copy most. Likeness is 100% as the LoRA and 0% as the base model; what prompts ask for
-is a caption score, chance .5. The ways and their shares were chosen on the first LoRA. Before and after are from other noises than
+is a caption score, chance .5, the base model's own {found["follows"]:.2f}. The ways and their shares were chosen on the first LoRA. Before and after are from other noises than
 the course by which the repair chose.
 
 {table(head, lines)}

@@ -37,9 +37,9 @@ from .spectral import WAYS, Place, Update, Way
 from .tasks import Engine, Task, Trained, Variant, Work, one_process
 
 KEPT: Mapping[Way, Sequence[float]] = {
-    "strength": (0.8, 0.65, 0.5, 0.35),
-    "text layers": (0.75, 0.5, 0.25, 0.0),
-    "base-anchored": (0.75, 0.5, 0.25, 0.125),
+    "strength": (0.8, 0.65, 0.5),
+    "text layers": (0.5, 0.25, 0.0),
+    "base-anchored": (0.5, 0.25, 0.125),
 }
 NOTE = "dejavu_repair"  # in the metadata of what is written
 LARGEST_STYLE = 200  # training images whose style is taken, at even distances
