@@ -23,6 +23,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.statistics import spread
+from ..reference.images import open_image, to_tensor
+from ..reference.reference_set import ReferenceSet
+
+MOST = 200  # training images that a style is taken from
 LEAST = 0.05  # share of the base model's distance that a LoRA must take away for a likeness to be told
 
 
@@ -53,6 +58,12 @@ def style(images: Iterable[Tensor]) -> Style:
         raise ValueError("there are no images to take a style from")
     mean = total / count
     return Style(mean, squares / count - mean.outer(mean))
+
+
+def style_of(reference: ReferenceSet) -> Style:
+    """Of a training set's images, as a reference set keeps them; of :data:`MOST` at even distances where there are more."""
+    rows = spread(range(len(reference)), MOST)
+    return style(to_tensor(open_image(bytes(reference.thumbnails[row])))[0] for row in rows)
 
 
 def distance(a: Style, b: Style) -> float:

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from ..core.settings import Checked, option
-from ..core.statistics import spread
 from ..kept import write_tensors
 from ..kept.foreign import Unreadable, one_line
 from ..reference.build import embed
@@ -31,7 +30,7 @@ from ..reference.images import open_image, to_tensor
 from ..reference.nearest import copy_threshold
 from ..reference.reference_set import NEIGHBOURHOOD, ReferenceSet
 from .audit import BASE, OTHERS, Entry, Progress, Subject, gains
-from .likeness import distance, likeness, style
+from .likeness import distance, likeness, style, style_of
 from .lora_files import Contents, read
 from .spectral import WAYS, Place, Update, Way
 from .tasks import Engine, Task, Trained, Variant, Work, one_process
@@ -42,7 +41,6 @@ KEPT: Mapping[Way, Sequence[float]] = {
     "base-anchored": (0.5, 0.25, 0.125),
 }
 NOTE = "dejavu_repair"  # in the metadata of what is written
-LARGEST_STYLE = 200  # training images whose style is taken, at even distances
 _OTHER_NOISES = 10_000  # added to the seed where the chosen one is measured again
 
 
@@ -209,8 +207,7 @@ class _Seen:
         self._subject, self._ordinary, self._done, self._work = subject, tuple(ordinary), done, work
         self._chosen: list[Entry] = []
         self._side = max(open_image(bytes(self._reference.thumbnails[0])).size)
-        files = spread(range(len(self._reference)), LARGEST_STYLE)
-        self._training = style(to_tensor(open_image(bytes(self._reference.thumbnails[n])))[0] for n in files)
+        self._training = style_of(self._reference)
         self._bare: float | None = None
         self._whole: float | None = None
 
@@ -221,7 +218,8 @@ class _Seen:
             raise ValueError(
                 "the training set holds no captions, so there is nothing to draw: put a .txt beside each image"
             )
-        prompts, images = tuple(case.caption for case in cases), self._subject.images(cases)
+        prompts = tuple(case.caption for case in cases)
+        images = tuple(self._reference.thumbnails[case.row] for case in cases if case.row is not None)
         tasks = [Task("captions", variant, 0, prompts, images, others=tuple(others)) for variant in (lora, BASE)]
         own, base = ([value.get("recovery") for value in values] for values in self._done(tasks, self._work))
         known = [(gain, number) for number, gain in enumerate(gains(own, base)) if gain is not None]

@@ -21,7 +21,8 @@ from sd_dejavu.hosts.diffusers.repair import places_of
 from sd_dejavu.reference.build import from_images
 from sd_dejavu.reference.features import Grey
 from sd_dejavu.run.measure import Measurement
-from sd_dejavu.training.audit import Subject, entries_of
+from sd_dejavu.training.audit import AuditSettings, LoraFile, Subject, audit, entries_of
+from sd_dejavu.training.ledger import Ledger
 from sd_dejavu.training.likeness import Style, distance, likeness, style
 from sd_dejavu.training.lora_files import change, modules_of, read
 from sd_dejavu.training.repair import KEPT, NOTE, Point, RepairSettings, best_of, repair
@@ -310,6 +311,33 @@ def test_what_cannot_be_repaired_is_told_and_nothing_is_written(world: dict[str,
     with pytest.raises(ValueError, match=told):
         repair(**world)
     assert sorted(path.name for path in world["lora"].parent.iterdir()) == before
+
+
+def test_an_audit_tells_what_lower_strengths_and_earlier_epochs_cost(world: dict[str, Any], tmp_path: Path):
+    """The brightness grows with the strength; the earlier epoch is the base model itself."""
+    first, last = LoraFile(tmp_path / "lora-000001.safetensors", 1), LoraFile(world["lora"], 2)
+    nothing = {key: 0 * tensor for key, tensor in load_file(world["lora"]).items() if not key.endswith("alpha")}
+    save_file(nothing, first.path)
+    images = {row.caption: row for row in world["subject"].entries}
+
+    def loaded(variant: Variant) -> Any:
+        made = world["load"](variant)
+        if not variant.base:
+            made._tint, made._images = made._tint * variant.strength, made._images if variant.strength == 1 else {}
+        return made
+
+    ordinary = [f"ordinary {n}" for n in range(32)]
+    settings = AuditSettings(worst=0, strength_steps=2)
+    ledger = Ledger(tmp_path / "ledger", {})
+    found = audit(world["subject"], [first, last], ordinary, loaded, world["work"], ledger, settings)
+    assert len(images) == len(found.rows) and found.counts == "gain"
+    half, whole = found.strengths
+    assert whole.likeness == 1 and 0.3 < (half.likeness or 0) < 0.7
+    early, late = found.epochs
+    assert early.likeness == pytest.approx(0, abs=1e-6) and late.likeness == 1
+    captions = Subject([replace(entry, row=None) for entry in world["subject"].entries])
+    found = audit(captions, [first, last], ordinary, loaded, world["work"], Ledger(tmp_path / "b", {}), settings)
+    assert all(point.likeness is None for point in (*found.strengths, *found.epochs))
 
 
 def test_the_best_point_is_the_likest_of_those_with_few_copies():

@@ -9,16 +9,18 @@ import graphs
 import miniature
 import numpy as np
 import pytest
+import torch
 from comfyui_server import ComfyServer, ExecutionFailed, PromptRejected
 from graphs import Graph, node
 from PIL import Image
-from safetensors.torch import load_file
 
 from sd_dejavu.demo import world
+from sd_dejavu.training.lora_files import change, read
+from sd_dejavu.training.repair import KEPT
 
 SMALL: dict[str, Any] = {
-    "way": "text layers",
-    "most_copies": 1.0,
+    "way": "strength",
+    "most_copies": 0.0,
     "captions": 2,
     "ordinary": 4,
     "images": 1,
@@ -26,7 +28,7 @@ SMALL: dict[str, Any] = {
     "seed": 0,
     "guidance_scale": 2.0,
 }
-TRIED = [1.0, 0.5, 0.25, 0.0]
+TRIED = [1.0, *KEPT["strength"]]
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +69,12 @@ def test_a_repaired_lora_is_one_that_the_host_loads(comfy: ComfyServer, training
     assert outputs["table"]["text"][0].count("\n| ") == len(TRIED) + 2
     (file,) = comfy.home.rglob("mended.safetensors")
     (before,) = [path for path in comfy.home.rglob(miniature.LORA) if path.parent == file.parent]
-    own, whole = load_file(file), load_file(before)
-    kept = found["after"]["kept"]
-    for key in whole:
-        if "attn2" not in key and "lora_te" not in key:
-            assert own[key].equal(whole[key]), key
-    assert any("attn2" in key or "lora_te" in key for key in own) == (kept > 0)
+    own, whole, kept = read(file), read(before), found["after"]["kept"]
+    assert len(own.modules) == len(whole.modules) > 0
+    for now, then in zip(own.modules, whole.modules, strict=True):
+        assert now.name == then.name
+        zero = torch.zeros(len(then.parts["up"]), *then.parts["down"].shape[1:])
+        torch.testing.assert_close(change(zero, now), kept * change(zero, then), atol=1e-5, rtol=1e-4)
     images = comfy.run(graphs.text_to_image(lora="mended.safetensors", steps=2), timeout=300)
     assert images["image"]["images"]
     with pytest.raises(ExecutionFailed, match="is there already: name another file"):
