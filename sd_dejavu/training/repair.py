@@ -243,9 +243,9 @@ class _Seen:
 
     def point(self, way: Way, kept: float, variant: Variant) -> Point:
         """Of a variant; the first that is asked for is the LoRA as it is."""
-        tasks = [Task("images", variant, number, (case.caption,)) for number, case in enumerate(self._chosen)]
-        *values, ordinary = self._done([*tasks, self._drawing(variant)], self._work)
-        copies, drawn = self._copies([found["images"] for (found,) in values])
+        captions = Task("images", variant, 0, tuple(case.caption for case in self._chosen))
+        found, ordinary = self._done([captions, self._drawing(variant)], self._work)
+        copies, drawn = self._copies([one["images"] for one in found])
         images = _images_of(ordinary)
         there = distance(style(images), self._training)
         rows = embed(self._features, [image[None] for image in images])
