@@ -21,7 +21,7 @@ from ..report.repair_rows import HEAD, cells, sentence
 from ..run.measure import Measurement
 from ..training.audit import OTHERS, ordinary_for
 from ..training.repair import Repaired, RepairSettings, repair
-from ..training.tasks import Variant, Work
+from ..training.tasks import Work
 from . import common
 from .audit import FEATURES, FIXED, subject_of
 from .refset import check_device
@@ -55,12 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from ..hosts.diffusers.load import load
     from ..hosts.diffusers.repair import places_of
 
     wanted = common.from_arguments(RepairSettings, arguments)
     measurement = common.from_arguments(Measurement, arguments)
     check_device(arguments.device)
-    asked = (arguments.model, arguments.config, arguments.device, arguments.dtype, arguments.prompt_weights)
+    model, config, device, dtype = arguments.model, arguments.config, arguments.device, arguments.dtype
     with tempfile.TemporaryDirectory() as folder, common.progress_bar(Console(stderr=True)) as bar:
         show = common.stages(bar)
         subject = subject_of(arguments, 0, measurement.seed, Path(folder) / "images", show)
@@ -76,8 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.lora,
             arguments.out,
             ordinary,
-            Load(*asked),
-            lambda contents: places_of(Load(*asked)(Variant(base=True)), contents),
+            Load(model, config, device, dtype, arguments.prompt_weights),
+            lambda contents: places_of(load(model, device, dtype, config), contents),
             Work(measurement, arguments.batch_size),
             wanted,
             on_progress=show,

@@ -40,6 +40,7 @@ KEPT: Mapping[Way, Sequence[float]] = {
     "text layers": (0.5, 0.25, 0.0),
     "base-anchored": (0.5, 0.25, 0.125),
 }
+FEWEST_ORDINARY = 4  # prompts that tell a style
 NOTE = "dejavu_repair"  # in the metadata of what is written
 _OTHER_NOISES = 10_000  # added to the seed where the chosen one is measured again
 
@@ -53,7 +54,9 @@ class RepairSettings(Checked):
     )
     most_copies: float = option(0.1, "share of the images that may still be copies", minimum=0, maximum=1)
     captions: int = option(8, "captions that are drawn, those that the LoRA brings back most", minimum=1, maximum=1000)
-    ordinary: int = option(24, "ordinary prompts that are drawn to tell the style", minimum=4, maximum=1000)
+    ordinary: int = option(
+        24, "ordinary prompts that are drawn to tell the style", minimum=FEWEST_ORDINARY, maximum=1000
+    )
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,10 @@ def repair(
         contents = read(lora)
     except Unreadable as error:
         raise ValueError(f"the LoRA {lora} cannot be repaired: {one_line(error)}") from error
+    if len(ordinary) < FEWEST_ORDINARY + OTHERS:
+        raise ValueError(
+            f"{len(ordinary)} ordinary prompts are too few to tell a style by: give {FEWEST_ORDINARY + OTHERS} or more"
+        )
     update = Update(*places(contents))
     ways = [way for way in WAYS if wanted.way in ("all", way) and update.acts(way)]
     if not ways:

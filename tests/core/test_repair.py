@@ -302,6 +302,10 @@ def test_one_way_alone_and_a_goal_that_is_not_reached(world: dict[str, Any]):
         (lambda w: w.update(out=Path("x.pt")), r"must be called something\.safetensors, not x\.pt"),
         (lambda w: w["lora"].write_bytes(b"no"), r"lora\.safetensors cannot be repaired: .*broken"),
         (lambda w: w.update(places=lambda contents: (contents, {})), "holds nothing for this model"),
+        (
+            lambda w: w.update(ordinary=["a", "b", "c"]),
+            "3 ordinary prompts are too few to tell a style by: give 6 or more",
+        ),
         (lambda w: w.update(subject=Subject(w["subject"].entries)), "a repair needs the training images"),
     ],
 )
