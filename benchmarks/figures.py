@@ -406,7 +406,7 @@ def repairing() -> str:
     course_head = ["held back", "kept", *(str(lora["seed"]) for lora in found["loras"])]
     drawn = found["loras"][0]["rows"][0]["drawn"]
     return f"""**Repair** of LoRAs of the bundled model that copy: {found["images"]} images in two colours of their own, 40 times an epoch. Guidance is
-{found["guidance"]:g} and {found["steps"]} steps, where these LoRAs copy most. Likeness is 100% as the LoRA and 0% as the base model; what prompts ask for
+{found["guidance"]:g}, with {found["steps"]} steps. Likeness is 100% as the LoRA and 0% as the base model; what prompts ask for
 is a caption score, chance .5, the base model's own {found["follows"]:.2f}. The ways and their shares were chosen on LoRA 9000,
 and LoRA 9500 was judged alone. Before and after are from other noises than
 the course by which the repair chose.

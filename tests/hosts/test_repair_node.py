@@ -75,7 +75,7 @@ def test_a_repaired_lora_is_one_that_the_host_loads(comfy: ComfyServer, training
         zero = torch.zeros(len(then.parts["up"]), *then.parts["down"].shape[1:])
         torch.testing.assert_close(change(zero, now), kept * change(zero, then), atol=1e-5, rtol=1e-4)
     images = comfy.run(graphs.text_to_image(lora="mended.safetensors", steps=2), timeout=300)
-    assert images["image"]["images"]
+    assert images["save"]["images"]
     with pytest.raises(ExecutionFailed, match="is there already: name another file"):
         comfy.run(repaired(training_set, name="mended", seed=1))
     file.unlink()  # the folder is that of other servers too
