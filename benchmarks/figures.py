@@ -16,6 +16,7 @@ The results come from these commands, one after the other on an idle machine:
     python benchmarks/audit.py --json benchmarks/results/audit.json
     python benchmarks/audit_scale.py --json benchmarks/results/audit_scale.json
     python benchmarks/audit_image.py
+    python benchmarks/repair.py --json benchmarks/results/repair.json
     python benchmarks/images.py
     python benchmarks/screenshots.py
     python benchmarks/on_a_card.py
@@ -428,6 +429,57 @@ def _hours(row: dict[str, Any]) -> float:
     return float(sum(row["seconds"].values()) - row["seconds"]["audit again"]) / 3600
 
 
+def repairing() -> str:
+    found = read("repair")
+
+    def percent(value: float | None) -> str:
+        return "–" if value is None else f"{value:.0%}"
+
+    lines = [
+        [
+            str(row["seed"]),
+            f"{row['before']['copies']} of {row['before']['drawn']}",
+            f"{row['after']['copies']} of {row['after']['drawn']}",
+            percent(row["after"]["likeness"]),
+            f"{row['after']['way']}, {row['after']['kept']:g}",
+            f"{row['before']['elsewhere']:.0%}, {row['after']['elsewhere']:.0%}",
+            ", ".join(f"{row['follows'][of]:.2f}" for of in ("before", "after")),
+        ]
+        for row in found["loras"]
+    ]
+    head = [
+        "LoRA",
+        "copies before",
+        "after",
+        "likeness kept",
+        "held back, kept",
+        "copies of ordinary prompts, before and after",
+        "what prompts ask for, before and after",
+    ]
+    points = [[(row["way"], row["kept"]) for row in lora["rows"]] for lora in found["loras"]]
+    course = [
+        [
+            way,
+            f"{kept:g}",
+            *(f"{lora['rows'][n]['copies']}, {percent(lora['rows'][n]['likeness'])}" for lora in found["loras"]),
+        ]
+        for n, (way, kept) in enumerate(points[0])
+    ]
+    course_head = ["held back", "kept", *(str(lora["seed"]) for lora in found["loras"])]
+    drawn = found["loras"][0]["rows"][0]["drawn"]
+    return f"""**Repair** of LoRAs of the bundled model that copy: {found["images"]} images in two colours of their own, 40 times an epoch. Guidance is
+{found["guidance"]:g}, with {found["steps"]} steps. Likeness is 100% as the LoRA and 0% as the base model; what prompts ask for
+is a caption score, chance .5, the base model's own {found["follows"]:.2f}. The ways and their shares were chosen on LoRA 9000,
+and LoRA 9500 was judged alone. Before and after are from other noises than
+the course by which the repair chose.
+
+{table(head, lines)}
+
+The course: copies of {drawn} images, and likeness.
+
+{table(course_head, course)}"""
+
+
 def batches() -> str:
     found = read("batches")
     kinds = list(dict.fromkeys(row["calibration"] for row in found["rows"]))
@@ -470,6 +522,7 @@ PARTS: tuple[Callable[[], str], ...] = (
     training,
     auditing,
     audit_scale,
+    repairing,
     speed,
     host_cost,
 )

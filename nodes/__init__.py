@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from ..sd_dejavu.hosts import comfyui
-from . import audit, calibration, conditioning, demo, guidance, monitor, reference, sockets, text, training
+from . import audit, calibration, conditioning, demo, guidance, monitor, reference, repair, sockets, text, training
 
 
 class DejaVuExtension(ComfyExtension):
@@ -19,6 +19,7 @@ class DejaVuExtension(ComfyExtension):
             *reference.NODES,
             *training.NODES,
             *audit.NODES,
+            *repair.NODES,
             *demo.NODES,
         ]
 

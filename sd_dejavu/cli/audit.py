@@ -131,7 +131,7 @@ def _audited(
 ) -> int:
     with common.progress_bar(Console(stderr=True)) as bar:
         show = common.stages(bar)
-        subject = _subject(arguments, wanted, measurement, show)
+        subject = subject_of(arguments, wanted.sample, measurement.seed, arguments.out / "images", show)
         ordinary = _ordinary(arguments, subject, wanted.nulls)
         begun = identity(
             subject.entries,
@@ -167,19 +167,19 @@ def _engine(arguments: argparse.Namespace) -> Engine:
     return on_ray(cluster) if arguments.engine == "ray" else one_process
 
 
-def _subject(arguments: argparse.Namespace, wanted: AuditSettings, measurement: Measurement, show: Any) -> Subject:
-    """The training set as entries, from a reference set that is built on the way where none is named."""
+def subject_of(arguments: argparse.Namespace, sample: int, seed: int, images: Path, show: Any) -> Subject:
+    """The training set as entries, from a reference set that is built at ``images`` where none is named."""
     if (arguments.dataset is None) == (arguments.reference is None):
         raise ValueError("name the training set with --dataset, or a reference set of it with --reference")
     if arguments.dataset is not None and (entries := _captions_alone(arguments, Path(arguments.dataset))):
-        return Subject(sampled(entries, wanted.sample, measurement.seed))
+        return Subject(sampled(entries, sample, seed))
     features: Features
     if arguments.reference is not None:
         reference = ReferenceSet.load(arguments.reference)
         features = same_features(reference, arguments.weights, arguments.device)
     else:
-        reference, features = built(arguments, Path(arguments.dataset), arguments.out / "images", show)
-    return Subject(sampled(entries_of(reference), wanted.sample, measurement.seed), reference, features)
+        reference, features = built(arguments, Path(arguments.dataset), images, show)
+    return Subject(sampled(entries_of(reference), sample, seed), reference, features)
 
 
 def _captions_alone(arguments: argparse.Namespace, dataset: Path) -> list[Entry]:

@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 
 from ..core.memory import telling
 from ..report.terminal import one_line, safe
-from . import audit, bench, calibrate, check, common, compare, demo, doctor, explain, finetune, mitigate, refset
+from . import audit, bench, calibrate, check, common, compare, demo, doctor, explain, finetune, mitigate, refset, repair
 
-COMMANDS = (demo, doctor, check, explain, mitigate, compare, calibrate, bench, refset, finetune, audit)
+COMMANDS = (demo, doctor, check, explain, mitigate, compare, calibrate, bench, refset, finetune, audit, repair)
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 
 

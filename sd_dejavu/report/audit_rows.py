@@ -11,7 +11,7 @@ from typing import Any
 
 from ..reference.left_out import in_short
 from ..run.measure import Measurement
-from ..training.audit import Audit, AuditSettings, Row, Subject
+from ..training.audit import Audit, AuditSettings, Point, Row, Subject
 from .wording import misfit, number, part_text
 
 _MARKUP = re.compile(r"[\\`*_{}\[\]<>|~&!#@$]|(?<=:)/(?=/)|(?<=www)\.", re.IGNORECASE)
@@ -79,22 +79,28 @@ def notes(audit: Audit) -> list[str]:
 
 
 def _less(audit: Audit) -> list[str]:
-    """Up to which strength and epoch of a LoRA no caption is named."""
+    """Up to which strength and epoch of a LoRA no caption is named, and what of its style is left there."""
     told = []
     flagged = [point.strength for point in audit.strengths if point.flagged]
     if flagged:
-        below = [point.strength for point in audit.strengths if point.strength < min(flagged)]
-        calm = f"up to a strength of {max(below):g} none is named" if below else "captions are named at every strength"
+        below = [point for point in audit.strengths if point.strength < min(flagged)]
+        calm = "captions are named at every strength"
+        if below:
+            best = max(below, key=lambda point: point.strength)
+            calm = f"up to a strength of {best.strength:g} none is named{_at_a_cost(best)}"
         told.append(f"Of the strengths that were measured, {calm}.")
     if any(point.flagged for point in audit.epochs):
-        before = [
-            point.epoch for point in audit.epochs if point.epoch is not None and point.epoch < (audit.begins or 0)
-        ]
-        calm = (
-            f"epoch {max(before)} is the last of which none is named" if before else "captions are named at the first"
-        )
+        before = [point for point in audit.epochs if point.epoch is not None and point.epoch < (audit.begins or 0)]
+        calm = "captions are named at the first"
+        if before:
+            last = max(before, key=lambda point: point.epoch or 0)
+            calm = f"epoch {last.epoch} is the last of which none is named{_at_a_cost(last)}"
         told.append(f"Of the saved epochs, {calm}.")
     return told
+
+
+def _at_a_cost(point: Point) -> str:
+    return "" if point.likeness is None else f", at {point.likeness:.0%} of the likeness to the training set's style"
 
 
 def verdict_of(row: Row) -> str:

@@ -53,6 +53,7 @@ from ..reference.parts import PartIndex, PartMatch, part_index
 from ..reference.reference_set import NEIGHBOURHOOD, ReferenceSet
 from ..run.measure import Measurement
 from .ledger import Ledger
+from .likeness import distance, likeness, style, style_of
 from .lora_files import holds_lora
 from .lora_metadata import remarks
 from .tasks import MEASURED, Chosen, Engine, Task, Trained, Variant, Work, one_process
@@ -147,13 +148,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Point:
-    """A LoRA at one strength or epoch, over the sample of captions: how many are named, and the median of what counts."""
+    """A LoRA at one strength or epoch, over the sample of captions: how many are named, and the median of what counts.
+
+    ``likeness`` is what it has of the style that the last one brings at full strength; None where none is told.
+    """
 
     strength: float
     epoch: int | None
     captions: int
     flagged: int
     median: float | None
+    likeness: float | None = None
 
 
 @dataclass(frozen=True)
@@ -414,11 +419,16 @@ def audit(
         there = judged(scores, _compared_with(_scores(nulls.values(variant, tasks), null_bases)))
         named = sum(bool(one) for one in there.named(wanted.false_discovery_rate))
         known = _known(scores)
-        return Point(strength, epoch, len(known), named, float(np.median(known)) if known else None)
+        median = float(np.median(known)) if known else None
+        return Point(strength, epoch, len(known), named, median, likest.get(variant))
 
-    left = [v for v in dict.fromkeys([*strengths, *epochs]) if v != final]
+    swept_variants = list(dict.fromkeys([*strengths, *epochs]))
+    part = tuple(ordinary[: min(wanted.partition, count)])  # as what was drawn already
+    drawing = Task("drawn", BASE, 0, part, side=pictures.side)
+    likest = _likenesses(subject.reference, final, swept_variants, drawing, finish, ledger)
+    left = [v for v in swept_variants if v != final]
     finish([task for v in left for task in swept.tasks(v)], "measuring")
-    points = {v: point(v, strengths.get(v, 1.0), epochs.get(v)) for v in dict.fromkeys([*strengths, *epochs])}
+    points = {v: point(v, strengths.get(v, 1.0), epochs.get(v)) for v in swept_variants}
 
     ranked = [(-np.inf if score is None else score) for score in scores]
     order = sorted(range(len(cases)), key=lambda n: (-ranked[n], n))
@@ -449,6 +459,30 @@ def audit(
         stranger_nulls(*map(_magnitudes, (values[final], nulls.values(final, tasks)))),
         () if subject.reference is None else remarks(subject.reference, [lora.path for lora in loras]),
     )
+
+
+def _likenesses(
+    reference: ReferenceSet | None,
+    final: Variant,
+    variants: Sequence[Variant],
+    drawing: Task,
+    finish: Callable[[Sequence[Task], str], None],
+    ledger: Ledger,
+) -> dict[Variant, float | None]:
+    """What each variant of a LoRA has of the style of ``final``, by what it draws of ordinary prompts."""
+    if reference is None or not variants:
+        return {}
+    tasks = {v: replace(drawing, variant=v) for v in dict.fromkeys([BASE, final, *variants])}
+    finish(list(tasks.values()), "drawing ordinary prompts")
+    training = style_of(reference)
+    found = {}
+    for variant, task in tasks.items():
+        drawn = [base64.b64decode(value["image"]) for value in ledger.values([task]) if "image" in value]
+        found[variant] = distance(style(to_tensor(open_image(file))[0] for file in drawn), training) if drawn else None
+    whole, bare = found[final], found[BASE]
+    if whole is None or bare is None:
+        return {}
+    return {v: None if there is None else likeness(there, whole, bare) for v, there in found.items()}
 
 
 @dataclass(frozen=True)

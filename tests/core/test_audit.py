@@ -1013,6 +1013,11 @@ def test_the_finding_in_words():
     told = notes(replace(found, strengths=strengths, epochs=epochs))
     assert "Of the strengths that were measured, up to a strength of 0.5 none is named." in told
     assert "Of the saved epochs, epoch 2 is the last of which none is named." in told
+    liked = [replace(point, likeness=0.874) for point in (*strengths, *epochs)]
+    told = notes(replace(found, strengths=tuple(liked[:3]), epochs=tuple(liked[3:])))
+    cost = "is named, at 87% of the likeness to the training set's style."
+    assert f"Of the strengths that were measured, up to a strength of 0.5 none {cost}" in told
+    assert f"Of the saved epochs, epoch 2 is the last of which none {cost}" in told
     told = notes(replace(found, strengths=strengths[2:], epochs=epochs[1:]))
     assert "Of the strengths that were measured, captions are named at every strength." in told
     assert "Of the saved epochs, captions are named at the first." in told

@@ -11,6 +11,7 @@ from .initial_noise import adjust_noise
 from .model import with_model
 from .monitor import Monitor
 from .page import LiveReport, add_routes, keep_in_image, link_encoders_of_prompts, tell, wait_until_told
+from .repair import repair_lora
 from .text import conditioning_of, encode_text
 from .training import HostFilter
 
@@ -29,6 +30,7 @@ __all__ = [
     "keep_in_image",
     "link_encoders_of_prompts",
     "mitigate",
+    "repair_lora",
     "tell",
     "transition",
     "wait_until_told",

@@ -82,7 +82,7 @@ class TrainedModel(ComfyModel):
         comfy.model_management.load_models_gpu([self._patcher])
 
 
-class _Features:
+class SetFeatures:
     """Those of a reference set, by networks that the host may have moved out."""
 
     def __init__(self, guard: HostReferences) -> None:
@@ -118,9 +118,9 @@ def audit_lora(
 
     Raises ValueError where there is nothing to measure.
     """
-    _check(vae, start)
+    check(vae, start)
     entries = sampled(entries_of(guard.references), wanted.sample, measurement.seed)
-    subject = Subject(entries, guard.references, _Features(guard))
+    subject = Subject(entries, guard.references, SetFeatures(guard))
     ordinary = ordinary_for(entries, wanted.nulls, partial(prompts_for, trained.patcher))
     begun = identity(
         entries,
@@ -141,7 +141,7 @@ def audit_lora(
     def engine(tasks: Sequence[Task], load: Callable[[Variant], Trained], work: Work) -> Iterator[tuple[Task, Values]]:
         for task in tasks:
             asked = base if task.variant.base and base is not None else trained
-            yield task, _done(asked, vae, start, work, task)
+            yield task, done(asked, vae, start, work, task)
 
     found = audit(
         subject,
@@ -158,7 +158,8 @@ def audit_lora(
     return found, subject
 
 
-def _check(vae: VAE | None, start: Start) -> None:
+def check(vae: VAE | None, start: Start) -> None:
+    """Raises ValueError for an autoencoder, or a model, that an audit cannot use."""
     if vae is None:
         raise ValueError("the VAE input is empty: the checkpoint that was loaded may hold no autoencoder")
     vae.throw_exception_if_invalid()
@@ -168,7 +169,7 @@ def _check(vae: VAE | None, start: Start) -> None:
         )
 
 
-def _done(asked: Loaded, vae: VAE, start: Start, work: Work, task: Task) -> Values:
+def done(asked: Loaded, vae: VAE, start: Start, work: Work, task: Task) -> Values:
     """The values of one piece of work, in a run of the host's own."""
     asked.clip.load_model()  # a base model may share its text encoder: the LoRA's patches must be on it, or off
     return with_model(

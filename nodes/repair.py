@@ -1,0 +1,106 @@
+"""Repair: from a LoRA that copies its training set, one that does not."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..sd_dejavu.hosts import comfyui
+from ..sd_dejavu.hosts.comfyui.api import CLIP, VAE, Latent, ModelPatcher
+from ..sd_dejavu.hosts.comfyui.audit import Loaded, Start
+from ..sd_dejavu.hosts.comfyui.reference import HostReferences
+from ..sd_dejavu.report.repair_rows import as_markdown, sentence
+from ..sd_dejavu.run.measure import Measurement
+from ..sd_dejavu.training.repair import RepairSettings
+from . import sockets
+
+FOLDER = "loras"
+_NAME = re.compile(r"[\w][\w .()-]{0,99}")
+
+
+class RepairLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DejaVuRepairLora",
+            display_name="Repair LoRA (Déjà Vu)",
+            category=sockets.CATEGORY,
+            **sockets.FOUND_BY,
+            description="Makes of a LoRA that copies its training set one that does not, without training it anew, and tells what that costs in likeness to the set's style.",
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The model without the LoRA."),
+                io.Clip.Input("clip", tooltip="Its text encoder, without the LoRA."),
+                io.Vae.Input("vae", tooltip="Its autoencoder."),
+                sockets.References.Input(
+                    "references", tooltip="The training set, with its captions: from Build or Load Reference Set."
+                ),
+                io.Latent.Input("latent_image", tooltip="An empty latent of the size that was trained on."),
+                io.Combo.Input(
+                    "lora_name", options=folder_paths.get_filename_list(FOLDER), tooltip="The LoRA to repair."
+                ),
+                io.String.Input(
+                    "name", default="repaired", tooltip="The name of the new file, beside the other LoRAs."
+                ),
+                *sockets.inputs_of(RepairSettings),
+                *sockets.inputs_of(Measurement, leave_out=("score", "negative", "baseline", "alpha")),
+            ],
+            outputs=[
+                io.String.Output(
+                    display_name="table", tooltip="Copies and likeness of all that was tried, as Markdown."
+                ),
+                io.String.Output(display_name="lora", tooltip="The new LoRA's name, as Load LoRA lists it."),
+                io.String.Output(display_name="report", tooltip="The same as JSON."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, name: str) -> bool | str:
+        return True if _NAME.fullmatch(name) else _unusable(name)
+
+    @classmethod
+    def execute(
+        cls,
+        model: ModelPatcher,
+        clip: CLIP,
+        vae: VAE,
+        references: HostReferences,
+        latent_image: Latent,
+        lora_name: str,
+        name: str,
+        **settings: object,
+    ) -> io.NodeOutput:
+        if not _NAME.fullmatch(name):
+            raise ValueError(_unusable(name))
+        measurement = sockets.settings_of(Measurement, settings)
+        latent, noise, sigmas = sockets.start_of(
+            model, latent_image, measurement.seed, measurement.steps, "euler", "normal", 1.0
+        )
+        file = f"{name}.safetensors"
+        found = comfyui.repair_lora(
+            Loaded(model, clip),
+            vae,
+            references,
+            Start(latent[:1], noise[:1], sigmas),
+            Path(folder_paths.get_full_path_or_raise(FOLDER, lora_name)),
+            Path(folder_paths.get_folder_paths(FOLDER)[0], file),
+            sockets.settings_of(RepairSettings, settings),
+            measurement,
+        )
+        return io.NodeOutput(
+            as_markdown(found),
+            file,
+            json.dumps(found.as_json(), ensure_ascii=False),
+            ui={"text": [sentence(found)]},
+        )
+
+
+def _unusable(name: str) -> str:
+    return f"{name!r:.100} cannot be the new LoRA's name: take letters, digits, spaces, '-' and '_' alone"
+
+
+NODES = [RepairLora]

@@ -1,0 +1,297 @@
+"""Repair: from a LoRA that copies its training set, one that does not, and what that costs in likeness.
+
+The captions that the LoRA brings back most (by the gain of :mod:`sd_dejavu.training.audit`) are drawn as users draw them,
+and counted as copies where they come out as their own training image. Ordinary prompts are drawn without guidance, and
+tell how much of the way from the base model's style to the training set's is kept (:mod:`sd_dejavu.training.likeness`).
+Both are asked of the LoRA as it is, and of it with more and more held back in several ways
+(:mod:`sd_dejavu.training.spectral`): the whole course is the finding, and its best point is what is written. As that was
+chosen on these very images, it is measured once more, beside the LoRA as it was, from other noises.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.settings import Checked, option
+from ..kept import write_tensors
+from ..kept.foreign import Unreadable, one_line
+from ..reference.build import embed
+from ..reference.features import Features
+from ..reference.images import open_image, to_tensor
+from ..reference.nearest import copy_threshold
+from ..reference.reference_set import NEIGHBOURHOOD, ReferenceSet
+from .audit import BASE, OTHERS, Entry, Progress, Subject, gains
+from .likeness import distance, likeness, style, style_of
+from .lora_files import Contents, read
+from .spectral import WAYS, Place, Update, Way
+from .tasks import Engine, Task, Trained, Variant, Work, one_process
+
+KEPT: Mapping[Way, Sequence[float]] = {
+    "strength": (0.8, 0.65, 0.5),
+    "text layers": (0.5, 0.25, 0.0),
+    "base-anchored": (0.5, 0.25, 0.125),
+}
+FEWEST_ORDINARY = 4  # prompts that tell a style
+NOTE = "dejavu_repair"  # in the metadata of what is written
+_OTHER_NOISES = 10_000  # added to the seed where the chosen one is measured again
+
+
+@dataclass(frozen=True)
+class RepairSettings(Checked):
+    """How a LoRA is repaired, apart from how an image is drawn."""
+
+    way: str = option(
+        "all", "what is held back: all tries each way, and takes the best point of all", choices=("all", *WAYS)
+    )
+    most_copies: float = option(0.1, "share of the images that may still be copies", minimum=0, maximum=1)
+    captions: int = option(8, "captions that are drawn, those that the LoRA brings back most", minimum=1, maximum=1000)
+    ordinary: int = option(
+        24, "ordinary prompts that are drawn to tell the style", minimum=FEWEST_ORDINARY, maximum=1000
+    )
+
+
+@dataclass(frozen=True)
+class Point:
+    """A LoRA of which a way kept so much: ``copies`` of ``drawn`` images, and its likeness (None: the LoRA has none).
+
+    ``elsewhere`` is the share of the ordinary prompts' images that are copies of any training image.
+    """
+
+    way: Way
+    kept: float
+    copies: int
+    drawn: int
+    likeness: float | None
+    elsewhere: float = 0.0
+
+    @property
+    def share(self) -> float:
+        return self.copies / self.drawn
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """The finding. ``curve`` begins with the LoRA as it is; ``before`` and ``after`` are from other noises than it."""
+
+    curve: tuple[Point, ...]
+    before: Point
+    after: Point
+    most_copies: float
+
+    @property
+    def reached(self) -> bool:
+        return self.after.share <= self.most_copies
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "before": _row(self.before),
+            "after": _row(self.after),
+            "most_copies": self.most_copies,
+            "reached": self.reached,
+            "rows": [_row(point) for point in self.curve],
+        }
+
+
+def best_of(points: Sequence[Point], most_copies: float) -> Point:
+    """The one with most likeness of those with few enough copies; of equal ones the one that keeps most. Where none has,
+    the one with fewest copies.
+
+    >>> a, b = Point("strength", 0.8, 5, 10, 0.9), Point("strength", 0.5, 1, 10, 0.6)
+    >>> best_of([a, b], 0.1).kept, best_of([a, b], 0.5).kept, best_of([a], 0.1).kept
+    (0.5, 0.8, 0.8)
+    """
+    few = [point for point in points if point.share <= most_copies]
+    if few:
+        return max(few, key=lambda point: (point.likeness or 0.0, point.kept))
+    return min(points, key=lambda point: (point.share, -(point.likeness or 0.0)))
+
+
+def repair(
+    subject: Subject,
+    lora: Path,
+    out: Path,
+    ordinary: Sequence[str],
+    load: Callable[[Variant], Trained],
+    places: Callable[[Contents], tuple[Contents, Mapping[str, Place]]],
+    work: Work,
+    wanted: RepairSettings = RepairSettings(),
+    engine: Engine = one_process,
+    on_progress: Progress = lambda stage, done, total: None,
+) -> Repaired:
+    """Writes to ``out`` what is left of a LoRA, and says what it was and is.
+
+    ``ordinary`` prompts are drawn for the style, but for the last two, which the training images are denoised with beside
+    their captions. ``places`` tells of a file's contents, as the base model takes them, which weights they are for.
+    ``subject`` must have images. Raises ValueError with a sentence for a file or a training set that cannot be used, and
+    where ``out`` is there already; nothing is written then.
+    """
+    if out.exists():
+        raise ValueError(f"{out} is there already: name another file, or remove it")
+    if out.suffix != ".safetensors":
+        raise ValueError(f"the repaired LoRA must be called something.safetensors, not {out.name}")
+    try:
+        contents = read(lora)
+    except Unreadable as error:
+        raise ValueError(f"the LoRA {lora} cannot be repaired: {one_line(error)}") from error
+    if len(ordinary) < FEWEST_ORDINARY + OTHERS:
+        raise ValueError(
+            f"{len(ordinary)} ordinary prompts are too few to tell a style by: give {FEWEST_ORDINARY + OTHERS} or more"
+        )
+    update = Update(*places(contents))
+    ways = [way for way in WAYS if wanted.way in ("all", way) and update.acts(way)]
+    if not ways:
+        raise ValueError(f"{wanted.way!r} would leave all of this LoRA, or nothing of it: choose another way")
+    seen = _Seen(subject, ordinary[:-OTHERS], lambda tasks, work: [v for _, v in engine(tasks, load, work)], work)
+    steps = [(way, kept) for way in ways for kept in KEPT[way]]
+    total = len(steps) + 4  # and the captions' ranks, the base model, the LoRA as it was, and the last look
+    done = 0
+
+    def told() -> None:
+        nonlocal done
+        done += 1
+        on_progress("repairing", done, total)
+
+    on_progress("repairing", 0, total)
+    whole = Variant(str(lora))
+    seen.choose(whole, ordinary[-OTHERS:], wanted.captions)
+    told()
+    seen.base()
+    told()
+    curve = [seen.point("strength", 1.0, whole)]
+    told()
+    with tempfile.TemporaryDirectory() as folder:
+
+        def written(way: Way, kept: float, path: Path, metadata: dict[str, str] | None = None) -> Variant:
+            write_tensors(path, update.tensors(way, kept), metadata)
+            return Variant(str(path))
+
+        for number, (way, kept) in enumerate(steps):
+            variant = written(way, kept, Path(folder) / f"{number}.safetensors")
+            curve.append(seen.point(way, kept, variant))
+            told()
+        best = best_of(curve, wanted.most_copies)
+        chosen = written(best.way, best.kept, Path(folder) / "chosen.safetensors")
+        again = seen.from_other_noises()
+        before, after = again.point("strength", 1.0, whole), again.point(best.way, best.kept, chosen)
+    found = Repaired(tuple(curve), before, after, wanted.most_copies)
+    note = json.dumps({"of": lora.name, "before": _row(before), "after": _row(after)})
+    written(best.way, best.kept, out, {**contents.metadata, NOTE: note})
+    told()
+    return found
+
+
+class _Seen:
+    """What is drawn of a variant: copies of the captions chosen, and the style of ordinary prompts."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        ordinary: Sequence[str],
+        done: Callable[[Sequence[Task], Work], list[list[dict[str, Any]]]],
+        work: Work,
+    ) -> None:
+        if subject.reference is None or subject.features is None:
+            raise ValueError("a repair needs the training images: name their folder, or a reference set of them")
+        self._reference: ReferenceSet = subject.reference
+        self._features: Features = subject.features
+        few = subject.features.metric == "normalised L2" and len(subject.reference) < NEIGHBOURHOOD
+        threshold = None if few else copy_threshold(subject.reference.features)
+        if threshold is None:
+            raise ValueError(
+                f"no threshold is known from which {subject.reference.features!r} features show a copy in a set of "
+                f"{len(subject.reference):,} images: take grey or SSCD features"
+            )
+        self._threshold = threshold
+        self._subject, self._ordinary, self._done, self._work = subject, tuple(ordinary), done, work
+        self._chosen: list[Entry] = []
+        self._side = max(open_image(bytes(self._reference.thumbnails[0])).size)
+        self._training = style_of(self._reference)
+        self._bare: float | None = None
+        self._whole: float | None = None
+
+    def choose(self, lora: Variant, others: Sequence[str], count: int) -> None:
+        """The captions with the highest gain over the base model, at most so many."""
+        cases = [case for case in self._subject.cases if case.caption.strip() and case.row is not None]
+        if not cases:
+            raise ValueError(
+                "the training set holds no captions, so there is nothing to draw: put a .txt beside each image"
+            )
+        prompts = tuple(case.caption for case in cases)
+        images = tuple(self._reference.thumbnails[case.row] for case in cases if case.row is not None)
+        tasks = [Task("captions", variant, 0, prompts, images, others=tuple(others)) for variant in (lora, BASE)]
+        own, base = ([value.get("recovery") for value in values] for values in self._done(tasks, self._work))
+        known = [(gain, number) for number, gain in enumerate(gains(own, base)) if gain is not None]
+        self._chosen = [cases[number] for _, number in sorted(known, key=lambda pair: (-pair[0], pair[1]))[:count]]
+        if not self._chosen:
+            raise ValueError("none of the captions could be measured: they may be too long for the model")
+
+    def base(self) -> None:
+        """The base model's distance, from which the likeness counts."""
+        (values,) = self._done([self._drawing(BASE)], self._work)
+        self._bare = distance(style(_images_of(values)), self._training)
+
+    def from_other_noises(self) -> _Seen:
+        """The same captions and prompts, drawn anew."""
+        wanted = self._work.wanted
+        work = replace(self._work, wanted=replace(wanted, seed=wanted.seed + _OTHER_NOISES))
+        again = _Seen(self._subject, self._ordinary, self._done, work)
+        again._chosen = self._chosen
+        again.base()
+        return again
+
+    def point(self, way: Way, kept: float, variant: Variant) -> Point:
+        """Of a variant; the first that is asked for is the LoRA as it is."""
+        captions = Task("images", variant, 0, tuple(case.caption for case in self._chosen))
+        found, ordinary = self._done([captions, self._drawing(variant)], self._work)
+        copies, drawn = self._copies([one["images"] for one in found])
+        images = _images_of(ordinary)
+        there = distance(style(images), self._training)
+        rows = embed(self._features, [image[None] for image in images])
+        elsewhere = float((self._reference.search(rows, 1).similarity[:, 0] >= self._threshold).float().mean())
+        self._whole = there if self._whole is None else self._whole
+        assert self._bare is not None  # the base model comes first
+        return Point(way, kept, copies, drawn, likeness(there, self._whole, self._bare), elsewhere)
+
+    def _drawing(self, variant: Variant) -> Task:
+        return Task("drawn", variant, 0, self._ordinary, side=self._side)
+
+    def _copies(self, files: Sequence[Sequence[str]]) -> tuple[int, int]:
+        """How many of each caption's images in base64 are copies of its training image, and of how many."""
+        copies = drawn = 0
+        for case, data in zip(self._chosen, files, strict=True):
+            if not data:
+                continue
+            rows = embed(self._features, [to_tensor(open_image(base64.b64decode(one))) for one in data])
+            own = self._reference.similarity(rows, torch.full((len(rows),), case.row))
+            copies, drawn = copies + int((own >= self._threshold).sum()), drawn + len(rows)
+        if not drawn:
+            raise ValueError("none of the captions could be drawn: the LoRA may break the model at this strength")
+        return copies, drawn
+
+
+def _images_of(values: Sequence[dict[str, Any]]) -> list[Tensor]:
+    """[3, H, W] each, of the ordinary prompts that could be drawn."""
+    images = [to_tensor(open_image(base64.b64decode(value["image"])))[0] for value in values if "image" in value]
+    if not images:
+        raise ValueError("none of the ordinary prompts could be drawn: the LoRA may break the model")
+    return images
+
+
+def _row(point: Point) -> dict[str, Any]:
+    return {
+        "way": point.way,
+        "kept": point.kept,
+        "copies": point.copies,
+        "drawn": point.drawn,
+        "likeness": point.likeness,
+        "elsewhere": point.elsewhere,
+    }
