@@ -28,10 +28,13 @@ class Host:
 
     def __init__(self, name: str, address: str, environment: dict[str, str]) -> None:
         self.name, self.address, self._environment = name, address, environment
+        self._started: list[subprocess.Popen[bytes]] = []
 
     def start(self, *command: str) -> subprocess.Popen[bytes]:
         inside = ["ip", "netns", "exec", self.name, sys.executable, *command]
-        return subprocess.Popen(inside, env=self._environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        quiet = subprocess.DEVNULL
+        self._started.append(subprocess.Popen(inside, env=self._environment, stdout=quiet, stderr=quiet))
+        return self._started[-1]
 
     def ray(self, *arguments: str) -> subprocess.Popen[bytes]:
         sizes = ["--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats", "--block"]
@@ -57,6 +60,8 @@ class Host:
                 except ProcessLookupError:
                     continue
             time.sleep(0.05)
+        for process in self._started:
+            process.wait()
 
 
 def ip(*arguments: str) -> None:

@@ -99,7 +99,7 @@ def test_an_interrupted_audit_goes_on(comfy: ComfyServer, training_set: Graph) -
     with comfy.events("auditor") as events:
         number = comfy.post(graph, client_id="auditor")
         events.wait_for("progress", where=lambda data: 25 <= data["value"] < 250)
-        told = events.wait_for("binary", where=lambda data: b"measuring ordinary prompts: 25 of 100" in data)
+        told = events.wait_for("binary", where=lambda data: b"drawing ordinary prompts: 25 of 100" in data)
         assert b" a second, about" in told and told.endswith(b" left")
         comfy.interrupt()
         entry = comfy.wait(number, allow_error=True)
