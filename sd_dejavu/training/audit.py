@@ -424,8 +424,8 @@ def audit(
 
     swept_variants = list(dict.fromkeys([*strengths, *epochs]))
     part = tuple(ordinary[: min(wanted.partition, count)])  # as what was drawn already
-    drawing = Task("drawn", BASE, 0, part, side=pictures.side)
-    likest = _likenesses(subject.reference, final, swept_variants, drawing, finish, ledger)
+    ordinary_ones = Task("drawn", BASE, 0, part, side=pictures.side)
+    likest = _likenesses(subject.reference, final, swept_variants, ordinary_ones, finish, ledger)
     left = [v for v in swept_variants if v != final]
     finish([task for v in left for task in swept.tasks(v)], "measuring")
     points = {v: point(v, strengths.get(v, 1.0), epochs.get(v)) for v in swept_variants}

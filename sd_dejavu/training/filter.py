@@ -239,12 +239,12 @@ class TrainingFilter:
         out: dict[int, LeftOut] = {}
         for number, name in enumerate(called):
             reason: Reason = self._reason if sound[number] else "not finite"
-            finding: Finding | None = Finding(self._step, math.nan, math.nan, True)
+            last: Finding | None = Finding(self._step, math.nan, math.nan, True)
             if sound[number]:
                 held = self._samples[name].finding if name in self._samples else None
-                finding = None if empty[number] else measured.get(number, held)
-            if finding is not None and finding.above:
-                of_the_sample = (finding.magnitude, finding.limit, reason, finding.step)
+                last = None if empty[number] else measured.get(number, held)
+            if last is not None and last.above:
+                of_the_sample = (last.magnitude, last.limit, reason, last.step)
                 out[number] = LeftOut(self._step, name, int(steps[number]), *of_the_sample)
         if len(out) == len(steps) and not self._may_empty:
             del out[min((record.magnitude, number) for number, record in out.items() if sound[number])[1]]

@@ -271,6 +271,7 @@ class _Seen:
             if not data:
                 continue
             rows = embed(self._features, [to_tensor(open_image(base64.b64decode(one))) for one in data])
+            assert case.row is not None  # those without were not chosen
             own = self._reference.similarity(rows, torch.full((len(rows),), case.row))
             copies, drawn = copies + int((own >= self._threshold).sum()), drawn + len(rows)
         if not drawn:

@@ -79,8 +79,8 @@ def agreement(weight: Tensor, found: Channels, subspace: float = SUBSPACE) -> Te
     """
     left, values, right = torch.linalg.svd(weight.float().flatten(1), full_matrices=False)
     k = max(1, math.ceil(subspace * len(values)))
-    out = (left[:, :k].T @ found.left).square().sum(0)
-    return out * (right[:k] @ found.right.T).square().sum(0)
+    both: Tensor = (left[:, :k].T @ found.left).square().sum(0) * (right[:k] @ found.right.T).square().sum(0)
+    return both
 
 
 class Update:

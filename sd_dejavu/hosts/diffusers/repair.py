@@ -19,4 +19,5 @@ def places_of(model: DiffusersModel, contents: Contents) -> tuple[Contents, Mapp
         for part in (model.family.network, *encoders)
         for name, module in getattr(model.pipeline, part).named_modules()
     }
-    return contents, {name: Place(*names[id(module)], module.weight.detach().cpu()) for name, module in modules.items()}
+    weights = {name: module.get_parameter("weight") for name, module in modules.items()}
+    return contents, {name: Place(*names[id(module)], weights[name].detach().cpu()) for name, module in modules.items()}
