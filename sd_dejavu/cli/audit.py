@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -237,17 +238,19 @@ def _write_parquet(found: Audit, path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    kinds = {
-        str: pa.string(),
-        float: pa.float64(),
-        int: pa.int64(),
-        bool: pa.bool_(),
-        tuple: pa.list_(pa.string()),
-    }
-    types = {
-        name: get_args(hint)[0] if NoneType in get_args(hint) else hint for name, hint in get_type_hints(Row).items()
-    }
-    schema = pa.schema([(name, kinds[get_origin(types[name]) or types[name]]) for name in row_as_json(Row("", ""))])
+    def columns(of: Any, names: Iterable[str]) -> list[tuple[str, Any]]:
+        hints = get_type_hints(of)
+        return [(name, column(hints[name])) for name in names]
+
+    def column(hint: Any) -> Any:
+        kinds = {str: pa.string(), float: pa.float64(), int: pa.int64(), bool: pa.bool_()}
+        if NoneType in get_args(hint):
+            hint = get_args(hint)[0]
+        if get_origin(hint) is tuple:
+            return pa.list_(column(get_args(hint)[0]))
+        return pa.struct(columns(hint, [f.name for f in fields(hint)])) if is_dataclass(hint) else kinds[hint]
+
+    schema = pa.schema(columns(Row, row_as_json(Row("", ""))))
     with pq.ParquetWriter(path, schema) as file:
         for start in range(0, len(found.rows), WRITTEN_AT_ONCE):
             rows = [row_as_json(row) for row in found.rows[start : start + WRITTEN_AT_ONCE]]

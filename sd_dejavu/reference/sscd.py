@@ -81,6 +81,7 @@ class Network(nn.Module):
 def gem(x: Tensor, power: float = GEM_POWER) -> Tensor:
     """Generalised mean over the places of [B, C, H, W] -> [B, C].
 
+    >>> import torch
     >>> gem(torch.tensor([[[[1.0, 3.0]]]]))  # (1 + 27) / 2 to the power of a third
     tensor([[2.4101]])
     """

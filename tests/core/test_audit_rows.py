@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sd_dejavu.cli.audit import _write_parquet
 from sd_dejavu.hosts.webui.text import as_typed
 from sd_dejavu.reference.parts import PartMatch
 from sd_dejavu.report.audit_html import AuditPage, render_audit
@@ -135,3 +136,11 @@ def test_the_page_and_the_image_frame_both_parts() -> None:
         assert (columns.min(), columns.max()) == pytest.approx((left * SIDE, right * SIDE), abs=4)
         assert (rows.min(), rows.max()) == pytest.approx((top * SIDE, bottom * SIDE), abs=4)
     assert not changed[:, GAP + SIDE + GAP : GAP + 2 * SIDE + GAP].any()
+
+
+def test_a_table_of_rows_holds_what_the_document_holds(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    match = PartMatch(3, "b.png", 0.9, 1.5, True, (0.0, 0.0, 0.5, 0.5), (0.25, 0.0, 0.75, 0.5), True, 0.001)
+    rows = (Row("a.png", "a fox", 1.0, duplicates=("c.png",), parts=1, part=match, part_drawn=0), Row("b.png", "b"))
+    _write_parquet(Audit(rows, "recovery", 100, 0.05, 1), tmp_path / "audit.parquet")
+    assert parquet.read_table(tmp_path / "audit.parquet").to_pylist() == [row_as_json(row) for row in rows]
