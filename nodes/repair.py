@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import folder_paths
@@ -15,11 +14,10 @@ from ..sd_dejavu.hosts.comfyui.audit import Loaded, Start
 from ..sd_dejavu.hosts.comfyui.reference import HostReferences
 from ..sd_dejavu.report.repair_rows import as_markdown, sentence
 from ..sd_dejavu.run.measure import Measurement
-from ..sd_dejavu.training.repair import RepairSettings
+from ..sd_dejavu.training.repair import RepairSettings, file_called
 from . import sockets
 
 FOLDER = "loras"
-_NAME = re.compile(r"[\w][\w .()-]{0,99}")
 
 
 class RepairLora(io.ComfyNode):
@@ -60,7 +58,11 @@ class RepairLora(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, name: str) -> bool | str:
-        return True if _NAME.fullmatch(name) else _unusable(name)
+        try:
+            file_called(name)
+        except ValueError as error:
+            return str(error)
+        return True
 
     @classmethod
     def execute(
@@ -74,13 +76,11 @@ class RepairLora(io.ComfyNode):
         name: str,
         **settings: object,
     ) -> io.NodeOutput:
-        if not _NAME.fullmatch(name):
-            raise ValueError(_unusable(name))
+        file = file_called(name)
         measurement = sockets.settings_of(Measurement, settings)
         latent, noise, sigmas = sockets.start_of(
             model, latent_image, measurement.seed, measurement.steps, "euler", "normal", 1.0
         )
-        file = f"{name}.safetensors"
         found = comfyui.repair_lora(
             Loaded(model, clip),
             vae,
@@ -97,10 +97,6 @@ class RepairLora(io.ComfyNode):
             json.dumps(found.as_json(), ensure_ascii=False),
             ui={"text": [sentence(found)]},
         )
-
-
-def _unusable(name: str) -> str:
-    return f"{name!r:.100} cannot be the new LoRA's name: take letters, digits, spaces, '-' and '_' alone"
 
 
 NODES = [RepairLora]

@@ -13,8 +13,11 @@ from ..core.trace import NotMeasured
 from ..core.verdict import Verdict
 from ..doctor import Finding, headline
 from ..run.report import Report
+from ..training.repair import Repaired
 from .chart import loss_sparkline, magnitude_chart
 from .image import colours, png_uri, tells_parts
+from .repair_rows import HEAD, cells
+from .repair_rows import sentence as sentence_of
 from .templating import macro, rendered
 from .wording import beside_label, changed, facts, label, sentence
 from .words import NO_WORDS, without_word, word_legend, word_spans
@@ -58,6 +61,11 @@ def framed(page: str, title: str) -> Markup:
 def findings(lines: Sequence[Finding]) -> Markup:
     """What works on this machine: whether all does, and a line each."""
     return macro("findings", headline(lines), lines)
+
+
+def course(found: Repaired, file: str) -> Markup:
+    """What a repair has reached, where the new LoRA lies, and all that was tried."""
+    return macro("course", f"{sentence_of(found)} Saved as {file}.", HEAD, [cells(point) for point in found.curve])
 
 
 def _image(title: str, report: Report) -> dict[str, object]:

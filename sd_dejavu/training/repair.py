@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -42,6 +43,7 @@ KEPT: Mapping[Way, Sequence[float]] = {
 }
 FEWEST_ORDINARY = 4  # prompts that tell a style
 NOTE = "dejavu_repair"  # in the metadata of what is written
+_NAME = re.compile(r"[\w][\w .()-]{0,99}")  # of a new file, where a page or a client gives it
 _OTHER_NOISES = 10_000  # added to the seed where the chosen one is measured again
 
 
@@ -99,6 +101,19 @@ class Repaired:
             "reached": self.reached,
             "rows": [_row(point) for point in self.curve],
         }
+
+
+def file_called(name: str) -> str:
+    """The new LoRA's file, beside others. Raises ValueError for a name that would lead elsewhere.
+
+    >>> file_called("mended")
+    'mended.safetensors'
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"{name!r:.100} cannot be the new LoRA's name: take letters, digits, spaces, '-' and '_' alone"
+        )
+    return f"{name}.safetensors"
 
 
 def best_of(points: Sequence[Point], most_copies: float) -> Point:

@@ -21,19 +21,21 @@ the layers that read captions, while a palette or a way of drawing can lie in th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from .lora_files import Contents, Module, change
+from .lora_files import Contents, Module, change, fits
 
 Way = Literal["strength", "text layers", "base-anchored"]
 WAYS: tuple[Way, ...] = get_args(Way)
 SUBSPACE = 0.5  # share of a weight's directions that are its principal ones
 _NEGLIGIBLE = 1e-6  # of the largest singular value: what rounding leaves
+_WEIGHT, _NETWORK = ".weight", "diffusion_model."
+_ENCODERS = {"clip_l": "text_encoder", "clip_h": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"}
 _CROSS = "attn2"  # what cross-attention is called in a UNet, by diffusers and by Stability AI
 
 
@@ -48,6 +50,50 @@ class Place:
     @property
     def reads_text(self) -> bool:
         return self.part.startswith("text_encoder") or _CROSS in self.name.split(".")
+
+
+@dataclass(frozen=True)
+class HostPart:
+    """A part of a model in a host that knows for each name that files give a module which weight it is for.
+
+    ``keys`` has the weight's name for it, or (name, (dimension, start, length)) where it is for a part of that weight;
+    ``tensor`` gives what is called so, without LoRAs, None where there is nothing.
+    """
+
+    part: str
+    keys: Mapping[str, Any]
+    tensor: Callable[[str], Tensor | None]
+
+
+def places_by_keys(contents: Contents, parts: Iterable[HostPart]) -> dict[str, Place]:
+    """The place of each module of a file that a host would put on its model, by name.
+
+    >>> from .lora_files import modules_of
+    >>> contents = modules_of({"x.diff": torch.ones(1, 2), "y.diff": torch.ones(1, 2)})
+    >>> joined = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    >>> part = HostPart("unet", {"x": ("diffusion_model.a.attn2.weight", (0, 1, 1))}, lambda name: joined)
+    >>> places_by_keys(contents, [part])
+    {'x': Place(part='unet', name='a.attn2', weight=tensor([[3., 4.]]))}
+    """
+    known, found = list(parts), dict[str, Place]()
+    for module in contents.modules:
+        for one in known:
+            if (key := one.keys.get(module.name)) is None:
+                continue
+            name, cut = (key, None) if isinstance(key, str) else key[:2]
+            weight, bias = one.tensor(name), one.tensor(f"{name.removesuffix(_WEIGHT)}.bias")
+            if weight is not None and cut is not None:
+                weight = weight.narrow(*cut)
+            if weight is not None and fits(weight, module, bias):
+                found[module.name] = Place(*_place(one.part, name.removesuffix(_WEIGHT)), weight.detach().cpu())
+                break
+    return found
+
+
+def _place(part: str, name: str) -> tuple[str, str]:
+    """(part, name) as trainers know them, of what a host calls clip_g.transformer.text_model..., diffusion_model...."""
+    encoder, _, own = name.partition(".transformer.")
+    return (_ENCODERS[encoder], own) if encoder in _ENCODERS else (part, name.removeprefix(_NETWORK))
 
 
 @dataclass(frozen=True)

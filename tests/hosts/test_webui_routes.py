@@ -20,7 +20,12 @@ from webui_server import WebUIServer
 from webui_watched import errors_of_ours
 
 PACK = Path(__file__).parents[2]
-ROUTES = {"/dejavu/reports": None, "/dejavu/calibrate": {}, "/dejavu/audit": {"references": "training"}}
+ROUTES = {
+    "/dejavu/reports": None,
+    "/dejavu/calibrate": {},
+    "/dejavu/audit": {"references": "training"},
+    "/dejavu/repair": {"references": "training"},
+}
 SMALL = {"count": 20, "width": 64, "height": 64, "steps": 4}
 BASIC = {"Authorization": "Basic " + base64.b64encode(b"anna:secret").decode()}
 
@@ -86,6 +91,7 @@ def test_the_apis_password_and_a_users_cookie_let_in(locked: WebUIServer, path: 
         "/dejavu/reports": (200, "[]"),
         "/dejavu/calibrate": (400, "count must be"),
         "/dejavu/audit": (400, "no"),
+        "/dejavu/repair": (400, "no LoRA is chosen"),
     }
     body = {"count": 3} if path == "/dejavu/calibrate" else ROUTES[path]
     for headers in (BASIC, {"Cookie": cookie_of(locked, "bert", "hidden")}):
@@ -93,7 +99,7 @@ def test_the_apis_password_and_a_users_cookie_let_in(locked: WebUIServer, path: 
         assert status == answers[path][0] and answers[path][1] in text, text
 
 
-@pytest.mark.parametrize("path", ["/dejavu/calibrate", "/dejavu/audit"])
+@pytest.mark.parametrize("path", ["/dejavu/calibrate", "/dejavu/audit", "/dejavu/repair"])
 def test_another_sites_page_may_not_ask(locked: WebUIServer, path: str) -> None:
     for headers in ({"Origin": "http://evil.example"}, {"Sec_Fetch_Site": "cross-site"}, {"Origin": "null"}):
         status, text = ask(locked, path, ROUTES[path], **BASIC, **headers)
@@ -123,6 +129,8 @@ def test_another_sites_page_may_not_ask(locked: WebUIServer, path: str) -> None:
         *(("/dejavu/calibrate", {"guidance_scale": value}) for value in (-1, "7", None)),
         ("/dejavu/calibrate", []),
         *(("/dejavu/audit", {name: 10**12}) for name in ("width", "steps", "images", "nulls", "sample", "worst")),
+        *(("/dejavu/repair", {name: 10**12}) for name in ("width", "steps", "images", "captions", "ordinary")),
+        *(("/dejavu/repair", {"save_as": value}) for value in ("", "../x", 5, None)),
         ("/dejavu/audit", {"seed": -1}),
         ("/dejavu/audit", {"references": None}),
         ("/dejavu/audit", {"references": "gone"}),

@@ -9,19 +9,18 @@ from pathlib import Path
 import comfy.lora
 import comfy.sd
 import comfy.utils
+import torch
 
 from ...run.measure import Measurement
 from ...training.audit import Subject, entries_of, ordinary_for
-from ...training.lora_files import Contents, fits
+from ...training.lora_files import Contents
 from ...training.repair import Repaired, RepairSettings, repair
-from ...training.spectral import Place
+from ...training.spectral import HostPart, Place, places_by_keys
 from ...training.tasks import Task, Trained, Variant, Work, nothing_apart
 from .api import VAE
 from .audit import BATCH, Loaded, SetFeatures, Start, Values, check, done
 from .model import ordinary_for as prompts_for
 from .reference import HostReferences
-
-_WEIGHT, _NETWORK = ".weight", "diffusion_model."
 
 
 def repair_lora(
@@ -74,18 +73,14 @@ def _with_lora(base: Loaded, variant: Variant) -> Loaded:
 def _places_of(base: Loaded, contents: Contents) -> tuple[Contents, Mapping[str, Place]]:
     """The place of each module of a file that the host would put on this model, by name."""
     network, encoders = base.patcher.model, base.clip.cond_stage_model
-    of_network = comfy.lora.model_lora_keys_unet(network, {})
-    of_encoders = comfy.lora.model_lora_keys_clip(encoders, {})
-    found: dict[str, Place] = {}
-    for module in contents.modules:
-        for part, model, keys in (("unet", network, of_network), ("text_encoder", encoders, of_encoders)):
-            if (key := keys.get(module.name)) is None:
-                continue
-            name, cut = (key, None) if isinstance(key, str) else key[:2]  # a part of one that holds several
-            weight = comfy.utils.get_attr(model, name).detach()
-            weight = weight if cut is None else weight.narrow(*cut)
-            bias = getattr(comfy.utils.get_attr(model, name.rpartition(".")[0]), "bias", None)
-            if fits(weight, module, bias):
-                found[module.name] = Place(part, name.removesuffix(_WEIGHT).removeprefix(_NETWORK), weight.cpu())
-                break
-    return contents, found
+    parts = (
+        HostPart("unet", comfy.lora.model_lora_keys_unet(network, {}), partial(_tensor, network)),
+        HostPart("text_encoder", comfy.lora.model_lora_keys_clip(encoders, {}), partial(_tensor, encoders)),
+    )
+    return contents, places_by_keys(contents, parts)
+
+
+def _tensor(model: torch.nn.Module, name: str) -> torch.Tensor | None:
+    place, _, last = name.rpartition(".")
+    found: torch.Tensor | None = getattr(comfy.utils.get_attr(model, place), last, None)
+    return found

@@ -1,27 +1,18 @@
 """The audit of a training set in Automatic1111 and Forge, in runs of the host's own.
 
-Captions are measured inside the first evaluation of a run, which ends there; the worst are drawn by the host as any
-image is. The LoRA stands in the prompt, as users put it there; the base model is a run without it. What is finished is
-kept below one folder, each audit in a folder of its own, so one that was stopped goes on.
+What is finished is kept below one folder, each audit in a folder of its own, so one that was stopped goes on.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from ...calibration.first_step import PROMPTS_A_SEED
 from ...calibration.ordinary_prompts import general_prompts
-from ...core.conditioning import Conditioning
 from ...core.settings import Checked, Option, named, option, options_of
 from ...kept import file_digest
 from ...report.audit_html import AuditPage, render_audit
@@ -29,16 +20,15 @@ from ...report.audit_rows import as_json, settings_shown, thumbnails_of
 from ...run.measure import Measurement
 from ...training.audit import Audit, AuditSettings, Subject, audit, entries_of, identity, ordinary_for, sampled
 from ...training.ledger import Ledger
-from ...training.tasks import Task, Trained, Variant, Work, nothing_apart, top_word
+from ...training.tasks import Work, nothing_apart
 from . import references
-from .calibration import PIXELS_PER_LATENT, check_size
-from .guidance import GuidedModel, checkpoint_of
-from .hosted import Before, Image, Options, Processing
-from .run import Host, drawn
-from .text import as_typed
+from .calibration import check_size
+from .guidance import checkpoint_of
+from .hosted import Options
+from .pieces import BATCH, Runs, Watch, tag_of
+from .run import Host
 
 NO_LORA = "none"
-SAMPLER, SCHEDULER, BATCH = "Euler", "Automatic", 8
 A_PIECE = PROMPTS_A_SEED  # prompts of a run: as few as can be, for the page to tell how far it is, and to end it soon
 
 
@@ -102,6 +92,13 @@ def loras() -> list[str]:
     return sorted(getattr(sys.modules.get("networks"), "available_networks", {}))
 
 
+def file_of(lora: str) -> Path:
+    """The file of one of :func:`loras`. Raises ValueError for any other name."""
+    if lora not in loras():
+        raise ValueError(f"there is no LoRA {lora!r}: choose one of the list in the tab")
+    return Path(sys.modules["networks"].available_networks[lora].filename)
+
+
 def refresh_loras() -> None:
     """Have the host look for LoRA files again."""
     if (networks := sys.modules.get("networks")) is not None:
@@ -113,10 +110,10 @@ def run_audit(
     asked: Asked,
     sets: Path,
     kept: Path,
-    watch: Callable[[Processing, Piece], AbstractContextManager[None]],
+    watch: Watch,
     tell: Callable[[str, int, int], None],
 ) -> Finding:
-    """``sets`` holds the reference sets, ``kept`` what was measured; while ``watch`` is open a run is for its piece.
+    """``sets`` holds the reference sets, ``kept`` what was measured.
 
     Raises ValueError where there is nothing to measure, or the user stops it.
     """
@@ -142,7 +139,13 @@ def run_audit(
         width=what.width,
         height=what.height,
     )
-    runs = _Runs(host, asked, tag, watch)
+    runs = Runs(
+        host,
+        (what.width, what.height),
+        watch,
+        lambda variant: nullcontext("" if variant.base else tag),
+        "it was stopped; started again, it goes on where it stood",
+    )
     found = audit(
         subject,
         [],
@@ -166,136 +169,9 @@ def _tag(what: Audited) -> str:
     """What the prompt holds for the LoRA; empty without one. Raises ValueError where the host does not know it."""
     if what.lora == NO_LORA:
         return ""
-    if what.lora not in loras():
-        raise ValueError(f"there is no LoRA {what.lora!r}: choose one of the list in the tab")
-    if set(what.lora) & set(":>"):
-        raise ValueError(f"a prompt cannot name the LoRA {what.lora!r}: rename its file, without ':' and '>'")
-    return f"<lora:{what.lora}:{what.strength:g}>"
+    file_of(what.lora)
+    return tag_of(what.lora, what.strength)
 
 
 def _identity_of(lora: str) -> str:
-    file = Path(sys.modules["networks"].available_networks[lora].filename)
-    return f"{lora} {file_digest(file)}"
-
-
-# ---------------------------------------------------------------------------------------------- runs
-
-
-class TrainedModel(GuidedModel):
-    """The model of a run with the encoder's end of its autoencoder; it reads captions as they are."""
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        return self.latent_shape[-2] * PIXELS_PER_LATENT, self.latent_shape[-1] * PIXELS_PER_LATENT
-
-    def encode(self, prompt: str) -> Conditioning:
-        self.host.load_encoders(self.step)
-        return super().encode(as_typed(prompt))
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """One by one, as a decoder asks for more memory than the model does."""
-        return torch.cat([self.images_of(latent[None]).detach().clamp(0, 1).cpu() for latent in latents])
-
-    def latents_of(self, images: Tensor) -> Tensor:
-        return self.host.latents_of(self.step, images)
-
-
-class Piece:
-    """For one run: some work at its first evaluation, where the run ends unless it is to draw."""
-
-    def __init__(self, host: Host, steps: int, do: Callable[[TrainedModel], object], lora: str, draws: bool) -> None:
-        self.host, self.steps, self.lora, self.draws = host, steps, lora, draws
-        self.result: Any = None
-        self.fault: Exception | None = None
-        self._do = do
-        self._begun = False
-
-    def before(self, params: Before) -> None:
-        from modules import sd_samplers_common
-
-        if self._begun:
-            return
-        self._begun = True
-        try:
-            step = self.host.step(params).of([0])
-            if self.lora and not self.host.loras(step):
-                raise ValueError(f"the host could not load the LoRA {self.lora}: its log says why")
-            model = TrainedModel(self.host, step, [float(self.host.sigma(step)[0])] + [0.0] * self.steps)
-            with torch.no_grad():
-                self.result = self._do(model)
-        except Exception as error:
-            self.fault = error
-        if self.fault is not None or not self.draws:
-            raise sd_samplers_common.InterruptedException
-
-
-class _Runs:
-    """Makes a run of the host for each piece of work."""
-
-    def __init__(
-        self, host: Host, asked: Asked, tag: str, watch: Callable[[Processing, Piece], AbstractContextManager[None]]
-    ) -> None:
-        self._host, self._asked, self._tag, self._watch = host, asked, tag, watch
-
-    def engine(
-        self, tasks: Sequence[Task], load: Callable[[Variant], Trained], work: Work
-    ) -> Iterator[tuple[Task, list[Options]]]:
-        for task in tasks:
-            yield task, self._drawn(task) if task.kind == "images" else self._measured(task, work)
-
-    def _measured(self, task: Task, work: Work) -> list[Options]:
-        found: list[Options]
-        found, _ = self._run("" if task.variant.base else self._tag, 1, lambda model: work(model, task), draws=False)
-        return found
-
-    def _drawn(self, task: Task) -> list[Options]:
-        (caption,) = task.prompts
-
-        def word(model: TrainedModel) -> str | None:
-            try:
-                return top_word(model, model.encode(caption), self._asked.measurement)
-            except ValueError:  # where no gradient can be taken, the images are drawn all the same
-                return None
-
-        prompt = f"{as_typed(caption)} {self._tag}".strip()
-        found, generated = self._run(prompt, self._asked.measurement.images, word, draws=True)
-        return [{"images": [_png(image) for image in generated], "word": found}]
-
-    def _run(self, prompt: str, images: int, do: Callable[[TrainedModel], Any], draws: bool) -> tuple[Any, list[Image]]:
-        """(what the work gave, the images that were drawn)."""
-        from modules import processing, shared
-
-        what, measurement = self._asked.what, self._asked.measurement
-        p = processing.StableDiffusionProcessingTxt2Img(
-            prompt=prompt,
-            negative_prompt="",
-            seed=measurement.seed,
-            batch_size=images,
-            steps=measurement.steps,
-            cfg_scale=measurement.guidance_scale,
-            width=what.width,
-            height=what.height,
-            sampler_name=SAMPLER,
-            scheduler=SCHEDULER,
-            do_not_save_samples=True,
-            do_not_save_grid=True,
-        )
-        p.sd_model = self._host.chosen_model()
-        # With what was encoded before, the host would not bring the text encoder to where the LoRA acts on it.
-        p.cached_c, p.cached_uc = [None, None, None], [None, None, None]
-        lora = what.lora if self._tag and self._tag in prompt else ""
-        piece = Piece(self._host, measurement.steps, do, lora, draws)
-        with self._watch(p, piece), closing(p):
-            processed = drawn(p)
-        if piece.fault is not None:
-            raise piece.fault
-        state = shared.state
-        if state.interrupted or state.skipped or state.stopping_generation:
-            raise ValueError("it was stopped; started again, it goes on where it stood")
-        return piece.result, processed.images[processed.index_of_first_image :][:images]
-
-
-def _png(image: Image) -> str:
-    file = io.BytesIO()
-    image.convert("RGB").save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode("ascii")
+    return f"{lora} {file_digest(file_of(lora))}"

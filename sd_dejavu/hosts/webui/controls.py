@@ -116,7 +116,7 @@ def pasted(known: Mapping[str, object], name: str) -> object:
         return None
 
 
-_LABELS = {  # where the name of an option says too little beside its control
+_LABELS = {  # where the name of an option says too little beside its control; Automatic1111 wants each once in a tab
     "baseline": "Measured against",
     "mitigation": "How to mitigate",
     "references": "Reference set",
@@ -128,8 +128,12 @@ _LABELS = {  # where the name of an option says too little beside its control
     "worst": "Images drawn again",
     "false_discovery_rate": "Captions named wrongly",
     "restart": "Begin anew",
+    "way": "What is held back",
+    "most_copies": "Copies that may stay",
+    "captions": "Captions drawn",
+    "ordinary": "Ordinary prompts drawn",
 }
-_FREE_TEXT = ("folder", "name", "trainer_config", "trigger_word")
+_FREE_TEXT = ("folder", "name", "save_as", "trainer_config", "trigger_word")
 LONGEST_INFO = 120  # characters
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,6 +23,8 @@ from ...core.conditioning import Conditioning
 from ...core.denoiser import PredictionType, over_pixels, seeded_noise
 from ...core.gradients import recomputing
 from ...core.schedule import Schedule
+from ...training.lora_files import Contents
+from ...training.spectral import HostPart, Place, places_by_keys
 from ...weights import Identity, Named, digest, fingerprint, of_module, of_text_encoder, sampled, unpatched
 from ..aliases import differentiable
 from .hosted import Before, Checkpoint, Cond, Denoiser, Options, Unet
@@ -254,6 +256,35 @@ class Automatic1111:
         encoders = [modules_of(engine) for engine in engines_of(step.sd_model)]
         return list(_before_loras(self.network(step))), [part for one in encoders for part in _before_loras(one)]
 
+    def places(self, step: Step, contents: Contents, lora: str) -> dict[str, Place]:
+        """The place of each module of one of the host's LoRAs that it would put on this model, by name.
+
+        Raises ValueError where the host cannot read the file.
+        """
+        import sys
+
+        networks = sys.modules["networks"]
+        try:
+            read = networks.load_network(lora, networks.available_networks[lora])
+        except Exception as error:
+            raise ValueError(f"the host cannot read the LoRA {lora}: {type(error).__name__}") from error
+        own = {key: module.name for module in contents.modules for key in module.keys}
+        encoders = [modules_of(engine) for engine in engines_of(step.sd_model)]
+        parts = []
+        for number, module in enumerate([self.network(step), *encoders]):
+            names = {id(inner): name for name, inner in module.named_modules()}
+            tensors = {name: tensor for name, tensor, _ in _before_loras(module)}
+            keys = {
+                own[one.network_key]: _weight_of(one, names[id(one.sd_module)])
+                for one in read.modules.values()
+                if one.network_key in own and id(one.sd_module) in names and one.shape is not None
+            }
+            part = "unet" if number == 0 else "text_encoder" if number == 1 else f"text_encoder_{number}"
+            parts.append(HostPart(part, keys, tensors.get))
+        found = places_by_keys(contents, parts)
+        # The host adds LoRAs in place.
+        return {name: replace(place, weight=place.weight.clone()) for name, place in found.items()}
+
     def _timesteps(self, step: Step) -> bool:
         return type(step.denoiser).__name__ == "CFGDenoiserTimesteps"
 
@@ -417,8 +448,31 @@ class Forge:
         network = unpatched(of_module(self.network(step)), lambda key: kept.get(f"diffusion_model.{key}"))
         return list(network), list(unpatched(of_module(clip.model), clip.lora_loader.backup.get))
 
+    def places(self, step: Step, contents: Contents, lora: str) -> dict[str, Place]:
+        """The place of each module of one of the host's LoRAs that it would put on this model, by name."""
+        from backend.patcher.lora import model_lora_keys_clip, model_lora_keys_unet
+
+        network, encoders = ({name: tensor for name, tensor, _ in one} for one in self.weights(step))
+        network = {f"diffusion_model.{name}": tensor for name, tensor in network.items()}
+        clip = step.sd_model.forge_objects.clip.patcher.model
+        parts = (
+            HostPart("unet", model_lora_keys_unet(self._unet(step).model, {}), network.get),
+            HostPart("text_encoder", model_lora_keys_clip(clip, {}), encoders.get),
+        )
+        return places_by_keys(contents, parts)
+
     def _unet(self, step: Step) -> Unet:
         return step.denoiser.inner_model.inner_model.forge_objects.unet
+
+
+def _weight_of(module: Any, name: str) -> str | tuple[str, tuple[int, int, int]]:
+    """Which weight of what is called ``name`` a module of a LoRA is for, as Automatic1111 has read it; queries, keys
+    and values may lie in one, below each other."""
+    whole, rows = module.sd_module, module.shape[0]
+    weight = "in_proj_weight" if isinstance(whole, torch.nn.MultiheadAttention) else "weight"
+    if len(getattr(whole, weight)) == rows:
+        return f"{name}.{weight}"
+    return f"{name}.{weight}", (0, "qkv".index(module.sd_key.removesuffix("_proj")[-1]) * rows, rows)
 
 
 def _before_loras(module: torch.nn.Module) -> Iterator[Named]:

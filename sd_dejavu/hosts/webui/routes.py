@@ -13,7 +13,7 @@ from modules import shared
 
 from ...calibration import store
 from ...calibration.profile import ALPHA_DEFAULT, Profile
-from . import audit, door, work
+from . import audit, door, repair, work
 from .calibration import Calibrating
 from .here import Here
 from .hosted import App, Options
@@ -50,6 +50,12 @@ def add_routes(here: Here, app: App) -> None:
     async def audit_named(request: Request) -> Options:
         """Audit a training set; a JSON object of the tab's arguments by their names."""
         found = await _let_in(here, request, app, audit.read, work.run_audit)
+        return found.as_json()
+
+    @app.post("/dejavu/repair")
+    async def repair_named(request: Request) -> Options:
+        """Repair a LoRA; a JSON object of the tab's arguments by their names."""
+        found = await _let_in(here, request, app, repair.read, work.run_repair)
         return found.as_json()
 
 

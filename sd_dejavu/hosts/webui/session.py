@@ -16,10 +16,10 @@ from ...calibration import store
 from ...report import panel
 from ...report.panel import Offer
 from ...run.report import Report
-from .audit import Piece
 from .calibration import QUICK, THOROUGH, Calibrating, Calibration, networks_of
 from .controls import TITLE, Wanted, infotexts
 from .hosted import After, Before, Guided, Options, Processing, State
+from .pieces import Piece
 from .run import Run
 
 RUNS_SHOWN = 32  # of all pages

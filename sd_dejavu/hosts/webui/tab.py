@@ -8,15 +8,18 @@ from functools import partial
 from modules import shared, ui_common
 
 from ...core.settings import Option, options_of
-from . import audit, references
+from . import audit, references, repair
 from .components import at_work, component, folded, gr, task
 from .controls import TITLE
 from .here import Here
 from .hosted import Component
 from .machine import machine
-from .work import audit_from_page, build_from_page
+from .work import audit_from_page, build_from_page, repair_from_page
 
 FIRST = ("references", "lora", "strength", "width", "height")  # what everybody needs; the rest is behind 'more'
+
+
+OF_REPAIR = ("save_as", "way", "most_copies", "captions", "ordinary")  # the rest is as it is audited
 
 
 def audit_tab(here: Here) -> list[tuple[Component, str, str]]:
@@ -32,9 +35,10 @@ def audit_tab(here: Here) -> list[tuple[Component, str, str]]:
             gr.HTML("<p>This host was started with --hide-ui-dir-config, so no reference set can be built here.</p>")
         else:
             bind = _build(here)
-        sets = _audit(here)
+        audited = _audit(here)
+        _repair(here, audited)
         if bind is not None:
-            bind(sets)
+            bind(audited["references"])
         with folded("What works on this machine", "machine"):
             look = gr.Button("Check this machine", elem_id="dejavu_look")
             found = gr.HTML("", elem_id="dejavu_found_machine")
@@ -42,8 +46,8 @@ def audit_tab(here: Here) -> list[tuple[Component, str, str]]:
     return [(tab, TITLE, "dejavu_audit")]
 
 
-def _audit(here: Here) -> Component:
-    """The audit; the component that chooses its reference set."""
+def _audit(here: Here) -> dict[str, Component]:
+    """The audit; its components by the names of their options."""
     offered: dict[str, Callable[[], Sequence[str]]] = {
         "references": lambda: references.names(here.references),
         "lora": lambda: [audit.NO_LORA, *audit.loras()],
@@ -76,7 +80,36 @@ def _audit(here: Here) -> Component:
             return audit_from_page(here, known, dict(zip(options, values, strict=True)))
 
     begin.click(begun, inputs=[task(), *(built[name] for name in options)], outputs=[shown], **at_work("found audit"))
-    return built["references"]
+    return built
+
+
+def _repair(here: Here, audited: dict[str, Component]) -> None:
+    """The repair, below the audit of whose LoRA and set it is."""
+    options = {known.name: known for known in repair.OPTIONS}
+    with folded("Repair", "repair"):
+        gr.HTML(
+            "<p>Makes of the LoRA that is chosen above one that does not copy the set, as a new file beside it, and tells "
+            "what that costs in likeness to the set's style. Size, images, steps, seed and guidance are those of the audit.</p>"
+        )
+        built = dict(audited)
+        for names in (OF_REPAIR[:2], OF_REPAIR[2:]):
+            with gr.Row():
+                for name in names:
+                    built[name] = component(options[name], "repair", options[name].choices or ())
+        begin = gr.Button("Repair", variant="primary", elem_id="dejavu_begin_repair")
+        shown = gr.HTML("", elem_id="dejavu_found_repair")
+
+    def begun(name: str, *values: object) -> tuple[object, ...]:
+        with here.page(name) as known:
+            told = repair_from_page(here, known, dict(zip(options, values, strict=True)))
+        return told, gr.update(choices=[audit.NO_LORA, *audit.loras()])
+
+    begin.click(
+        begun,
+        inputs=[task(), *(built[name] for name in options)],
+        outputs=[shown, audited["lora"]],
+        **at_work("found repair"),
+    )
 
 
 def _build(here: Here) -> Callable[[Component], None]:

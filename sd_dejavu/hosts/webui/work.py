@@ -1,4 +1,4 @@
-"""Calibrating, auditing and building reference sets as jobs of the host's, for a page or a client of our routes."""
+"""Calibrating, auditing, repairing and building reference sets as jobs of the host's, for a page or a client of our routes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...core.settings import named, options_of
 from ...detectors import scores
 from ...report import panel, wording
 from ...run.judge import needed_nulls
-from . import audit, references
+from . import audit, references, repair
 from .calibration import Calibrating, Calibration, networks_of, processing_of, read, watching
 from .door import Turn
 from .here import Here
@@ -115,6 +115,12 @@ def run_audit(here: Here, asked: audit.Asked, turn: Turn) -> audit.Finding:
         return audit.run_audit(here.host, asked, here.references, here.audits, here.session.own, Telling())
 
 
+def run_repair(here: Here, asked: repair.Asked, turn: Turn) -> repair.Finding:
+    """Repair a LoRA. Raises ValueError."""
+    with turn.job("dejavu-repair"):
+        return repair.run_repair(here.host, asked, here.references, here.session.own, Telling())
+
+
 def build(here: Here, asked: references.Building, turn: Turn) -> str:
     """Build a reference set; what is told of it. Raises ValueError where there is nothing to build, or it is stopped."""
     from modules import shared
@@ -195,6 +201,18 @@ def audit_from_page(here: Here, task: str, values: Mapping[str, object]) -> str:
         return str(panel.framed(found.page(), "What the audit found"))
     except Exception as error:
         return str(panel.paragraph(_failed(here, "No audit", error)))
+
+
+def repair_from_page(here: Here, task: str, values: Mapping[str, object]) -> str:
+    """The page's answer, as HTML; of a list nothing is chosen where a value is None."""
+    from modules import shared
+
+    try:
+        asked = repair.read({name: value for name, value in values.items() if value is not None})
+        found = here.in_turn(lambda: run_repair(here, asked, Turn(shared.state)), task)
+        return str(panel.course(found.repaired, f"{found.out.parent.name}/{found.out.name}"))
+    except Exception as error:
+        return str(panel.paragraph(_failed(here, "No repair", error)))
 
 
 def build_from_page(here: Here, task: str, values: Mapping[str, object]) -> tuple[str, str | None]:
