@@ -23,7 +23,7 @@ from webui_watched import KNOWN, errors_of_ours, pixels
 
 AUDIT = {"references": "audited", "width": 64, "height": 64, "nulls": 20, "images": 1, "steps": 8, "worst": 1}
 LORA = Path(miniature.LORA).stem
-TOLD = re.compile(r"measuring.*: [\d,]+ of [\d,]+, \S+ a second, about \S+ \S+ left")
+TOLD = re.compile(r"(drawing|measuring).*: [\d,]+ of [\d,]+, \S+ a second, about \S+ \S+ left")
 
 
 @pytest.fixture(scope="module")
