@@ -8,7 +8,7 @@ way             f
 =============== ===================================================================================================
 strength        ``kept`` for all: what every host's slider does
 text layers     ``kept`` for the layers that read the prompt (cross-attention, and the text encoders), 1 for the rest
-base-anchored   1 for the share ``kept`` of each layer's channels that agree most with the weight, 0 for the rest
+base-anchored   1 for the share ``kept`` of each layer's channels (one at least) that agree most with the weight, else 0
 =============== ===================================================================================================
 
 'base-anchored' is Base-Anchored Filtering (Zhe et al., arXiv 2605.10439): channels outside the principal subspace of the
@@ -174,7 +174,7 @@ class Update:
             self._agreement[module.name] = agreement(place.weight, own)
         best = self._agreement[module.name].argsort(descending=True, stable=True)
         factors = torch.zeros(len(own.values))
-        factors[best[: round(kept * len(best))]] = 1.0
+        factors[best[: max(1, round(kept * len(best)))]] = 1.0
         return {
             **_written(_name(module, place), own, factors, place.weight, _dtype(module)),
             **_bias(module, place, 1.0),
@@ -215,7 +215,7 @@ def _written(name: str, found: Channels, factors: Tensor, weight: Tensor, dtype:
 def _bias(module: Module, place: Place, kept: float) -> dict[str, Tensor]:
     if "bias" not in module.parts:
         return {}
-    return {f"{_name(module, place)}.diff_b": kept * module.parts["bias"]}
+    return {f"{_name(module, place)}.diff_b": (kept * module.parts["bias"].float()).to(_dtype(module))}
 
 
 def _name(module: Module, place: Place) -> str:
@@ -227,4 +227,6 @@ def _name(module: Module, place: Place) -> str:
 
 
 def _dtype(module: Module) -> torch.dtype:
-    return next((part.dtype for part in module.parts.values() if part.is_floating_point()), torch.float32)
+    """The file's own, but of two bytes at least: in one the channels would be others."""
+    found = next((part.dtype for part in module.parts.values() if part.is_floating_point()), torch.float32)
+    return found if found.itemsize > 1 else torch.float16
