@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..kept import digest_of, file_digest
-from ..kept.foreign import Unreadable, one_line, opened
+from ..kept.foreign import Unreadable, check_size, one_line, opened
 
 ENDINGS = (".safetensors", ".onnx", ".pt", ".pth", ".torchscript")
 _ROWS = (
@@ -27,7 +27,7 @@ _ROWS = (
     "image_embeds",
     "last_hidden_state",
 )  # of outputs with names, in this order
-_MOST_TENSORS = 10_000
+_MOST_TENSORS, _MOST_BYTES = 10_000, 16 << 30  # of a safetensors file
 
 
 class FeatureError(ValueError):
@@ -124,7 +124,8 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     from safetensors import safe_open
 
     try:
-        opened(path).close()
+        with opened(path) as entire:
+            check_size(entire.seek(0, 2), _MOST_BYTES)
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
             if len(names) > _MOST_TENSORS:
@@ -145,6 +146,7 @@ def digest_of_network(path: Path) -> str:
         for name in sorted(os.listdir(path.parent))
         if name.startswith(path.name) and name != path.name and path.suffix.lower() == ".onnx"
     ]
+    beside = [one for one in beside if one.is_file()]
     if not beside:
         return file_digest(path, 8)
     return digest_of([file_digest(one) for one in (path, *beside)], 8)

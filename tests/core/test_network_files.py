@@ -18,9 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_reference_features import failure, images
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sd_dejavu.reference import sscd
+from sd_dejavu.reference import dinov2 as dinov2_file
+from sd_dejavu.reference import network_files, sscd
 from sd_dejavu.reference.features import IMAGENET, KINDS, SSCD, FeatureError, FeatureSettings, Transformers, load
+from sd_dejavu.reference.network_files import digest_of_network
 
 NEEDS_ONNX = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxruntime", "onnxscript")),
@@ -340,6 +343,50 @@ def test_wrong_files_are_told_in_a_sentence(
         told = failure(features=kind, weights=str(tmp_path / "broken.safetensors"))
         assert "is not a sound safetensors file" in told
     assert "is a file: name a folder" in failure(features="clip", weights=str(sscd_files["classy"]))
+
+
+class Largest(TorchDispatchMode):
+    """How many values the largest tensor holds that is made while it is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and made.device.type != "meta":
+            self.values = max(self.values, made.numel())
+        return made
+
+
+def test_shapes_that_do_not_fit_take_no_memory_and_are_told(residual: Any, linear: Any) -> None:
+    """A convolution of so many outputs would hold 147 times as many values as the file; empty tensors have any shape."""
+    weights, first = torchvision_names(residual, linear), torch.ones(1 << 20, 1, 1, 1)
+    with Largest() as largest, pytest.raises(ValueError, match="not those of an SSCD network"):
+        sscd.network({**weights, "backbone.conv1.weight": first})
+    assert largest.values <= 1 << 20
+    groups = {"backbone.layer2.1.conv2.weight": torch.empty(8, 0, 3, 3)}
+    with pytest.raises(ValueError, match=r"not those of an SSCD network \(layer2\.1\.conv2\.weight is empty"):
+        sscd.network({**weights, **groups})
+    named = authors_names(dinov2(0))
+    with pytest.raises(ValueError, match="not those of a DINOv2 network"):
+        dinov2_file.network({**named, "pos_embed": torch.empty(1, 0, 64)})
+
+
+def test_a_folder_called_like_an_onnx_file_is_none_of_its_weights(tmp_path: Path) -> None:
+    (tmp_path / "a.onnx").write_bytes(b"network")
+    alone = digest_of_network(tmp_path / "a.onnx")
+    (tmp_path / "a.onnx.extracted").mkdir()
+    assert digest_of_network(tmp_path / "a.onnx") == alone
+    (tmp_path / "a.onnx.data").write_bytes(b"weights")
+    assert digest_of_network(tmp_path / "a.onnx") != alone
+
+
+def test_a_file_without_end_is_not_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(64)}, tmp_path / "a.safetensors")
+    monkeypatch.setattr(network_files, "_MOST_BYTES", 100)
+    with pytest.raises(FeatureError, match=r"too large: .* and at most 100 are read"):
+        network_files.tensors_of(tmp_path / "a.safetensors")
 
 
 def test_pickled_weights_are_not_read(residual: Any, linear: Any, tmp_path: Path) -> None:
