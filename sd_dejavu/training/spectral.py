@@ -41,11 +41,15 @@ _CROSS = "attn2"  # what cross-attention is called in a UNet, by diffusers and b
 
 @dataclass(frozen=True)
 class Place:
-    """Which weight of a model a file's module is for: ``part`` of the pipeline, ``name`` there, the base ``weight``."""
+    """Which weight of a model a file's module is for: ``part`` of the pipeline, ``name`` there, the base ``weight``.
+
+    ``cut`` says that ``weight`` is only a part of what is called so: the module's own name alone tells which.
+    """
 
     part: str
     name: str
     weight: Tensor
+    cut: bool = False
 
     @property
     def reads_text(self) -> bool:
@@ -73,7 +77,7 @@ def places_by_keys(contents: Contents, parts: Iterable[HostPart]) -> dict[str, P
     >>> joined = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     >>> part = HostPart("unet", {"x": ("diffusion_model.a.attn2.weight", (0, 1, 1))}, lambda name: joined)
     >>> places_by_keys(contents, [part])
-    {'x': Place(part='unet', name='a.attn2', weight=tensor([[3., 4.]]))}
+    {'x': Place(part='unet', name='a.attn2', weight=tensor([[3., 4.]]), cut=True)}
     """
     known, found = list(parts), dict[str, Place]()
     for module in contents.modules:
@@ -85,7 +89,8 @@ def places_by_keys(contents: Contents, parts: Iterable[HostPart]) -> dict[str, P
             if weight is not None and cut is not None:
                 weight = weight.narrow(*cut)
             if weight is not None and fits(weight, module, bias):
-                found[module.name] = Place(*_place(one.part, name.removesuffix(_WEIGHT)), weight.detach().cpu())
+                called = _place(one.part, name.removesuffix(_WEIGHT))
+                found[module.name] = Place(*called, weight.detach().cpu(), cut is not None)
                 break
     return found
 
@@ -219,8 +224,8 @@ def _bias(module: Module, place: Place, kept: float) -> dict[str, Tensor]:
 
 
 def _name(module: Module, place: Place) -> str:
-    """kohya's (``lora_unet_...``, ``lora_te_...``), as the file has it where it is that."""
-    if module.name.startswith("lora_"):
+    """kohya's (``lora_unet_...``, ``lora_te_...``), as the file has it where it is that, or kohya has none."""
+    if module.name.startswith("lora_") or place.cut:
         return module.name
     part = place.part.replace("text_encoder_", "te").replace("text_encoder", "te")
     return f"lora_{part}_{place.name.replace('.', '_')}"
