@@ -189,7 +189,8 @@ def repair(
     told()
     curve = [seen.point("strength", 1.0, whole)]
     told()
-    with tempfile.TemporaryDirectory() as folder:
+    # Windows does not give up a file that a host still has in memory: no reason to lose what was found.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
 
         def written(tensors: dict[str, Tensor], name: str) -> Variant:
             path = Path(folder) / f"{name}.safetensors"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -388,6 +390,24 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_drawn(wor
     with pytest.raises(ValueError, match=r"new\.safetensors cannot be written"):
         repair(**world, on_progress=lambda stage, done, total: told.append(stage))
     assert not told
+
+
+def test_files_that_cannot_be_taken_away_do_not_lose_the_finding(
+    world: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    """As on Windows, where a file stays as long as a host has it in memory."""
+    unlink, held = os.unlink, list[str]()
+
+    def refusing(path: Any, **more: Any) -> None:
+        if Path(path).stem in ("0", "chosen"):
+            held.append(str(path))
+            raise PermissionError(13, "held", str(path))
+        unlink(path, **more)
+
+    monkeypatch.setattr(os, "unlink", refusing)
+    monkeypatch.setattr(tempfile, "tempdir", str(world["out"].parent))
+    repair(**world, wanted=RepairSettings(way="strength", captions=1))
+    assert held and world["out"].is_file()
 
 
 def test_names_that_no_file_can_bear_are_refused():
