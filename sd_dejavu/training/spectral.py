@@ -43,7 +43,7 @@ _CROSS = "attn2"  # what cross-attention is called in a UNet, by diffusers and b
 class Place:
     """Which weight of a model a file's module is for: ``part`` of the pipeline, ``name`` there, the base ``weight``.
 
-    ``cut`` says that ``weight`` is only a part of what is called so: the module's own name alone tells which.
+    ``cut`` says that ``weight`` is only a part of what is called so, or in another order: the module's own name alone tells.
     """
 
     part: str
@@ -60,7 +60,8 @@ class Place:
 class HostPart:
     """A part of a model in a host that knows for each name that files give a module which weight it is for.
 
-    ``keys`` has the weight's name for it, or (name, (dimension, start, length)) where it is for a part of that weight;
+    ``keys`` has the weight's name for it, or (name, (dimension, start, length) or None, ...) where it is for a part of that
+    weight, or for all of it in another order;
     ``tensor`` gives what is called so, without LoRAs, None where there is nothing.
     """
 
@@ -90,7 +91,7 @@ def places_by_keys(contents: Contents, parts: Iterable[HostPart]) -> dict[str, P
                 weight = weight.narrow(*cut)
             if weight is not None and fits(weight, module, bias):
                 called = _place(one.part, name.removesuffix(_WEIGHT))
-                found[module.name] = Place(*called, weight.detach().cpu(), cut is not None)
+                found[module.name] = Place(*called, weight.detach().cpu(), not isinstance(key, str))
                 break
     return found
 

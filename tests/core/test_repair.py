@@ -23,6 +23,7 @@ from sd_dejavu.hosts.diffusers.repair import places_of
 from sd_dejavu.kept import write_tensors
 from sd_dejavu.reference.build import from_images
 from sd_dejavu.reference.features import Grey
+from sd_dejavu.report.repair_rows import sentence
 from sd_dejavu.run.measure import Measurement
 from sd_dejavu.training.audit import AuditSettings, LoraFile, Subject, audit, entries_of
 from sd_dejavu.training.ledger import Ledger
@@ -344,6 +345,7 @@ def test_a_lora_of_zeros_copies_nothing_and_stays_as_it_is(world: dict[str, Any]
     save_file(zeros, world["lora"])
     found = repair(**world, wanted=RepairSettings(way="strength"))
     assert len(found.curve) == 1 and found.after.copies == 0 and found.after.likeness is None
+    assert "Nothing is held back: nothing that was tried is better than the LoRA as it is." in sentence(found)
     assert set(load_file(world["out"])) == set(zeros)
 
 

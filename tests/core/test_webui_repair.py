@@ -181,15 +181,19 @@ def test_what_a_host_calls_otherwise_is_written_in_trainers_names() -> None:
 
 
 def test_parts_of_one_weight_keep_the_names_that_tell_them_apart() -> None:
-    """Flux and Stable Diffusion 3 in ComfyUI and Forge have the weights of q, k and v in one."""
-    names = {f"transformer.attn.to_{one}": ("diffusion_model.qkv.weight", (0, 4 * n, 4)) for n, one in enumerate("qkv")}
+    """Flux and Stable Diffusion 3 in ComfyUI and Forge have the weights of q, k and v in one, and turn about a last one."""
+    names: dict[str, Any] = {
+        f"transformer.attn.to_{one}": ("diffusion_model.qkv.weight", (0, 4 * n, 4)) for n, one in enumerate("qkv")
+    }
+    names["transformer.norm_out"] = ("diffusion_model.last.weight", None, lambda weight: weight.flip(0))
     tensors = {
         f"{name}.lora_{side}.weight": torch.full(shape, float(n))
         for n, name in enumerate(names, 1)
         for side, shape in (("A", (1, 4)), ("B", (4, 1)))
     }
     contents = modules_of(tensors)
-    found = places_by_keys(contents, [HostPart("unet", names, {"diffusion_model.qkv.weight": torch.eye(12, 4)}.get)])
+    weights = {"diffusion_model.qkv.weight": torch.eye(12, 4), "diffusion_model.last.weight": torch.eye(4)}
+    found = places_by_keys(contents, [HostPart("unet", names, weights.get)])
     changed = modules_of(Update(contents, found).tensors("strength", 0.5))
     for n, (name, module) in enumerate(zip(names, changed.modules, strict=True), 1):
         assert module.name == name
