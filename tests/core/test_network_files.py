@@ -373,13 +373,40 @@ def test_shapes_that_do_not_fit_take_no_memory_and_are_told(residual: Any, linea
         dinov2_file.network({**named, "pos_embed": torch.empty(1, 0, 64)})
 
 
-def test_a_folder_called_like_an_onnx_file_is_none_of_its_weights(tmp_path: Path) -> None:
-    (tmp_path / "a.onnx").write_bytes(b"network")
-    alone = digest_of_network(tmp_path / "a.onnx")
+def test_the_digits_of_an_onnx_file_are_those_of_its_weights_too(tmp_path: Path) -> None:
+    """Whatever the files are called that it names, and of no others. Written out as protobuf has it: field 1 is the key
+    and field 2 the text, each after its length, of 200 as 0xc8 0x01."""
+    long = "w" * 196 + ".bin"
+    entry = b"\n\x08location\x12"
+    network = b"network" + entry + b"\x05w.bin" + entry + b"\xc8\x01" + long.encode() + b"more"
+    (tmp_path / "a.onnx").write_bytes(network)
+    seen = [digest_of_network(tmp_path / "a.onnx")]
     (tmp_path / "a.onnx.extracted").mkdir()
-    assert digest_of_network(tmp_path / "a.onnx") == alone
-    (tmp_path / "a.onnx.data").write_bytes(b"weights")
-    assert digest_of_network(tmp_path / "a.onnx") != alone
+    (tmp_path / "a.onnx.txt").write_bytes(b"notes")
+    assert digest_of_network(tmp_path / "a.onnx") == seen[0]
+    for name, weights in (("w.bin", b"1"), ("w.bin", b"2"), (long, b"1"), (long, b"2")):
+        (tmp_path / name).write_bytes(weights)
+        seen.append(digest_of_network(tmp_path / "a.onnx"))
+    assert len(set(seen)) == len(seen)
+
+
+@NEEDS_ONNX
+def test_where_an_onnx_file_says_that_its_weights_lie(tmp_path: Path) -> None:
+    """As the library of the format writes it."""
+    import onnx as library
+
+    weights = library.numpy_helper.from_array(np.ones((4, 3, 1, 1), np.float32), "w")
+    ends = [library.helper.make_tensor_value_info(name, 1, ["b", 3, "h", "w"]) for name in "xy"]
+    nodes = [
+        library.helper.make_node("Conv", ["x", "w"], ["c"]),
+        library.helper.make_node("GlobalAveragePool", ["c"], ["y"]),
+    ]
+    made = library.helper.make_model(library.helper.make_graph(nodes, "g", ends[:1], ends[1:], [weights]))
+    library.save(made, tmp_path / "a.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
+    first = digest_of_network(tmp_path / "a.onnx")
+    file = tmp_path / "weights.bin"
+    file.write_bytes(b"\1" + file.read_bytes()[1:])
+    assert digest_of_network(tmp_path / "a.onnx") != first
 
 
 def test_a_file_without_end_is_not_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
