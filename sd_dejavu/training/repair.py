@@ -28,8 +28,8 @@ from ..kept.foreign import Unreadable, one_line
 from ..reference.build import embed
 from ..reference.features import Features
 from ..reference.images import open_image, to_tensor
-from ..reference.nearest import copy_threshold
-from ..reference.reference_set import NEIGHBOURHOOD, ReferenceSet
+from ..reference.nearest import threshold_of
+from ..reference.reference_set import ReferenceSet
 from .audit import BASE, OTHERS, Progress, Subject, gains
 from .likeness import distance, likeness, style, style_of
 from .lora_files import Contents, read
@@ -227,8 +227,7 @@ class _Seen:
             raise ValueError("a repair needs the training images: name their folder, or a reference set of them")
         self._reference: ReferenceSet = subject.reference
         self._features: Features = subject.features
-        few = subject.features.metric == "normalised L2" and len(subject.reference) < NEIGHBOURHOOD
-        threshold = None if few else copy_threshold(subject.reference.features)
+        threshold = threshold_of(subject.reference)
         if threshold is None:
             raise ValueError(
                 f"no threshold is known from which {subject.reference.features!r} features show a copy in a set of "
