@@ -236,6 +236,10 @@ def fits(weight: Tensor, module: Module, bias: Tensor | None = None) -> bool:
     empty = {part: torch.empty(tensor.shape, device="meta") for part, tensor in module.parts.items()}
     away = Module(module.name, module.kind, empty, module.alpha, module.keys)
     try:
+        if module.kind == "ia3":  # which side it is of is a value, not a shape
+            sides = weight.shape[1 if bool(module.parts["on_input"].flatten()[0]) else 0]
+            if module.parts["weight"].numel() not in (1, sides):
+                return False
         of_bias = "bias" not in empty or (bias is not None and changed_bias(bias.to("meta"), away).shape == bias.shape)
         return of_bias and change(weight.to("meta"), away).shape == weight.shape
     except (RuntimeError, ValueError, IndexError, TypeError):  # the last for parts without dimensions

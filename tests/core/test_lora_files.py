@@ -520,10 +520,11 @@ def test_parts_that_are_not_whole_are_unknown():
         {"a.lora_down.weight": torch.tensor(1.0), "a.lora_up.weight": torch.zeros(4, 1)},
         {"a.lokr_w1": torch.tensor(1.0), "a.lokr_w2": torch.tensor(1.0)},
         {"a.weight": torch.ones(4), "a.on_input": torch.zeros(0)},
+        {"a.weight": torch.ones(4), "a.on_input": torch.ones(1)},
     ],
-    ids=["rank 0", "no dimensions", "products of no dimensions", "no side"],
+    ids=["rank 0", "no dimensions", "products of no dimensions", "no side", "another side"],
 )
-def test_parts_of_no_size_fit_nothing(tensors: dict[str, Tensor]):
+def test_parts_of_no_size_or_another_fit_nothing(tensors: dict[str, Tensor]):
     (module,) = modules_of(tensors).modules
     assert not fits(torch.ones(4, 3), module)
 
