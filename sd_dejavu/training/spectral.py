@@ -141,6 +141,9 @@ class Update:
     def __init__(self, contents: Contents, places: Mapping[str, Place]) -> None:
         self._contents, self._places = contents, places
         self._modules = [module for module in contents.modules if module.name in places]
+        # Automatic1111 knows the first of two text encoders by its number alone, and one alone without.
+        two = any(place.part == "text_encoder_2" for place in places.values())
+        self._encoder = "te1" if two else "te"
         self._channels: dict[str, Channels] = {}
         self._agreement: dict[str, Tensor] = {}
         if not self._modules:
@@ -182,25 +185,37 @@ class Update:
         factors = torch.zeros(len(own.values))
         factors[best[: max(1, round(kept * len(best)))]] = 1.0
         return {
-            **_written(_name(module, place), own, factors, place.weight, _dtype(module)),
-            **_bias(module, place, 1.0),
+            **_written(self._name(module, place), own, factors, place.weight, _dtype(module)),
+            **self._bias(module, place, 1.0),
         }
 
     def _scaled(self, module: Module, place: Place, kept: float) -> dict[str, Tensor]:
-        name, dtype = _name(module, place), _dtype(module)
+        name, dtype = self._name(module, place), _dtype(module)
         if module.kind is None:
-            return _bias(module, place, kept)
+            return self._bias(module, place, kept)
         if place.weight.dim() < 2:
             own = {f"{name}.diff": (kept * change(place.weight, module)).to(dtype)}
         else:
             found = self._channels_of(module, place)
             own = _written(name, found, torch.full((len(found.values),), kept), place.weight, dtype)
-        return {**own, **_bias(module, place, kept)}
+        return {**own, **self._bias(module, place, kept)}
 
     def _channels_of(self, module: Module, place: Place) -> Channels:
         if module.name not in self._channels:
             self._channels[module.name] = channels(change(place.weight, module))
         return self._channels[module.name]
+
+    def _bias(self, module: Module, place: Place, kept: float) -> dict[str, Tensor]:
+        if "bias" not in module.parts:
+            return {}
+        return {f"{self._name(module, place)}.diff_b": (kept * module.parts["bias"].float()).to(_dtype(module))}
+
+    def _name(self, module: Module, place: Place) -> str:
+        """kohya's (``lora_unet_...``, ``lora_te_...``), as the file has it where it is that, or kohya has none."""
+        if module.name.startswith("lora_") or place.cut:
+            return module.name
+        part = self._encoder if place.part == "text_encoder" else place.part.replace("text_encoder_", "te")
+        return f"lora_{part}_{place.name.replace('.', '_')}"
 
 
 def _written(name: str, found: Channels, factors: Tensor, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -216,20 +231,6 @@ def _written(name: str, found: Channels, factors: Tensor, weight: Tensor, dtype:
         f"{name}.lora_down.weight": down.reshape(len(down), weight.shape[1], *kernel).to(dtype).contiguous(),
         f"{name}.alpha": torch.tensor(float(len(root))),
     }
-
-
-def _bias(module: Module, place: Place, kept: float) -> dict[str, Tensor]:
-    if "bias" not in module.parts:
-        return {}
-    return {f"{_name(module, place)}.diff_b": (kept * module.parts["bias"].float()).to(_dtype(module))}
-
-
-def _name(module: Module, place: Place) -> str:
-    """kohya's (``lora_unet_...``, ``lora_te_...``), as the file has it where it is that, or kohya has none."""
-    if module.name.startswith("lora_") or place.cut:
-        return module.name
-    part = place.part.replace("text_encoder_", "te").replace("text_encoder", "te")
-    return f"lora_{part}_{place.name.replace('.', '_')}"
 
 
 def _dtype(module: Module) -> torch.dtype:

@@ -174,10 +174,13 @@ def test_what_a_host_calls_otherwise_is_written_in_trainers_names() -> None:
     found = places_by_keys(contents, [HostPart("unet", names, given.get), HostPart("text_encoder", {}, given.get)])
     changed = Update(contents, found).tensors("strength", 0.5)
     assert {key.partition(".")[0] for key in changed} == {
-        "lora_te_text_model_layers_0",
+        "lora_te1_text_model_layers_0",
         "lora_te2_text_model_layers_0",
         "lora_unet_blocks_1_to_k",
     }
+    alone = {name: place for name, place in found.items() if place.part == "text_encoder"}
+    (name,) = {key.partition(".")[0] for key in Update(contents, alone).tensors("strength", 0.5)}
+    assert name == "lora_te_text_model_layers_0"
 
 
 def test_parts_of_one_weight_keep_the_names_that_tell_them_apart() -> None:
