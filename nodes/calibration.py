@@ -130,7 +130,9 @@ class LoadCalibration(io.ComfyNode):
         return path.stat().st_mtime if path is not None else 0.0
 
     @classmethod
-    def validate_inputs(cls, name: str) -> bool | str:
+    def validate_inputs(cls, name: str | None) -> bool | str:
+        if name is None:  # linked: the host does not know yet what will come
+            return True
         return True if _path(name) is not None else _absent(name)
 
     @classmethod

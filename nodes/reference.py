@@ -90,7 +90,7 @@ class BuildReferenceSet(io.ComfyNode):
         return open_source(path, _reading(others)).identity if path is not None else ""
 
     @classmethod
-    def validate_inputs(cls, folder: str, name: str, trainer_config: str = "") -> bool | str:
+    def validate_inputs(cls, folder: str | None, name: str | None, trainer_config: str | None = "") -> bool | str:
         return _fault_of(folder, name, trainer_config) or True
 
     @classmethod
@@ -142,7 +142,9 @@ class LoadReferenceSet(io.ComfyNode):
         return path.stat().st_mtime if path is not None else 0.0
 
     @classmethod
-    def validate_inputs(cls, name: str) -> bool | str:
+    def validate_inputs(cls, name: str | None) -> bool | str:
+        if name is None:  # linked: the host does not know yet what will come
+            return True
         return True if name in _names() else _absent(name)
 
     @classmethod
@@ -233,13 +235,13 @@ def _input_folder(name: str) -> Path | None:
     return Path(folder_paths.get_input_directory()) / name if name in _input_folders() else None
 
 
-def _fault_of(folder: str, name: str, trainer_config: str) -> str:
-    """What is wrong with the inputs of a build, in a sentence."""
-    if _input_folder(folder) is None:
+def _fault_of(folder: str | None, name: str | None, trainer_config: str | None) -> str:
+    """What is wrong with the inputs of a build, in a sentence; of None, which are linked, nothing is known yet."""
+    if folder is not None and _input_folder(folder) is None:
         return f"there is no folder {folder!r} below ComfyUI's input folder: put the images into one there"
-    if not re.fullmatch(r"\w([\w .-]*\w)?", name):
+    if name is not None and not re.fullmatch(r"\w([\w .-]*\w)?", name):
         return f"a set cannot be kept as {name!r}: use letters, digits, blanks, dots, '-' and '_'"
-    if trainer_config.strip() and _configuration(trainer_config) is None:
+    if trainer_config is not None and trainer_config.strip() and _configuration(trainer_config) is None:
         return f"there is no configuration {trainer_config!r:.80} below ComfyUI's input folder: put it there"
     return ""
 

@@ -57,7 +57,9 @@ class RepairLora(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, name: str) -> bool | str:
+    def validate_inputs(cls, name: str | None) -> bool | str:
+        if name is None:  # linked: the host does not know yet what will come
+            return True
         try:
             file_called(name)
         except ValueError as error:

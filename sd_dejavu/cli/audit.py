@@ -197,6 +197,8 @@ def _captions_alone(arguments: argparse.Namespace, dataset: Path) -> list[Entry]
             if record.fault:
                 raise ValueError(f"{record.name}: {record.fault}: mend it, or take it out")
             found.append(Entry(record.name, record.caption))
+        if not any(entry.caption for entry in found):
+            raise ValueError(f"{dataset} holds no captions: name the column of text that holds them with --column")
     return found
 
 

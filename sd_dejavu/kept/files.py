@@ -77,4 +77,6 @@ def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
 
 
 def is_finite(values: Tensor) -> bool:
-    return all(bool(torch.isfinite(part).all()) for part in values.detach().reshape(-1).split(_AT_ONCE))
+    parts = values.detach().reshape(-1).split(_AT_ONCE)
+    # Of numbers in one byte torch asks nothing.
+    return all(bool(torch.isfinite(part.float() if part.element_size() == 1 else part).all()) for part in parts)

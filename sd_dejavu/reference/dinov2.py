@@ -59,7 +59,7 @@ def configuration(weights: Mapping[str, Tensor]) -> Any:
 
     projection = weights["embeddings.patch_embeddings.projection.weight"]
     hidden, patch = projection.shape[0], projection.shape[-1]
-    side = round((weights["embeddings.position_embeddings"].shape[1] - 1) ** 0.5)
+    side = round(max(0, weights["embeddings.position_embeddings"].shape[1] - 1) ** 0.5)
     if hidden % _HEAD:
         raise ValueError(f"a width of {hidden} is no multiple of {_HEAD}")
     layers = {int(match[1]) for name in weights if (match := re.match(r"encoder\.layer\.(\d+)\.", name))}

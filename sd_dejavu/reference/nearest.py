@@ -58,6 +58,12 @@ def copy_threshold(features: str) -> float | None:
     return kind.copy if kind is not None else None
 
 
+def threshold_of(reference: ReferenceSet) -> float | None:
+    """The same of a set; None too where it is too small for the distance of its features."""
+    small = reference.metric == "normalised L2" and len(reference) < NEIGHBOURHOOD
+    return None if small else copy_threshold(reference.features)
+
+
 def answer(reference: ReferenceSet, found: Neighbours, row: int, threshold: float | None = None) -> Answer:
     """On the query that is this row of ``found``; the threshold is that of its kind of features, if none is given.
 

@@ -7,7 +7,7 @@ onnxruntime, where that is installed, and gives no gradients.
 from __future__ import annotations
 
 import importlib
-import os
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..kept import digest_of, file_digest
-from ..kept.foreign import Unreadable, one_line, opened
+from ..kept.foreign import Unreadable, check_size, contents, one_line, opened
 
 ENDINGS = (".safetensors", ".onnx", ".pt", ".pth", ".torchscript")
 _ROWS = (
@@ -27,7 +27,8 @@ _ROWS = (
     "image_embeds",
     "last_hidden_state",
 )  # of outputs with names, in this order
-_MOST_TENSORS = 10_000
+_LOCATION = re.compile(rb"\n\x08location\x12([\x80-\xff]?[\x00-\x7f])", re.DOTALL)  # then a text of so many bytes
+_MOST_TENSORS, _MOST_BYTES = 10_000, 16 << 30  # of a file
 
 
 class FeatureError(ValueError):
@@ -124,7 +125,8 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     from safetensors import safe_open
 
     try:
-        opened(path).close()
+        with opened(path) as entire:
+            check_size(entire.seek(0, 2), _MOST_BYTES)
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
             if len(names) > _MOST_TENSORS:
@@ -139,15 +141,21 @@ def is_weights(path: Path) -> bool:
 
 
 def digest_of_network(path: Path) -> str:
-    """8 digits of a file's bytes; of an ONNX file with those that hold its weights beside it."""
-    beside = [
-        path.with_name(name)
-        for name in sorted(os.listdir(path.parent))
-        if name.startswith(path.name) and name != path.name and path.suffix.lower() == ".onnx"
-    ]
+    """8 digits of a file's bytes; of an ONNX file with those of the files beside it that it says hold its weights."""
+    beside = [path.parent / name for name in _weights_beside(path)] if path.suffix.lower() == ".onnx" else []
     if not beside:
         return file_digest(path, 8)
     return digest_of([file_digest(one) for one in (path, *beside)], 8)
+
+
+def _weights_beside(path: Path) -> list[str]:
+    """The locations of external data in an ONNX file, in their order: entries of the key 'location' (protobuf's field 1)
+    and a text (field 2), each after its length."""
+    data, found = contents(path, _MOST_BYTES), set[str]()
+    for entry in _LOCATION.finditer(data):
+        length = sum((byte & 0x7F) << 7 * place for place, byte in enumerate(entry[1]))
+        found.add(data[entry.end() : entry.end() + length].decode("utf-8", "replace"))
+    return sorted(name for name in found if "\0" not in name and (path.parent / name).is_file())
 
 
 def _first_token(rows: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -93,12 +94,18 @@ def network(weights: Mapping[str, Tensor]) -> Network:
 
     Raises ValueError with a sentence where they are of another network.
     """
-    named = {name: value.float() for key, value in weights.items() if (name := _name(key))}
     try:
-        made = Network(named)
-        keys = made.load_state_dict(named, strict=False)
+        named = {name: value.float() for key, value in weights.items() if (name := _name(key))}
+        if nothing := [name for name, value in named.items() if not value.numel()]:
+            raise ValueError(f"{nothing[0]} is empty")
+        with torch.device("meta"):  # what shapes ask for takes no memory before the tensors are seen to have them
+            made = Network(named)
+        keys = made.load_state_dict(named, strict=False, assign=True)
     except (KeyError, ValueError, IndexError, RuntimeError) as error:
         raise ValueError(f"its tensors are not those of an SSCD network ({_said(error)})") from error
+    for module in made.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.num_batches_tracked = None  # counts in training alone
     lacking = [name for name in keys.missing_keys if not name.endswith("num_batches_tracked")]
     if lacking or keys.unexpected_keys:
         raise ValueError(

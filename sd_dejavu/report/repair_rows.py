@@ -24,6 +24,8 @@ def sentence(found: Repaired) -> str:
         f"Copies before: {before.copies} of {before.drawn}; after: {after.copies} of {after.drawn}; likeness kept: "
         f"{_likeness(after)} ({after.way}, {after.kept:g} kept)."
     ]
+    if after.kept == 1:
+        told.append("Nothing is held back: nothing that was tried is better than the LoRA as it is.")
     if after.likeness is None:
         told.append("The LoRA draws nothing nearer to its training set's style, so no likeness can be told.")
     if not found.reached:

@@ -48,9 +48,9 @@ from ..kept import digest_of, json_digest
 from ..reference.build import PIECE, THUMBNAIL_SIDE, embed
 from ..reference.features import Features, Grey
 from ..reference.images import open_image, to_tensor
-from ..reference.nearest import copy_threshold
+from ..reference.nearest import copy_threshold, threshold_of
 from ..reference.parts import PartIndex, PartMatch, part_index
-from ..reference.reference_set import NEIGHBOURHOOD, ReferenceSet
+from ..reference.reference_set import ReferenceSet
 from ..run.measure import Measurement
 from .ledger import Ledger
 from .likeness import distance, likeness, style, style_of
@@ -763,8 +763,7 @@ class _Judge:
         self._entries = subject.entries
         self.threshold: float | None = None
         if self._reference is not None:
-            small = self._reference.metric == "normalised L2" and len(self._reference) < NEIGHBOURHOOD
-            self.threshold = None if small else copy_threshold(self._reference.features)
+            self.threshold = threshold_of(self._reference)
             self._sharing: dict[int, list[str]] = {}
             for entry in subject.entries:
                 self._sharing.setdefault(entry.row or 0, []).append(entry.image)

@@ -104,7 +104,11 @@ def read(path: Path) -> Contents:
     except (SafetensorError, OSError) as error:
         raise Unreadable(f"it is broken: {error}") from error
     for name, tensor in tensors.items():
-        if tensor.is_complex() or (tensor.is_floating_point() and not torch.isfinite(tensor.float()).all()):
+        if tensor.is_complex() or not _is_known(tensor.dtype):
+            raise Unreadable(
+                f"it holds numbers of a kind that is not read ({tensor.dtype}) in {name}: convert it first"
+            )
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
             raise Unreadable(f"it holds NaN or infinity in {name}: get it again, or take an earlier epoch")
     return modules_of(tensors, metadata)
 
@@ -125,12 +129,21 @@ def modules_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None
         if kind or "bias" in parts:
             alpha = float(parts["alpha"].flatten()[0]) if "alpha" in parts and parts["alpha"].numel() else None
             known = {part: tensor for part, tensor in parts.items() if part in used and part != "alpha"}
-            if alpha is None and kind == "lora":
+            if alpha is None and kind == "lora" and known["down"].dim():
                 alpha = alphas(name, len(known["down"]))
             modules.append(Module(name, kind, known, alpha, tuple(k for p, k in keys.items() if p in used)))
         else:
             unknown += [key for part, key in keys.items() if part in used]
     return Contents(tuple(modules), tuple(unknown), tensors, metadata or {})
+
+
+def _is_known(dtype: torch.dtype) -> bool:
+    """Whether torch can make numbers of it: of two in one byte it cannot."""
+    try:
+        torch.empty(1, dtype=dtype).float()
+    except RuntimeError:
+        return False
+    return True
 
 
 def holds_lora(path: Path) -> bool:
@@ -218,12 +231,18 @@ def change(weight: Tensor, module: Module) -> Tensor:
 
 def fits(weight: Tensor, module: Module, bias: Tensor | None = None) -> bool:
     """Whether the module's shapes are those of the weight (and of the bias where it adds to one); nothing is computed."""
+    if any(tensor.numel() == 0 for tensor in module.parts.values()):  # a rank of 0
+        return False
     empty = {part: torch.empty(tensor.shape, device="meta") for part, tensor in module.parts.items()}
     away = Module(module.name, module.kind, empty, module.alpha, module.keys)
     try:
+        if module.kind == "ia3":  # which side it is of is a value, not a shape
+            sides = weight.shape[1 if bool(module.parts["on_input"].flatten()[0]) else 0]
+            if module.parts["weight"].numel() not in (1, sides):
+                return False
         of_bias = "bias" not in empty or (bias is not None and changed_bias(bias.to("meta"), away).shape == bias.shape)
         return of_bias and change(weight.to("meta"), away).shape == weight.shape
-    except (RuntimeError, ValueError, IndexError):
+    except (RuntimeError, ValueError, IndexError, TypeError):  # the last for parts without dimensions
         return False
 
 

@@ -1,11 +1,11 @@
 """Repair: from a LoRA that copies its training set, one that does not, and what that costs in likeness.
 
 The captions that the LoRA brings back most (by the gain of :mod:`sd_dejavu.training.audit`) are drawn as users draw them,
-and counted as copies where they come out as their own training image. Ordinary prompts are drawn without guidance, and
-tell how much of the way from the base model's style to the training set's is kept (:mod:`sd_dejavu.training.likeness`).
-Both are asked of the LoRA as it is, and of it with more and more held back in several ways
-(:mod:`sd_dejavu.training.spectral`): the whole course is the finding, and its best point is what is written. As that was
-chosen on these very images, it is measured once more, beside the LoRA as it was, from other noises.
+each once, and counted as copies where they come out as a training image of theirs. Ordinary prompts are drawn without
+guidance, and tell how much of the way from the base model's style to the training set's is kept
+(:mod:`sd_dejavu.training.likeness`). Both are asked of the LoRA as it is, and of it with more and more held back in
+several ways (:mod:`sd_dejavu.training.spectral`): the whole course is the finding, and its best point is what is written.
+As that was chosen on these very images, it is measured once more, beside the LoRA as it was, from other noises.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 
 from ..core.settings import Checked, option
-from ..kept import write_tensors
+from ..kept import write_bytes, write_tensors
 from ..kept.foreign import Unreadable, one_line
 from ..reference.build import embed
 from ..reference.features import Features
 from ..reference.images import open_image, to_tensor
-from ..reference.nearest import copy_threshold
-from ..reference.reference_set import NEIGHBOURHOOD, ReferenceSet
-from .audit import BASE, OTHERS, Entry, Progress, Subject, gains
+from ..reference.nearest import threshold_of
+from ..reference.reference_set import ReferenceSet
+from .audit import BASE, OTHERS, Progress, Subject, gains
 from .likeness import distance, likeness, style, style_of
 from .lora_files import Contents, read
 from .spectral import WAYS, Place, Update, Way
@@ -44,7 +44,10 @@ KEPT: Mapping[Way, Sequence[float]] = {
 FEWEST_ORDINARY = 4  # prompts that tell a style
 NOTE = "dejavu_repair"  # in the metadata of what is written
 _NAME = re.compile(r"[\w][\w .()-]{0,99}")  # of a new file, where a page or a client gives it
-_OTHER_NOISES = 10_000  # added to the seed where the chosen one is measured again
+_OTHER_NOISES, _SEEDS = 10_000, 2**63  # added to the seed where the chosen one is measured again, which is below
+# What trainers and hosts note of the file's own bytes: by these a host would take the new file for the old one.
+_OF_THE_BYTES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+_LONGEST = 200  # bytes of a new file's name
 
 
 @dataclass(frozen=True)
@@ -109,9 +112,9 @@ def file_called(name: str) -> str:
     >>> file_called("mended")
     'mended.safetensors'
     """
-    if not _NAME.fullmatch(name):
+    if not _NAME.fullmatch(name) or len(name.encode("utf-8", "replace")) > _LONGEST:
         raise ValueError(
-            f"{name!r:.100} cannot be the new LoRA's name: take letters, digits, spaces, '-' and '_' alone"
+            f"{name!r:.100} cannot be the new LoRA's name: take a short one of letters, digits, spaces, '-' and '_' alone"
         )
     return f"{name}.safetensors"
 
@@ -153,6 +156,8 @@ def repair(
         raise ValueError(f"{out} is there already: name another file, or remove it")
     if out.suffix != ".safetensors":
         raise ValueError(f"the repaired LoRA must be called something.safetensors, not {out.name}")
+    write_bytes(out, b"")  # where that fails, better now than after all the work
+    out.unlink()
     try:
         contents = read(lora)
     except Unreadable as error:
@@ -167,6 +172,7 @@ def repair(
         raise ValueError(f"{wanted.way!r} would leave all of this LoRA, or nothing of it: choose another way")
     seen = _Seen(subject, ordinary[:-OTHERS], lambda tasks, work: [v for _, v in engine(tasks, load, work)], work)
     steps = [(way, kept) for way in ways for kept in KEPT[way]]
+    metadata = {name: text for name, text in contents.metadata.items() if name not in _OF_THE_BYTES}
     total = len(steps) + 4  # and the captions' ranks, the base model, the LoRA as it was, and the last look
     done = 0
 
@@ -183,23 +189,26 @@ def repair(
     told()
     curve = [seen.point("strength", 1.0, whole)]
     told()
-    with tempfile.TemporaryDirectory() as folder:
+    # Windows does not give up a file that a host still has in memory: no reason to lose what was found.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
 
-        def written(way: Way, kept: float, path: Path, metadata: dict[str, str] | None = None) -> Variant:
-            write_tensors(path, update.tensors(way, kept), metadata)
+        def written(tensors: dict[str, Tensor], name: str) -> Variant:
+            path = Path(folder) / f"{name}.safetensors"
+            write_tensors(path, tensors, metadata)  # trainers note alphas there
             return Variant(str(path))
 
         for number, (way, kept) in enumerate(steps):
-            variant = written(way, kept, Path(folder) / f"{number}.safetensors")
-            curve.append(seen.point(way, kept, variant))
+            if tensors := update.tensors(way, kept):  # of some LoRAs nothing would be left
+                curve.append(seen.point(way, kept, written(tensors, str(number))))
             told()
         best = best_of(curve, wanted.most_copies)
-        chosen = written(best.way, best.kept, Path(folder) / "chosen.safetensors")
+        left = update.tensors(best.way, best.kept)
+        chosen = written(left, "chosen")
         again = seen.from_other_noises()
         before, after = again.point("strength", 1.0, whole), again.point(best.way, best.kept, chosen)
     found = Repaired(tuple(curve), before, after, wanted.most_copies)
     note = json.dumps({"of": lora.name, "before": _row(before), "after": _row(after)})
-    written(best.way, best.kept, out, {**contents.metadata, NOTE: note})
+    write_tensors(out, left, {**metadata, NOTE: note})
     told()
     return found
 
@@ -218,8 +227,7 @@ class _Seen:
             raise ValueError("a repair needs the training images: name their folder, or a reference set of them")
         self._reference: ReferenceSet = subject.reference
         self._features: Features = subject.features
-        few = subject.features.metric == "normalised L2" and len(subject.reference) < NEIGHBOURHOOD
-        threshold = None if few else copy_threshold(subject.reference.features)
+        threshold = threshold_of(subject.reference)
         if threshold is None:
             raise ValueError(
                 f"no threshold is known from which {subject.reference.features!r} features show a copy in a set of "
@@ -227,7 +235,7 @@ class _Seen:
             )
         self._threshold = threshold
         self._subject, self._ordinary, self._done, self._work = subject, tuple(ordinary), done, work
-        self._chosen: list[Entry] = []
+        self._chosen: dict[str, list[int]] = {}  # captions, and where their images are in the set
         self._side = max(open_image(bytes(self._reference.thumbnails[0])).size)
         self._training = style_of(self._reference)
         self._bare: float | None = None
@@ -245,9 +253,13 @@ class _Seen:
         tasks = [Task("captions", variant, 0, prompts, images, others=tuple(others)) for variant in (lora, BASE)]
         own, base = ([value.get("recovery") for value in values] for values in self._done(tasks, self._work))
         known = [(gain, number) for number, gain in enumerate(gains(own, base)) if gain is not None]
-        self._chosen = [cases[number] for _, number in sorted(known, key=lambda pair: (-pair[0], pair[1]))[:count]]
-        if not self._chosen:
+        if not known:
             raise ValueError("none of the captions could be measured: they may be too long for the model")
+        ranked = [cases[number].caption for _, number in sorted(known, key=lambda pair: (-pair[0], pair[1]))]
+        self._chosen = {caption: [] for caption in list(dict.fromkeys(ranked))[:count]}
+        for case in cases:
+            if case.caption in self._chosen and case.row is not None:
+                self._chosen[case.caption].append(case.row)
 
     def base(self) -> None:
         """The base model's distance, from which the likeness counts."""
@@ -257,7 +269,7 @@ class _Seen:
     def from_other_noises(self) -> _Seen:
         """The same captions and prompts, drawn anew."""
         wanted = self._work.wanted
-        work = replace(self._work, wanted=replace(wanted, seed=wanted.seed + _OTHER_NOISES))
+        work = replace(self._work, wanted=replace(wanted, seed=(wanted.seed + _OTHER_NOISES) % _SEEDS))
         again = _Seen(self._subject, self._ordinary, self._done, work)
         again._chosen = self._chosen
         again.base()
@@ -265,7 +277,7 @@ class _Seen:
 
     def point(self, way: Way, kept: float, variant: Variant) -> Point:
         """Of a variant; the first that is asked for is the LoRA as it is."""
-        captions = Task("images", variant, 0, tuple(case.caption for case in self._chosen))
+        captions = Task("images", variant, 0, tuple(self._chosen))
         found, ordinary = self._done([captions, self._drawing(variant)], self._work)
         copies, drawn = self._copies([one["images"] for one in found])
         images = _images_of(ordinary)
@@ -280,14 +292,14 @@ class _Seen:
         return Task("drawn", variant, 0, self._ordinary, side=self._side)
 
     def _copies(self, files: Sequence[Sequence[str]]) -> tuple[int, int]:
-        """How many of each caption's images in base64 are copies of its training image, and of how many."""
+        """How many of each caption's images in base64 are copies of any of its training images, and of how many."""
         copies = drawn = 0
-        for case, data in zip(self._chosen, files, strict=True):
+        for places, data in zip(self._chosen.values(), files, strict=True):
             if not data:
                 continue
             rows = embed(self._features, [to_tensor(open_image(base64.b64decode(one))) for one in data])
-            assert case.row is not None  # those without were not chosen
-            own = self._reference.similarity(rows, torch.full((len(rows),), case.row))
+            alike = [self._reference.similarity(rows, torch.full((len(rows),), place)) for place in places]
+            own = torch.stack(alike).amax(0)
             copies, drawn = copies + int((own >= self._threshold).sum()), drawn + len(rows)
         if not drawn:
             raise ValueError("none of the captions could be drawn: the LoRA may break the model at this strength")

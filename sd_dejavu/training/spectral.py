@@ -8,7 +8,7 @@ way             f
 =============== ===================================================================================================
 strength        ``kept`` for all: what every host's slider does
 text layers     ``kept`` for the layers that read the prompt (cross-attention, and the text encoders), 1 for the rest
-base-anchored   1 for the share ``kept`` of each layer's channels that agree most with the weight, 0 for the rest
+base-anchored   1 for the share ``kept`` of each layer's channels (one at least) that agree most with the weight, else 0
 =============== ===================================================================================================
 
 'base-anchored' is Base-Anchored Filtering (Zhe et al., arXiv 2605.10439): channels outside the principal subspace of the
@@ -41,11 +41,15 @@ _CROSS = "attn2"  # what cross-attention is called in a UNet, by diffusers and b
 
 @dataclass(frozen=True)
 class Place:
-    """Which weight of a model a file's module is for: ``part`` of the pipeline, ``name`` there, the base ``weight``."""
+    """Which weight of a model a file's module is for: ``part`` of the pipeline, ``name`` there, the base ``weight``.
+
+    ``cut`` says that ``weight`` is only a part of what is called so, or in another order: the module's own name alone tells.
+    """
 
     part: str
     name: str
     weight: Tensor
+    cut: bool = False
 
     @property
     def reads_text(self) -> bool:
@@ -56,7 +60,8 @@ class Place:
 class HostPart:
     """A part of a model in a host that knows for each name that files give a module which weight it is for.
 
-    ``keys`` has the weight's name for it, or (name, (dimension, start, length)) where it is for a part of that weight;
+    ``keys`` has the weight's name for it, or (name, (dimension, start, length) or None, ...) where it is for a part of that
+    weight, or for all of it in another order;
     ``tensor`` gives what is called so, without LoRAs, None where there is nothing.
     """
 
@@ -73,7 +78,7 @@ def places_by_keys(contents: Contents, parts: Iterable[HostPart]) -> dict[str, P
     >>> joined = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     >>> part = HostPart("unet", {"x": ("diffusion_model.a.attn2.weight", (0, 1, 1))}, lambda name: joined)
     >>> places_by_keys(contents, [part])
-    {'x': Place(part='unet', name='a.attn2', weight=tensor([[3., 4.]]))}
+    {'x': Place(part='unet', name='a.attn2', weight=tensor([[3., 4.]]), cut=True)}
     """
     known, found = list(parts), dict[str, Place]()
     for module in contents.modules:
@@ -85,7 +90,8 @@ def places_by_keys(contents: Contents, parts: Iterable[HostPart]) -> dict[str, P
             if weight is not None and cut is not None:
                 weight = weight.narrow(*cut)
             if weight is not None and fits(weight, module, bias):
-                found[module.name] = Place(*_place(one.part, name.removesuffix(_WEIGHT)), weight.detach().cpu())
+                called = _place(one.part, name.removesuffix(_WEIGHT))
+                found[module.name] = Place(*called, weight.detach().cpu(), not isinstance(key, str))
                 break
     return found
 
@@ -135,6 +141,9 @@ class Update:
     def __init__(self, contents: Contents, places: Mapping[str, Place]) -> None:
         self._contents, self._places = contents, places
         self._modules = [module for module in contents.modules if module.name in places]
+        # Automatic1111 knows the first of two text encoders by its number alone, and one alone without.
+        two = any(place.part == "text_encoder_2" for place in places.values())
+        self._encoder = "te1" if two else "te"
         self._channels: dict[str, Channels] = {}
         self._agreement: dict[str, Tensor] = {}
         if not self._modules:
@@ -174,27 +183,39 @@ class Update:
             self._agreement[module.name] = agreement(place.weight, own)
         best = self._agreement[module.name].argsort(descending=True, stable=True)
         factors = torch.zeros(len(own.values))
-        factors[best[: round(kept * len(best))]] = 1.0
+        factors[best[: max(1, round(kept * len(best)))]] = 1.0
         return {
-            **_written(_name(module, place), own, factors, place.weight, _dtype(module)),
-            **_bias(module, place, 1.0),
+            **_written(self._name(module, place), own, factors, place.weight, _dtype(module)),
+            **self._bias(module, place, 1.0),
         }
 
     def _scaled(self, module: Module, place: Place, kept: float) -> dict[str, Tensor]:
-        name, dtype = _name(module, place), _dtype(module)
+        name, dtype = self._name(module, place), _dtype(module)
         if module.kind is None:
-            return _bias(module, place, kept)
+            return self._bias(module, place, kept)
         if place.weight.dim() < 2:
             own = {f"{name}.diff": (kept * change(place.weight, module)).to(dtype)}
         else:
             found = self._channels_of(module, place)
             own = _written(name, found, torch.full((len(found.values),), kept), place.weight, dtype)
-        return {**own, **_bias(module, place, kept)}
+        return {**own, **self._bias(module, place, kept)}
 
     def _channels_of(self, module: Module, place: Place) -> Channels:
         if module.name not in self._channels:
             self._channels[module.name] = channels(change(place.weight, module))
         return self._channels[module.name]
+
+    def _bias(self, module: Module, place: Place, kept: float) -> dict[str, Tensor]:
+        if "bias" not in module.parts:
+            return {}
+        return {f"{self._name(module, place)}.diff_b": (kept * module.parts["bias"].float()).to(_dtype(module))}
+
+    def _name(self, module: Module, place: Place) -> str:
+        """kohya's (``lora_unet_...``, ``lora_te_...``), as the file has it where it is that, or kohya has none."""
+        if module.name.startswith("lora_") or place.cut:
+            return module.name
+        part = self._encoder if place.part == "text_encoder" else place.part.replace("text_encoder_", "te")
+        return f"lora_{part}_{place.name.replace('.', '_')}"
 
 
 def _written(name: str, found: Channels, factors: Tensor, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -212,19 +233,7 @@ def _written(name: str, found: Channels, factors: Tensor, weight: Tensor, dtype:
     }
 
 
-def _bias(module: Module, place: Place, kept: float) -> dict[str, Tensor]:
-    if "bias" not in module.parts:
-        return {}
-    return {f"{_name(module, place)}.diff_b": kept * module.parts["bias"]}
-
-
-def _name(module: Module, place: Place) -> str:
-    """kohya's (``lora_unet_...``, ``lora_te_...``), as the file has it where it is that."""
-    if module.name.startswith("lora_"):
-        return module.name
-    part = place.part.replace("text_encoder_", "te").replace("text_encoder", "te")
-    return f"lora_{part}_{place.name.replace('.', '_')}"
-
-
 def _dtype(module: Module) -> torch.dtype:
-    return next((part.dtype for part in module.parts.values() if part.is_floating_point()), torch.float32)
+    """The file's own, but of two bytes at least: in one the channels would be others."""
+    found = next((part.dtype for part in module.parts.values() if part.is_floating_point()), torch.float32)
+    return found if found.itemsize > 1 else torch.float16

@@ -1053,3 +1053,14 @@ def test_loads_are_of_the_variant(monkeypatch: pytest.MonkeyPatch):
         ("base", None, 1.0),
         ("model", None, 1.0),
     ]
+
+
+def test_tables_without_a_single_caption_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for name, values in (("none", pa.array([], pa.string())), ("numbers", pa.array([1, 2]))):
+        pq.write_table(pa.table({"caption": values}), tmp_path / f"{name}.parquet")
+        dataset = ["--dataset", str(tmp_path / f"{name}.parquet")]
+        assert main(["audit", *dataset, "--out", str(tmp_path / name)]) == 2
+        assert "holds no captions: name the column of text that holds them" in capsys.readouterr().err

@@ -511,3 +511,27 @@ def test_parts_that_are_not_whole_are_unknown():
     )
     assert contents.modules == ()
     assert sorted(contents.unknown) == ["m.lora_up.weight", "n.hada_w1_a", "o.x"]
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"a.lora_down.weight": torch.zeros(0, 3), "a.lora_up.weight": torch.zeros(4, 0), "a.alpha": torch.tensor(1.0)},
+        {"a.lora_down.weight": torch.tensor(1.0), "a.lora_up.weight": torch.zeros(4, 1)},
+        {"a.lokr_w1": torch.tensor(1.0), "a.lokr_w2": torch.tensor(1.0)},
+        {"a.weight": torch.ones(4), "a.on_input": torch.zeros(0)},
+        {"a.weight": torch.ones(4), "a.on_input": torch.ones(1)},
+    ],
+    ids=["rank 0", "no dimensions", "products of no dimensions", "no side", "another side"],
+)
+def test_parts_of_no_size_or_another_fit_nothing(tensors: dict[str, Tensor]):
+    (module,) = modules_of(tensors).modules
+    assert not fits(torch.ones(4, 3), module)
+
+
+def test_two_numbers_in_one_byte_are_told(tmp_path: Path):
+    header = json.dumps({"a.diff": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}).encode()
+    header += b" " * (-len(header) % 8)
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
+    with pytest.raises(Unreadable):
+        read(tmp_path / "x.safetensors")

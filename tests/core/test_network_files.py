@@ -18,9 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_reference_features import failure, images
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sd_dejavu.reference import sscd
+from sd_dejavu.reference import dinov2 as dinov2_file
+from sd_dejavu.reference import network_files, sscd
 from sd_dejavu.reference.features import IMAGENET, KINDS, SSCD, FeatureError, FeatureSettings, Transformers, load
+from sd_dejavu.reference.network_files import digest_of_network
 
 NEEDS_ONNX = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxruntime", "onnxscript")),
@@ -340,6 +343,77 @@ def test_wrong_files_are_told_in_a_sentence(
         told = failure(features=kind, weights=str(tmp_path / "broken.safetensors"))
         assert "is not a sound safetensors file" in told
     assert "is a file: name a folder" in failure(features="clip", weights=str(sscd_files["classy"]))
+
+
+class Largest(TorchDispatchMode):
+    """How many values the largest tensor holds that is made while it is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and made.device.type != "meta":
+            self.values = max(self.values, made.numel())
+        return made
+
+
+def test_shapes_that_do_not_fit_take_no_memory_and_are_told(residual: Any, linear: Any) -> None:
+    """A convolution of so many outputs would hold 147 times as many values as the file; empty tensors have any shape."""
+    weights, first = torchvision_names(residual, linear), torch.ones(1 << 20, 1, 1, 1)
+    with Largest() as largest, pytest.raises(ValueError, match="not those of an SSCD network"):
+        sscd.network({**weights, "backbone.conv1.weight": first})
+    assert largest.values <= 1 << 20
+    groups = {"backbone.layer2.1.conv2.weight": torch.empty(8, 0, 3, 3)}
+    with pytest.raises(ValueError, match=r"not those of an SSCD network \(layer2\.1\.conv2\.weight is empty"):
+        sscd.network({**weights, **groups})
+    named = authors_names(dinov2(0))
+    with pytest.raises(ValueError, match="not those of a DINOv2 network"):
+        dinov2_file.network({**named, "pos_embed": torch.empty(1, 0, 64)})
+
+
+def test_the_digits_of_an_onnx_file_are_those_of_its_weights_too(tmp_path: Path) -> None:
+    """Whatever the files are called that it names, and of no others. Written out as protobuf has it: field 1 is the key
+    and field 2 the text, each after its length, of 200 as 0xc8 0x01."""
+    long = "w" * 196 + ".bin"
+    entry = b"\n\x08location\x12"
+    network = b"network" + entry + b"\x05w.bin" + entry + b"\xc8\x01" + long.encode() + b"more"
+    (tmp_path / "a.onnx").write_bytes(network)
+    seen = [digest_of_network(tmp_path / "a.onnx")]
+    (tmp_path / "a.onnx.extracted").mkdir()
+    (tmp_path / "a.onnx.txt").write_bytes(b"notes")
+    assert digest_of_network(tmp_path / "a.onnx") == seen[0]
+    for name, weights in (("w.bin", b"1"), ("w.bin", b"2"), (long, b"1"), (long, b"2")):
+        (tmp_path / name).write_bytes(weights)
+        seen.append(digest_of_network(tmp_path / "a.onnx"))
+    assert len(set(seen)) == len(seen)
+
+
+@NEEDS_ONNX
+def test_where_an_onnx_file_says_that_its_weights_lie(tmp_path: Path) -> None:
+    """As the library of the format writes it."""
+    import onnx as library
+
+    weights = library.numpy_helper.from_array(np.ones((4, 3, 1, 1), np.float32), "w")
+    ends = [library.helper.make_tensor_value_info(name, 1, ["b", 3, "h", "w"]) for name in "xy"]
+    nodes = [
+        library.helper.make_node("Conv", ["x", "w"], ["c"]),
+        library.helper.make_node("GlobalAveragePool", ["c"], ["y"]),
+    ]
+    made = library.helper.make_model(library.helper.make_graph(nodes, "g", ends[:1], ends[1:], [weights]))
+    library.save(made, tmp_path / "a.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
+    first = digest_of_network(tmp_path / "a.onnx")
+    file = tmp_path / "weights.bin"
+    file.write_bytes(b"\1" + file.read_bytes()[1:])
+    assert digest_of_network(tmp_path / "a.onnx") != first
+
+
+def test_a_file_without_end_is_not_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(64)}, tmp_path / "a.safetensors")
+    monkeypatch.setattr(network_files, "_MOST_BYTES", 100)
+    with pytest.raises(FeatureError, match=r"too large: .* and at most 100 are read"):
+        network_files.tensors_of(tmp_path / "a.safetensors")
 
 
 def test_pickled_weights_are_not_read(residual: Any, linear: Any, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,16 @@ from torch import Tensor
 from sd_dejavu.cli.main import main
 from sd_dejavu.hosts.diffusers.load import load
 from sd_dejavu.hosts.diffusers.repair import places_of
+from sd_dejavu.kept import write_tensors
 from sd_dejavu.reference.build import from_images
 from sd_dejavu.reference.features import Grey
+from sd_dejavu.report.repair_rows import sentence
 from sd_dejavu.run.measure import Measurement
 from sd_dejavu.training.audit import AuditSettings, LoraFile, Subject, audit, entries_of
 from sd_dejavu.training.ledger import Ledger
 from sd_dejavu.training.likeness import Style, distance, likeness, style
 from sd_dejavu.training.lora_files import change, modules_of, read
-from sd_dejavu.training.repair import KEPT, NOTE, Point, RepairSettings, best_of, repair
+from sd_dejavu.training.repair import KEPT, NOTE, Point, RepairSettings, best_of, file_called, repair
 from sd_dejavu.training.spectral import Place, Update, agreement, channels
 from sd_dejavu.training.tasks import Variant, Work
 
@@ -215,6 +219,25 @@ def test_names_are_those_that_hosts_read():
     torch.testing.assert_close(change(place.weight, module), torch.full((128, 128), 0.5))
 
 
+def test_of_a_few_channels_one_is_left():
+    """An eighth of 4 channels is half a one; without any there would be no file to draw with."""
+    update = Update(modules_of(lora_of(torch.eye(4), 4, SELF)), {SELF: Place("unet", "a.attn1.to_q", torch.eye(4))})
+    assert len(channels(of(update.tensors("base-anchored", 0.125), SELF)).values) == 1
+
+
+def test_numbers_in_one_byte_are_held_back_in_two(tmp_path: Path):
+    tensors = {key: value.to(torch.float8_e4m3fn) for key, value in lora_of(torch.eye(4), 1, SELF).items()}
+    tensors[f"{SELF}.diff_b"] = torch.ones(4).to(torch.float8_e4m3fn)
+    update = Update(modules_of(tensors), {SELF: Place("unet", "a.attn1.to_q", torch.eye(4))})
+    write_tensors(tmp_path / "whole.safetensors", update.tensors("strength", 1.0))
+    write_tensors(tmp_path / "half.safetensors", update.tensors("strength", 0.5))
+    half = load_file(tmp_path / "half.safetensors")
+    assert half[f"{SELF}.lora_up.weight"].dtype == torch.float16 and half[f"{SELF}.diff_b"].tolist() == [0.5] * 4
+    torch.testing.assert_close(of(half, SELF), 0.5 * of(tensors, SELF), atol=1e-3, rtol=0)
+    with pytest.raises(ValueError, match="hold NaN or infinity"):
+        write_tensors(tmp_path / "bad.safetensors", {"a": torch.tensor([torch.nan]).to(torch.float8_e4m3fn)})
+
+
 # ------------------------------------------------------------------------------------------ whole repairs
 
 
@@ -315,6 +338,85 @@ def test_what_cannot_be_repaired_is_told_and_nothing_is_written(world: dict[str,
     with pytest.raises(ValueError, match=told):
         repair(**world)
     assert sorted(path.name for path in world["lora"].parent.iterdir()) == before
+
+
+def test_a_lora_of_zeros_copies_nothing_and_stays_as_it_is(world: dict[str, Any]):
+    zeros = {key: value if key.endswith("alpha") else 0 * value for key, value in load_file(world["lora"]).items()}
+    save_file(zeros, world["lora"])
+    found = repair(**world, wanted=RepairSettings(way="strength"))
+    assert len(found.curve) == 1 and found.after.copies == 0 and found.after.likeness is None
+    assert "Nothing is held back: nothing that was tried is better than the LoRA as it is." in sentence(found)
+    assert set(load_file(world["out"])) == set(zeros)
+
+
+def test_a_caption_of_many_images_is_drawn_once_and_copies_any_of_them(world: dict[str, Any]):
+    """All six images have one caption, of which the LoRA always draws the third."""
+    subject = world["subject"]
+    third = subject.entries[2].caption
+    world["subject"] = replace(subject, entries=[replace(entry, caption=third) for entry in subject.entries])
+    found = repair(**world, wanted=RepairSettings(way="text layers"))
+    assert (found.before.copies, found.before.drawn) == (1, 1) and found.after.copies == 0
+
+
+def test_the_file_says_of_itself_what_still_holds_and_so_does_what_was_measured(world: dict[str, Any]):
+    """Alphas that trainers note beside the tensors count in every file that is drawn with; a hash of the old bytes, by
+    which a host would take the new file for the old one, goes."""
+    bare = {key: value for key, value in load_file(world["lora"]).items() if not key.endswith("alpha")}
+    noted = json.dumps({f"{SELF.partition('.')[0]}.lora_alpha": 4})
+    save_file(bare, world["lora"], {"lora_adapter_metadata": noted, "sshs_model_hash": "ab", "ss_output_name": "mine"})
+    drawn_with, load = list[dict[str, str]](), world["load"]
+
+    def loaded(variant: Variant) -> Any:
+        if not variant.base:
+            with safe_open(variant.lora, "pt") as file:
+                drawn_with.append(file.metadata())
+        return load(variant)
+
+    world["load"] = loaded
+    repair(**world, wanted=RepairSettings(way="text layers"))
+    assert {one["lora_adapter_metadata"] for one in drawn_with} == {noted}
+    with safe_open(world["out"], "pt") as file:
+        metadata = file.metadata()
+    assert set(metadata) == {"lora_adapter_metadata", "ss_output_name", NOTE}
+
+
+def test_the_highest_seed_leaves_other_noises(world: dict[str, Any]):
+    measurement = replace(world["work"].wanted, seed=2**63 - 1)
+    world["work"] = replace(world["work"], wanted=measurement)
+    assert repair(**world, wanted=RepairSettings(way="strength", captions=1)).before.drawn == 1
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_drawn(world: dict[str, Any]):
+    world["out"] = world["out"].parent / "missing" / "new.safetensors"
+    told = list[str]()
+    with pytest.raises(ValueError, match=r"new\.safetensors cannot be written"):
+        repair(**world, on_progress=lambda stage, done, total: told.append(stage))
+    assert not told
+
+
+def test_files_that_cannot_be_taken_away_do_not_lose_the_finding(
+    world: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    """As on Windows, where a file stays as long as a host has it in memory."""
+    unlink, held = os.unlink, list[str]()
+
+    def refusing(path: Any, **more: Any) -> None:
+        if Path(path).stem in ("0", "chosen"):
+            held.append(str(path))
+            raise PermissionError(13, "held", str(path))
+        unlink(path, **more)
+
+    monkeypatch.setattr(os, "unlink", refusing)
+    monkeypatch.setattr(tempfile, "tempdir", str(world["out"].parent))
+    repair(**world, wanted=RepairSettings(way="strength", captions=1))
+    assert held and world["out"].is_file()
+
+
+def test_names_that_no_file_can_bear_are_refused():
+    assert file_called("Ünïcode 絵") == "Ünïcode 絵.safetensors"
+    for name in ("", "..", "a/b", "a\\b", "絵" * 100, "\ud800"):
+        with pytest.raises(ValueError, match="cannot be the new LoRA's name"):
+            file_called(name)
 
 
 def test_an_audit_tells_what_lower_strengths_and_earlier_epochs_cost(world: dict[str, Any], tmp_path: Path):

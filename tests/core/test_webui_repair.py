@@ -18,7 +18,7 @@ from sd_dejavu.hosts.webui.controls import label_of
 from sd_dejavu.hosts.webui.guidance import Automatic1111, Forge
 from sd_dejavu.hosts.webui.references import Building
 from sd_dejavu.report import panel
-from sd_dejavu.training.lora_files import Contents, modules_of
+from sd_dejavu.training.lora_files import Contents, change, modules_of
 from sd_dejavu.training.repair import Point, Repaired, file_called
 from sd_dejavu.training.spectral import HostPart, Update, places_by_keys
 from sd_dejavu.training.tasks import Variant
@@ -174,10 +174,33 @@ def test_what_a_host_calls_otherwise_is_written_in_trainers_names() -> None:
     found = places_by_keys(contents, [HostPart("unet", names, given.get), HostPart("text_encoder", {}, given.get)])
     changed = Update(contents, found).tensors("strength", 0.5)
     assert {key.partition(".")[0] for key in changed} == {
-        "lora_te_text_model_layers_0",
+        "lora_te1_text_model_layers_0",
         "lora_te2_text_model_layers_0",
         "lora_unet_blocks_1_to_k",
     }
+    alone = {name: place for name, place in found.items() if place.part == "text_encoder"}
+    (name,) = {key.partition(".")[0] for key in Update(contents, alone).tensors("strength", 0.5)}
+    assert name == "lora_te_text_model_layers_0"
+
+
+def test_parts_of_one_weight_keep_the_names_that_tell_them_apart() -> None:
+    """Flux and Stable Diffusion 3 in ComfyUI and Forge have the weights of q, k and v in one, and turn about a last one."""
+    names: dict[str, Any] = {
+        f"transformer.attn.to_{one}": ("diffusion_model.qkv.weight", (0, 4 * n, 4)) for n, one in enumerate("qkv")
+    }
+    names["transformer.norm_out"] = ("diffusion_model.last.weight", None, lambda weight: weight.flip(0))
+    tensors = {
+        f"{name}.lora_{side}.weight": torch.full(shape, float(n))
+        for n, name in enumerate(names, 1)
+        for side, shape in (("A", (1, 4)), ("B", (4, 1)))
+    }
+    contents = modules_of(tensors)
+    weights = {"diffusion_model.qkv.weight": torch.eye(12, 4), "diffusion_model.last.weight": torch.eye(4)}
+    found = places_by_keys(contents, [HostPart("unet", names, weights.get)])
+    changed = modules_of(Update(contents, found).tensors("strength", 0.5))
+    for n, (name, module) in enumerate(zip(names, changed.modules, strict=True), 1):
+        assert module.name == name
+        torch.testing.assert_close(change(torch.eye(4), module), torch.full((4, 4), 0.5 * n * n))
 
 
 def test_a_trial_is_known_to_the_host_while_it_is_drawn(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from dataclasses import dataclass
@@ -307,3 +308,20 @@ def test_older_front_ends_show_the_names_of_the_source() -> None:
     assert written == {node: {"inputs": inputs} for node, inputs in names.items() if inputs}
     assert written["DejaVuMonitor"]["inputs"]["without"] == {"name": "baseline"}
     assert not set("@{}|") & {c for inputs in names.values() for one in inputs.values() for c in one["name"]}
+
+
+def test_names_that_are_linked_are_looked_at_when_they_come():
+    """Before a run the host gives a node None for what is linked to it."""
+    with pack() as load:
+        nodes = {
+            node.__name__: node
+            for file in ("repair", "reference", "calibration")
+            for node in load(f"nodes.{file}").NODES
+        }
+    assert nodes["RepairLora"].validate_inputs(None) is True
+    assert nodes["RepairLora"].validate_inputs("../a") is not True
+    checked = [node for node in nodes.values() if hasattr(node, "validate_inputs")]
+    assert len(checked) == 4
+    for node in checked:
+        wanted = inspect.signature(node.validate_inputs).parameters
+        assert node.validate_inputs(**dict.fromkeys(wanted)) is True
