@@ -3,7 +3,7 @@
 Whole models: 40 memorised pairs of the bundled model, and of the second one, on which nothing is tuned, each among 120
 captioned images of its world that it never saw; five seeds, with other unseen images for each. Beside the training
 images, and from the captions alone. LoRAs of the bundled model, trained here: one that overfits eight images shown 200
-times each, among eight more that it never saw; one on 48 images of which six are repeated 400
+times each, among eight more that it never saw; one on 48 images of which six are repeated 200
 times; a healthy one on 64 images shown three times each. Then captions of the first audit are drawn and measured by the audit's
 own tasks, one image each, and some of them by the published procedure of benchmarks/first_step.py (every prompt alone,
 all 50 steps, decoding), side by side in one process.
@@ -157,7 +157,7 @@ def copies_of(lora: LoraFile, captions: list[str], images: Tensor) -> int:
     return hits
 
 
-LORAS = {"overfitted": (5, OVERFITTED, 2 * OVERFITTED), "repeated": (10, REPEATED, AMONG), "healthy": (3, 0, HEALTHY)}
+LORAS = {"overfitted": (5, OVERFITTED, 2 * OVERFITTED), "repeated": (5, REPEATED, AMONG), "healthy": (3, 0, HEALTHY)}
 
 
 def of_loras(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:

@@ -330,7 +330,7 @@ def with_interval(values: Sequence[float]) -> str:
 
 _LORAS = {
     "overfitted": "eight images 200 times each, and eight that it never saw",
-    "repeated": "48 images, of which six 400 times each",
+    "repeated": "48 images, of which six 200 times each",
     "healthy": "64 images three times each",
 }
 
