@@ -74,7 +74,7 @@ def part_heading(match: PartMatch) -> str:
 
 def part_sentence(match: PartMatch) -> str:
     """Whether a part of an image is a copy, which, and how often that is said by chance."""
-    chance = f"; by chance in {match.chance:.1%} of images" if match.copy else ""
+    chance = f"; by chance in {match.chance:.1%} of images like the set's own, or more of others" if match.copy else ""
     return f"{part_heading(match)}: {part_text(match)}{chance}"
 
 
