@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..sd_dejavu.calibration.first_step import PROMPTS_A_SEED
 from ..sd_dejavu.hosts import comfyui
 from ..sd_dejavu.hosts.comfyui.api import CLIP, VAE, Latent, ModelPatcher
-from ..sd_dejavu.hosts.comfyui.audit import Loaded, Start
+from ..sd_dejavu.hosts.comfyui.audit import Loaded
 from ..sd_dejavu.hosts.comfyui.reference import HostReferences
 from ..sd_dejavu.report.audit_image import audit_images
 from ..sd_dejavu.report.audit_rows import as_markdown, ranked, row_as_json, sentence, thumbnails_of
@@ -32,13 +32,9 @@ class AuditLora(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model with the LoRA."),
                 io.Clip.Input("clip", tooltip="Its text encoder, with the LoRA."),
-                io.Vae.Input("vae", tooltip="Its autoencoder."),
-                sockets.References.Input(
-                    "references", tooltip="The training set, with its captions: from Build or Load Reference Set."
-                ),
-                io.Latent.Input("latent_image", tooltip="An empty latent of the size that was trained on."),
+                *sockets.training_set_inputs(),
                 *sockets.inputs_of(AuditSettings, leave_out=("sweep", "strength_steps", "partition")),
-                *sockets.inputs_of(Measurement, leave_out=("score", "negative", "baseline", "alpha")),
+                *sockets.measuring_inputs(),
                 io.Model.Input(
                     "base_model",
                     optional=True,
@@ -77,15 +73,12 @@ class AuditLora(io.ComfyNode):
         # Results do not depend on the size of the pieces; small ones are shown and kept sooner.
         wanted = sockets.settings_of(AuditSettings, {**settings, "partition": PROMPTS_A_SEED})
         measurement = sockets.settings_of(Measurement, settings)
-        latent, noise, sigmas = sockets.start_of(
-            model, latent_image, measurement.seed, measurement.steps, "euler", "normal", 1.0
-        )
         found, subject = comfyui.audit_lora(
             Loaded(model, clip),
             Loaded(base_model, base_clip or clip) if base_model is not None else None,
             vae,
             references,
-            Start(latent[:1], noise[:1], sigmas),
+            sockets.measuring_start(model, latent_image, measurement),
             wanted,
             measurement,
             sockets.audits_folder(),

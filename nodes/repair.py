@@ -10,7 +10,7 @@ from comfy_api.latest import io
 
 from ..sd_dejavu.hosts import comfyui
 from ..sd_dejavu.hosts.comfyui.api import CLIP, VAE, Latent, ModelPatcher
-from ..sd_dejavu.hosts.comfyui.audit import Loaded, Start
+from ..sd_dejavu.hosts.comfyui.audit import Loaded
 from ..sd_dejavu.hosts.comfyui.reference import HostReferences
 from ..sd_dejavu.report.repair_rows import as_markdown, sentence
 from ..sd_dejavu.run.measure import Measurement
@@ -33,11 +33,7 @@ class RepairLora(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model without the LoRA."),
                 io.Clip.Input("clip", tooltip="Its text encoder, without the LoRA."),
-                io.Vae.Input("vae", tooltip="Its autoencoder."),
-                sockets.References.Input(
-                    "references", tooltip="The training set, with its captions: from Build or Load Reference Set."
-                ),
-                io.Latent.Input("latent_image", tooltip="An empty latent of the size that was trained on."),
+                *sockets.training_set_inputs(),
                 io.Combo.Input(
                     "lora_name", options=folder_paths.get_filename_list(FOLDER), tooltip="The LoRA to repair."
                 ),
@@ -45,7 +41,7 @@ class RepairLora(io.ComfyNode):
                     "name", default="repaired", tooltip="The name of the new file, beside the other LoRAs."
                 ),
                 *sockets.inputs_of(RepairSettings),
-                *sockets.inputs_of(Measurement, leave_out=("score", "negative", "baseline", "alpha")),
+                *sockets.measuring_inputs(),
             ],
             outputs=[
                 io.String.Output(
@@ -80,14 +76,11 @@ class RepairLora(io.ComfyNode):
     ) -> io.NodeOutput:
         file = file_called(name)
         measurement = sockets.settings_of(Measurement, settings)
-        latent, noise, sigmas = sockets.start_of(
-            model, latent_image, measurement.seed, measurement.steps, "euler", "normal", 1.0
-        )
         found = comfyui.repair_lora(
             Loaded(model, clip),
             vae,
             references,
-            Start(latent[:1], noise[:1], sigmas),
+            sockets.measuring_start(model, latent_image, measurement),
             Path(folder_paths.get_full_path_or_raise(FOLDER, lora_name)),
             Path(folder_paths.get_folder_paths(FOLDER)[0], file),
             sockets.settings_of(RepairSettings, settings),

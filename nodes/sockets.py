@@ -15,7 +15,9 @@ from comfy_api.latest import io
 
 from ..sd_dejavu.core.settings import Option, options_of
 from ..sd_dejavu.hosts.comfyui.api import Latent, ModelPatcher
+from ..sd_dejavu.hosts.comfyui.audit import Start
 from ..sd_dejavu.mitigations import Mitigation, available
+from ..sd_dejavu.run.measure import Measurement
 
 CATEGORY = "Déjà Vu"
 # What people search for who do not know our names; older hosts have no such words.
@@ -108,6 +110,30 @@ def run_inputs() -> list[io.Input]:
         io.Combo.Input("scheduler", options=comfy.samplers.SCHEDULER_NAMES, tooltip="The sampler's scheduler."),
         io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, tooltip="The sampler's denoise."),
     ]
+
+
+def training_set_inputs() -> list[io.Input]:
+    """What an audit and a repair measure a model with, beside it and its text encoder."""
+    return [
+        io.Vae.Input("vae", tooltip="Its autoencoder."),
+        References.Input(
+            "references", tooltip="The training set, with its captions: from Build or Load Reference Set."
+        ),
+        io.Latent.Input("latent_image", tooltip="An empty latent of the size that was trained on."),
+    ]
+
+
+def measuring_inputs() -> list[io.Input]:
+    """How an audit and a repair measure."""
+    return inputs_of(Measurement, leave_out=("score", "negative", "baseline", "alpha"))
+
+
+def measuring_start(model: ModelPatcher, latent_image: Latent, measurement: Measurement) -> Start:
+    """Where the runs of an audit and a repair begin: one latent, from full noise."""
+    latent, noise, sigmas = start_of(
+        model, latent_image, measurement.seed, measurement.steps, "euler", "normal", denoise=1.0
+    )
+    return Start(latent[:1], noise[:1], sigmas)
 
 
 def start_of(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import block_vae
 import miniature
+import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
@@ -64,6 +65,11 @@ def image(index: int) -> Tensor:
     cosines = torch.stack([torch.cos(k * grid) for k in range(4)])
     colours = torch.einsum("ckl,ki,lj->cij", waves, cosines, cosines).sign()
     return colours.repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)
+
+
+def pixels(index: int) -> np.ndarray:
+    """The memorised image as uint8 [64, 64, 3]."""
+    return (127.5 * (1 + image(index))).round().byte().permute(1, 2, 0).numpy()
 
 
 # ---------------------------------------------------------------------------------------------- fit

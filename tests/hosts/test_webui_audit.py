@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +15,7 @@ import numpy as np
 import pytest
 from host_process import RequestRefused
 from memorising import MEMORISED, ORDINARY
-from PIL import Image
+from webui_reference_set import reference_set
 from webui_server import WebUIServer
 from webui_watched import KNOWN, errors_of_ours, pixels
 
@@ -29,21 +27,13 @@ TOLD = re.compile(r"(drawing|measuring).*: [\d,]+ of [\d,]+, \S+ a second, about
 @pytest.fixture(scope="module")
 def auditing(webui: WebUIServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUIServer]:
     """A host with a set of memorised images and of others, made by the command line."""
-    source = tmp_path_factory.mktemp("audited")
     generator = np.random.default_rng(0)
-    for number, prompt in enumerate((*MEMORISED, *ORDINARY)):
-        array = generator.integers(0, 2, (3, 8, 8)).repeat(8, 1).repeat(8, 2).transpose(1, 2, 0) * 255.0
-        if prompt in MEMORISED:
-            array = 127.5 * (1 + memorising.image(number).permute(1, 2, 0).numpy())
-        Image.fromarray(array.round().astype(np.uint8)).save(source / f"{number}.png")
-        (source / f"{number}.txt").write_text(prompt.text, encoding="utf-8")
-    made = webui.home / "dejavu" / "references" / "audited.safetensors"
-    made.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "sd_dejavu", "refset", "build", str(source), str(made), "--features", "grey"]
-    subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[2])
-    yield webui
-    for file in (made, made.with_suffix(".json")):
-        file.unlink()
+    strange = [generator.integers(0, 2, (3, 8, 8)).repeat(8, 1).repeat(8, 2) for _ in (*MEMORISED, *ORDINARY)]
+    images = [memorising.pixels(n) for n in range(len(MEMORISED))]
+    images += [(255 * one).astype(np.uint8).transpose(1, 2, 0) for one in strange[len(MEMORISED) :]]
+    pairs = zip(images, (prompt.text for prompt in (*MEMORISED, *ORDINARY)), strict=True)
+    with reference_set(webui, "audited", tmp_path_factory.mktemp("audited"), pairs):
+        yield webui
 
 
 def audited(server: WebUIServer, **values: Any) -> dict[str, Any]:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import base64
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import memorising
 import numpy as np
 import pytest
 from memorising import MEMORISED, ORDINARY
-from PIL import Image
+from webui_reference_set import reference_set
 from webui_server import WebUIServer
 from webui_watched import KNOWN, NAME, errors_of_ours, pixels, watched
 
@@ -23,20 +20,12 @@ from sd_dejavu.hosts.webui import controls
 @pytest.fixture(scope="module")
 def guarded(webui: WebUIServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUIServer]:
     """The memorising checkpoint, and a set of its training images made by the command line."""
-    source = tmp_path_factory.mktemp("training")
-    for number, prompt in enumerate(MEMORISED):
-        array = 127.5 * (1 + memorising.image(number).permute(1, 2, 0).numpy())
-        Image.fromarray(array.round().astype(np.uint8)).save(source / f"{number}.png")
-        (source / f"{number}.txt").write_text(prompt.text, encoding="utf-8")
-    made = webui.home / "dejavu" / "references" / "training.safetensors"
-    made.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "sd_dejavu", "refset", "build", str(source), str(made), "--features", "grey"]
-    subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[2])
-    before = webui.options()["sd_model_checkpoint"]
-    webui.set_options(**KNOWN)
-    yield webui
-    webui.set_options(sd_model_checkpoint=before)
-    made.unlink()
+    pairs = [(memorising.pixels(number), prompt.text) for number, prompt in enumerate(MEMORISED)]
+    with reference_set(webui, "training", tmp_path_factory.mktemp("training"), pairs):
+        before = webui.options()["sd_model_checkpoint"]
+        webui.set_options(**KNOWN)
+        yield webui
+        webui.set_options(sd_model_checkpoint=before)
 
 
 @pytest.mark.parametrize("sampler", ["Euler", "DDIM"])

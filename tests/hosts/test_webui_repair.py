@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from host_process import RequestRefused
-from PIL import Image
 from webui_page import open_webui
+from webui_reference_set import reference_set
 from webui_server import WebUIServer
 from webui_watched import errors_of_ours, pixels
 
@@ -45,19 +43,10 @@ TOLD = re.compile(r"repairing: [\d,]+ of [\d,]+, \S+ a (second|minute|hour), abo
 @pytest.fixture(scope="module")
 def repairing(webui: WebUIServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUIServer]:
     """A host with a set of three images, made by the command line."""
-    source = tmp_path_factory.mktemp("repaired")
     rng = np.random.default_rng(6)
-    for number in range(3):
-        caption, scene, _ = world.ordinary(rng)
-        Image.fromarray(world.draw_scene(scene)).save(source / f"{number}.png")
-        (source / f"{number}.txt").write_text(caption, encoding="utf-8")
-    made = webui.home / "dejavu" / "references" / "repaired.safetensors"
-    made.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "sd_dejavu", "refset", "build", str(source), str(made), "--features", "grey"]
-    subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[2])
-    yield webui
-    for file in (made, made.with_suffix(".json")):
-        file.unlink()
+    pairs = [(world.draw_scene(scene), caption) for caption, scene, _ in (world.ordinary(rng) for _ in range(3))]
+    with reference_set(webui, "repaired", tmp_path_factory.mktemp("repaired"), pairs):
+        yield webui
 
 
 def repaired(server: WebUIServer, **values: Any) -> dict[str, Any]:
