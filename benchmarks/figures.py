@@ -15,6 +15,7 @@ The results come from these commands, one after the other on an idle machine:
     python benchmarks/training_filter.py --rounds 5 --json benchmarks/results/training_filter.json
     python benchmarks/audit.py --json benchmarks/results/audit.json
     python benchmarks/audit_scale.py --json benchmarks/results/audit_scale.json
+    python benchmarks/parts.py --json benchmarks/results/parts.json
     python benchmarks/audit_image.py
     python benchmarks/repair.py --json benchmarks/results/repair.json
     python benchmarks/images.py
@@ -480,6 +481,29 @@ The course: copies of {drawn} images, and likeness.
 {table(course_head, course)}"""
 
 
+def copied_parts() -> str:
+    found = read("parts")["rows"]
+    worlds = list(dict.fromkeys(row["world"] for row in found))
+    kinds = [kind for kind in dict.fromkeys(row["kind"] for row in found) if kind != "none"]
+    ways = ("anywhere", "against one")
+    rows = {(row["world"], row["kind"]): row for row in found}
+    lines = [
+        [kind if kind != "none" else "nothing of the set", *(share(rows[w, kind][way]) for w in worlds for way in ways)]
+        for kind in (*kinds, "none")
+    ]
+    named = {"anywhere": "in the set", "against one": "against its own"}
+    levels = {world: rows[world, kinds[0]]["levels"] for world in worlds}
+    promised = "; ".join(", ".join(f"{levels[w][way]:.4f} {named[way]}" for way in ways) + f" ({w})" for w in worlds)
+    head = ["what an image holds", *(f"{world}: {named[way]}" for world in worlds for way in ways)]
+    return f"""**Copies of parts** by `grey`, in sets of {rows[worlds[0], kinds[0]]["anywhere"]["count"]} images: the share said to hold a copied part, of the right image,
+after one way through the autoencoder. The windows and the score were chosen on the bundled model's world, nothing on the second.
+
+{table(head, lines)}
+
+What a set promises of images that hold nothing of it, by its own images: {promised}. A world's other images may
+resemble the set more than its own images do each other, and then more are called copies in part than that."""
+
+
 def batches() -> str:
     found = read("batches")
     kinds = list(dict.fromkeys(row["calibration"] for row in found["rows"]))
@@ -523,6 +547,7 @@ PARTS: tuple[Callable[[], str], ...] = (
     auditing,
     audit_scale,
     repairing,
+    copied_parts,
     speed,
     host_cost,
 )
