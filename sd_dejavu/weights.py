@@ -100,8 +100,20 @@ def digest(*parts: bytes) -> str:
 
 
 def of_module(module: nn.Module) -> Iterator[Named]:
-    """All tensors of a module that holds its weights as it uses them."""
-    return ((name, value, None) for name, value in module.state_dict().items())
+    """All tensors of a module that holds its weights as it uses them. One that lies in two places is one: Forge has the
+    tokens' table under a wrapper too.
+
+    >>> table = nn.Embedding(2, 3)
+    >>> wrapper = nn.Module()
+    >>> wrapper.weight, wrapper.wrapped = table.weight, table
+    >>> [name for name, *_ in of_module(wrapper)]
+    ['weight']
+    """
+    seen: set[int] = set()
+    for name, value in module.state_dict(keep_vars=True).items():
+        if id(value) not in seen:
+            seen.add(id(value))
+            yield name, value.detach(), None
 
 
 def of_text_encoder(tensors: Iterable[Named]) -> Iterator[Named]:

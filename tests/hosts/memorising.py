@@ -17,9 +17,11 @@ import block_vae
 import miniature
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from sd_dejavu.hosts.diffusers import families
 
 FILE = "mini-memorising.ckpt"
 SIZE = 8  # of the latents: images of 64x64 pixels
@@ -174,7 +176,7 @@ def unet(weights: dict[str, Tensor]) -> UNet2DConditionModel:
     model = UNet2DConditionModel(
         block_out_channels=(320,),
         down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("UpBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D" if "output_blocks.0.1.norm.weight" in weights else "UpBlock2D",),
         mid_block_type="UNetMidBlock2DCrossAttn" if "middle_block.0.in_layers.0.weight" in weights else None,
         sample_size=SIZE,
         layers_per_block=1,
@@ -183,6 +185,27 @@ def unet(weights: dict[str, Tensor]) -> UNet2DConditionModel:
     )
     model.load_state_dict({_diffusers_name(name): tensor for name, tensor in weights.items()})
     return model.eval()
+
+
+def as_diffusers(checkpoint: Path, folder: Path) -> Path:
+    """The UNet and text encoder of a miniature's checkpoint in diffusers' layout, with CLIP's own tokenizer."""
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    prefix = "model.diffusion_model."
+    StableDiffusionPipeline(
+        vae=AutoencoderKL(block_out_channels=(32,), norm_num_groups=8, latent_channels=4),
+        text_encoder=text_encoder(),
+        tokenizer=CLIPTokenizer.from_pretrained(
+            Path(families.__file__).parent / "files" / "clip", pad_token="<|endoftext|>", model_max_length=77
+        ),
+        unet=unet({name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
 
 
 _PLACES = {
@@ -195,7 +218,9 @@ _PLACES = {
     "middle_block.1": "mid_block.attentions.0",
     "middle_block.2": "mid_block.resnets.1",
     "output_blocks.0.0": "up_blocks.0.resnets.0",
+    "output_blocks.0.1": "up_blocks.0.attentions.0",
     "output_blocks.1.0": "up_blocks.0.resnets.1",
+    "output_blocks.1.1": "up_blocks.0.attentions.1",
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }

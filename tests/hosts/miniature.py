@@ -67,10 +67,11 @@ def write_sd15_everywhere(path: Path, unet: dict[str, Tensor] | None = None, see
     """A checkpoint that ComfyUI, A1111 and Forge all load, with the configuration next to it that A1111 needs.
 
     Without a ``unet`` the miniature's. A1111 and Forge build the full autoencoder and a middle block whatever is in
-    the file: the middle block is there and does nothing. Returns ``path``.
+    the file, A1111 a transformer at every place of a level that has any: these are there and do nothing. Returns
+    ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    denoiser = (unet if unet is not None else sd15_unet(seed)) | _idle_middle_block()
+    denoiser = (unet if unet is not None else sd15_unet(seed)) | _idle_blocks()
     write_checkpoint(path, denoiser, text_encoder(seed), block_vae())
     # a file in JSON is one in YAML
     path.with_suffix(".yaml").write_text(json.dumps(_A1111_MODEL, indent=1), encoding="utf-8")
@@ -85,7 +86,7 @@ def write_sdxl_everywhere(path: Path, seed: int = 0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     encoders = clip_l(seed + 1, "conditioner.embedders.0.") | clip_g(seed + 2, "conditioner.embedders.1.model.")
     unet = {name: tensor.half() for name, tensor in sdxl_unet(seed).items()}
-    write_checkpoint(path, unet | _idle_middle_block(linear=True), encoders, block_vae())
+    write_checkpoint(path, unet | _idle_middle_block_of_sdxl(), encoders, block_vae())
     path.with_suffix(".yaml").write_text(json.dumps(_A1111_SDXL, indent=1), encoding="utf-8")
     return path
 
@@ -388,18 +389,28 @@ _A1111_SDXL = {
 }
 
 
-def _idle_middle_block(linear: bool = False) -> dict[str, Tensor]:
-    """Two residual blocks and a transformer between them that add zero; takes hardly any room in the file.
+def _idle_blocks() -> dict[str, Tensor]:
+    """A middle block, and transformers on the way up, that add zero; they take hardly any room in the file.
 
     Whole, as a host fills with random numbers what it builds and does not find.
     """
     w = _Weights(0)
-    _residual_block(w, "middle_block.0.", _CHANNELS)
-    if linear:
-        _linear_transformer(w, "middle_block.1.", 1)
-    else:
-        _transformer(w, "middle_block.1.")
-    _residual_block(w, "middle_block.2.", _CHANNELS)
+    for prefix in ("middle_block.0.", "middle_block.2."):
+        _residual_block(w, prefix, _CHANNELS)
+    for prefix in ("middle_block.1.", "output_blocks.0.1.", "output_blocks.1.1."):
+        _transformer(w, prefix)
+    return _zeros_like(w)
+
+
+def _idle_middle_block_of_sdxl() -> dict[str, Tensor]:
+    w = _Weights(0)
+    for prefix in ("middle_block.0.", "middle_block.2."):
+        _residual_block(w, prefix, _CHANNELS)
+    _linear_transformer(w, "middle_block.1.", 1)
+    return _zeros_like(w)
+
+
+def _zeros_like(w: _Weights) -> dict[str, Tensor]:
     return {name: torch.zeros(1).expand(tensor.shape) for name, tensor in w.tensors.items()}
 
 

@@ -7,16 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import comfyui_server
 import graphs
 import memorising
 import miniature
 import pytest
-import torch
 from comfyui_server import ComfyServer, make_home
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from memorising import MEMORISED
-from transformers import CLIPTokenizer
 from watched import demo
 from watched import report as comfy_report
 from watched import watched as comfy_watched
@@ -46,7 +42,7 @@ class CommandLine:
 
 @pytest.fixture(scope="module")
 def command_line(memorising_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
-    folder = _as_diffusers(memorising_checkpoint, tmp_path_factory.mktemp("diffusers"))
+    folder = memorising.as_diffusers(memorising_checkpoint, tmp_path_factory.mktemp("diffusers"))
     home = tmp_path_factory.mktemp("command-line")
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("SD_DEJAVU_HOME", str(home))
@@ -55,29 +51,6 @@ def command_line(memorising_checkpoint: Path, tmp_path_factory: pytest.TempPathF
     model = load(str(folder))
     assert load(str(folder), dtype="float16").fingerprint == model.fingerprint
     return CommandLine(model.fingerprint, model.text_encoder, home)
-
-
-def _as_diffusers(checkpoint: Path, folder: Path) -> Path:
-    """The checkpoint's UNet and text encoder in diffusers' layout, with CLIP's own tokenizer."""
-    hosts = list(comfyui_server.find_installs().values())
-    if not hosts:
-        pytest.skip("ComfyUI, which brings CLIP's tokenizer along, was not found")
-    state = torch.load(checkpoint, weights_only=True)["state_dict"]
-    prefix = "model.diffusion_model."
-    unet = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    StableDiffusionPipeline(
-        vae=AutoencoderKL(block_out_channels=(32,), norm_num_groups=8, latent_channels=4),
-        text_encoder=memorising.text_encoder(),
-        tokenizer=CLIPTokenizer.from_pretrained(hosts[0] / "comfy" / "sd1_tokenizer"),
-        unet=memorising.unet(unet),
-        scheduler=DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
-    return folder
 
 
 def served(document: dict[str, Any]) -> bool:
