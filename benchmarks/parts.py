@@ -3,9 +3,12 @@
 Of each training image of a reference set one copy of every kind is made: all of it mirrored; half or three quarters of
 its sides enlarged to the whole; a quarter pasted into an image that the set does not hold; all of it, at half the size,
 pasted into such an image; and a crop of about four fifths that is none of the windows. All go once through the
-autoencoder of the model, which blurs them as it does drawn images. Strangers are images of the same world that the set does
-not hold, treated likewise. Each is looked for in the whole set, and against its own training image (strangers: against one
-of the set).
+autoencoder of the model, which blurs them as it does drawn images. Each is looked for in the whole set, and against its own
+training image.
+
+How often an image that holds nothing of a set is said to is a promise over sets, made from each set's own images. So it is
+measured over several sets of that size, drawn anew from other images of the world, with yet others of them as strangers;
+those that are copies as wholes are left out.
 
 The windows and the score were chosen on the bundled model's world. Nothing was chosen on the second.
 
@@ -32,7 +35,8 @@ from sd_dejavu.reference.build import from_images
 from sd_dejavu.reference.features import Grey
 from sd_dejavu.reference.parts import PartIndex, part_index
 
-STRANGERS, STRANGERS_SEED = 400, 91_000
+FRESH, FRESH_SEED = 1000, 91_000  # images that no training saw
+SETS, STRANGERS = 12, 200  # of them, for each set
 
 
 def as_images(rows: np.ndarray) -> Tensor:
@@ -41,9 +45,9 @@ def as_images(rows: np.ndarray) -> Tensor:
 
 
 def first_world() -> tuple[Tensor, Tensor]:
-    """The training images, and strangers."""
-    rng = np.random.default_rng(STRANGERS_SEED)
-    drawn = np.stack([world.draw_scene(world.random_scene(rng)) for _ in range(STRANGERS)])
+    """The training images, and fresh ones."""
+    rng = np.random.default_rng(FRESH_SEED)
+    drawn = np.stack([world.draw_scene(world.random_scene(rng)) for _ in range(FRESH)])
     return bundled.training_images(), as_images(drawn)
 
 
@@ -51,7 +55,7 @@ def other_world() -> tuple[Tensor, Tensor]:
     """Its training pairs among as many other images as make up the same number."""
     pairs = as_images(np.stack([second_world.draw_pair(pair) for pair in second_world.training_pairs()]))
     more = len(bundled.pairs()) - len(pairs)
-    others = as_images(second_world.held_out(more + STRANGERS)[1])
+    others = as_images(second_world.held_out(more + FRESH)[1])
     return torch.cat([pairs, others[:more]]), others[more:]
 
 
@@ -92,30 +96,46 @@ def counted(hits: int, count: int) -> dict[str, Any]:
     return {"share": hits / count, "interval": wilson(hits / count, count), "count": count}
 
 
-def row(index: PartIndex, kind: str, images: Tensor, rows: list[int]) -> dict[str, Any]:
-    """A copy of a training image is found where the part is one of that very image."""
+def row(index: PartIndex, kind: str, images: Tensor) -> dict[str, Any]:
+    """The images are copies of the set's, in its order; one is found where the part is one of that very image."""
     found = index.search([image[None] for image in images])
-    known = [index.against([image[None]], number)[0] for image, number in zip(images, rows, strict=True)]
-    strangers = kind == "none"
-    anywhere = sum(bool(one.copy) and (strangers or one.row == number) for one, number in zip(found, rows, strict=True))
+    known = [index.against([image[None]], number)[0] for number, image in enumerate(images)]
+    anywhere = sum(bool(one.copy) and one.row == number for number, one in enumerate(found))
     against = sum(bool(one.copy) for one in known)
     return {"kind": kind, "anywhere": counted(anywhere, len(images)), "against one": counted(against, len(images))}
 
 
-def measured(name: str, training: Tensor, strangers: Tensor, model: Any) -> list[dict[str, Any]]:
-    count = len(training)
-    reference = from_images(training, [""] * count, [str(number) for number in range(count)], Grey())
-    index = part_index(reference, Grey())
-    made = [copies(image, strangers[number], number) for number, image in enumerate(training)]
-    rows = []
-    for kind in made[0]:
-        images = blurred(model, torch.stack([one[kind] for one in made]))
-        rows.append(row(index, kind, images, list(range(count))))
-    drawn = blurred(model, strangers)
-    apart = drawn[reference.search(Grey()(drawn), 1).similarity[:, 0] < COPY_THRESHOLD]  # others are copies as wholes
-    rows.append(row(index, "none", apart, [number % count for number in range(len(apart))]))
-    levels = {"anywhere": index.of_any.chance, "against one": index.of_one.chance}
-    return [{"world": name, "levels": levels, **one} for one in rows]
+def of_strangers(fresh: Tensor, count: int, model: Any) -> dict[str, Any]:
+    """Over sets of ``count`` images, and of each what it promises, on average."""
+    drawn = blurred(model, fresh)
+    shares, hits, asked, promised = [], [0, 0], 0, [0.0, 0.0]
+    for seed in range(SETS):
+        order = torch.randperm(len(fresh), generator=torch.Generator().manual_seed(seed))
+        index = indexed(fresh[order[:count]])
+        strangers = drawn[order[count : count + STRANGERS]]
+        whole = index.reference.search(Grey()(strangers), 1).similarity[:, 0]
+        images = [image[None] for image in strangers[whole < COPY_THRESHOLD]]
+        found = index.search(images)
+        known = [index.against([image], number % count)[0] for number, image in enumerate(images)]
+        wrong = [sum(bool(one.copy) for one in matches) for matches in (found, known)]
+        shares.append(wrong[0] / len(images))
+        hits, asked = [a + b for a, b in zip(hits, wrong, strict=True)], asked + len(images)
+        promised = [a + b.chance / SETS for a, b in zip(promised, (index.of_any, index.of_one), strict=True)]
+    ways = dict(zip(("anywhere", "against one"), (counted(one, asked) for one in hits), strict=True))
+    levels = dict(zip(ways, promised, strict=True))
+    return {"kind": "none", **ways, "levels": levels, "sets": SETS, "highest": max(shares)}
+
+
+def indexed(images: Tensor) -> PartIndex:
+    names = [str(number) for number in range(len(images))]
+    return part_index(from_images(images, [""] * len(images), names, Grey()), Grey())
+
+
+def measured(name: str, training: Tensor, fresh: Tensor, model: Any) -> list[dict[str, Any]]:
+    index = indexed(training)
+    made = [copies(image, fresh[number], number) for number, image in enumerate(training)]
+    rows = [row(index, kind, blurred(model, torch.stack([one[kind] for one in made]))) for kind in made[0]]
+    return [{"world": name, **one} for one in (*rows, of_strangers(fresh, len(training), model))]
 
 
 def main() -> None:
@@ -126,7 +146,7 @@ def main() -> None:
     worlds = {"the bundled model's": first_world, "a second": other_world}
     found = [one for name, drawn in worlds.items() for one in measured(name, *drawn(), models[name])]
     for one in found:
-        print(one["world"], one["kind"], one["anywhere"]["share"], one["against one"]["share"], one["levels"])
+        print(one["world"], one["kind"], one["anywhere"]["share"], one["against one"]["share"], one.get("levels", ""))
     if arguments.json:
         arguments.json.write_text(json.dumps({"features": "grey", "rows": found}, indent=1) + "\n", encoding="utf-8")
 
