@@ -157,7 +157,7 @@ def copies_of(lora: LoraFile, captions: list[str], images: Tensor) -> int:
     return hits
 
 
-LORAS = {"overfitted": (5, OVERFITTED, 2 * OVERFITTED), "repeated": (5, REPEATED, AMONG), "healthy": (3, 0, HEALTHY)}
+LORAS = {"overfitted": (5, OVERFITTED, 2 * OVERFITTED), "repeated": (10, REPEATED, AMONG), "healthy": (3, 0, HEALTHY)}
 
 
 def of_loras(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:

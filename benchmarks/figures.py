@@ -331,7 +331,7 @@ def with_interval(values: Sequence[float]) -> str:
 
 _LORAS = {
     "overfitted": "eight images 200 times each, and eight that it never saw",
-    "repeated": "48 images, of which six 200 times each",
+    "repeated": "48 images, of which six 400 times each",
     "healthy": "64 images three times each",
 }
 
@@ -488,20 +488,28 @@ def copied_parts() -> str:
     ways = ("anywhere", "against one")
     rows = {(row["world"], row["kind"]): row for row in found}
     lines = [
-        [kind if kind != "none" else "nothing of the set", *(share(rows[w, kind][way]) for w in worlds for way in ways)]
+        [
+            kind if kind != "none" else "nothing of the set",
+            *(share(rows[w, kind][way], 2 if kind != "none" else 4) for w in worlds for way in ways),
+        ]
         for kind in (*kinds, "none")
     ]
     named = {"anywhere": "in the set", "against one": "against its own"}
-    levels = {world: rows[world, kinds[0]]["levels"] for world in worlds}
-    promised = "; ".join(", ".join(f"{levels[w][way]:.4f} {named[way]}" for way in ways) + f" ({w})" for w in worlds)
+    strangers = {world: rows[world, "none"] for world in worlds}
+    promised = "; ".join(
+        ", ".join(f"{strangers[w]['levels'][way]:.4f} {named[way]}" for way in ways)
+        + f" ({w} world; in one set up to {strangers[w]['highest']:.3f})"
+        for w in worlds
+    )
     head = ["what an image holds", *(f"{world}: {named[way]}" for world in worlds for way in ways)]
     return f"""**Copies of parts** by `grey`, in sets of {rows[worlds[0], kinds[0]]["anywhere"]["count"]} images: the share said to hold a copied part, of the right image,
 after one way through the autoencoder. The windows and the score were chosen on the bundled model's world, nothing on the second.
+Images that hold nothing of a set are asked about {strangers[worlds[0]]["sets"]} sets of each world, drawn anew.
 
 {table(head, lines)}
 
-What a set promises of images that hold nothing of it, by its own images: {promised}. A world's other images may
-resemble the set more than its own images do each other, and then more are called copies in part than that."""
+What sets promise of images that hold nothing of them, by their own images, on average: {promised}.
+A promise holds over sets: a single one, of which so few images are known, may be well above it."""
 
 
 def batches() -> str:
