@@ -20,6 +20,7 @@ os.environ["SD_DEJAVU_HOME"] = USER.name  # of what the user keeps nothing is re
 
 sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("core", "hosts", "page")]
 import comfyui_server  # noqa: E402
+import webui_server  # noqa: E402
 
 COMFYUI = comfyui_server.find_installs()
 pytest_plugins = ("host_summary", "page_summary")
@@ -40,7 +41,7 @@ class Together(LoadScopeScheduling):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--everywhere", action="store_true", help="all tests on the older ComfyUIs and front ends too, not each once"
+        "--everywhere", action="store_true", help="all tests on the older hosts and front ends too, not each once"
     )
 
 
@@ -61,19 +62,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _done_on_the_newest(items: list[pytest.Item]) -> list[pytest.Item]:
-    """What does not run again on an older ComfyUI, nor in a front end that one pins: all but the first parameters of each
-    test, and what takes minutes. Tests marked ``everywhere`` run whole there too."""
+    """What does not run again on an older ComfyUI, in a front end that one pins, or on Automatic1111 beside Forge: all but the
+    first parameters of each test, and what takes minutes. Tests marked ``everywhere`` run whole there too."""
     from page_summary import NEWEST, newest_front_end, pages  # a plugin, which pytest must be the first to import
 
     newest = [*COMFYUI, ""][-2 if COMFYUI else -1]
     front_ends = [page for page in pages() if page.endswith(NEWEST)] if newest_front_end() else pages()
+    webuis = [kind.folder for kind in webui_server.KINDS.values() if webui_server.find_install(kind)][-1:]
     tried: set[tuple[str, str]] = set()
     left_out = []
     for item in items:
         given = re.findall(r"[^\[\]-]+", item.name.partition("[")[2])
-        host = next((one for one in given if one.partition(" with ")[0] in COMFYUI), newest)
+        host = next((one for one in given if one.partition(" with ")[0] in (*COMFYUI, *WEBUIS)), newest)
         test = (item.nodeid.partition("[")[0], host)
-        if host in (newest, *front_ends) or item.get_closest_marker("everywhere"):
+        if host in (newest, *front_ends, *webuis) or item.get_closest_marker("everywhere"):
             continue
         if test in tried or item.get_closest_marker("newest"):
             left_out.append(item)

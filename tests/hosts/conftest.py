@@ -25,6 +25,25 @@ PACK = HERE.parents[1]
 COMFYUI = comfyui_server.find_installs()
 
 
+_last: dict[str, str] = {}  # of the tests of a webui's one server, by the host
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    _last.update({_kind_of(item): item.nodeid for item in session.items if "webui" in item.fixturenames})
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """The webuis' servers end with their last test, not with the session: they hold gigabytes."""
+    server = item.funcargs.get("webui")  # none where the test was skipped
+    if server is not None and item.nodeid in _last.values():
+        server.stop()
+
+
+def _kind_of(item: pytest.Item) -> str:
+    return str(item.callspec.params["webui_kind"])
+
+
 @pytest.fixture(scope="session", params=list(COMFYUI) or ["not found"])
 def comfyui(request: pytest.FixtureRequest) -> Path:
     """The folder of each ComfyUI install; every test that asks for it counts as a real-host test of its version."""

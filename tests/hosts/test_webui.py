@@ -30,6 +30,7 @@ LONG = ", ".join(["antidisestablishmentarianism"] * 13)  # more than 75 tokens, 
 # ------------------------------------------------------------------------------------- measuring
 
 
+@pytest.mark.everywhere  # Automatic1111 has two kinds of samplers
 @pytest.mark.parametrize(
     "sampler", ["Euler", "DPM++ 2M", "Heun", "DPM2 a", "LCM", "DDIM", "DDIM CFG++", "PLMS", "UniPC"]
 )
@@ -82,6 +83,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.everywhere  # each host reads prompts by code of its own
 @pytest.mark.parametrize("way", WAYS)
 def test_ways_to_prompt_and_to_guide(webui: WebUIServer, with_options: Callable[..., None], way: str) -> None:
     payload = {"prompt": "a red fox in the snow", **WAYS[way]}

@@ -143,6 +143,7 @@ def test_a_button_below_the_gallery_leads_to_a_verdict(uncalibrated: WebUIServer
         assert [e for e in page.errors if "dejavu" in e] == []
 
 
+@pytest.mark.newest
 def test_a_score_of_whole_runs_is_calibrated_for_with_whole_runs(uncalibrated: WebUIServer, tmp_path: Path) -> None:
     webui = uncalibrated
     with open_webui(webui.url) as page:
