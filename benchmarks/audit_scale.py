@@ -141,7 +141,7 @@ def measured(part: str, count: int, folder: Path) -> dict[str, Any]:
         given = in_memory()
         ordinary = timed("ordinary prompts", lambda: ordinary_for(subject.entries, NULLS, lambda wanted: []))
         wanted = AuditSettings(worst=0, nulls=NULLS)
-        ledger = Ledger(folder / "tasks", identity(subject.entries, ordinary, wanted, Measurement()))
+        ledger = Ledger(folder / "tasks", identity(subject, ordinary, Measurement(), partition=wanted.partition))
 
         def whole() -> Audit:
             return audit(subject, [], ordinary, nothing_apart, Work(Measurement()), ledger, wanted, stub)

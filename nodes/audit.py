@@ -81,7 +81,7 @@ class AuditLora(io.ComfyNode):
             sockets.measuring_start(model, latent_image, measurement),
             wanted,
             measurement,
-            sockets.audits_folder(),
+            sockets.kept_folder("audits"),
             partial(comfyui.tell, str(cls.hidden.unique_id)),
         )
         images = audit_images(found, thumbnails_of(found, subject))

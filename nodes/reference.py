@@ -109,7 +109,7 @@ class BuildReferenceSet(io.ComfyNode):
         networks = host.chosen_features(features, clip_vision, _sscd_files())
         try:
             made = host.build_set(
-                path, sockets.references_folder() / f"{name}.safetensors", networks, restart, _reading(reading)
+                path, sockets.kept_folder("references") / f"{name}.safetensors", networks, restart, _reading(reading)
             )
         except ValueError as error:
             raise ValueError(str(error).replace("--restart", "'restart'")) from error
@@ -265,13 +265,13 @@ def _sscd_files() -> dict[str, Path]:
 
 
 def _names() -> list[str]:
-    return [BUNDLED, *sorted(path.stem for path in sockets.references_folder().glob("*.json"))]
+    return [BUNDLED, *sorted(path.stem for path in sockets.kept_folder("references").glob("*.json"))]
 
 
 def _set_file(name: str) -> Path | None:
     """The text of the set of this very name in our folder; nothing outside it can be named."""
     is_there = name != BUNDLED and name in _names()
-    return files_of(sockets.references_folder() / f"{name}.json")[1] if is_there else None
+    return files_of(sockets.kept_folder("references") / f"{name}.json")[1] if is_there else None
 
 
 def _told(made: host.HostReferences, name: str) -> str:

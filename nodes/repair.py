@@ -85,6 +85,7 @@ class RepairLora(io.ComfyNode):
             Path(folder_paths.get_folder_paths(FOLDER)[0], file),
             sockets.settings_of(RepairSettings, settings),
             measurement,
+            sockets.kept_folder("repairs"),
         )
         return io.NodeOutput(
             as_markdown(found),

@@ -155,14 +155,9 @@ def user_folder() -> Path:
     return Path(folder_paths.get_user_directory()) / "dejavu" / "calibration"
 
 
-def references_folder() -> Path:
-    """Where reference sets are kept."""
-    return user_folder().parent / "references"
-
-
-def audits_folder() -> Path:
-    """Where the results of audits are kept, so that an interrupted one goes on."""
-    return user_folder().parent / "audits"
+def kept_folder(name: str) -> Path:
+    """Beside it: where reference sets are kept, or what audits or repairs have measured, so that a stopped one goes on."""
+    return user_folder().parent / name
 
 
 def image_of(pixels: np.ndarray) -> torch.Tensor:

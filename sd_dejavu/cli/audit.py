@@ -100,7 +100,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     common.add_settings(parser, Cluster, "with --engine ray")
     where.add_argument("--out", type=Path, default=Path("dejavu-audit"), metavar="DIR", help="default: dejavu-audit")
-    where.add_argument("--json", type=Path, metavar="FILE", help="the rows as JSON here too ('-' for standard output)")
+    where.add_argument(
+        "--json", type=common.new_file, metavar="FILE", help="the rows as JSON here too ('-' for standard output)"
+    )
     where.add_argument("--restart", action="store_true", help="drop what is in DIR and begin anew")
 
 
@@ -135,10 +137,10 @@ def _audited(
         subject = subject_of(arguments, wanted.sample, measurement.seed, arguments.out / "images", show)
         ordinary = _ordinary(arguments, subject, wanted.nulls)
         begun = identity(
-            subject.entries,
+            subject,
             ordinary,
-            wanted,
             measurement,
+            partition=wanted.partition,
             model=arguments.model or "bundled",
             base=arguments.base or "",
             loras=[f"{lora.path.name} {file_digest(lora.path)}" for lora in loras],

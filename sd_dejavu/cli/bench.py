@@ -67,8 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--detectors", nargs="+", choices=tuple(available()), default=list(available()), help="default: all"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON ('-' for standard output)")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows as CSV")
+    parser.add_argument(
+        "--json", type=common.new_file, metavar="FILE", help="write the rows as JSON ('-' for standard output)"
+    )
+    parser.add_argument("--csv", type=common.new_file, metavar="FILE", help="write the rows as CSV")
 
 
 def run(arguments: argparse.Namespace) -> int:

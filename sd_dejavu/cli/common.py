@@ -290,6 +290,24 @@ def stages(bar: Progress) -> Callable[[str, int, int], None]:
     return show
 
 
+def new_file(text: str) -> Path:
+    """The type of an option for a file that is written at the end; ``-`` stands for standard output.
+
+    >>> new_file("no such folder/rows.json")
+    Traceback (most recent call last):
+    ...
+    argparse.ArgumentTypeError: the folder 'no such folder' is not there: make it, or name another place
+    """
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder: name a file in it")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"the folder {str(path.parent)!r} is not there: make it, or name another place"
+        )
+    return path
+
+
 def write_rows(document: dict[str, Any], json_file: Path | None, csv_file: Path | None) -> None:
     """A document with its ``rows`` as JSON ('-' prints it), and the rows alone as CSV, where they were asked for."""
     if json_file is not None:

@@ -45,8 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=common.positive, default=50, help="sampling steps (default: 50)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: cpu)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON ('-' for standard output)")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows as CSV")
+    parser.add_argument(
+        "--json", type=common.new_file, metavar="FILE", help="write the rows as JSON ('-' for standard output)"
+    )
+    parser.add_argument("--csv", type=common.new_file, metavar="FILE", help="write the rows as CSV")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write compare.svg into DIR")
 
 

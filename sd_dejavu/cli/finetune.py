@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_settings(parser, Reading, "reading the training set")
     common.add_settings(parser, FinetuneSettings, "training")
     common.add_settings(parser, FilterSettings, "filter")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the summary as JSON ('-' prints it)")
+    parser.add_argument(
+        "--json", type=common.new_file, metavar="FILE", help="write the summary as JSON ('-' prints it)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

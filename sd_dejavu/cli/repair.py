@@ -3,6 +3,7 @@
 Several ways of holding parts of the LoRA back are tried, each more and more: its strength, the layers that read the prompt,
 and its spectral channels that agree least with the base model. Copies are counted among images drawn of the captions that it
 brings back most; likeness is what is kept of its style, 1 as the LoRA and 0 as the base model. FILE gets the best of all.
+Stopped, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from ..calibration.store import user_folder
 from ..hosts.diffusers.audit import Load
 from ..reference.build import BuildSettings
 from ..reference.features import FeatureSettings
@@ -50,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="your own ordinary prompts (default: recombined from captions)",
     )
     parser.add_argument("--column", help="column or key that holds the ordinary prompts")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="the finding as JSON ('-' for standard output)")
+    parser.add_argument(
+        "--json", type=common.new_file, metavar="FILE", help="the finding as JSON ('-' for standard output)"
+    )
     parser.set_defaults(restart=False)
 
 
@@ -80,8 +84,13 @@ def run(arguments: argparse.Namespace) -> int:
             Load(model, config, device, dtype, arguments.prompt_weights),
             lambda contents: places_of(load(model, device, dtype, config), contents),
             Work(measurement, arguments.batch_size),
+            user_folder() / "repairs",
             wanted,
             on_progress=show,
+            model="bundled" if model is None else str(Path(model).resolve() if Path(model).exists() else model),
+            dtype=dtype,
+            batch_size=arguments.batch_size,
+            prompt_weights=arguments.prompt_weights,
         )
     common.write_rows(found.as_json(), arguments.json, None)
     if str(arguments.json) != "-":

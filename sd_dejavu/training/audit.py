@@ -27,8 +27,7 @@ import base64
 import json
 import re
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -52,13 +51,12 @@ from ..reference.nearest import copy_threshold, threshold_of
 from ..reference.parts import PartIndex, PartMatch, part_index
 from ..reference.reference_set import ReferenceSet
 from ..run.measure import Measurement
-from .ledger import Ledger
+from .ledger import Ledger, Progress
 from .likeness import distance, likeness, style, style_of
 from .lora_files import holds_lora
 from .lora_metadata import remarks
 from .tasks import MEASURED, Chosen, Engine, Task, Trained, Variant, Work, one_process
 
-Progress = Callable[[str, int, int], None]
 Counts = Literal["recovery", "gain"]
 BASE = Variant(base=True)
 _NUMBER = re.compile(r"(\d+)$")  # at the end of a saved LoRA's name
@@ -276,9 +274,7 @@ def ordinary_for(entries: Sequence[Entry], count: int, otherwise: Callable[[int]
     return [prompt for prompt in made if prompt.casefold() not in given]
 
 
-def identity(
-    entries: Sequence[Entry], ordinary: Sequence[str], wanted: AuditSettings, measurement: Measurement, **host: Any
-) -> dict[str, Any]:
+def identity(subject: Subject, ordinary: Sequence[str], measurement: Measurement, **host: Any) -> dict[str, Any]:
     """All that what is measured depends on, as plain values for the ledger.
 
     ``host`` says by names what is audited there (checkpoint, LoRAs, autoencoder) and in what way. Release 0.1 measured
@@ -287,11 +283,17 @@ def identity(
     return {
         **host,
         "counts": "recovery",
-        "dataset": digest_of(json.dumps([entry.image, entry.caption]) for entry in entries),
+        "dataset": digest_of(_contents(subject)),
         "ordinary_prompts": json_digest(list(ordinary)),
-        "partition": wanted.partition,
         **by_id(measurement),
     }
+
+
+def _contents(subject: Subject) -> Iterator[str | bytes]:
+    for entry in subject.entries:
+        yield json.dumps([entry.image, entry.caption])
+        if subject.reference is not None and entry.row is not None:
+            yield subject.reference.thumbnails[entry.row]
 
 
 @dataclass(frozen=True)
@@ -385,7 +387,7 @@ def audit(
     counts: Counts = "gain" if has_base else "recovery"
     strengths, epochs = _variants(loras, final, wanted) if loras and wanted.sweep else ({}, {})
     sweep = spread(range(len(cases)), wanted.sweep)
-    finish = partial(_finish, load=load, work=work, ledger=ledger, engine=engine, on_progress=on_progress)
+    finish = partial(ledger.finish, load=load, work=work, engine=engine, on_progress=on_progress)
     judge = _Judge(subject)
     others, ordinary = tuple(ordinary[-OTHERS:]), ordinary[:-OTHERS]
     pictures = _pictures(subject, cases, final, wanted, others, finish, ledger)
@@ -393,6 +395,14 @@ def audit(
     asked = [final, BASE] if counts == "gain" else [final]
     finish([task for v in asked for task in pictures.tasks(v)], "measuring")
     values = {v: pictures.values(v) for v in asked}
+    both = [
+        pair for pair in zip(values[final], values.get(BASE, ()), strict=False) if not any("why" in v for v in pair)
+    ]
+    if both and all(own == base for own, base in both):
+        raise ValueError(
+            "the model predicts of every caption just what the base model does, so there is nothing to judge: its LoRA is "
+            "empty or of a kind that this host passes over, as the host's log says, or the two models are one"
+        )
     scores = _scores(values[final], values.get(BASE))
 
     # What a LoRA draws is like its training set, whatever the prompt: only beside pictures that it has not drawn
@@ -457,7 +467,10 @@ def audit(
         subject.reference is None,
         judge.threshold,
         stranger_nulls(*map(_magnitudes, (values[final], nulls.values(final, tasks)))),
-        () if subject.reference is None else remarks(subject.reference, [lora.path for lora in loras]),
+        (
+            *(() if subject.reference is None else remarks(subject.reference, [lora.path for lora in loras])),
+            *judge.remarks,
+        ),
     )
 
 
@@ -729,28 +742,6 @@ def _variants(
     return strengths, {Variant(str(lora.path)): lora.epoch for lora in loras} if len(loras) > 1 else {}
 
 
-def _finish(
-    tasks: Sequence[Task],
-    stage: str,
-    load: Callable[[Variant], Trained],
-    work: Work,
-    ledger: Ledger,
-    engine: Engine,
-    on_progress: Progress,
-) -> None:
-    left = ledger.missing(tasks)
-    total = sum(len(task.prompts) for task in tasks)
-    done = total - sum(len(task.prompts) for task in left)
-    on_progress(stage, done, total)
-    if not left:
-        return
-    with ledger.held():
-        for task, values in engine(left, load, work):
-            ledger.keep(task, values)
-            done += len(task.prompts)
-            on_progress(stage, done, total)
-
-
 class _Judge:
     """Puts together what is known of one training image."""
 
@@ -761,6 +752,7 @@ class _Judge:
         self._embedded: dict[str, Tensor] = {}
         self._parts: PartIndex | None = None
         self._entries = subject.entries
+        self.remarks: tuple[str, ...] = ()
         self.threshold: float | None = None
         if self._reference is not None:
             self.threshold = threshold_of(self._reference)
@@ -776,8 +768,10 @@ class _Judge:
         self._words = {caption: found["word"] for caption, found in images.items()}
         rows = [entry.row for entry in self._entries if entry.row is not None and self._drawn.get(entry.caption)]
         if rows and self._reference is not None and self._features is not None and self.threshold is not None:
-            with suppress(ValueError):  # sets that parts are not compared with
+            try:
                 self._parts = part_index(self._reference, self._features, rows)
+            except ValueError as error:  # sets that parts are not compared with
+                self.remarks = (f"copies of parts were not looked for: {error}",)
 
     def copies(self, images: Sequence[bytes]) -> list[bool]:
         """Which of these files are copies of any training image; none where that cannot be said."""

@@ -6,6 +6,9 @@ guidance, and tell how much of the way from the base model's style to the traini
 (:mod:`sd_dejavu.training.likeness`). Both are asked of the LoRA as it is, and of it with more and more held back in
 several ways (:mod:`sd_dejavu.training.spectral`): the whole course is the finding, and its best point is what is written.
 As that was chosen on these very images, it is measured once more, beside the LoRA as it was, from other noises.
+
+What is drawn and measured is kept (:mod:`sd_dejavu.training.ledger`) until the new LoRA is written, so a repair that was
+stopped goes on where it stood.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ import base64
 import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,18 +27,20 @@ import torch
 from torch import Tensor
 
 from ..core.settings import Checked, option
-from ..kept import write_bytes, write_tensors
+from ..kept import file_digest, write_bytes, write_tensors
 from ..kept.foreign import Unreadable, one_line
 from ..reference.build import embed
 from ..reference.features import Features
 from ..reference.images import open_image, to_tensor
 from ..reference.nearest import threshold_of
 from ..reference.reference_set import ReferenceSet
-from .audit import BASE, OTHERS, Progress, Subject, gains
+from ..run.measure import Measurement
+from .audit import BASE, OTHERS, Subject, gains, identity
+from .ledger import Ledger, Progress
 from .likeness import distance, likeness, style, style_of
 from .lora_files import Contents, read
 from .spectral import WAYS, Place, Update, Way
-from .tasks import Engine, Task, Trained, Variant, Work, one_process
+from .tasks import Chosen, Engine, Task, Trained, Variant, Work, one_process
 
 KEPT: Mapping[Way, Sequence[float]] = {
     "strength": (0.8, 0.65, 0.5),
@@ -48,6 +54,9 @@ _OTHER_NOISES, _SEEDS = 10_000, 2**63  # added to the seed where the chosen one 
 # What trainers and hosts note of the file's own bytes: by these a host would take the new file for the old one.
 _OF_THE_BYTES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 _LONGEST = 200  # bytes of a new file's name
+_A_PIECE = 100  # captions that are measured before they are kept, a multiple of 25
+
+Asked = Callable[[Sequence[Task], Progress], list[list[dict[str, Any]]]]  # the values of each task's prompts
 
 
 @dataclass(frozen=True)
@@ -141,16 +150,19 @@ def repair(
     load: Callable[[Variant], Trained],
     places: Callable[[Contents], tuple[Contents, Mapping[str, Place]]],
     work: Work,
+    folder: Path,
     wanted: RepairSettings = RepairSettings(),
     engine: Engine = one_process,
     on_progress: Progress = lambda stage, done, total: None,
+    **host: Any,
 ) -> Repaired:
     """Writes to ``out`` what is left of a LoRA, and says what it was and is.
 
     ``ordinary`` prompts are drawn for the style, but for the last two, which the training images are denoised with beside
     their captions. ``places`` tells of a file's contents, as the base model takes them, which weights they are for.
-    ``subject`` must have images. Raises ValueError with a sentence for a file or a training set that cannot be used, and
-    where ``out`` is there already; nothing is written then.
+    ``subject`` must have images. What is finished is kept below ``folder`` until ``out`` is written; ``host`` says by
+    names what the LoRA is measured on. Raises ValueError with a sentence for a file or a training set that cannot be used,
+    and where ``out`` is there already; nothing is written to it then.
     """
     if out.exists():
         raise ValueError(f"{out} is there already: name another file, or remove it")
@@ -159,7 +171,7 @@ def repair(
     write_bytes(out, b"")  # where that fails, better now than after all the work
     out.unlink()
     try:
-        contents = read(lora)
+        contents, digest = read(lora), file_digest(lora)
     except Unreadable as error:
         raise ValueError(f"the LoRA {lora} cannot be repaired: {one_line(error)}") from error
     if len(ordinary) < FEWEST_ORDINARY + OTHERS:
@@ -170,10 +182,24 @@ def repair(
     ways = [way for way in WAYS if wanted.way in ("all", way) and update.acts(way)]
     if not ways:
         raise ValueError(f"{wanted.way!r} would leave all of this LoRA, or nothing of it: choose another way")
-    seen = _Seen(subject, ordinary[:-OTHERS], lambda tasks, work: [v for _, v in engine(tasks, load, work)], work)
+    ledgers: list[Ledger] = []
+
+    def asking(measurement: Measurement) -> Asked:
+        begun = identity(subject, ordinary, measurement, **host, lora=f"{lora.name} {digest}")
+        ledger = Ledger.below(folder, begun, "a repair")
+        ledgers.append(ledger)
+        own = replace(work, wanted=measurement)
+
+        def asked(tasks: Sequence[Task], told: Progress) -> list[list[dict[str, Any]]]:
+            ledger.finish(tasks, "measuring the captions", load, own, engine, told)
+            return [list(ledger.values([task])) for task in tasks]
+
+        return asked
+
+    seen = _Seen(subject, ordinary[:-OTHERS], asking, work.wanted)
     steps = [(way, kept) for way in ways for kept in KEPT[way]]
     metadata = {name: text for name, text in contents.metadata.items() if name not in _OF_THE_BYTES}
-    total = len(steps) + 4  # and the captions' ranks, the base model, the LoRA as it was, and the last look
+    total = len(steps) + 3  # and the base model, the LoRA as it was, and the last look
     done = 0
 
     def told() -> None:
@@ -181,34 +207,40 @@ def repair(
         done += 1
         on_progress("repairing", done, total)
 
-    on_progress("repairing", 0, total)
     whole = Variant(str(lora))
-    seen.choose(whole, ordinary[-OTHERS:], wanted.captions)
-    told()
+    seen.choose(whole, ordinary[-OTHERS:], wanted.captions, on_progress)
+    on_progress("repairing", 0, total)
     seen.base()
     told()
     curve = [seen.point("strength", 1.0, whole)]
     told()
     # Windows does not give up a file that a host still has in memory: no reason to lose what was found.
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as trials:
 
-        def written(tensors: dict[str, Tensor], name: str) -> Variant:
-            path = Path(folder) / f"{name}.safetensors"
+        @contextmanager
+        def written(tensors: dict[str, Tensor], way: Way, kept: float) -> Iterator[Variant]:
+            path = Path(trials) / f"{digest} {way} {kept:g}.safetensors"  # by which what was measured is found again
             write_tensors(path, tensors, metadata)  # trainers note alphas there
-            return Variant(str(path))
+            yield Variant(str(path))
+            with suppress(OSError):
+                path.unlink()
 
-        for number, (way, kept) in enumerate(steps):
+        for way, kept in steps:
             if tensors := update.tensors(way, kept):  # of some LoRAs nothing would be left
-                curve.append(seen.point(way, kept, written(tensors, str(number))))
+                with written(tensors, way, kept) as variant:
+                    curve.append(seen.point(way, kept, variant))
             told()
         best = best_of(curve, wanted.most_copies)
         left = update.tensors(best.way, best.kept)
-        chosen = written(left, "chosen")
         again = seen.from_other_noises()
-        before, after = again.point("strength", 1.0, whole), again.point(best.way, best.kept, chosen)
+        before = again.point("strength", 1.0, whole)
+        with written(left, best.way, best.kept) as variant:
+            after = again.point(best.way, best.kept, variant)
     found = Repaired(tuple(curve), before, after, wanted.most_copies)
     note = json.dumps({"of": lora.name, "before": _row(before), "after": _row(after)})
     write_tensors(out, left, {**metadata, NOTE: note})
+    for ledger in ledgers:
+        ledger.discard()
     told()
     return found
 
@@ -220,8 +252,8 @@ class _Seen:
         self,
         subject: Subject,
         ordinary: Sequence[str],
-        done: Callable[[Sequence[Task], Work], list[list[dict[str, Any]]]],
-        work: Work,
+        asking: Callable[[Measurement], Asked],
+        measurement: Measurement,
     ) -> None:
         if subject.reference is None or subject.features is None:
             raise ValueError("a repair needs the training images: name their folder, or a reference set of them")
@@ -234,24 +266,35 @@ class _Seen:
                 f"{len(subject.reference):,} images: take grey or SSCD features"
             )
         self._threshold = threshold
-        self._subject, self._ordinary, self._done, self._work = subject, tuple(ordinary), done, work
+        self._subject, self._ordinary = subject, tuple(ordinary)
+        self._asking, self._measurement = asking, measurement
+        self._asked = asking(measurement)
         self._chosen: dict[str, list[int]] = {}  # captions, and where their images are in the set
         self._side = max(open_image(bytes(self._reference.thumbnails[0])).size)
         self._training = style_of(self._reference)
         self._bare: float | None = None
         self._whole: float | None = None
 
-    def choose(self, lora: Variant, others: Sequence[str], count: int) -> None:
+    def choose(self, lora: Variant, others: Sequence[str], count: int, on_progress: Progress) -> None:
         """The captions with the highest gain over the base model, at most so many."""
         cases = [case for case in self._subject.cases if case.caption.strip() and case.row is not None]
         if not cases:
             raise ValueError(
                 "the training set holds no captions, so there is nothing to draw: put a .txt beside each image"
             )
-        prompts = tuple(case.caption for case in cases)
-        images = tuple(self._reference.thumbnails[case.row] for case in cases if case.row is not None)
-        tasks = [Task("captions", variant, 0, prompts, images, others=tuple(others)) for variant in (lora, BASE)]
-        own, base = ([value.get("recovery") for value in values] for values in self._done(tasks, self._work))
+
+        def tasks(variant: Variant) -> list[Task]:
+            found = []
+            for first in range(0, len(cases), _A_PIECE):
+                part = cases[first : first + _A_PIECE]
+                images = Chosen(self._reference.thumbnails, [case.row for case in part if case.row is not None])
+                prompts = tuple(case.caption for case in part)
+                found.append(Task("captions", variant, first, prompts, images, others=tuple(others)))
+            return found
+
+        values = self._asked([task for variant in (lora, BASE) for task in tasks(variant)], on_progress)
+        measured = [value.get("recovery") for part in values for value in part]
+        own, base = measured[: len(cases)], measured[len(cases) :]
         known = [(gain, number) for number, gain in enumerate(gains(own, base)) if gain is not None]
         if not known:
             raise ValueError("none of the captions could be measured: they may be too long for the model")
@@ -263,14 +306,13 @@ class _Seen:
 
     def base(self) -> None:
         """The base model's distance, from which the likeness counts."""
-        (values,) = self._done([self._drawing(BASE)], self._work)
+        (values,) = self._asked([self._drawing(BASE)], _silent)
         self._bare = distance(style(_images_of(values)), self._training)
 
     def from_other_noises(self) -> _Seen:
         """The same captions and prompts, drawn anew."""
-        wanted = self._work.wanted
-        work = replace(self._work, wanted=replace(wanted, seed=(wanted.seed + _OTHER_NOISES) % _SEEDS))
-        again = _Seen(self._subject, self._ordinary, self._done, work)
+        seed = (self._measurement.seed + _OTHER_NOISES) % _SEEDS
+        again = _Seen(self._subject, self._ordinary, self._asking, replace(self._measurement, seed=seed))
         again._chosen = self._chosen
         again.base()
         return again
@@ -278,7 +320,7 @@ class _Seen:
     def point(self, way: Way, kept: float, variant: Variant) -> Point:
         """Of a variant; the first that is asked for is the LoRA as it is."""
         captions = Task("images", variant, 0, tuple(self._chosen))
-        found, ordinary = self._done([captions, self._drawing(variant)], self._work)
+        found, ordinary = self._asked([captions, self._drawing(variant)], _silent)
         copies, drawn = self._copies([one["images"] for one in found])
         images = _images_of(ordinary)
         there = distance(style(images), self._training)
@@ -304,6 +346,10 @@ class _Seen:
         if not drawn:
             raise ValueError("none of the captions could be drawn: the LoRA may break the model at this strength")
         return copies, drawn
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """For what is one step of the whole."""
 
 
 def _images_of(values: Sequence[dict[str, Any]]) -> list[Tensor]:

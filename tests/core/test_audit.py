@@ -562,11 +562,30 @@ def test_an_audit_begun_with_release_0_1_is_told_apart(tmp_path: Path):
     )
     host = {"model": "bundled", "base": "", "loras": (), "dtype": "float32", "batch_size": 32, "prompt_weights": False}
     with pytest.raises(ValueError, match="holds an audit with"):
-        Ledger(tmp_path, identity(entries, ordinary, AuditSettings(), Measurement(), **host))
-    Ledger(tmp_path / "now", identity(entries, ordinary, AuditSettings(), Measurement(), **host))
+        Ledger(tmp_path, identity(Subject(entries), ordinary, Measurement(), partition=100, **host))
+    Ledger(tmp_path / "now", identity(Subject(entries), ordinary, Measurement(), partition=100, **host))
     tmp_path /= "now"
+    less = identity(Subject(entries[:1]), ordinary, Measurement(images=2), partition=100, **host)
     with pytest.raises(ValueError, match="holds an audit with another dataset and images 4 instead of 2: go on as"):
-        Ledger(tmp_path, identity(entries[:1], ordinary, AuditSettings(), Measurement(images=2), **host))
+        Ledger(tmp_path, less)
+
+
+def test_a_lora_that_changes_nothing_is_not_found_clean(tmp_path: Path):
+    """As where a host has passed it over: every gain is 0, and that is no finding."""
+    reference = from_images(torch.rand(3, 3, 8, 8), ["a", "b", "c"], ["a", "b", "c"], Grey())
+    subject, prompts = Subject(entries_of(reference), reference, Grey()), [f"ordinary {n}" for n in range(30)]
+    ledger = Ledger(tmp_path, {"of": "this"})
+    with pytest.raises(ValueError, match="just what the base model does, so there is nothing to judge"):
+        audit(subject, [], prompts, lambda variant: Remembering({}), Work(ONE), ledger, has_base=True)
+
+
+def test_other_images_under_the_same_names_are_another_training_set():
+    def told(images: torch.Tensor) -> Any:
+        reference = from_images(images, ["a fox", "a cat"], ["a.png", "b.png"], Grey())
+        return identity(Subject(entries_of(reference), reference), ["w"], Measurement())["dataset"]
+
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert told(images) == told(images.clone()) != told(images.flip(-1))
 
 
 PNG, JPEG = "iVBORw0KGgo=", "/9j/4AAQ"

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from sd_dejavu.training.likeness import Style, distance, likeness, style
 from sd_dejavu.training.lora_files import change, modules_of, read
 from sd_dejavu.training.repair import KEPT, NOTE, Point, RepairSettings, best_of, file_called, repair
 from sd_dejavu.training.spectral import Place, Update, agreement, channels
-from sd_dejavu.training.tasks import Variant, Work
+from sd_dejavu.training.tasks import Task, Variant, Work, one_process
 
 # -------------------------------------------------------------------------------------------- likeness
 
@@ -289,6 +290,7 @@ def world(tmp_path: Path) -> dict[str, Any]:
         "load": loaded,
         "places": places,
         "work": Work(Measurement(images=1, steps=4, guidance_scale=1)),
+        "folder": tmp_path / "kept",
     }
 
 
@@ -401,7 +403,7 @@ def test_files_that_cannot_be_taken_away_do_not_lose_the_finding(
     unlink, held = os.unlink, list[str]()
 
     def refusing(path: Any, **more: Any) -> None:
-        if Path(path).stem in ("0", "chosen"):
+        if " strength " in Path(path).stem:
             held.append(str(path))
             raise PermissionError(13, "held", str(path))
         unlink(path, **more)
@@ -410,6 +412,79 @@ def test_files_that_cannot_be_taken_away_do_not_lose_the_finding(
     monkeypatch.setattr(tempfile, "tempdir", str(world["out"].parent))
     repair(**world, wanted=RepairSettings(way="strength", captions=1))
     assert held and world["out"].is_file()
+
+
+def test_a_stopped_repair_goes_on_where_it_stood_and_finds_the_same(world: dict[str, Any]):
+    """Stopped after every task in turn, it does each once; what was kept goes when the new LoRA is written."""
+    wanted = RepairSettings(captions=2)
+    whole = list[Task]()
+
+    def counted(tasks: Sequence[Task], load: Any, work: Work) -> Iterator[Any]:
+        for done in one_process(tasks, load, work):
+            whole.append(done[0])
+            yield done
+
+    found = repair(**world, wanted=wanted, engine=counted)
+    expected = read(world["out"]).metadata, load_file(world["out"])
+    assert not list(world["folder"].iterdir())
+    world["out"].unlink()
+    tried = list[Task]()
+
+    def mortal(tasks: Sequence[Task], load: Any, work: Work) -> Iterator[Any]:
+        for done in one_process(tasks[:1], load, work):
+            tried.append(done[0])
+            yield done
+        raise KeyboardInterrupt
+
+    for _ in whole:
+        with pytest.raises(KeyboardInterrupt):
+            repair(**world, wanted=wanted, engine=mortal)
+        assert not world["out"].exists() and list(world["folder"].iterdir())
+    again = repair(**world, wanted=wanted, engine=lambda tasks, load, work: pytest.fail("all was done"))
+    metadata, tensors = read(world["out"]).metadata, load_file(world["out"])
+    assert again == found and metadata == expected[0] and not list(world["folder"].iterdir())
+    assert tensors.keys() == expected[1].keys() and all(tensors[key].equal(expected[1][key]) for key in tensors)
+    assert [(one.kind, one.prompts) for one in tried] == [(one.kind, one.prompts) for one in whole]
+
+
+def test_what_was_kept_serves_no_other_lora_set_or_model(world: dict[str, Any]):
+    wanted = RepairSettings(way="strength", captions=1)
+
+    def stopped(tasks: Sequence[Task], load: Any, work: Work) -> Iterator[Any]:
+        yield from one_process(tasks[:1], load, work)
+        raise KeyboardInterrupt
+
+    def kept() -> int:
+        with pytest.raises(KeyboardInterrupt):
+            repair(**world, wanted=wanted, engine=stopped)
+        return len(list(world["folder"].iterdir()))
+
+    assert kept() == 1 == kept()
+    world["model"] = "another"
+    assert kept() == 2
+    save_file({key: 2 * value for key, value in load_file(world["lora"]).items()}, world["lora"])
+    assert kept() == 3
+    subject = world["subject"]
+    images = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    captions = [entry.caption for entry in subject.entries]
+    reference = from_images(images, captions, captions, Grey())
+    world["subject"] = Subject(entries_of(reference), reference, Grey())
+    assert kept() == 4
+
+
+def test_no_candidate_stays_longer_than_it_is_measured(world: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    """A full-rank LoRA of SDXL takes gigabytes, and there are nine."""
+    monkeypatch.setattr(tempfile, "tempdir", str(world["out"].parent))
+    there = set[int]()
+    load = world["load"]
+
+    def counted(variant: Variant) -> Any:
+        there.add(len(list(world["out"].parent.glob("tmp*/*.safetensors"))))
+        return load(variant)
+
+    world["load"] = counted
+    repair(**world, wanted=RepairSettings(captions=1))
+    assert there == {0, 1}
 
 
 def test_names_that_no_file_can_bear_are_refused():

@@ -132,17 +132,11 @@ def test_what_a_lora_adds_counts(comfy: ComfyServer, training_set: Graph) -> Non
     for row in found:
         assert abs(row["score"]) > 1e-4
         assert 1 / 21 <= row["p_value"] <= 1
-    # Without the LoRA the measurements are those of the base model: nothing is gained.
-    plain = {"model": ["checkpoint", 0], "clip": ["checkpoint", 1], "worst": 0}
-    for row, other in zip(
-        sorted(found, key=lambda r: r["image"]),
-        sorted(rows(comfy.run(with_lora(training_set, **plain), timeout=300)), key=lambda r: r["image"]),
-        strict=True,
-    ):
-        assert other["base_recovery"] == pytest.approx(row["base_recovery"], abs=1e-5)
-        assert other["recovery"] == pytest.approx(other["base_recovery"], abs=1e-5)
-        assert other["score"] <= 1e-5  # r - max(0, r)
         assert abs(row["recovery"] - row["base_recovery"]) > 1e-3
+    # Without the LoRA the measurements are those of the base model, to the bit: nothing is gained, and that is no finding.
+    plain = {"model": ["checkpoint", 0], "clip": ["checkpoint", 1], "worst": 0}
+    with pytest.raises(ExecutionFailed, match="just what the base model does, so there is nothing to judge"):
+        comfy.run(with_lora(training_set, **plain), timeout=300)
 
 
 def test_what_makes_no_sense_is_told(comfy: ComfyServer, training_set: Graph) -> None:

@@ -37,7 +37,7 @@ SMALL: dict[str, Any] = {
     "steps": 2,
     "guidance_scale": 2.0,
 }
-TOLD = re.compile(r"repairing: [\d,]+ of [\d,]+, \S+ a (second|minute|hour), about \S+ \S+ left")
+TOLD = re.compile(r"measuring the captions: [\d,]+ of [\d,]+, \S+ a (second|minute|hour), about \S+ \S+ left")
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,7 @@ def test_what_is_left_is_a_lora_that_the_host_draws_with(repairing: WebUIServer)
         file.unlink()
 
 
+@pytest.mark.newest
 def test_directions_are_those_of_the_hosts_own_weights(repairing: WebUIServer) -> None:
     found = repaired(repairing, save_as="anchored", way="base-anchored", most_copies=1.0)
     file = Path(loras(repairing)["anchored"])

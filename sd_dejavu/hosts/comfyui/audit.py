@@ -123,14 +123,12 @@ def audit_lora(
     subject = Subject(entries, guard.references, SetFeatures(guard))
     ordinary = ordinary_for(entries, wanted.nulls, partial(prompts_for, trained.patcher))
     begun = identity(
-        entries,
+        subject,
         ordinary,
-        wanted,
         measurement,
-        model=_name(trained),
+        partition=wanted.partition,
         base=_name(base) if base is not None else "",
-        vae=fingerprint(vae.patcher, ""),
-        latent=list(start.latent.shape[1:]),
+        **identity_of(trained, vae, start),
     )
     bar, watch = comfy.utils.ProgressBar(1), Stopwatch()
 
@@ -181,6 +179,15 @@ def done(asked: Loaded, vae: VAE, start: Start, work: Work, task: Task) -> Value
         lambda model, x, sigma: work(model, task),
         partial(TrainedModel, vae),
     )
+
+
+def identity_of(loaded: Loaded, vae: VAE, start: Start) -> dict[str, object]:
+    """What is measured there, for the ledger."""
+    return {
+        "model": _name(loaded),
+        "vae": fingerprint(vae.patcher, ""),
+        "latent": list(start.latent.shape[1:]),
+    }
 
 
 def _name(loaded: Loaded) -> list[object]:

@@ -18,7 +18,7 @@ from ...training.repair import Repaired, RepairSettings, repair
 from ...training.spectral import HostPart, Place, places_by_keys
 from ...training.tasks import Task, Trained, Variant, Work, nothing_apart
 from .api import VAE
-from .audit import BATCH, Loaded, SetFeatures, Start, Values, check, done
+from .audit import BATCH, Loaded, SetFeatures, Start, Values, check, done, identity_of
 from .model import ordinary_for as prompts_for
 from .reference import HostReferences
 
@@ -32,10 +32,11 @@ def repair_lora(
     out: Path,
     wanted: RepairSettings,
     measurement: Measurement,
+    folder: Path,
 ) -> Repaired:
     """Writes what is left of a LoRA that was trained on the base model with the images of a reference set.
 
-    Raises ValueError where the file or the set cannot be used, or ``out`` is there already.
+    What is measured is kept below ``folder`` until then. Raises ValueError where the file or the set cannot be used, or ``out`` is there already.
     """
     check(vae, start)
     entries = entries_of(guard.references)
@@ -57,9 +58,11 @@ def repair_lora(
         nothing_apart,
         partial(_places_of, base),
         Work(measurement, BATCH),
+        folder,
         wanted,
         engine,
         lambda stage, count, total: bar.update_absolute(count, total),
+        **identity_of(base, vae, start),
     )
 
 

@@ -117,27 +117,20 @@ def run_audit(
 
     Raises ValueError where there is nothing to measure, or the user stops it.
     """
-    from modules import sd_vae, shared
-
     what, measurement = asked.what, asked.measurement
     guard = references.guard_of(sets, what.references)
     tag = _tag(what)
     entries = sampled(entries_of(guard.references), asked.wanted.sample, measurement.seed)
     subject = Subject(entries, guard.references, guard.features)
     ordinary = ordinary_for(entries, asked.wanted.nulls, general_prompts)
-    sd_model = host.chosen_model()
     begun = identity(
-        entries,
+        subject,
         ordinary,
-        asked.wanted,
         measurement,
-        model=checkpoint_of(sd_model),
-        vae=str(sd_vae.get_loaded_vae_name()),
-        clip_skip=shared.opts.CLIP_stop_at_last_layers,
+        partition=asked.wanted.partition,
         lora=_identity_of(what.lora) if tag else "",
         strength=what.strength,
-        width=what.width,
-        height=what.height,
+        **identity_of(host, (what.width, what.height)),
     )
     runs = Runs(
         host,
@@ -158,7 +151,20 @@ def run_audit(
         tell,
         bool(tag),
     )
-    return Finding(found, subject, asked, sd_model.sd_checkpoint_info.name_for_extra)
+    return Finding(found, subject, asked, host.chosen_model().sd_checkpoint_info.name_for_extra)
+
+
+def identity_of(host: Host, size: tuple[int, int]) -> dict[str, object]:
+    """What is measured there, for the ledger."""
+    from modules import sd_vae, shared
+
+    return {
+        "model": checkpoint_of(host.chosen_model()),
+        "vae": str(sd_vae.get_loaded_vae_name()),
+        "clip_skip": shared.opts.CLIP_stop_at_last_layers,
+        "width": size[0],
+        "height": size[1],
+    }
 
 
 def _loras_of(asked: Asked) -> list[str]:

@@ -26,8 +26,8 @@ class Here:
         self.host = this_host()
         self.session = Session(shared.state)
         folder = Path(paths.data_path) / "dejavu"
-        self.calibrations, self.references, self.audits = (
-            folder / name for name in ("calibration", "references", "audits")
+        self.calibrations, self.references, self.audits, self.repairs = (
+            folder / name for name in ("calibration", "references", "audits", "repairs")
         )
         self.has_panel = False  # whether the host's page shows reports
         self.lists: list[Component] = []  # of the reference sets that a run can be led away from, one a tab

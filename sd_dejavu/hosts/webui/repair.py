@@ -74,8 +74,15 @@ class Finding:
         return {"lora": self.out.stem, **self.repaired.as_json()}
 
 
-def run_repair(host: Host, asked: Asked, sets: Path, watch: Watch, tell: Callable[[str, int, int], None]) -> Finding:
-    """``sets`` holds the reference sets.
+def run_repair(
+    host: Host,
+    asked: Asked,
+    sets: Path,
+    kept: Path,
+    watch: Watch,
+    tell: Callable[[str, int, int], None],
+) -> Finding:
+    """``sets`` holds the reference sets, ``kept`` what was measured, until the new LoRA is written.
 
     Raises ValueError where the LoRA or the set cannot be used, a LoRA has the new one's name, or the user stops it;
     nothing is written then.
@@ -91,7 +98,9 @@ def run_repair(host: Host, asked: Asked, sets: Path, watch: Watch, tell: Callabl
     guard = references.guard_of(sets, what.references)
     entries = entries_of(guard.references)
     tag = partial(_known_to_the_host, sys.modules["networks"], what.lora)
-    runs = Runs(host, (what.width, what.height), watch, tag, "it was stopped, and no LoRA was written")
+    size = (what.width, what.height)
+    stopped = "it was stopped, and no LoRA was written; started again, it goes on where it stood"
+    runs = Runs(host, size, watch, tag, stopped)
 
     def places(contents: Contents) -> tuple[Contents, Mapping[str, Place]]:
         def found(model: TrainedModel) -> dict[str, Place]:
@@ -108,9 +117,11 @@ def run_repair(host: Host, asked: Asked, sets: Path, watch: Watch, tell: Callabl
         nothing_apart,
         places,
         Work(asked.measurement, BATCH),
+        kept,
         asked.wanted,
         runs.engine,
         tell,
+        **audit.identity_of(host, size),
     )
     audit.refresh_loras()
     return Finding(repaired, out)

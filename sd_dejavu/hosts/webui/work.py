@@ -118,7 +118,7 @@ def run_audit(here: Here, asked: audit.Asked, turn: Turn) -> audit.Finding:
 def run_repair(here: Here, asked: repair.Asked, turn: Turn) -> repair.Finding:
     """Repair a LoRA. Raises ValueError."""
     with turn.job("dejavu-repair"):
-        return repair.run_repair(here.host, asked, here.references, here.session.own, Telling())
+        return repair.run_repair(here.host, asked, here.references, here.repairs, here.session.own, Telling())
 
 
 def build(here: Here, asked: references.Building, turn: Turn) -> str:
