@@ -291,20 +291,24 @@ def stages(bar: Progress) -> Callable[[str, int, int], None]:
 
 
 def new_file(text: str) -> Path:
-    """The type of an option for a file that is written at the end; ``-`` stands for standard output.
+    """The type of an option for a file that is written at the end, in a folder that is made now; ``-`` stands for standard
+    output.
 
-    >>> new_file("no such folder/rows.json")
+    >>> new_file("/dev/null/rows.json")
     Traceback (most recent call last):
     ...
-    argparse.ArgumentTypeError: the folder 'no such folder' is not there: make it, or name another place
+    argparse.ArgumentTypeError: the folder '/dev/null' cannot be made (Not a directory): name another place
     """
     path = Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a folder: name a file in it")
-    if not path.parent.is_dir():
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = "Not a directory" if isinstance(error, FileExistsError) else error.strerror
         raise argparse.ArgumentTypeError(
-            f"the folder {str(path.parent)!r} is not there: make it, or name another place"
-        )
+            f"the folder {str(path.parent)!r} cannot be made ({why}): name another place"
+        ) from None
     return path
 
 
