@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import folder_paths
@@ -30,6 +31,7 @@ class RepairLora(io.ComfyNode):
             **sockets.FOUND_BY,
             description="Makes of a LoRA that copies its training set one that does not, without training it anew, and tells what that costs in likeness to the set's style.",
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Model.Input("model", tooltip="The model without the LoRA."),
                 io.Clip.Input("clip", tooltip="Its text encoder, without the LoRA."),
@@ -86,6 +88,7 @@ class RepairLora(io.ComfyNode):
             sockets.settings_of(RepairSettings, settings),
             measurement,
             sockets.kept_folder("repairs"),
+            partial(comfyui.tell, str(cls.hidden.unique_id)),
         )
         return io.NodeOutput(
             as_markdown(found),

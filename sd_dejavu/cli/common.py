@@ -27,6 +27,7 @@ from ..core.progress import Stopwatch
 from ..core.settings import options_of
 from ..core.verdict import Explanation, Verdict, View
 from ..explain.views import explain
+from ..kept import model_digest
 from ..report.terminal import STEERING, one_line, plain, verdict_panel
 from ..run.measure import Measured, Measurement, measure, setting_of
 from .prompt_files import read_prompts
@@ -288,6 +289,13 @@ def stages(bar: Progress) -> Callable[[str, int, int], None]:
         bar.update(tasks[stage], completed=done, total=total)
 
     return show
+
+
+def model_told(model: str | None) -> str:
+    """Which model it is, for what is kept of it: a local one by its contents, another by its name on the hub."""
+    if model is None:
+        return "bundled"
+    return model_digest(Path(model)) if Path(model).exists() else model
 
 
 def new_file(text: str) -> Path:

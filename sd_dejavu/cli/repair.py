@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
             user_folder() / "repairs",
             wanted,
             on_progress=show,
-            model="bundled" if model is None else str(Path(model).resolve() if Path(model).exists() else model),
+            model=common.model_told(model),
             dtype=dtype,
             batch_size=arguments.batch_size,
             prompt_weights=arguments.prompt_weights,

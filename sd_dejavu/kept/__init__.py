@@ -1,6 +1,6 @@
 """What is kept: files written whole, work that goes on where it was stopped, one process at a time, digests."""
 
-from .digests import digest_of, file_digest, json_digest
+from .digests import digest_of, file_digest, json_digest, model_digest
 from .files import (
     PARTIAL,
     NotKept,
@@ -29,6 +29,7 @@ __all__ = [
     "json_digest",
     "json_text",
     "locked",
+    "model_digest",
     "not_kept",
     "replacing",
     "write_bytes",

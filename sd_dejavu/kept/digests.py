@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from .foreign import opened
 
 _AT_ONCE = 1 << 20
+_PIECES, _PIECE = 256, 1 << 12  # that are read of each file of a model
+_OF_A_MODEL = (".safetensors", ".bin", ".ckpt", ".pt", ".json", ".txt")
 
 
 def digest_of(
@@ -40,3 +43,23 @@ def file_digest(path: Path, digits: int = 16) -> str:
     """Of a regular file's bytes. Raises Unreadable where it is none."""
     with opened(path) as file:
         return digest_of(iter(lambda: file.read(_AT_ONCE), b""), digits)
+
+
+def model_digest(path: Path) -> str:
+    """16 digits of a checkpoint, or of the weights, configurations and tokenizers in a folder, wherever it lies: from sizes
+    and evenly spaced pieces, as gigabytes take long to read. A training changes all weights. Raises Unreadable.
+    """
+    if not path.is_dir():
+        return digest_of(_pieces(path))
+    inside = (file for file in path.rglob("*") if file.suffix in _OF_A_MODEL and file.is_file())
+    files = sorted((file.relative_to(path).as_posix(), file) for file in inside)
+    return digest_of(part for name, file in files for part in (f"{name}\0", *_pieces(file)))
+
+
+def _pieces(path: Path) -> Iterator[str | bytes]:
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        yield f"{size}\0"
+        for number in range(_PIECES):
+            file.seek(number * size // _PIECES)
+            yield file.read(_PIECE)

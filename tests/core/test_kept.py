@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -24,6 +25,7 @@ from sd_dejavu.kept import (
     json_digest,
     json_text,
     locked,
+    model_digest,
     replacing,
     write_tensors,
     write_text,
@@ -262,6 +264,28 @@ def test_what_is_left_of_a_discarded_folder_is_swept_away(tmp_path: Path) -> Non
 
 
 # ------------------------------------------------------------------------------------------------ digests
+
+
+def test_a_model_is_told_by_its_contents_wherever_it_lies(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    weights = rng.integers(0, 256, 3_000_000, dtype=np.uint8)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(weights.tobytes())
+    known = model_digest(file)
+    moved = file.rename(tmp_path / "moved.safetensors")
+    assert model_digest(moved) == known
+    moved.write_bytes((weights + (rng.random(len(weights)) < 0.01)).astype(np.uint8).tobytes())  # trained on
+    assert model_digest(moved) != known
+    folder = tmp_path / "folder" / "unet"
+    folder.mkdir(parents=True)
+    moved.rename(folder / "weights.safetensors")
+    whole = model_digest(folder.parent)
+    (folder.parent / "preview.png").write_bytes(b"of no matter")
+    assert model_digest(folder.parent) == whole
+    (folder / "config.json").write_text("{}")
+    assert model_digest(folder.parent) != whole
+    with pytest.raises(Unreadable):
+        model_digest(tmp_path / "gone")
 
 
 def test_digests_are_those_that_are_written_in_folders_and_sets(tmp_path: Path) -> None:

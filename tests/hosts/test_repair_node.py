@@ -81,6 +81,24 @@ def test_a_repaired_lora_is_one_that_the_host_loads(comfy: ComfyServer, training
     file.unlink()  # the folder is that of other servers too
 
 
+@pytest.mark.newest
+def test_an_interrupted_repair_goes_on(comfy: ComfyServer, training_set: Graph) -> None:
+    graph, kept = repaired(training_set, name="again", seed=3), comfy.home / "user" / "dejavu" / "repairs"
+    with comfy.events("repairer") as events:
+        number = comfy.post(graph, client_id="repairer")
+        told = events.wait_for("binary", where=lambda data: b"repairing: 2 of" in data)
+        assert b" a second, about" in told and told.endswith(b" left")
+        comfy.interrupt()
+        entry = comfy.wait(number, allow_error=True)
+    assert any(kind == "execution_interrupted" for kind, _ in entry["status"]["messages"])
+    file = comfy.home / "models" / "loras" / "again.safetensors"
+    (folder,) = kept.iterdir()
+    assert not file.exists() and len(list(folder.glob("*-drawn-*.json"))) >= 2
+    outputs = comfy.run(graph, timeout=600)
+    assert outputs["lora"]["text"] == [file.name] and file.is_file() and not list(kept.iterdir())
+    file.unlink()
+
+
 def test_names_that_lead_elsewhere_are_refused(comfy: ComfyServer, training_set: Graph) -> None:
     for name in ("../gone", "", "a/b"):
         with pytest.raises(PromptRejected, match="cannot be the new LoRA's name"):

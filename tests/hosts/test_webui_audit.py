@@ -67,13 +67,21 @@ def test_memorised_captions_come_first_and_are_copied(auditing: WebUIServer) -> 
 
 def test_what_a_lora_adds_counts(auditing: WebUIServer) -> None:
     plain = auditing.txt2img()
-    document = audited(auditing, lora=LORA, sample=2, worst=0)
+    document = audited(auditing, lora=LORA, sample=2)
     assert document["counts"] == "gain" and document["loras"] == [LORA]
     for row in document["rows"]:
         assert abs(row["score"]) > 1e-5
         assert abs(row["recovery"] - row["base_recovery"]) > 1e-4
     # Nothing of it stays.
     assert (pixels(auditing.txt2img()) == pixels(plain)).all() and errors_of_ours(auditing) == []
+
+
+@pytest.mark.newest
+def test_a_lora_of_next_to_no_strength_adds_next_to_nothing(auditing: WebUIServer) -> None:
+    weak, strong = (audited(auditing, lora=LORA, sample=2, strength=s, worst=0)["rows"] for s in (1e-4, 1.0))
+    for row, other in zip(weak, strong, strict=True):
+        assert row["recovery"] == pytest.approx(row["base_recovery"], abs=1e-5)
+        assert row["base_recovery"] == pytest.approx(other["base_recovery"], abs=1e-5)
 
 
 def test_it_can_be_stopped(auditing: WebUIServer) -> None:

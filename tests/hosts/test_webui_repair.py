@@ -118,6 +118,7 @@ def test_it_can_be_stopped_and_nothing_is_written(repairing: WebUIServer) -> Non
     repairing.post_json("/sdapi/v1/interrupt", {})
     thread.join(60)
     assert told and "it was stopped, and no LoRA was written" in told[0] and loras(repairing) == before
+    assert list((repairing.home / "dejavu" / "repairs").iterdir())  # started again, it goes on
 
 
 def test_the_tab_repairs_the_lora_that_is_audited(repairing: WebUIServer) -> None:

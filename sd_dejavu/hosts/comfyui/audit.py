@@ -21,7 +21,7 @@ from ...core.progress import Stopwatch
 from ...reference.features import Metric
 from ...run.measure import Measurement
 from ...training.audit import Audit, AuditSettings, Subject, audit, entries_of, identity, ordinary_for, sampled
-from ...training.ledger import Ledger
+from ...training.ledger import Ledger, Progress
 from ...training.tasks import Task, Trained, Variant, Work, nothing_apart
 from .api import CLIP, VAE, ModelPatcher
 from .model import ComfyModel, fingerprint, with_model
@@ -130,11 +130,6 @@ def audit_lora(
         base=_name(base) if base is not None else "",
         **identity_of(trained, vae, start),
     )
-    bar, watch = comfy.utils.ProgressBar(1), Stopwatch()
-
-    def show(stage: str, done: int, total: int) -> None:
-        bar.update_absolute(done, total)
-        tell(watch(stage, done, total).sentence)
 
     def engine(tasks: Sequence[Task], load: Callable[[Variant], Trained], work: Work) -> Iterator[tuple[Task, Values]]:
         for task in tasks:
@@ -150,10 +145,21 @@ def audit_lora(
         Ledger.below(folder, begun),
         wanted,
         engine,
-        show,
+        shown(tell),
         base is not None,
     )
     return found, subject
+
+
+def shown(tell: Callable[[str], None]) -> Progress:
+    """On the host's own bar, and told in words."""
+    bar, watch = comfy.utils.ProgressBar(1), Stopwatch()
+
+    def show(stage: str, done: int, total: int) -> None:
+        bar.update_absolute(done, total)
+        tell(watch(stage, done, total).sentence)
+
+    return show
 
 
 def check(vae: VAE | None, start: Start) -> None:

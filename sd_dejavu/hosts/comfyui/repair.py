@@ -18,7 +18,7 @@ from ...training.repair import Repaired, RepairSettings, repair
 from ...training.spectral import HostPart, Place, places_by_keys
 from ...training.tasks import Task, Trained, Variant, Work, nothing_apart
 from .api import VAE
-from .audit import BATCH, Loaded, SetFeatures, Start, Values, check, done, identity_of
+from .audit import BATCH, Loaded, SetFeatures, Start, Values, check, done, identity_of, shown
 from .model import ordinary_for as prompts_for
 from .reference import HostReferences
 
@@ -33,15 +33,15 @@ def repair_lora(
     wanted: RepairSettings,
     measurement: Measurement,
     folder: Path,
+    tell: Callable[[str], None],
 ) -> Repaired:
     """Writes what is left of a LoRA that was trained on the base model with the images of a reference set.
 
-    What is measured is kept below ``folder`` until then. Raises ValueError where the file or the set cannot be used, or ``out`` is there already.
+    What is measured is kept below ``folder`` until then. ``tell`` is told how far it is. Raises ValueError where the file or the set cannot be used, or ``out`` is there already.
     """
     check(vae, start)
     entries = entries_of(guard.references)
     ordinary = ordinary_for(entries, wanted.ordinary, partial(prompts_for, base.patcher))
-    bar = comfy.utils.ProgressBar(1)
 
     def engine(tasks: Sequence[Task], load: Callable[[Variant], Trained], work: Work) -> Iterator[tuple[Task, Values]]:
         asked, variant = base, Variant(base=True)
@@ -61,7 +61,7 @@ def repair_lora(
         folder,
         wanted,
         engine,
-        lambda stage, count, total: bar.update_absolute(count, total),
+        shown(tell),
         **identity_of(base, vae, start),
     )
 
